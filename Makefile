@@ -1,0 +1,44 @@
+# Tasks of the project; `make` lists them.
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help install demo test test-all test-gpu lint type bench clean
+
+help:  ## list the tasks
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/installed  ## virtual environment with everything the project needs
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install  ## train the default on this machine (minutes on two cores), then sample
+	$(BIN)/python -m genfound.train
+	$(BIN)/python -m genfound.sample from=runs/default/default size='[[16,16],[12,20],[20,12],[24,24]]' n=2 out=runs/demo
+	@echo "pictures: runs/demo/grid.png, and those of the training in runs/default/default/samples/"
+
+test: install  ## the tests, on the CPU and offline
+	$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2
+
+test-all: install  ## also the slow ones
+	$(BIN)/python -m pytest -m 'not gpu' -n 2
+
+test-gpu: install  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: install  ## style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+type: install  ## types
+	$(BIN)/mypy
+
+bench: install  ## speed, written to benchmarks/results/
+	$(BIN)/python benchmarks/throughput.py
+
+clean:  ## remove what the tasks made, but not the runs
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,25 @@
+"""genfound: train, ablate, sample and evaluate latent diffusion transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from genfound.build import Loaded, load
+    from genfound.sampling import sample
+
+__all__ = ["Loaded", "load", "sample"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public functions when they are first used, so that `--help` stays quick."""
+    if name in ("Loaded", "load"):
+        from genfound import build
+
+        return getattr(build, name)
+    if name == "sample":
+        from genfound.sampling import sample
+
+        return sample
+    raise AttributeError(f"module 'genfound' has no attribute '{name}'")

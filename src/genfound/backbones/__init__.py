@@ -1,0 +1,1 @@
+"""Backbones: one architecture, readable in one file each."""

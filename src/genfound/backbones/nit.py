@@ -1,0 +1,206 @@
+"""NiT, the native-resolution diffusion transformer (arXiv 2506.03131).
+
+Images of any size are packed along one token axis. A token is embedded, passes through blocks of attention
+and MLP that are modulated by time and class (adaLN-Zero), and is projected back to its patch.
+What differs from DiT: attention stays inside each image of the pack, positions are rotary and
+two-dimensional, queries and keys are normalised, and time runs from 0 (data) to 1 (noise).
+
+Modulations are computed once per image and gathered to its tokens; the official code computes them for
+every token, a third of its arithmetic, with the same result.
+
+Legend: B images, T packed tokens, D width, H heads, d = D / H, P = patch_size^2 * channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from genfound.batch import Batch
+from genfound.layers.attention import packed_attention
+from genfound.layers.embed import LabelEmbedding, TimeEmbedding
+from genfound.layers.rope import axis_frequencies, rotate, rotation
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class NiT(nn.Module):
+    """The velocity of every token, given the time and the class of its image.
+
+    Args:
+        channels: channels of a latent, C.
+        num_classes: classes of the data.
+        patch_size: side of a patch in latent pixels.
+        width: D.
+        depth: number of blocks.
+        heads: H; D / H must be divisible by four.
+        mlp_ratio: hidden size of the MLP over D.
+        qk_norm: LayerNorm on each head's queries and keys.
+        adaln_rank: rank of the modulation's projection; `None` is a full matrix. The paper's XXL uses 512.
+        label_drop: probability with which training replaces a label by the null label; 0 has no null label.
+        rope_theta: base of the rotary frequencies.
+        rope_coords: `row_major` gives a token its row and column. `official` is the grid of
+            nit_model.py:NiT.get_rope, (n mod rows, n div rows) for token n, on which released weights were
+            trained; neighbours in a non-square image are not neighbours on it.
+        attention: backend of `packed_attention`.
+        activation_checkpointing: recompute each block in the backward pass.
+
+    Raises:
+        ValueError: a head size that rotary embedding cannot split, or an unknown option.
+    """
+
+    layouts = ("packed",)
+    time = "data0"
+    learns_variance = False
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        adaln_rank: int | None,
+        label_drop: float,
+        rope_theta: float,
+        rope_coords: str,
+        attention: str,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        if width % (4 * heads):
+            raise ValueError(
+                f"model.width={width} over model.heads={heads} must be a multiple of 4 for rotary positions"
+            )
+        if rope_coords not in ("row_major", "official"):
+            raise ValueError(f"model.rope_coords={rope_coords} is unknown; choose row_major or official")
+        self.null_label = num_classes if label_drop > 0 else None
+        self.token_spec = (channels, patch_size)
+        self.rope_coords = rope_coords
+        self.activation_checkpointing = activation_checkpointing
+        token = channels * patch_size**2
+        self.x_embedder = nn.Linear(token, width)
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width, null_class=label_drop > 0)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, qk_norm, adaln_rank, attention) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(width, token)
+        self.register_buffer("frequencies", axis_frequencies(width // heads // 2, rope_theta), persistent=False)
+        self.frequencies: Tensor
+        self.initialise()
+
+    def forward(self, batch: Batch, t: Tensor) -> Tensor:
+        """Packed `batch.x` (T, P) at times t (B,) -> velocity (T, P)."""
+        x = self.x_embedder(batch.x).float()  # (T, D)
+        with full_precision(x):
+            c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
+            c = nn.functional.silu(c)
+            turn = rotation(coordinates(batch, self.rope_coords), self.frequencies)  # (T, 1, d / 2) twice
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, c, batch, turn, use_reentrant=False)
+            else:
+                x = block(x, c, batch, turn)  # (T, D)
+        velocity: Tensor = self.final_layer(x, c, batch)  # (T, P)
+        return velocity
+
+    def initialise(self) -> None:
+        """Xavier-uniform matrices, normal(0.02) embeddings, zeros where adaLN-Zero starts as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for matrix in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(matrix.weight, std=0.02)
+        zero = [block.adaln[-1] for block in self.blocks]
+        for layer in [*zero, self.final_layer.adaln, self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class Block(nn.Module):
+    """x + gate * attention(modulated x), then x + gate * MLP(modulated x)."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, adaln_rank: int | None, attention: str
+    ) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, qk_norm, attention)
+        hidden = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        if adaln_rank is None:
+            self.adaln = nn.Sequential(nn.Linear(width, 6 * width))
+        else:
+            self.adaln = nn.Sequential(nn.Linear(width, adaln_rank), nn.Linear(adaln_rank, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor, batch: Batch, turn: Rotation) -> Tensor:
+        """x (T, D), c (B, D) after its SiLU -> (T, D)."""
+        with full_precision(x):
+            per_image = self.adaln(c).chunk(6, dim=1)  # 6 x (B, D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
+        x = x + gate_a * self.attn(modulate(x, shift_a, scale_a), batch, turn)
+        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each image, with normalised, rotated queries and keys."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, backend: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, batch: Batch, turn: Rotation) -> Tensor:
+        """(T, D) -> (T, D)."""
+        assert batch.cu_seqlens is not None
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (T, H, d) each
+        q = rotate(self.q_norm(q.float()), *turn)
+        k = rotate(self.k_norm(k.float()), *turn)
+        mixed = packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend)
+        out: Tensor = self.proj(mixed.flatten(1))
+        return out
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a projection to the patch."""
+
+    def __init__(self, width: int, token: int) -> None:
+        super().__init__()
+        self.adaln = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, token)
+
+    def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
+        """x (T, D), c (B, D) after its SiLU -> (T, P)."""
+        with full_precision(x):
+            shift, scale = (batch.per_token(v) for v in self.adaln(c).chunk(2, dim=1))
+            out: Tensor = self.linear(modulate(x, shift, scale))
+        return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine parameters (eps 1e-6), then shift and scale; float32."""
+    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def coordinates(batch: Batch, order: str) -> Tensor:
+    """(T, 2) integer grid positions of the packed tokens; see `NiT` for `order`."""
+    rows, columns = batch.sizes[batch.image_of].unbind(1)
+    n = batch.positions
+    if order == "official":
+        return torch.stack([n % rows, n // rows], dim=1)
+    return torch.stack([n // columns, n % columns], dim=1)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast on x's device, for the small float32 parts."""
+    return torch.autocast(x.device.type, enabled=False)

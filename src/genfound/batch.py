@@ -1,0 +1,120 @@
+"""The one type that knows where images begin and end.
+
+Everything that handles latents of several images goes through `Batch`: objectives, samplers and
+backbones never ask which memory layout they are given.
+
+Letters used for shapes: B rows (images), N tokens of the longest row, T packed tokens, C channels,
+H and W latent height and width, D values of one token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents of B images in one memory layout.
+
+    A row that is not `real` is filler of a static shape: it has no loss and its values are never read.
+
+    Attributes:
+        x: dense (B, C, H, W) | padded (B, N, D) | packed (T, D); float.
+        y: (B,) conditions, one per image; for class-conditional training the label.
+        sizes: (B, 2) int, token rows and token columns of each image.
+        real: (B,) bool, False on filler rows.
+        mask: padded only, (B, N) bool, True on real tokens.
+        image_of: packed only, (T,) int, the row each token belongs to.
+        cu_seqlens: packed only, (B + 1,) int32, where each row begins and ends.
+        max_seqlen: packed only, a bound on the tokens of one row, known on the host.
+    """
+
+    x: Tensor
+    y: Tensor
+    sizes: Tensor
+    real: Tensor
+    mask: Tensor | None = None
+    image_of: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+
+    @property
+    def layout(self) -> str:
+        """`dense`, `padded` or `packed`."""
+        if self.image_of is not None:
+            return "packed"
+        return "dense" if self.mask is None else "padded"
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B,) tokens of each row."""
+        return self.sizes.prod(dim=1)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the layout has room for, real or not."""
+        if self.image_of is not None:
+            return len(self.image_of)
+        return int(self.tokens.sum()) if self.mask is None else self.mask.numel()
+
+    @property
+    def positions(self) -> Tensor:
+        """Packed only: (T,) number of each token within its own image."""
+        assert self.cu_seqlens is not None and self.image_of is not None
+        return torch.arange(len(self.image_of), device=self.x.device) - self.cu_seqlens[self.image_of]
+
+    def expand(self, v: Tensor) -> Tensor:
+        """(B,) values, one per image -> a tensor that broadcasts against `x`."""
+        if self.image_of is not None:
+            v = v[self.image_of]
+        return v.reshape(-1, *[1] * (self.x.ndim - 1))
+
+    def per_token(self, v: Tensor) -> Tensor:
+        """(B, D) vectors, one per image -> packed (T, D), otherwise (B, 1, D)."""
+        return v[:, None] if self.image_of is None else v.index_select(0, self.image_of)
+
+    def per_image(self, error: Tensor) -> Tensor:
+        """Mean of an x-shaped tensor over each image's own elements -> (B,), 0 where not real."""
+        if self.image_of is not None:
+            assert self.cu_seqlens is not None
+            per_token = error.flatten(1).mean(dim=1)  # (T,)
+            total = torch.segment_reduce(per_token, "sum", offsets=self.cu_seqlens.long())
+            mean = total / self.tokens.clamp(min=1)
+        elif self.mask is not None:
+            per_token = error.flatten(2).mean(dim=2) * self.mask  # (B, N)
+            mean = per_token.sum(dim=1) / self.mask.sum(dim=1).clamp(min=1)
+        else:
+            mean = error.flatten(1).mean(dim=1)
+        return torch.where(self.real, mean, torch.zeros_like(mean))
+
+    def join(self, other: Batch) -> Batch:
+        """The rows of this batch followed by the rows of another one of the same layout."""
+        assert self.layout == other.layout
+        joined = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "sizes", "real")}
+        if self.mask is not None and other.mask is not None:
+            joined["mask"] = torch.cat([self.mask, other.mask])
+        if self.image_of is not None and self.cu_seqlens is not None:
+            assert other.image_of is not None and other.cu_seqlens is not None
+            joined["image_of"] = torch.cat([self.image_of, other.image_of + len(self.y)])
+            shifted = other.cu_seqlens[1:] + self.cu_seqlens[-1]
+            joined["cu_seqlens"] = torch.cat([self.cu_seqlens, shifted])
+        return replace(self, **joined, max_seqlen=max(self.max_seqlen, other.max_seqlen))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked host memory (called by the DataLoader)."""
+        pinned = {
+            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)

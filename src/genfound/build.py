@@ -1,0 +1,256 @@
+"""From a resolved configuration to objects, with every cross-check in plain words.
+
+Nothing here trains or samples; `fit` and `sampling` use what is built here. Lightning is not imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from genfound import checkpoints, paths
+from genfound.data.base import ImageSource
+from genfound.data.order import Order
+from genfound.data.packing import Chunker, Grouper, Packer
+from genfound.data.plan import Plan
+from genfound.layouts import Dense, Layout, Packed, Padded
+from genfound.objectives.base import Objective
+from genfound.rng import Rng
+from genfound.samplers import SAMPLERS
+from genfound.tokenizers import Spec, Tokenizer
+
+Config = Mapping[str, Any]
+
+LOADER_KEYS = ("batch_size", "num_workers", "flip")
+"""Keys of `data` that belong to loading; all others go to the source."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model, ready to sample.
+
+    Attributes:
+        net: backbone in eval mode.
+        objective: what it was trained for.
+        tokenizer: maps its latents to images.
+        config: resolved configuration of the run.
+        class_names: names of the labels.
+        sizes: (height, width) in pixels that are typical of its training data.
+    """
+
+    net: nn.Module
+    objective: Objective
+    tokenizer: Tokenizer
+    config: Config
+    class_names: list[str]
+    sizes: list[tuple[int, int]]
+
+
+def tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a configuration."""
+    built: Tokenizer = construct("tokenizer", config["tokenizer"])
+    return built
+
+
+def source(config: Config, spec: Spec, split: str) -> ImageSource:
+    """The images of a configuration; `split` is `train` or `val`."""
+    options = {key: value for key, value in config["data"].items() if key not in LOADER_KEYS}
+    built: ImageSource = construct(
+        "data", options, unit=spec.stride * config["model"]["patch_size"], split=split, seed=config["seed"]
+    )
+    if split == "train" and not len(built.labels):
+        raise ValueError("data: there is no image to train on")
+    return built
+
+
+def net(config: Config, spec: Spec, num_classes: int) -> nn.Module:
+    """The backbone for a tokenizer and a number of classes, initialised from the seed.
+
+    Raises:
+        ValueError: channels of model and tokenizer differ, or the layout is not one of the backbone's.
+    """
+    options = dict(config["model"])
+    channels = options.pop("channels")
+    if channels not in (None, spec.channels):
+        name = _name(config["tokenizer"])
+        raise ValueError(
+            f"tokenizer is {name} ({spec.channels} channels) but model.channels is {channels}; "
+            "leave model.channels=null or choose the other tokenizer"
+        )
+    torch.manual_seed(Rng(config["seed"]).integer("initialise"))
+    built: nn.Module = construct("model", options, channels=spec.channels, num_classes=num_classes)
+    allowed: tuple[str, ...] = built.layouts  # type: ignore[assignment]
+    if config["layout"]["name"] not in allowed:
+        raise ValueError(
+            f"layout={config['layout']['name']} does not fit {type(built).__name__}; choose layout={' or '.join(allowed)}"
+        )
+    return built
+
+
+def objective(config: Config) -> Objective:
+    """The objective of a configuration, checked against its sampler.
+
+    Raises:
+        ValueError: the pair of objective and sampler is not legal.
+    """
+    built: Objective = construct("objective", config["objective"])
+    sampler = config["sampler"]["name"]
+    if sampler not in built.samplers or sampler not in SAMPLERS:
+        raise ValueError(
+            f"sampler={sampler} cannot sample objective={built.name}; choose sampler={' or '.join(built.samplers)}"
+        )
+    return built
+
+
+def layout(config: Config, backbone: nn.Module, images: ImageSource, spec: Spec) -> Layout:
+    """The training layout, of static shape."""
+    name, patch = config["layout"]["name"], config["model"]["patch_size"]
+    if name == "dense":
+        return Dense(patch)
+    if name == "padded":
+        return Padded(patch, int(token_counts(images, spec, patch).max()))
+    tokens = config["data"]["max_tokens"]
+    limit = max_images(token_counts(images, spec, patch), tokens)
+    return Packed(patch, tokens, limit, filler_label=backbone.null_label or 0)  # type: ignore[arg-type]
+
+
+def sampling_layout(config: Config) -> Layout:
+    """The layout of a sampling batch, whose images have one size."""
+    name, patch = config["layout"]["name"], config["model"]["patch_size"]
+    return {"dense": Dense, "padded": Padded, "packed": Packed}[name](patch)
+
+
+def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: int, seed: int) -> Plan:
+    """The global steps over a source.
+
+    Raises:
+        ValueError: the global step does not divide into micro-batches of the ranks.
+    """
+    tokens = token_counts(images, spec, config["model"]["patch_size"])
+    order = Order(len(tokens), seed)
+    budget = config["data"]["max_tokens"]
+    grouper: Grouper
+    if config["layout"]["name"] == "dense":
+        micro = config["data"]["batch_size"]
+        per_step, rest = divmod(config["batch"]["images"] or config["optimizer"]["images_per_step"], micro)
+        if rest or not per_step:
+            raise ValueError(f"batch.images must be a multiple of data.batch_size={micro}")
+        grouper = Chunker(micro)
+    else:
+        per_step = config["batch"]["packs"] or max(round(config["optimizer"]["tokens_per_step"] / budget), 1)
+        if int(tokens.max()) > budget:
+            raise ValueError(
+                f"an image has {int(tokens.max())} tokens, more than data.max_tokens={budget}; raise data.max_tokens"
+            )
+        grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
+    if per_step % ranks:
+        raise ValueError(
+            f"a global step of {per_step} micro-batches cannot be shared by trainer.devices={ranks}; "
+            f"set batch.packs (or batch.images) to a multiple"
+        )
+    return Plan(order, tokens, grouper, per_step, weight, seed)
+
+
+def max_images(tokens: np.ndarray, budget: int) -> int:
+    """Rows of a static pack: twice what a pack holds on average."""
+    return math.ceil(2 * budget / float(tokens.mean()))
+
+
+def token_counts(images: ImageSource, spec: Spec, patch_size: int) -> np.ndarray:
+    """(n,) tokens of each image."""
+    counts: np.ndarray = (images.sizes // (spec.stride * patch_size)).prod(axis=1)
+    return counts
+
+
+def precision(wanted: str, device: torch.device) -> str:
+    """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic.
+
+    Raises:
+        ValueError: unknown setting.
+    """
+    if wanted == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        wanted = "bf16" if has_bf16 else "fp32"
+    names = {"bf16": "bf16-mixed", "fp32": "32-true"}
+    if wanted not in names:
+        raise ValueError(f"precision={wanted} is unknown; choose auto, bf16 or fp32")
+    return names[wanted]
+
+
+def device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device of this process.
+
+    Raises:
+        ValueError: the accelerator is unknown or absent.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"accelerator={wanted} is unknown; choose auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("accelerator=cuda, but this machine has no CUDA device")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load(path: str | Path, weights: str = "ema") -> Loaded:
+    """Load a run directory, or one of its checkpoints.
+
+    Args:
+        path: `runs/<study>/<name>` (its newest checkpoint) or a file in its checkpoints/.
+        weights: `ema` (the first decay) or `raw`.
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint in it.
+        ValueError: a damaged checkpoint, or one of another architecture.
+    """
+    path = Path(path)
+    folder = path.parent.parent if path.is_file() else path
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no run {path}")
+    config = paths.read_config(folder)
+    file = path if path.is_file() else checkpoints.newest(folder / "checkpoints")
+    if file is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    state = checkpoints.read(file)
+    codec = tokenizer(config)
+    data = state["run"]
+    model = net(config, codec.spec, len(data["class_names"]))
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights={weights} is unknown; choose ema or raw")
+    if weights == "ema" and state["ema"]:
+        tensors = next(iter(state["ema"].values()))
+    else:
+        tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+    checkpoints.fill(model, tensors, file)
+    sizes = [(int(h), int(w)) for h, w in data["sizes"]]
+    return Loaded(model.eval(), objective(config), codec, config, list(data["class_names"]), sizes)
+
+
+def construct(group: str, options: Mapping[str, Any], **extra: Any) -> Any:
+    """Call the class or function that `options["_target_"]` names, with the other options.
+
+    Raises:
+        ValueError: the target does not exist, or does not take these options.
+    """
+    arguments = dict(options)
+    module, _, name = str(arguments.pop("_target_")).rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{group}._target_={module}.{name} cannot be imported: {error}") from None
+    try:
+        return target(**arguments, **extra)
+    except TypeError as error:
+        if f"{name}.__init__" in str(error) or f"{name}()" in str(error):
+            raise ValueError(f"{group}: {error}") from None
+        raise
+
+
+def _name(options: Mapping[str, Any]) -> str:
+    return str(options["_target_"]).rpartition(".")[2].lower()

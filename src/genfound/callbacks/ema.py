@@ -1,0 +1,93 @@
+"""Exponential moving averages of the weights, in float32, beside the live ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+
+class Ema(lightning.Callback):
+    """Averages with one or several decays; they start as copies of the initial weights.
+
+    `state_dict` of the module stays the live weights; the averages are the checkpoint's key `ema`,
+    {decay: {parameter: tensor}}.
+
+    Args:
+        decays: e.g. [0.9999]; the first is the one that previews and samples use.
+    """
+
+    def __init__(self, decays: Sequence[float]) -> None:
+        self.decays = list(decays)
+        self.averages: dict[float, dict[str, Tensor]] = {}
+        self._steps = 0
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Copy the weights, unless a checkpoint is about to bring the averages."""
+        for decay in self.decays:
+            self.averages[decay] = {name: p.detach().float().clone() for name, p in _trained(module)}
+        self._steps = trainer.global_step
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore the averages.
+
+        Raises:
+            ValueError: the checkpoint lacks one of the decays, or a parameter.
+        """
+        saved = checkpoint["ema"]
+        missing = [decay for decay in self.decays if str(decay) not in saved]
+        if missing:
+            raise ValueError(f"ema.decays={self.decays}, but the checkpoint has only {', '.join(saved)}")
+        for decay, average in self.averages.items():
+            if average.keys() != saved[str(decay)].keys():
+                raise ValueError("the averages in the checkpoint belong to other parameters")
+            for name, tensor in average.items():
+                tensor.copy_(saved[str(decay)][name])
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the averages."""
+        checkpoint["ema"] = {str(decay): average for decay, average in self.averages.items()}
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Update after each optimizer step."""
+        if trainer.global_step == self._steps:
+            return
+        self._steps = trainer.global_step
+        live = [p.detach().float() for _, p in _trained(module)]
+        for decay, average in self.averages.items():
+            torch._foreach_lerp_(list(average.values()), live, 1 - decay)
+
+    @contextmanager
+    def swapped(self, module: lightning.LightningModule) -> Iterator[None]:
+        """Within this context the network holds the first average."""
+        if not self.decays:
+            yield
+            return
+        average = self.averages[self.decays[0]]
+        live = {name: p.detach().clone() for name, p in _trained(module)}
+        _copy(module, average)
+        try:
+            yield
+        finally:
+            _copy(module, live)
+
+
+def _trained(module: lightning.LightningModule) -> list[tuple[str, nn.Parameter]]:
+    net: nn.Module = module.net  # type: ignore[assignment]
+    return [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _copy(module: lightning.LightningModule, values: dict[str, Tensor]) -> None:
+    for name, parameter in _trained(module):
+        parameter.copy_(values[name])

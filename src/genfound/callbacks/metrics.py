@@ -1,0 +1,95 @@
+"""Training curves: loss, loss by time, gradient norm, speed; nothing waits for the device between two lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from genfound.callbacks.speed import Speed
+from genfound.data.loader import Item, TrainLoader
+from genfound.module import GenerativeModule
+from genfound.objectives.weighting import image_weight
+from genfound.reporting.sinks import Sink
+
+BINS = 4
+
+
+class Metrics(lightning.Callback):
+    """Averages over `every` steps and hands them to the sinks on rank 0.
+
+    Args:
+        sinks: where the numbers go.
+        every: steps between two lines.
+        loader: knows how long training waited for data.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], every: int, loader: TrainLoader) -> None:
+        self.sinks = list(sinks)
+        self.every = every
+        self.speed = Speed(loader)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Begin an empty window."""
+        assert isinstance(module, GenerativeModule)
+        self._logged = trainer.global_step
+        self._clear(module)
+
+    def _clear(self, module: GenerativeModule) -> None:
+        self._loss = torch.zeros((), device=module.device)
+        self._bins = torch.zeros(2, BINS, device=module.device)  # summed loss, number of images
+        self.speed.clear()
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Item, batch_idx: int
+    ) -> None:
+        """Start the clock of a micro-batch; the first one also counts its operations."""
+        assert isinstance(module, GenerativeModule)
+        if not self.speed.calibrated:
+            self.speed.calibrate(module, batch[0])
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
+    ) -> None:
+        """Add a micro-batch; write a line after `every` steps."""
+        assert isinstance(module, GenerativeModule) and module.losses is not None
+        losses, (images, micro) = module.losses, batch
+        weights = image_weight(images.tokens, module.objective.weight) * images.real
+        self._loss += (weights * losses.total.detach()).sum() / micro.step_weight
+        low, high = module.objective.time_range
+        index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+        for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
+            self._bins[row].index_add_(0, index, value.float())
+        self.speed.add(micro, images, time.perf_counter() - self._begin)
+        if trainer.global_step >= self._logged + self.every:
+            self._write(trainer, module)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """The last, shorter window."""
+        assert isinstance(module, GenerativeModule)
+        if trainer.global_step > self._logged:
+            self._write(trainer, module)
+
+    def _write(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+        steps = trainer.global_step - self._logged
+        packed = torch.cat([self._loss[None] / steps, self._bins.flatten(), self.speed.sums(module.device)])
+        total = trainer.strategy.reduce(packed, reduce_op="sum")
+        assert isinstance(total, Tensor) and module.grad_norm is not None
+        numbers = total.tolist()
+        metrics = {"images_seen": module.images_seen, "train/loss": numbers[0]}
+        sums, counts = numbers[1 : 1 + BINS], numbers[1 + BINS : 1 + 2 * BINS]
+        for i, (value, count) in enumerate(zip(sums, counts, strict=True)):
+            if count:
+                metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
+        metrics["train/grad_norm"] = float(module.grad_norm)
+        metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
+        metrics |= self.speed.metrics(numbers[1 + 2 * BINS :], trainer.world_size)
+        for sink in self.sinks:
+            sink.log(metrics, trainer.global_step)
+        self._logged = trainer.global_step
+        self._clear(module)

@@ -1,0 +1,73 @@
+"""Steps whose gradient is not finite: skipped by the optimizer, counted, written down, and limited."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from genfound.data.loader import Item
+from genfound.module import GenerativeModule
+
+
+class NonFinite(lightning.Callback):
+    """Looks at the gradient norms of the last steps, in one transfer.
+
+    Args:
+        file: one JSON line per skipped step and micro-batch of this rank: images, times, seed.
+        every: steps between two looks.
+        limit: as many skipped steps in a row stop the run.
+    """
+
+    def __init__(self, file: Path, every: int, limit: int) -> None:
+        self.file = file
+        self.every = every
+        self.limit = limit
+        self.skipped = 0
+        self._in_a_row = 0
+        self._norms: list[tuple[int, Tensor]] = []
+        self._micros: dict[int, list[tuple[Item, Tensor]]] = {}
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
+    ) -> None:
+        """Remember the micro-batch; look every so many steps.
+
+        Raises:
+            FloatingPointError: too many steps in a row were skipped.
+        """
+        assert isinstance(module, GenerativeModule) and module.losses is not None
+        step = batch[1].step
+        self._micros.setdefault(step, []).append((batch, module.losses.t))
+        if trainer.global_step <= step or module.grad_norm is None:
+            return
+        self._norms.append((step, module.grad_norm.detach()))
+        if len(self._norms) >= self.every:
+            self.look(module.seed)
+
+    def look(self, seed: int) -> None:
+        """Judge the remembered steps."""
+        finite = torch.stack([norm for _, norm in self._norms]).isfinite().tolist()
+        for (step, _), good in zip(self._norms, finite, strict=True):
+            self._in_a_row = 0 if good else self._in_a_row + 1
+            if not good:
+                self.skipped += 1
+                self._write(step, seed)
+            if self._in_a_row >= self.limit:
+                raise FloatingPointError(
+                    f"{self.limit} steps in a row had a gradient that is not finite (last: step {step}); their images "
+                    f"and times are in {self.file}; the last checkpoint is from before them or unharmed by them"
+                )
+        self._norms.clear()
+        self._micros.clear()
+
+    def _write(self, step: int, seed: int) -> None:
+        with open(self.file, "a") as out:
+            for (_, micro), t in self._micros[step]:
+                times = t.tolist()[: len(micro.indices)]
+                line = {"step": step, "micro_batch": micro.number, "seed": seed, "images": micro.indices, "t": times}
+                out.write(json.dumps(line) + "\n")

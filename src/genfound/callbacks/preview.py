@@ -1,0 +1,78 @@
+"""A labelled grid of samples every so many images, from the averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from genfound.callbacks.ema import Ema
+from genfound.callbacks.metrics import Metrics
+from genfound.module import GenerativeModule
+from genfound.reporting.grid import save_grid
+from genfound.sampling import Request, Sampling
+
+
+class Preview(lightning.Callback):
+    """Writes samples/images-<n>.png; the same noise every time.
+
+    Args:
+        folder: the run's samples/.
+        every: images between two grids.
+        sampling: how to sample.
+        requests: what to sample, one row of the grid per size.
+        class_names: names of the labels.
+        ema: holds the average.
+        metrics: whose sinks receive the picture.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        sampling: Sampling,
+        requests: Sequence[Request],
+        class_names: Sequence[str],
+        ema: Ema,
+        metrics: Metrics,
+    ) -> None:
+        self.folder = folder
+        self.every = every
+        self.sampling = sampling
+        self.requests = requests
+        self.class_names = class_names
+        self.ema = ema
+        self.metrics = metrics
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Continue the rhythm of the images seen."""
+        assert isinstance(module, GenerativeModule)
+        self._rounds = module.images_seen // self.every
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Sample whenever another `every` images have been seen."""
+        assert isinstance(module, GenerativeModule)
+        if module.images_seen // self.every > self._rounds:
+            self._rounds = module.images_seen // self.every
+            self._draw(trainer, module)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """The grid of the finished run."""
+        assert isinstance(module, GenerativeModule)
+        self._draw(trainer, module)
+
+    def _draw(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+        file = self.folder / f"images-{module.images_seen:09d}.png"
+        if not trainer.is_global_zero or file.exists():
+            return
+        module.eval()
+        with self.ema.swapped(module):
+            images = self.sampling.draw(module.net, self.requests, seed=0)
+        module.train()
+        save_grid(file, images, self.requests, self.class_names)
+        for sink in self.metrics.sinks:
+            sink.picture("samples", file, module.images_seen)

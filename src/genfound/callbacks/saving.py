@@ -1,0 +1,95 @@
+"""Checkpoints every so many steps, and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from genfound import checkpoints
+from genfound.data.loader import TrainLoader
+
+
+class Saving(lightning.Callback):
+    """Writes `step-<n>.ckpt`; older ones are deleted after the new one is complete.
+
+    Args:
+        folder: the run's checkpoints/.
+        every: steps between two checkpoints.
+        keep: how many to keep.
+        loader: whose position belongs to the checkpoint.
+        facts: what sampling must know of the data (class names, sizes), and the data's fingerprint.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, loader: TrainLoader, facts: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.every = every
+        self.keep = keep
+        self.loader = loader
+        self.facts = dict(facts)
+        self._saved = -1
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """What was resumed from is already on disk."""
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Save at multiples of `every`."""
+        if trainer.global_step % self.every == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Save the last step."""
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        step = trainer.global_step
+        if step == self._saved:
+            return
+        self._saved = step
+        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink()
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The position of the data, and what they are."""
+        checkpoint["run"] = self.facts
+        checkpoint["data"] = self.loader.state(trainer.global_step)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue the data where they were.
+
+        Raises:
+            ValueError: these are not the images of the run.
+        """
+        if checkpoint["run"]["fingerprint"] != self.facts["fingerprint"]:
+            raise ValueError("data: these are not the images that this run was trained on; choose another name=...")
+        self.loader.restore(checkpoint["data"])
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's way to our checkpoint files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """See `checkpoints.save`."""
+        checkpoints.save(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """See `checkpoints.read`; always on the CPU and never running code."""
+        return checkpoints.read(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a file."""
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""Checkpoint files: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write to a temporary file, flush it to the disk, rename; the old file survives any failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Map a checkpoint into memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0][:150]
+        raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}") from None
+    assert isinstance(state, dict)
+    return state
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the largest step recorded inside it, or None."""
+    files = list(folder.glob("*.ckpt"))
+    return max(files, key=lambda file: int(read(file)["global_step"]), default=None)
+
+
+def fill(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Copy tensors into a network.
+
+    Raises:
+        ValueError: keys are missing or left over, or shapes differ; nothing has been copied then.
+    """
+    own = net.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape),
+    }
+    found = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"{file} does not fit {type(net).__name__}: {'; '.join(found)}")
+    net.load_state_dict(dict(tensors))

@@ -1,0 +1,35 @@
+"""The order of images: infinite, shuffled pass by pass, and without state.
+
+Position k of a run is image `k mod n` of a permutation drawn from (seed, k div n), so any position can be
+looked up directly; a resumed run and any number of ranks see the same sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from genfound.rng import Rng
+
+
+class Order:
+    """Position in the run -> index in the data set.
+
+    Args:
+        images: size of the data set, n.
+        seed: seed of the run.
+    """
+
+    def __init__(self, images: int, seed: int) -> None:
+        self.images = images
+        self._rng = Rng(seed, "order")
+        self._permutation = functools.lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, number: int) -> np.ndarray:
+        drawn: np.ndarray = self._rng.at(number).permutation("pass", self.images).numpy()
+        return drawn
+
+    def __getitem__(self, position: int) -> int:
+        number, within = divmod(position, self.images)
+        return int(self._permutation(number)[within])

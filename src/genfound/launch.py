@@ -1,0 +1,166 @@
+"""From a composed configuration to running jobs.
+
+The process that reads the command line composes and launches. A single job on one device trains in it; every
+job of a sweep, and every job on several devices, is a process group of its own that reads the run's
+config.yaml. So ranks can never disagree about what they train, and a job that fails leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the others on shared cores
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from genfound import paths
+
+
+class JobError(Exception):
+    """A job ended badly and has already said so."""
+
+
+def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line and run `task`; errors of the user are one line."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    command = hydra.main(version_base="1.3", config_path=paths.config_dir(), config_name=config_name)(task)
+    try:
+        _refuse_new_keys(sys.argv[1:])
+        command()
+    except JobError:
+        sys.exit(1)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_composition_error(error, config_name))
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("GENFOUND_TRACEBACK"):
+            raise
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and exit with 1."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(1)
+
+
+def train(cfg: DictConfig) -> None:
+    """Launch one job of `genfound.train`.
+
+    Raises:
+        JobError: the job ran in a process of its own and failed.
+        ValueError: the run directory belongs to another configuration.
+    """
+    hydra_cfg = HydraConfig.get()
+    folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    sweeping = hydra_cfg.mode == RunMode.MULTIRUN
+    try:
+        paths.claim(folder, {str(k): v for k, v in config.items()}, cfg.allow_changes)
+    except ValueError as error:
+        if not sweeping:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise JobError from error
+    if sweeping or cfg.trainer.devices > 1:
+        _run_apart(folder, cfg.trainer.devices)
+    else:
+        run(folder)
+
+
+def run(folder: Path) -> None:
+    """Train the run of a directory in this process; leave DONE or FAILED there."""
+    keep_freed_memory()
+    from genfound.fit import fit
+
+    try:
+        fit(folder)
+    except BaseException:
+        if os.environ.get("RANK", "0") == "0":
+            paths.mark_failed(folder, traceback.format_exc())
+        raise
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of a step for the next one, instead of paging it in anew (1.5x on CPUs)."""
+    if sys.platform == "linux":
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(mmap_threshold, 2**30)
+            libc.mallopt(trim_threshold, 2**31 - 1)
+            libc.mallopt(top_pad, 2**26)
+
+
+def _run_apart(folder: Path, devices: int) -> None:
+    """Train in a process group of its own and print one summary line."""
+    begin = time.monotonic()
+    command = [sys.executable]
+    if devices > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    code = subprocess.run([*command, "-m", "genfound.launch", str(folder)], check=False).returncode
+    minutes, seconds = divmod(round(time.monotonic() - begin), 60)
+    result: dict[str, Any] = paths.finished(folder) or {}
+    summary = "  ".join(f"{key} {value}" for key, value in result.items())
+    print(f"[{'failed' if code else 'done'}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
+    if code:
+        raise JobError(str(folder))
+
+
+def _refuse_new_keys(arguments: list[str]) -> None:
+    """`+key=value` would add a key that nothing reads."""
+    for argument in arguments:
+        match = re.match(r"(\+{1,2})(?!hydra)([^=]+)=", argument)
+        if match:
+            raise ValueError(f"unknown key {match[2]}: {argument} would add it, and nothing would read it; drop the +")
+
+
+def _composition_error(error: Exception, config_name: str) -> str:
+    """Hydra's messages, in one line that names the key and the nearest real one."""
+    text = f"{error} {error.__cause__ or ''}"
+    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    if key and ("not in struct" in text or "Could not override" in text):
+        near = difflib.get_close_matches(key[1], _known_keys(config_name), n=1)
+        return f"unknown key {key[1]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+    listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"
+    option = re.search(listed, text, re.DOTALL)
+    if option:
+        return f"{option[1]}={option[2]} is unknown; choose one of {', '.join(option[3].split())}"
+    return text
+
+
+def _known_keys(config_name: str) -> list[str]:
+    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose(config_name), resolve=False)
+    assert isinstance(config, dict)
+    flat = paths.flatten({str(k): v for k, v in config.items()})
+    return sorted(flat.keys() | {key.rpartition(".")[0] for key in flat})
+
+
+def _worker(folder: Path) -> None:
+    """One rank of a job: `python -m genfound.launch RUN_DIR`."""
+    try:
+        run(folder)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(1)
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]))

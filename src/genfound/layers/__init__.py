@@ -1,0 +1,1 @@
+"""Layers that are bit-identical in every backbone that uses them."""

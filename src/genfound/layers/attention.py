@@ -1,0 +1,171 @@
+"""Attention inside each image of a packed sequence: one signature, several kernels.
+
+Every backend takes q, k, v of shape (T, H, d) and the row bounds `cu_seqlens` (B + 1,); token i attends to
+the tokens of its own row. `loop` is the reference that all others are tested against.
+
+Legend: T packed tokens, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+log = logging.getLogger(__name__)
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
+    """Softmax attention within each row of a packed sequence.
+
+    Args:
+        q, k, v: (T, H, d).
+        cu_seqlens: (B + 1,) int32, rows begin and end here; rows may be empty.
+        max_seqlen: host bound on the length of a row.
+        backend: a name of `BACKENDS`, or `auto` for the best one that runs here.
+
+    Returns:
+        (T, H, d) in the dtype of v.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run on this device.
+    """
+    name = choose_backend(backend, q.device.type, v.dtype)
+    return BACKENDS[name](q, k, v, cu_seqlens, max_seqlen).to(v.dtype)
+
+
+@functools.cache
+def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that will run; `auto` takes the first available one. Logged once per choice."""
+    available = available_backends(device, dtype)
+    if backend == "auto":
+        log.info("attention: %s on %s in %s (available: %s)", available[0], device, dtype, ", ".join(available))
+        return available[0]
+    if backend not in BACKENDS:
+        raise ValueError(f"model.attention={backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    if backend not in available:
+        raise ValueError(
+            f"model.attention={backend} cannot run on {device} in {dtype}; available: {', '.join(available)}"
+        )
+    return backend
+
+
+def available_backends(device: str, dtype: torch.dtype) -> list[str]:
+    """Backends that run for this device and dtype, best first."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    found = []
+    if device == "cuda" and half and importlib.util.find_spec("flash_attn"):
+        found.append("flash")
+    if device == "cuda" and half and importlib.util.find_spec("torch.nn.attention.varlen"):
+        found.append("varlen")
+    if device == "cuda":
+        found.append("flex")
+    return [*found, "loop"]
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """SDPA per row in float32; neighbouring rows of equal length share one call."""
+    if torch.compiler.is_compiling():
+        return _loop_op(q.float(), k.float(), v.float(), cu_seqlens)
+    return _loop_rows(q.float(), k.float(), v.float(), cu_seqlens)
+
+
+def _loop_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    lengths = [n for n in cu_seqlens.diff().tolist() if n > 0]
+    runs = [(n, len(list(same))) for n, same in itertools.groupby(lengths)]
+    parts = zip(runs, *(a.split([n * rows for n, rows in runs]) for a in (q, k, v)), strict=True)
+    out = []
+    for (n, rows), *part in parts:
+        heads_first = (a.unflatten(0, (rows, n)).transpose(1, 2) for a in part)  # (rows, H, n, d)
+        out.append(scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+
+@torch.library.custom_op("genfound::packed_attention_loop", mutates_args=())
+def _loop_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`_loop_rows` as one opaque operation, so that a compiled block has no graph break."""
+    return _loop_rows(q, k, v, cu_seqlens).contiguous()
+
+
+@_loop_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _loop_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _loop_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens = ctx.saved_tensors
+    return *_loop_grad_op(grad.contiguous(), q, k, v, cu_seqlens), None
+
+
+@torch.library.custom_op("genfound::packed_attention_loop_grad", mutates_args=())
+def _loop_grad_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [a.detach().requires_grad_() for a in (q, k, v)]
+        out = _loop_rows(*leaves, cu_seqlens)
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_loop_grad_op.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_loop_op.register_autograd(_loop_backward, setup_context=_loop_setup)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """PyTorch's own variable-length flash attention (CUDA, 16 bit)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """The flash-attn package (CUDA, 16 bit)."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q.to(v.dtype), k.to(v.dtype), v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """FlexAttention with a block mask made once per pack (CUDA)."""
+    q, k, v = (a.to(v.dtype).transpose(0, 1)[None] for a in (q, k, v))  # (1, H, T, d)
+    out = _compiled_flex()(q, k, v, block_mask=_document_mask(cu_seqlens, q.shape[2]))
+    return out[0].transpose(0, 1)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=1)
+def _document_mask(cu_seqlens: Tensor, tokens: int):  # type: ignore[no-untyped-def]
+    """Block mask of one pack; the cache holds the pack in flight, whose blocks all share it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    position = torch.arange(tokens, device=cu_seqlens.device)
+    row = torch.searchsorted(cu_seqlens, position, right=True)
+
+    def same_row(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return row[i] == row[j]
+
+    return create_block_mask(same_row, None, None, tokens, tokens, device=str(cu_seqlens.device))
+
+
+BACKENDS: dict[str, Backend] = {"loop": _loop, "varlen": _varlen, "flash": _flash, "flex": _flex}

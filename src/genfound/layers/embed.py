@@ -1,0 +1,48 @@
+"""Embeddings of the conditions: time and class label."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+FREQUENCIES = 256
+LONGEST_PERIOD = 10_000
+
+
+def sinusoid(t: Tensor, size: int = FREQUENCIES) -> Tensor:
+    """(B,) times -> (B, size) float32, [cos | sin] of geometrically spaced frequencies (ADM's form).
+
+    An odd size has one zero column at the end.
+    """
+    half = size // 2
+    exponent = -math.log(LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * exponent.exp()  # (B, half)
+    return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, size % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid -> Linear -> SiLU -> Linear. The time is taken in the unit it comes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, D)."""
+        embedded: Tensor = self.mlp(sinusoid(t))
+        return embedded
+
+
+class LabelEmbedding(nn.Module):
+    """A table of classes; the last row is the null class where one is wanted."""
+
+    def __init__(self, num_classes: int, width: int, null_class: bool) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + null_class, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(B,) int -> (B, D)."""
+        row: Tensor = self.embedding_table(y)
+        return row

@@ -1,0 +1,49 @@
+"""Padded: rows of tokens, filled up to one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genfound.batch import Batch
+from genfound.layouts.base import from_tokens, to_tokens, token_sizes
+
+
+class Padded:
+    """x is (B, N, C * p * p) with a mask.
+
+    Args:
+        patch_size: side of a patch in latent pixels.
+        max_tokens: N; `None` takes the longest image of the batch.
+    """
+
+    name = "padded"
+
+    def __init__(self, patch_size: int, max_tokens: int | None = None) -> None:
+        self.patch_size = patch_size
+        self.max_tokens = max_tokens
+
+    def to_batch(self, latents: Sequence[Tensor], y: Tensor) -> Batch:
+        """Tokens of each latent (C, h, w), then zeros.
+
+        Raises:
+            ValueError: an image has more than `max_tokens` tokens.
+        """
+        sizes = token_sizes(latents, self.patch_size)
+        longest = int(sizes.prod(dim=1).max())
+        length = self.max_tokens or longest
+        if longest > length:
+            raise ValueError(f"an image has {longest} tokens, more than the layout's {length}; raise data.max_tokens")
+        tokens = [to_tokens(z, self.patch_size) for z in latents]
+        x = torch.stack([torch.nn.functional.pad(z, (0, 0, 0, length - len(z))) for z in tokens])
+        sizes = sizes.to(y.device)
+        mask = torch.arange(length, device=y.device) < sizes.prod(dim=1, keepdim=True)
+        real = torch.ones(len(tokens), dtype=torch.bool, device=y.device)
+        return Batch(x, y, sizes, real, mask=mask)
+
+    def to_latents(self, x: Tensor, batch: Batch) -> list[Tensor]:
+        """(B, N, C * p * p) -> latents (C, h, w) of the real rows."""
+        rows = zip(x, batch.sizes.tolist(), batch.real.tolist(), strict=True)
+        return [from_tokens(z[: h * w], h, self.patch_size) for z, (h, w), real in rows if real]

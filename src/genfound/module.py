@@ -1,0 +1,137 @@
+"""GenerativeModule: one training step of any backbone under any objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from genfound.batch import Batch
+from genfound.data.loader import Item
+from genfound.data.plan import Micro
+from genfound.objectives.base import Losses, Objective
+from genfound.objectives.weighting import image_weight
+from genfound.rng import Rng
+
+
+class GenerativeModule(lightning.LightningModule):
+    """Trains a backbone.
+
+    All randomness of a micro-batch is a function of (seed, number of the micro-batch), and the loss of a
+    global step is sum(w_i l_i) / sum(w_i) over all its images, wherever they are computed.
+
+    Args:
+        net: backbone.
+        objective: its loss.
+        optimizer: lr, betas, eps, weight_decay, schedule, warmup_images, clip.
+        label_drop: probability of the null label, per image.
+        seed: seed of the run.
+        budget: images of the run; the end of a cosine schedule.
+        micro_batches: of a global step on this rank.
+        ranks: number of ranks.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: Objective,
+        optimizer: Mapping[str, Any],
+        label_drop: float,
+        seed: int,
+        budget: int,
+        micro_batches: int,
+        ranks: int,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.objective = objective
+        self.settings = optimizer
+        self.label_drop = label_drop
+        self.seed = seed
+        self.budget = budget
+        self.share = micro_batches * ranks  # Lightning averages over both; the loss of a step is a sum
+        self.images_seen = 0
+        self.grad_norm: Tensor | None = None
+        self.losses: Losses | None = None
+        self.micro: Micro | None = None
+
+    def training_step(self, item: Item, batch_idx: int) -> Tensor:
+        """This micro-batch's part of the loss of the global step; a scalar."""
+        batch, micro = item
+        self.micro = micro
+        self.losses = self.evaluate(batch, Rng(self.seed, "train", micro.number))
+        weights = image_weight(batch.tokens, self.objective.weight) * batch.real
+        return (weights * self.losses.total).sum() / micro.step_weight * self.share
+
+    def evaluate(self, batch: Batch, rng: Rng) -> Losses:
+        """Losses of a batch with the training law of labels, times and noise."""
+        if self.label_drop > 0:
+            dropped = rng.uniform("label_drop", batch.y.shape, batch.y.device) < self.label_drop
+            null = torch.full_like(batch.y, self.net.null_label)  # type: ignore[arg-type]
+            batch = replace(batch, y=torch.where(dropped, null, batch.y))
+        return self.objective.loss(self.net, batch, rng)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Fused AdamW over the backbone's parameter groups."""
+        s = self.settings
+        groups = self.net.param_groups() if hasattr(self.net, "param_groups") else self.net.parameters()
+        return torch.optim.AdamW(
+            groups, lr=s["lr"], betas=tuple(s["betas"]), eps=s["eps"], weight_decay=s["weight_decay"], fused=True
+        )
+
+    def on_train_batch_start(self, item: Item, batch_idx: int) -> None:
+        """Set the learning rate of the step from the images seen before it."""
+        rate = self.settings["lr"] * schedule(self.settings, self.images_seen, self.budget)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = rate
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        """Measure the norm, clip at `optimizer.clip`, and let the fused step skip itself if it is not finite."""
+        limit = self.settings["clip"]
+        parameters = [p for p in self.net.parameters() if p.grad is not None]
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    def transfer_batch_to_device(self, item: Item, device: torch.device, dataloader_idx: int) -> Item:
+        """Only the batch moves; the plan of the micro-batch stays on the host."""
+        batch, micro = item
+        return batch.to(device, non_blocking=True), micro
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Finish a global step: count its images, and stop when the budget has been seen."""
+        super().optimizer_step(*args, **kwargs)
+        assert self.micro is not None
+        self.images_seen = self.micro.images_seen
+        self.trainer.should_stop = self.images_seen >= self.budget
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The number of images seen, on which data, schedules and budgets depend."""
+        checkpoint["images_seen"] = self.images_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the number of images seen back."""
+        self.images_seen = checkpoint["images_seen"]
+
+
+def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> float:
+    """Factor of the learning rate: constant, warmup (then constant) or cosine (warmup, then to zero at the budget).
+
+    Raises:
+        ValueError: unknown schedule.
+    """
+    kind, warmup = settings["schedule"], settings["warmup_images"]
+    if kind not in ("constant", "warmup", "cosine"):
+        raise ValueError(f"optimizer.schedule={kind} is unknown; choose constant, warmup or cosine")
+    if kind == "constant":
+        return 1.0
+    if images_seen < warmup:
+        return (images_seen + 1) / (warmup + 1)
+    if kind == "warmup":
+        return 1.0
+    progress = min((images_seen - warmup) / max(budget - warmup, 1), 1.0)
+    return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress))))

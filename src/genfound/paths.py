@@ -1,0 +1,133 @@
+"""Where things lie: the configuration folder and the run directories.
+
+A run directory `runs/<study>/<name>/` holds config.yaml, metrics.jsonl, checkpoints/, samples/, wandb/, and
+DONE or FAILED. Its name is made of the overrides that identify the run, so the same command finds it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+NOT_IDENTITY = (
+    "runs", "study", "name", "allow_changes", "trainer", "logger", "launcher",
+    "data.root", "data.num_workers", "tokenizer.weights",
+)  # fmt: skip
+"""Keys that may change between two calls of the same run."""
+
+LONGEST_NAME = 100
+
+
+def config_dir() -> str:
+    """Absolute path of conf/, in a checkout (or editable install) or inside an installed wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parents[1] / "conf"):
+        if (folder / "train.yaml").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"conf/ is neither inside {package} nor beside its checkout; reinstall genfound")
+
+
+def is_identity(key: str) -> bool:
+    """Whether a config key, e.g. `model.depth`, is part of what a run is."""
+    return not any(key == free or key.startswith(free + ".") for free in NOT_IDENTITY)
+
+
+def run_name(overrides: Sequence[str]) -> str:
+    """A file name from command-line overrides: `key-value` joined by `__`, hashed beyond 100 characters."""
+    pairs = (override.lstrip("+~").partition("=") for override in overrides)
+    parts = sorted(f"{key}-{value}" for key, _, value in pairs if is_identity(key))
+    name = "__".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("_") for part in parts) or "default"
+    if len(name) > LONGEST_NAME:
+        digest = hashlib.blake2b("__".join(parts).encode(), digest_size=6).hexdigest()
+        name = f"{name[: LONGEST_NAME - 13]}-{digest}"
+    return name
+
+
+def run_dir(cfg: DictConfig, overrides: Sequence[str]) -> Path:
+    """`runs/<study>/<name>`.
+
+    Raises:
+        ValueError: study or name is not a plain file name.
+    """
+    name = cfg.name or run_name(overrides)
+    for key, value in (("study", cfg.study), ("name", name)):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", str(value)) or set(str(value)) == {"."}:
+            raise ValueError(f"{key}={value} must consist of letters, digits, dots, underscores and dashes")
+    return Path(cfg.runs) / str(cfg.study) / str(name)
+
+
+def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
+    """Write config.yaml into a run directory, or check that the run there is this one.
+
+    Raises:
+        ValueError: a run with another configuration has been trained there; the message lists the keys.
+    """
+    file = folder / "config.yaml"
+    if file.exists() and any((folder / "checkpoints").glob("*.ckpt")) and not allow_changes:
+        before, now = flatten(read_config(folder)), flatten(config)
+        changed = [k for k in sorted(before.keys() | now.keys()) if is_identity(k) and before.get(k) != now.get(k)]
+        if changed:
+            listed = "; ".join(f"{k}: {before.get(k)} in the run, {now.get(k)} now" for k in changed[:5])
+            raise ValueError(
+                f"{folder} was trained with another configuration ({listed}); "
+                "choose another name=..., or allow_changes=true to continue it changed"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of a run.
+
+    Raises:
+        FileNotFoundError: the folder is not a run directory.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
+    loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    assert isinstance(loaded, dict)
+    return {str(key): value for key, value in loaded.items()}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> {dotted key: leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that a reader never sees half of it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def mark_done(folder: Path, result: Mapping[str, Any]) -> None:
+    """Record that a run reached its end, and where that was."""
+    (folder / "FAILED").unlink(missing_ok=True)
+    write_atomically(folder / "DONE", json.dumps(dict(result)) + "\n")
+
+
+def mark_failed(folder: Path, traceback: str) -> None:
+    """Record why a run stopped."""
+    (folder / "DONE").unlink(missing_ok=True)
+    write_atomically(folder / "FAILED", traceback)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What `mark_done` recorded, or None."""
+    file = folder / "DONE"
+    return json.loads(file.read_text()) if file.exists() else None

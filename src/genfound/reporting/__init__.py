@@ -1,0 +1,1 @@
+"""Where results go: files, dashboards, the terminal, pictures."""

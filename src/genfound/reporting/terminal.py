@@ -1,0 +1,59 @@
+"""The terminal: a progress bar for a person, plain lines for a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Terminal:
+    """Images seen, loss and speed.
+
+    Args:
+        budget: images of the whole run.
+        images_seen: images already seen when the run continues.
+    """
+
+    def __init__(self, budget: int, images_seen: int) -> None:
+        self.budget = budget
+        self._bar: Progress | None = None
+        self._validation = ""
+        if sys.stdout.isatty():
+            columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console())
+            self._task = self._bar.add_task("", total=budget, completed=images_seen)
+            self._bar.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Show the newest training line; a validation loss stays until the next one."""
+        if "val/loss" in metrics:
+            self._validation = f"  val {metrics['val/loss']:.4f} (ema {metrics['val/loss_ema']:.4f})"
+        if "train/loss" not in metrics:
+            return
+        seen = int(metrics["images_seen"])
+        text = (
+            f"{seen:,}/{self.budget:,} images  step {step:,}  loss {metrics['train/loss']:.4f}{self._validation}  "
+            f"{metrics['perf/images_per_s']:.0f} images/s  {metrics['perf/tokens_per_s']:,.0f} tokens/s  "
+            f"data wait {metrics['perf/data_wait']:.1%}"
+        )
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.update(self._task, completed=seen, description=text)
+
+    def picture(self, name: str, file: Path, images_seen: int) -> None:
+        """Say where a picture is."""
+        line = f"{name}: {file}"
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.console.print(line)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,81 @@
+"""`python -m genfound.sample from=RUN labels=[0,star] size=[16,24]`: a labelled grid, and each image alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from genfound import launch
+
+
+def _task(cfg: DictConfig) -> None:
+    from genfound import build
+    from genfound.data.loader import save_png
+    from genfound.reporting.grid import save_grid
+    from genfound.sampling import Sampling, make_requests
+
+    launch.keep_freed_memory()
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    loaded = build.load(config["from"], weights=config["weights"])
+    chosen = list(HydraConfig.get().overrides.task)
+    settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
+    labels = range(len(loaded.class_names)) if config["labels"] is None else config["labels"]
+    sizes = loaded.sizes if config["size"] is None else _sizes(config["size"])
+    requests = make_requests(list(labels), sizes, config["n"], loaded.class_names)
+    device = build.device(config["accelerator"])
+    how = {**loaded.config, **settings}
+    objective = build.objective(how)
+    sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"], config["precision"])
+
+    out = Path(config["out"] or _default_out(config["from"], chosen))
+    total = len(requests)
+    images = sampling.draw(loaded.net.to(device), requests, config["seed"], lambda done: print(f"{done}/{total}"))
+    for image, request in zip(images, requests, strict=True):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", loaded.class_names[request.label])
+        save_png(out / f"{request.number:05d}_{name}_{request.size[0]}x{request.size[1]}.png", image)
+    save_grid(out / "grid.png", images, requests, loaded.class_names)
+    print(f"{len(images)} images and their grid: {out / 'grid.png'}")
+
+
+def run_or_chosen(group: str, run: Mapping[str, Any], config: Mapping[str, Any], chosen: list[str]) -> dict[str, Any]:
+    """The run's own sampler or guidance, unless an option is chosen; single keys that were set always win."""
+    values = [override.partition("=")[0] for override in chosen]
+    base = dict(config[group] if group in values else run[group])
+    for key in (value.removeprefix(f"{group}.") for value in values if value.startswith(f"{group}.")):
+        base[key] = config[group][key]
+    return base
+
+
+def _sizes(size: list[Any]) -> list[tuple[int, int]]:
+    """[H, W] or [[H, W], ...] -> pairs.
+
+    Raises:
+        ValueError: anything else.
+    """
+    pairs = size if size and isinstance(size[0], list) else [size]
+    if not all(len(pair) == 2 and all(isinstance(side, int) for side in pair) for pair in pairs):
+        raise ValueError(f"size={size} must be [height,width] or a list of such pairs, in pixels")
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _default_out(run: str, chosen: list[str]) -> Path:
+    from genfound import paths
+
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
+    settings = [c for c in chosen if not c.startswith(("from=", "out="))]
+    return folder / "samples" / paths.run_name(settings)
+
+
+def main() -> None:
+    """Console entry point."""
+    launch.entry(_task, "sample")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Sampling: from labels and sizes to images.
+
+Image k of a request depends on (seed, k, its label, its size) and on nothing else: its noise is its own, and
+the network always sees a full micro-batch of images of one size, padded with copies where needed, because
+matrix kernels differ in the last bit with the number of rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genfound import build
+from genfound.build import Loaded
+from genfound.data.loader import to_uint8
+from genfound.layouts import Layout
+from genfound.objectives.base import GuidedNet, Objective
+from genfound.rng import Rng
+from genfound.samplers import SAMPLERS
+from genfound.samplers.base import time_grid
+from genfound.samplers.guidance import ClassifierFree, unguided
+from genfound.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image: its label, its (height, width) in pixels, and its number k within the request."""
+
+    label: int
+    size: tuple[int, int]
+    number: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample from a network.
+
+    Attributes:
+        objective: what the network was trained for.
+        tokenizer: decodes latents.
+        layout: without a budget of tokens.
+        sampler: `{name, steps}`.
+        guidance: `{name, ...}`; name `none` or `cfg` with scale, interval, channels.
+        micro_batch: images per network call.
+        precision: `bf16-mixed` or `32-true`.
+        device: where the network is.
+    """
+
+    objective: Objective
+    tokenizer: Tokenizer
+    layout: Layout
+    sampler: Mapping[str, Any]
+    guidance: Mapping[str, Any]
+    micro_batch: int
+    precision: str
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        objective: Objective,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        micro_batch: int,
+        precision: str = "auto",
+    ) -> Sampling:
+        """Layout, sampler and guidance of a configuration."""
+        return cls(
+            objective=objective,
+            tokenizer=tokenizer,
+            layout=build.sampling_layout(config),
+            sampler=config["sampler"],
+            guidance=config["guidance"],
+            micro_batch=micro_batch,
+            precision=build.precision(precision, device),
+            device=device,
+        )
+
+    def draw(
+        self, net: nn.Module, requests: Sequence[Request], seed: int, progress: Callable[[int], None] | None = None
+    ) -> list[np.ndarray]:
+        """Images (height, width, 3) uint8 in the order of the requests.
+
+        Args:
+            net: backbone in eval mode.
+            requests: what to draw.
+            seed: seed of all noise.
+            progress: called with the number of images finished so far.
+
+        Raises:
+            ValueError: a size that does not divide into tokens.
+        """
+        for size in {request.size for request in requests}:
+            check_size(size, self.tokenizer.spec.stride * self.layout.patch_size)
+        images: dict[int, np.ndarray] = {}
+        by_size = sorted(enumerate(requests), key=lambda pair: pair[1].size)
+        for _, same in itertools.groupby(by_size, key=lambda pair: pair[1].size):
+            for chunk in _chunks(list(same), self.micro_batch):
+                for (place, _), image in zip(chunk, self._images(net, [r for _, r in chunk], seed), strict=True):
+                    images[place] = image
+                if progress is not None:
+                    progress(len(images))
+        return [images[place] for place in range(len(requests))]
+
+    @torch.no_grad()
+    def _images(self, net: nn.Module, requests: list[Request], seed: int) -> list[np.ndarray]:
+        """Up to `micro_batch` images of one size."""
+        latents = self._latents(net, requests, seed)
+        return [to_uint8(self.tokenizer.decode(z[None])[0]) for z in latents]
+
+    def _latents(self, net: nn.Module, requests: list[Request], seed: int) -> list[Tensor]:
+        channels, stride = self.tokenizer.spec
+        padded = requests + [requests[-1]] * (self.micro_batch - len(requests))
+        noise = [
+            Rng(seed, "sample", r.number).normal("noise", (channels, r.size[0] // stride, r.size[1] // stride))
+            for r in padded
+        ]
+        labels = torch.tensor([r.label for r in padded])
+        batch = self.layout.to_batch(noise, labels).to(self.device)
+        start, end = reversed(self.objective.time_range)
+        field = self.objective.field(guided(net, self.guidance))
+        sampler = SAMPLERS[self.sampler["name"]]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            batch = sampler(field, batch, time_grid(self.sampler["steps"], start, end), Rng(seed, "steps"))
+        real = torch.arange(len(padded), device=self.device) < len(requests)
+        return self.layout.to_latents(batch.x, replace(batch, real=real))
+
+
+def guided(net: nn.Module, guidance: Mapping[str, Any]) -> GuidedNet:
+    """The network with its guidance."""
+    options = dict(guidance)
+    if options.pop("name") == "none":
+        return unguided(net)
+    return ClassifierFree(net, **options)
+
+
+def check_size(size: tuple[int, int], unit: int) -> None:
+    """Raise a ValueError that names the nearest legal sizes if a side is not a positive multiple of `unit`."""
+    if all(side > 0 and side % unit == 0 for side in size):
+        return
+    low, high = ([max(f(side / unit), 1) * unit for side in size] for f in (np.floor, np.ceil))
+    legal = [f"[{int(h)},{int(w)}]" for h, w in (low, high)]
+    raise ValueError(
+        f"size=[{size[0]},{size[1]}]: height and width must be multiples of {unit} pixels "
+        f"(tokenizer stride x patch); the nearest legal sizes are {' and '.join(dict.fromkeys(legal))}"
+    )
+
+
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def sample(
+    loaded: Loaded,
+    labels: Sequence[int | str],
+    size: tuple[int, int] | None = None,
+    n: int = 1,
+    sampler: str | Mapping[str, Any] | None = None,
+    guidance: float | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    batch: int = 16,
+) -> np.ndarray:
+    """Images of the given labels.
+
+    Args:
+        loaded: what `genfound.load` returned.
+        labels: class numbers or names.
+        size: (height, width) in pixels; `None` is the most typical size of the training data.
+        n: images per label.
+        sampler: a name (with the run's number of steps) or all options; `None` is the run's own.
+        guidance: a scale, or all options; `None` is the run's own.
+        seed: seed of all noise.
+        batch: images per network call.
+
+    Returns:
+        (len(labels) * n, height, width, 3) uint8.
+
+    Raises:
+        ValueError: a label, size, sampler or option that does not exist.
+    """
+    config = dict(loaded.config)
+    if sampler is not None:
+        config["sampler"] = {**config["sampler"], "name": sampler} if isinstance(sampler, str) else sampler
+    if guidance is not None:
+        scaled = {"interval": [0.0, 1.0], "channels": "all", **config["guidance"], "name": "cfg", "scale": guidance}
+        config["guidance"] = guidance if isinstance(guidance, Mapping) else scaled
+    requests = make_requests(labels, [size or loaded.sizes[0]], n, loaded.class_names)
+    device = next(loaded.net.parameters()).device
+    images = Sampling.of(config, loaded.objective, loaded.tokenizer, device, batch).draw(loaded.net, requests, seed)
+    return np.stack(images)
+
+
+def make_requests(
+    labels: Sequence[int | str], sizes: Sequence[tuple[int, int]], n: int, class_names: Sequence[str]
+) -> list[Request]:
+    """n images of each label at each size, numbered in this order.
+
+    Raises:
+        ValueError: a label is neither a class number nor a class name, or n is not positive.
+    """
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1")
+    numbers = [label_number(label, class_names) for label in labels]
+    wanted = [(label, size) for size in sizes for _ in range(n) for label in numbers]
+    return [Request(label, size, number) for number, (label, size) in enumerate(wanted)]
+
+
+def label_number(label: int | str, class_names: Sequence[str]) -> int:
+    """The number of a class given by number or name."""
+    if isinstance(label, str) and label in class_names:
+        return list(class_names).index(label)
+    if isinstance(label, int) and 0 <= label < len(class_names):
+        return label
+    names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
+    count = len(class_names)
+    raise ValueError(f"labels: {label} is not one of the {count} classes 0..{count - 1} ({names})")

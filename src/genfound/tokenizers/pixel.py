@@ -1,0 +1,21 @@
+"""The identity: latents are pixels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from genfound.tokenizers.base import Spec
+
+
+class Pixel:
+    """Latents are the RGB values in [-1, 1]."""
+
+    spec = Spec(channels=3, stride=1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) unchanged."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 3, h, w) unchanged."""
+        return latents

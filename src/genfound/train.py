@@ -1,0 +1,18 @@
+"""`python -m genfound.train model=... data=...`: train; the same command continues."""
+
+from omegaconf import DictConfig
+
+from genfound import launch
+
+
+def _task(cfg: DictConfig) -> None:
+    launch.train(cfg)
+
+
+def main() -> None:
+    """Console entry point."""
+    launch.entry(_task, "train")
+
+
+if __name__ == "__main__":
+    main()
