@@ -9,6 +9,7 @@ H and W latent height and width, D values of one token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -101,20 +102,17 @@ class Batch:
             joined["image_of"] = torch.cat([self.image_of, other.image_of + len(self.y)])
             shifted = other.cu_seqlens[1:] + self.cu_seqlens[-1]
             joined["cu_seqlens"] = torch.cat([self.cu_seqlens, shifted])
-        return replace(self, **joined, max_seqlen=max(self.max_seqlen, other.max_seqlen))
+        longest = max(self.max_seqlen, other.max_seqlen)
+        return replace(self, max_seqlen=longest, **joined)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked host memory (called by the DataLoader)."""
-        pinned = {
-            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **pinned)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from genfound import checkpoints, paths
+from genfound.backbones.base import Backbone
 from genfound.data.base import ImageSource
+from genfound.data.loader import MicroBatches, TrainLoader
 from genfound.data.order import Order
 from genfound.data.packing import Chunker, Grouper, Packer
 from genfound.data.plan import Plan
@@ -46,12 +47,76 @@ class Loaded:
         sizes: (height, width) in pixels that are typical of its training data.
     """
 
-    net: nn.Module
+    net: Backbone
     objective: Objective
     tokenizer: Tokenizer
     config: Config
     class_names: list[str]
     sizes: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a training run is made of, checked to fit together."""
+
+    config: Config
+    ranks: int
+    device: torch.device
+    tokenizer: Tokenizer
+    images: ImageSource
+    held_out: ImageSource
+    net: Backbone
+    objective: Objective
+    layout: Layout
+    plan: Plan
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that each rank accumulates in a global step."""
+        return self.plan.per_step // self.ranks
+
+    def loader(self, rank: int) -> TrainLoader:
+        """The training batches of a rank."""
+        flips = Rng(self.config["seed"], "train") if self.config["data"]["flip"] else None
+        batches = MicroBatches(self.images, self.tokenizer, self.layout, flips)
+        workers = self.config["data"]["num_workers"]
+        return TrainLoader(batches, self.plan, rank, self.ranks, workers, self.device.type == "cuda")
+
+    def report(self) -> list[str]:
+        """What is about to be trained, in lines for the user."""
+        parameters = sum(p.numel() for p in self.net.parameters())
+        running = precision(self.config["trainer"]["precision"], self.device)
+        micro = {"packed": "packs of {max_tokens:,} tokens", "dense": "batches of {batch_size:,} images"}
+        unit = micro.get(self.layout.name, "padded batches").format(**self.config["data"])
+        return [
+            *self.images.report(),
+            f"{type(self.net).__name__}: {parameters:,} parameters, {running} on {self.device.type}",
+            f"global step: {self.plan.per_step} {unit}, {self.micro_batches} on each of {self.ranks} rank(s)",
+        ]
+
+
+def parts(config: Config, ranks: int) -> Parts:
+    """Build a training run.
+
+    Raises:
+        ValueError: something does not fit together.
+    """
+    codec = tokenizer(config)
+    images, held_out = (source(config, codec.spec, split) for split in ("train", "val"))
+    backbone = net(config, codec.spec, len(images.class_names))
+    goal = objective(config)
+    return Parts(
+        config=config,
+        ranks=ranks,
+        device=device(config["trainer"]["accelerator"]),
+        tokenizer=codec,
+        images=images,
+        held_out=held_out,
+        net=backbone,
+        objective=goal,
+        layout=layout(config, backbone, images, codec.spec),
+        plan=plan(config, images, codec.spec, goal.weight, ranks, config["seed"]),
+    )
 
 
 def tokenizer(config: Config) -> Tokenizer:
@@ -71,7 +136,7 @@ def source(config: Config, spec: Spec, split: str) -> ImageSource:
     return built
 
 
-def net(config: Config, spec: Spec, num_classes: int) -> nn.Module:
+def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
     """The backbone for a tokenizer and a number of classes, initialised from the seed.
 
     Raises:
@@ -86,11 +151,11 @@ def net(config: Config, spec: Spec, num_classes: int) -> nn.Module:
             "leave model.channels=null or choose the other tokenizer"
         )
     torch.manual_seed(Rng(config["seed"]).integer("initialise"))
-    built: nn.Module = construct("model", options, channels=spec.channels, num_classes=num_classes)
-    allowed: tuple[str, ...] = built.layouts  # type: ignore[assignment]
-    if config["layout"]["name"] not in allowed:
+    built: Backbone = construct("model", options, channels=spec.channels, num_classes=num_classes)
+    if config["layout"]["name"] not in built.layouts:
         raise ValueError(
-            f"layout={config['layout']['name']} does not fit {type(built).__name__}; choose layout={' or '.join(allowed)}"
+            f"layout={config['layout']['name']} does not fit {type(built).__name__}; "
+            f"choose layout={' or '.join(built.layouts)}"
         )
     return built
 
@@ -110,7 +175,7 @@ def objective(config: Config) -> Objective:
     return built
 
 
-def layout(config: Config, backbone: nn.Module, images: ImageSource, spec: Spec) -> Layout:
+def layout(config: Config, backbone: Backbone, images: ImageSource, spec: Spec) -> Layout:
     """The training layout, of static shape."""
     name, patch = config["layout"]["name"], config["model"]["patch_size"]
     if name == "dense":
@@ -119,7 +184,7 @@ def layout(config: Config, backbone: nn.Module, images: ImageSource, spec: Spec)
         return Padded(patch, int(token_counts(images, spec, patch).max()))
     tokens = config["data"]["max_tokens"]
     limit = max_images(token_counts(images, spec, patch), tokens)
-    return Packed(patch, tokens, limit, filler_label=backbone.null_label or 0)  # type: ignore[arg-type]
+    return Packed(patch, tokens, limit, filler_label=backbone.null_label or 0)
 
 
 def sampling_layout(config: Config) -> Layout:

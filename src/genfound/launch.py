@@ -17,9 +17,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the others on shared cores
+# Threads that spin for long starve the others on shared cores; a short spin saves a third of a small step.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -30,54 +32,58 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genfound import paths
 
-
-class JobError(Exception):
-    """A job ended badly and has already said so."""
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
+"""What a user can mend; said in one line, with the traceback in the run's FAILED."""
 
 
 def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line and run `task`; errors of the user are one line."""
+    """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
+
+    Exits with 1, after one line on standard error for each, if the configuration or a job is wrong.
+    """
+    errors: list[str] = []
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            _check(cfg, config_name)
+            task(cfg)
+        except USER_ERRORS as error:
+            errors.append(str(error))
+            complain(str(error))
+
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    command = hydra.main(version_base="1.3", config_path=paths.config_dir(), config_name=config_name)(task)
     try:
         _refuse_new_keys(sys.argv[1:])
-        command()
-    except JobError:
-        sys.exit(1)
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(_composition_error(error, config_name))
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        if os.environ.get("GENFOUND_TRACEBACK"):
-            raise
-        fail(str(error))
+        hydra.main(version_base="1.3", config_path=paths.config_dir(), config_name=config_name)(job)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        errors.append(str(error))
+        complain(_composition_error(error, config_name))
+    sys.exit(1 if errors else 0)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and exit with 1."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(1)
+def complain(message: str) -> None:
+    """One line on standard error."""
+    if message:
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def train(cfg: DictConfig) -> None:
     """Launch one job of `genfound.train`.
 
     Raises:
-        JobError: the job ran in a process of its own and failed.
-        ValueError: the run directory belongs to another configuration.
+        ValueError: the run directory belongs to another configuration, or the job failed in a process of its own,
+            where it has said why.
     """
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    try:
-        paths.claim(folder, {str(k): v for k, v in config.items()}, cfg.allow_changes)
-    except ValueError as error:
-        if not sweeping:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise JobError from error
-    if sweeping or cfg.trainer.devices > 1:
+    paths.claim(folder, {str(k): v for k, v in config.items()}, cfg.allow_changes)
+    result = paths.finished(folder)
+    if result and _reached(cfg, result):
+        print(f"[done before] {folder}  {_summary(result)}", flush=True)
+    elif sweeping or cfg.trainer.devices > 1:
         _run_apart(folder, cfg.trainer.devices)
     else:
         run(folder)
@@ -115,11 +121,46 @@ def _run_apart(folder: Path, devices: int) -> None:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
     code = subprocess.run([*command, "-m", "genfound.launch", str(folder)], check=False).returncode
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
-    result: dict[str, Any] = paths.finished(folder) or {}
-    summary = "  ".join(f"{key} {value}" for key, value in result.items())
+    summary = "" if code else _summary(paths.finished(folder) or {})
     print(f"[{'failed' if code else 'done'}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
     if code:
-        raise JobError(str(folder))
+        raise ValueError
+
+
+def _reached(cfg: DictConfig, result: dict[str, Any]) -> bool:
+    """Whether a finished run is also the end of what is asked for now."""
+    budget = cfg.budget.images or cfg.optimizer.budget_images
+    return bool(result["images"] >= budget or result["steps"] >= (cfg.trainer.max_steps or float("inf")))
+
+
+def _summary(result: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value}" for key, value in result.items())
+
+
+def _check(cfg: DictConfig, config_name: str) -> None:
+    """Refuse values that are missing, or of another type than the default.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
+    choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
+    default, given = (paths.flatten(_plain(c)) for c in (hydra.compose(config_name, choices), cfg))
+    for key, value in given.items():
+        kind = type(default.get(key))
+        allowed = {float: (float, int), int: (int,), bool: (bool,), list: (list,), str: (str,)}.get(kind)
+        wrong_bool = isinstance(value, bool) and kind in (int, float)
+        if allowed and default[key] != "???" and (wrong_bool or not isinstance(value, (*allowed, type(None)))):
+            names = {float: "a number", int: "a whole number", bool: "true or false", list: "a list", str: "a text"}
+            raise ValueError(f"{key}={value} must be {names[kind]}, such as {default[key]}")
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
 def _refuse_new_keys(arguments: list[str]) -> None:
@@ -146,9 +187,7 @@ def _composition_error(error: Exception, config_name: str) -> str:
 
 def _known_keys(config_name: str) -> list[str]:
     with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose(config_name), resolve=False)
-    assert isinstance(config, dict)
-    flat = paths.flatten({str(k): v for k, v in config.items()})
+        flat = paths.flatten(_plain(hydra.compose(config_name)))
     return sorted(flat.keys() | {key.rpartition(".")[0] for key in flat})
 
 
@@ -156,10 +195,10 @@ def _worker(folder: Path) -> None:
     """One rank of a job: `python -m genfound.launch RUN_DIR`."""
     try:
         run(folder)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(1)
-        fail(str(error))
+    except USER_ERRORS as error:
+        if os.environ.get("RANK", "0") == "0":
+            complain(str(error))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.data.loader import Item
 from genfound.data.plan import Micro
@@ -37,7 +39,7 @@ class GenerativeModule(lightning.LightningModule):
 
     def __init__(
         self,
-        net: nn.Module,
+        net: Backbone,
         objective: Objective,
         optimizer: Mapping[str, Any],
         label_drop: float,
@@ -71,16 +73,21 @@ class GenerativeModule(lightning.LightningModule):
         """Losses of a batch with the training law of labels, times and noise."""
         if self.label_drop > 0:
             dropped = rng.uniform("label_drop", batch.y.shape, batch.y.device) < self.label_drop
-            null = torch.full_like(batch.y, self.net.null_label)  # type: ignore[arg-type]
+            assert self.net.null_label is not None
+            null = torch.full_like(batch.y, self.net.null_label)
             batch = replace(batch, y=torch.where(dropped, null, batch.y))
         return self.objective.loss(self.net, batch, rng)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Fused AdamW over the backbone's parameter groups."""
         s = self.settings
-        groups = self.net.param_groups() if hasattr(self.net, "param_groups") else self.net.parameters()
         return torch.optim.AdamW(
-            groups, lr=s["lr"], betas=tuple(s["betas"]), eps=s["eps"], weight_decay=s["weight_decay"], fused=True
+            self.net.param_groups(),
+            lr=s["lr"],
+            betas=tuple(s["betas"]),
+            eps=s["eps"],
+            weight_decay=s["weight_decay"],
+            fused=True,
         )
 
     def on_train_batch_start(self, item: Item, batch_idx: int) -> None:
@@ -134,4 +141,4 @@ def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> floa
     if kind == "warmup":
         return 1.0
     progress = min((images_seen - warmup) / max(budget - warmup, 1), 1.0)
-    return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress))))
+    return 0.5 * (1 + math.cos(math.pi * progress))

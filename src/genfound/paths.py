@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 NOT_IDENTITY = (
     "runs", "study", "name", "allow_changes", "trainer", "logger", "launcher",
-    "data.root", "data.num_workers", "tokenizer.weights",
+    "data.root", "data.index", "data.num_workers", "tokenizer.weights",
 )  # fmt: skip
 """Keys that may change between two calls of the same run."""
 

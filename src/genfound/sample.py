@@ -20,14 +20,13 @@ def _task(cfg: DictConfig) -> None:
     from genfound.sampling import Sampling, make_requests
 
     launch.keep_freed_memory()
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     loaded = build.load(config["from"], weights=config["weights"])
     chosen = list(HydraConfig.get().overrides.task)
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
-    labels = range(len(loaded.class_names)) if config["labels"] is None else config["labels"]
+    labels = list(range(len(loaded.class_names))) if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else _sizes(config["size"])
-    requests = make_requests(list(labels), sizes, config["n"], loaded.class_names)
+    requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
     device = build.device(config["accelerator"])
     how = {**loaded.config, **settings}
     objective = build.objective(how)
@@ -52,14 +51,14 @@ def run_or_chosen(group: str, run: Mapping[str, Any], config: Mapping[str, Any],
     return base
 
 
-def _sizes(size: list[Any]) -> list[tuple[int, int]]:
+def _sizes(size: Any) -> list[tuple[int, int]]:
     """[H, W] or [[H, W], ...] -> pairs.
 
     Raises:
         ValueError: anything else.
     """
-    pairs = size if size and isinstance(size[0], list) else [size]
-    if not all(len(pair) == 2 and all(isinstance(side, int) for side in pair) for pair in pairs):
+    pairs = size if isinstance(size, list) and size and isinstance(size[0], list) else [size]
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(side, int) for side in pair) for pair in pairs):
         raise ValueError(f"size={size} must be [height,width] or a list of such pairs, in pixels")
     return [(pair[0], pair[1]) for pair in pairs]
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genfound import build
+from genfound.backbones.base import Backbone
 from genfound.build import Loaded
 from genfound.data.loader import to_uint8
 from genfound.layouts import Layout
@@ -84,7 +85,7 @@ class Sampling:
         )
 
     def draw(
-        self, net: nn.Module, requests: Sequence[Request], seed: int, progress: Callable[[int], None] | None = None
+        self, net: Backbone, requests: Sequence[Request], seed: int, progress: Callable[[int], None] | None = None
     ) -> list[np.ndarray]:
         """Images (height, width, 3) uint8 in the order of the requests.
 
@@ -110,12 +111,12 @@ class Sampling:
         return [images[place] for place in range(len(requests))]
 
     @torch.no_grad()
-    def _images(self, net: nn.Module, requests: list[Request], seed: int) -> list[np.ndarray]:
+    def _images(self, net: Backbone, requests: list[Request], seed: int) -> list[np.ndarray]:
         """Up to `micro_batch` images of one size."""
         latents = self._latents(net, requests, seed)
         return [to_uint8(self.tokenizer.decode(z[None])[0]) for z in latents]
 
-    def _latents(self, net: nn.Module, requests: list[Request], seed: int) -> list[Tensor]:
+    def _latents(self, net: Backbone, requests: list[Request], seed: int) -> list[Tensor]:
         channels, stride = self.tokenizer.spec
         padded = requests + [requests[-1]] * (self.micro_batch - len(requests))
         noise = [
@@ -133,7 +134,7 @@ class Sampling:
         return self.layout.to_latents(batch.x, replace(batch, real=real))
 
 
-def guided(net: nn.Module, guidance: Mapping[str, Any]) -> GuidedNet:
+def guided(net: Backbone, guidance: Mapping[str, Any]) -> GuidedNet:
     """The network with its guidance."""
     options = dict(guidance)
     if options.pop("name") == "none":

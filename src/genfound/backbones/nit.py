@@ -13,10 +13,13 @@ Legend: B images, T packed tokens, D width, H heads, d = D / H, P = patch_size^2
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.layers.attention import packed_attention
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
@@ -25,7 +28,7 @@ from genfound.layers.rope import axis_frequencies, rotate, rotation
 Rotation = tuple[Tensor, Tensor]
 
 
-class NiT(nn.Module):
+class NiT(Backbone):
     """The velocity of every token, given the time and the class of its image.
 
     Args:
@@ -52,7 +55,6 @@ class NiT(nn.Module):
 
     layouts = ("packed",)
     time = "data0"
-    learns_variance = False
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class NiT(nn.Module):
         if rope_coords not in ("row_major", "official"):
             raise ValueError(f"model.rope_coords={rope_coords} is unknown; choose row_major or official")
         self.null_label = num_classes if label_drop > 0 else None
-        self.token_spec = (channels, patch_size)
+        self.token_spec = TokenSpec(channels, patch_size)
         self.rope_coords = rope_coords
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
@@ -116,12 +118,14 @@ class NiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for matrix in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(matrix.weight, std=0.02)
-        zero = [block.adaln[-1] for block in self.blocks]
-        for layer in [*zero, self.final_layer.adaln, self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.first, self.t_embedder.second):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            zero(block.adaln[-1])
+        zero(self.final_layer.adaln)
+        zero(self.final_layer.linear)
 
 
 class Block(nn.Module):
@@ -134,10 +138,8 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, qk_norm, attention)
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
-        if adaln_rank is None:
-            self.adaln = nn.Sequential(nn.Linear(width, 6 * width))
-        else:
-            self.adaln = nn.Sequential(nn.Linear(width, adaln_rank), nn.Linear(adaln_rank, 6 * width))
+        ranks = [width] if adaln_rank is None else [width, adaln_rank]
+        self.adaln = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise([*ranks, 6 * width])))
 
     def forward(self, x: Tensor, c: Tensor, batch: Batch, turn: Rotation) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
@@ -185,6 +187,13 @@ class FinalLayer(nn.Module):
             shift, scale = (batch.per_token(v) for v in self.adaln(c).chunk(2, dim=1))
             out: Tensor = self.linear(modulate(x, shift, scale))
         return out
+
+
+def zero(layer: nn.Module | Tensor) -> None:
+    """Set weight and bias to zero."""
+    assert isinstance(layer, nn.Linear)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

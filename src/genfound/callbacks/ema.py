@@ -10,6 +10,8 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from genfound.module import GenerativeModule
+
 
 class Ema(lightning.Callback):
     """Averages with one or several decays; they start as copies of the initial weights.
@@ -57,7 +59,7 @@ class Ema(lightning.Callback):
         checkpoint["ema"] = {str(decay): average for decay, average in self.averages.items()}
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: Any, **__: Any
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update after each optimizer step."""
         if trainer.global_step == self._steps:
@@ -83,8 +85,8 @@ class Ema(lightning.Callback):
 
 
 def _trained(module: lightning.LightningModule) -> list[tuple[str, nn.Parameter]]:
-    net: nn.Module = module.net  # type: ignore[assignment]
-    return [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    assert isinstance(module, GenerativeModule)
+    return [(name, p) for name, p in module.net.named_parameters() if p.requires_grad]
 
 
 @torch.no_grad()

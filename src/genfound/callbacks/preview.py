@@ -52,7 +52,7 @@ class Preview(lightning.Callback):
         self._rounds = module.images_seen // self.every
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: Any, **__: Any
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sample whenever another `every` images have been seen."""
         assert isinstance(module, GenerativeModule)

@@ -37,7 +37,7 @@ class Saving(lightning.Callback):
         self._saved = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: Any, **__: Any
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save at multiples of `every`."""
         if trainer.global_step % self.every == 0:

@@ -1,7 +1,7 @@
 """Drawn shapes: ten classes, no files, every image at its own native size.
 
 An image is a pure function of (seed, index): one anti-aliased object that fills most of the shorter side,
-somewhere along the longer side, in a palette of object and background colours.
+off the middle of the longer side, in a palette of object and background colours.
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ class Shapes:
 
 def draw_shape(shape: Distance, height: int, width: int, draw: np.random.Generator) -> np.ndarray:
     """One object on a background, (height, width, 3) uint8."""
-    radius = min(height, width) / 2 * draw.uniform(0.82, 0.98)
-    centre = [draw.uniform(radius, side - radius) for side in (width, height)]
-    turn = draw.uniform(-0.2, 0.2)
+    radius = min(height, width) / 2 * draw.uniform(0.84, 0.96)
+    centre = [side / 2 + draw.uniform(-0.35, 0.35) * (side - 2 * radius) for side in (width, height)]
+    turn = draw.uniform(-0.12, 0.12)
     colour, background = draw.choice(OBJECTS), draw.choice(BACKGROUNDS)
     rows, columns = np.mgrid[:height, :width] + 0.5
     offset = np.stack([columns - centre[0], rows - centre[1]], axis=-1) / radius

@@ -111,10 +111,10 @@ def _loop_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("genfound::packed_attention_loop_grad", mutates_args=())
 def _loop_grad_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (a.detach().requires_grad_() for a in (q, k, v))
     with torch.enable_grad():
-        leaves = [a.detach().requires_grad_() for a in (q, k, v)]
-        out = _loop_rows(*leaves, cu_seqlens)
-    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+        out = _loop_rows(q, k, v, cu_seqlens)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -130,7 +130,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
     """PyTorch's own variable-length flash attention (CUDA, 16 bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out = varlen_attn(q.to(v.dtype), k.to(v.dtype), v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

@@ -27,11 +27,12 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.first = nn.Linear(FREQUENCIES, width)
+        self.second = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        embedded: Tensor = self.mlp(sinusoid(t))
+        embedded: Tensor = self.second(nn.functional.silu(self.first(sinusoid(t))))
         return embedded
 
 

@@ -15,6 +15,7 @@ from genfound.batch import Batch
 class Layout(Protocol):
     """Turns latents of any sizes into a `Batch` and back."""
 
+    name: str
     patch_size: int
 
     def to_batch(self, latents: Sequence[Tensor], y: Tensor) -> Batch:

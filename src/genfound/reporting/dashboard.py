@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Dashboard:
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb" / "run_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(uuid.uuid4().hex[:12])
         self._wandb = wandb
         self._run = wandb.init(
             id=id_file.read_text(),

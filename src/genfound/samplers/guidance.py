@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.objectives.base import GuidedNet
 
 
-def unguided(net: nn.Module) -> GuidedNet:
+def unguided(net: Backbone) -> GuidedNet:
     """The network itself, all images at the same time t."""
     return lambda batch, t: net(batch, _same_time(batch, t))
 
@@ -35,7 +36,7 @@ class ClassifierFree:
         ValueError: the network has no null label, or an unknown option.
     """
 
-    def __init__(self, net: nn.Module, scale: float, interval: Sequence[float], channels: str) -> None:
+    def __init__(self, net: Backbone, scale: float, interval: Sequence[float], channels: str) -> None:
         if scale != 1 and net.null_label is None:
             raise ValueError("guidance needs a null label: train with model.label_drop > 0 or set guidance=none")
         if channels not in ("all", "first3"):
@@ -52,14 +53,16 @@ class ClassifierFree:
         if self.scale == 1 or not self.low <= t <= self.high:
             out: Tensor = self.net(batch, _same_time(batch, t))
             return out
+        assert self.net.null_label is not None
         null = replace(batch, y=torch.full_like(batch.y, self.net.null_label))
         both = batch.join(null)
-        conditional, unconditional = self.net(both, _same_time(both, t)).chunk(2)
+        pair: Tensor = self.net(both, _same_time(both, t))
+        conditional, unconditional = pair.chunk(2)
         guided = unconditional + self.scale * (conditional - unconditional)
         if self.channels == "all":
             return guided
         axis = 1 if batch.layout == "dense" else -1
-        count = 3 * batch.x.shape[axis] // self.net.token_spec[0] if axis < 0 else 3
+        count = 3 * batch.x.shape[axis] // self.net.token_spec.channels if axis < 0 else 3
         rest = conditional.narrow(axis, count, conditional.shape[axis] - count)
         return torch.cat([guided.narrow(axis, 0, count), rest], dim=axis)
 

@@ -1,0 +1,79 @@
+"""`python -m genfound.sample`: pictures from a run, and wrong input."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.commands import TINY, genfound, one_error
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps."""
+    folder = tmp_path_factory.mktemp("sampled")
+    result = genfound("train", *TINY, "trainer.max_steps=3", "name=run", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "runs/default/run"
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file))
+
+
+def test_a_labelled_grid_and_every_image_alone(run: Path, tmp_path: Path) -> None:
+    arguments = [f"from={run}", "labels=[star,0]", "size=[[16,16],[14,24]]", "n=2", "batch=4", "out=out"]
+    result = genfound("sample", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert len(names) == 9 and names[0] == "00000_star_16x16.png" and names[-1] == "grid.png"
+    assert pixels(tmp_path / "out/00004_star_14x24.png").shape == (14, 24, 3)
+
+
+def test_sizes_never_trained_work(run: Path, tmp_path: Path) -> None:
+    result = genfound("sample", f"from={run}", "labels=[1]", "size=[36,8]", "batch=1", "out=out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert pixels(tmp_path / "out/00000_square_36x8.png").shape == (36, 8, 3)
+
+
+def test_an_image_depends_on_its_own_request_only(run: Path, tmp_path: Path) -> None:
+    for labels, out in (("[3]", "one"), ("[3,4,5,6,7]", "five")):
+        arguments = [f"from={run}", f"labels={labels}", "size=[16,16]", "batch=4", f"out={out}"]
+        assert genfound("sample", *arguments, cwd=tmp_path).returncode == 0
+    alone, among = (pixels(tmp_path / out / "00000_star_16x16.png") for out in ("one", "five"))
+    assert np.array_equal(alone, among)
+
+
+WRONG = {
+    "labels=[10]": "labels: 10 is not one of the 10 classes 0..9 (circle, square",
+    "labels=[cow]": "labels: cow is not one of the 10 classes",
+    "size=[15,16]": "the nearest legal sizes are [14,16] and [16,16]",
+    "size=[0,16]": "the nearest legal sizes are [2,16]",
+    "size=16": "size=16 must be [height,width]",
+    "n=0": "n=0 must be at least 1",
+    "weights=best": "weights=best is unknown",
+    "sampler.steps=0": "sampler.steps=0 must be at least 1",
+    "guidance.channels=two": "guidance.channels=two is unknown",
+    "smapler=heun": "unknown key smapler",
+    "from=nowhere": "there is no run nowhere",
+    "from=.": "is not a run directory",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_input_is_one_clear_line(override: str, run: Path, tmp_path: Path) -> None:
+    origin = [] if override.startswith("from=") else [f"from={run}"]
+    result = genfound("sample", *origin, "out=out", "batch=1", override, cwd=tmp_path)
+    assert WRONG[override] in one_error(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    (copy / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    file = next((run / "checkpoints").glob("*.ckpt"))
+    (copy / "checkpoints" / file.name).write_bytes(file.read_bytes()[:5000])
+    error = one_error(genfound("sample", "from=run", cwd=tmp_path))
+    assert "damaged" in error and file.name in error

@@ -1,0 +1,137 @@
+"""`python -m genfound.train`: a run and its directory, its continuation, sweeps, and wrong input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.cli.commands import TINY, genfound, one_error, variables
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == sorted(set(steps)), "a step was written twice"
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    result = genfound("train", *TINY, "trainer.max_steps=12", "name=run", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "runs/default/run"
+
+
+def test_a_run_leaves_everything_in_its_directory(straight: Path) -> None:
+    assert list(losses(straight)) == list(range(1, 13))
+    last = json.loads((straight / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"images_seen", "train/grad_norm", "train/lr", "perf/images_per_s", "perf/tokens_per_s"} <= last.keys()
+    assert {"perf/mfu", "perf/padding", "perf/data_wait"} <= last.keys()
+    assert json.loads((straight / "DONE").read_text())["steps"] == 12
+    picture = Image.open(next((straight / "samples").glob("images-*.png")))
+    assert min(picture.size) > 100
+    state = torch.load(straight / "checkpoints/step-00000012.ckpt", weights_only=True)
+    assert state["ema"].keys() == {"0.995"} and state["images_seen"] == last["images_seen"]
+
+
+def test_a_finished_run_is_not_trained_again(straight: Path) -> None:
+    before = (straight / "metrics.jsonl").read_text()
+    result = genfound("train", *TINY, "trainer.max_steps=12", "name=run", cwd=straight.parents[2])
+    assert result.returncode == 0 and "done before" in result.stdout
+    assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_the_same_command_with_more_steps_continues(straight: Path, tmp_path: Path) -> None:
+    first = genfound("train", *TINY, "trainer.max_steps=5", "name=run", cwd=tmp_path)
+    second = genfound("train", *TINY, "trainer.max_steps=12", "name=run", cwd=tmp_path)
+    assert first.returncode == 0 and second.returncode == 0, second.stderr
+    assert "continuing from" in second.stdout and "step-00000005.ckpt" in second.stdout
+    run = tmp_path / "runs/default/run"
+    assert losses(run) == losses(straight)
+    ours, theirs = (torch.load(r / "checkpoints/step-00000012.ckpt", weights_only=True) for r in (run, straight))
+    for key, tensor in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][key], tensor), key
+
+
+def test_a_killed_run_goes_on_where_it_was(straight: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "genfound.train", *TINY, "trainer.checkpoint_every=3", "name=run"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=variables(), stdout=subprocess.DEVNULL)
+    run = tmp_path / "runs/default/run"
+    deadline = time.monotonic() + 120
+    while not any((run / "checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "DONE").exists()
+    result = genfound("train", *TINY, "trainer.checkpoint_every=3", "trainer.max_steps=60", "name=run", cwd=tmp_path)
+    assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
+    resumed = losses(run)
+    assert list(resumed) == list(range(1, 61))
+    assert {step: resumed[step] for step in losses(straight)} == losses(straight)
+
+
+def test_a_sweep_names_its_jobs_and_outlives_a_failing_one(tmp_path: Path) -> None:
+    sweep = ["-m", *TINY, "trainer.max_steps=2", "model.heads=1,3", "seed=0,1", "study=heads"]
+    result = genfound("train", *sweep, cwd=tmp_path)
+    runs = sorted(p.name for p in (tmp_path / "runs/heads").iterdir() if p.is_dir())
+    assert result.returncode == 1
+    assert len(runs) == 4
+    done = [name for name in runs if (tmp_path / "runs/heads" / name / "DONE").exists()]
+    failed = [name for name in runs if (tmp_path / "runs/heads" / name / "FAILED").exists()]
+    assert all("model.heads-1" in name for name in done) and len(done) == 2
+    assert all("model.heads-3" in name for name in failed) and len(failed) == 2
+    summaries = [line for line in result.stdout.splitlines() if line.startswith(("[done]", "[failed]"))]
+    assert len(summaries) == 4
+    assert result.stderr.count("must be a multiple of 4 for rotary positions") == 2
+    again = genfound("train", *sweep, cwd=tmp_path)
+    assert again.stdout.count("[done before]") == 2
+
+
+WRONG = {
+    "model.dpeth=3": "unknown key model.dpeth; did you mean model.depth?",
+    "nonsense=3": "unknown key nonsense",
+    "+model.new=3": "unknown key model.new",
+    "model=nit_tny": "model=nit_tny is unknown; choose one of",
+    "sampler=ddpn": "sampler=ddpn is unknown; choose one of",
+    "model.depth=deep": "model.depth=deep must be a whole number",
+    "model.heads=5": "model.width=32 over model.heads=5",
+    "model.channels=4": "tokenizer is pixel (3 channels) but model.channels is 4",
+    "layout=dense": "layout=dense does not fit NiT",
+    "data.sides=[13]": "the nearest legal sides are 12 and 14",
+    "data.max_tokens=64": "more than data.max_tokens=64",
+    "data.view=round": "data.view=round is unknown",
+    "objective.path=curved": "objective.path=curved is unknown",
+    "optimizer.schedule=step": "optimizer.schedule=step is unknown",
+    "trainer.precision=fp8": "precision=fp8 is unknown",
+    "model.attention=flash": "model.attention=flash cannot run on cpu",
+    "study=a/b": "study=a/b must consist of",
+    "data=image_folder": "data.root is missing",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_input_is_one_clear_line(override: str, tmp_path: Path) -> None:
+    result = genfound("train", *TINY, "trainer.max_steps=1", override, cwd=tmp_path)
+    assert WRONG[override] in one_error(result)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_changed_configuration_is_refused_and_can_be_allowed(straight: Path) -> None:
+    arguments = [*TINY, "name=run", "optimizer.lr=0.5", "trainer.max_steps=13"]
+    error = one_error(genfound("train", *arguments, cwd=straight.parents[2]))
+    assert "optimizer.lr: 0.002 in the run, 0.5 now" in error and "allow_changes=true" in error
+
+
+def test_help_lists_the_groups(tmp_path: Path) -> None:
+    result = genfound("train", "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "nit_xl" in result.stdout and "image_folder" in result.stdout

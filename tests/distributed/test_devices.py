@@ -1,0 +1,34 @@
+"""Two processes train the run of one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import TINY, genfound
+
+
+def curve(run: Path) -> list[float]:
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def test_two_devices_give_the_loss_curve_of_one(tmp_path: Path) -> None:
+    for devices in (1, 2):
+        arguments = [*TINY, "batch.packs=2", "trainer.max_steps=6", f"trainer.devices={devices}", f"name=on_{devices}"]
+        result = genfound("train", *arguments, "trainer.precision=fp32", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    one, two = (curve(tmp_path / f"runs/default/on_{devices}") for devices in (1, 2))
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_a_run_moves_from_two_devices_to_one(tmp_path: Path) -> None:
+    same = [*TINY, "batch.packs=2", "trainer.precision=fp32"]
+    for name, devices in (("moved", (2, 1)), ("stayed", (1, 1))):
+        for steps, count in zip((3, 6), devices, strict=True):
+            arguments = [f"trainer.max_steps={steps}", f"trainer.devices={count}", f"name={name}"]
+            result = genfound("train", *same, *arguments, cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
+    moved, stayed = (curve(tmp_path / "runs/default" / name) for name in ("moved", "stayed"))
+    assert moved == pytest.approx(stayed, rel=1e-5)
