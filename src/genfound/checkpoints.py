@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0][:150]
         raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}") from None
     assert isinstance(state, dict)

@@ -58,7 +58,9 @@ def _sizes(size: Any) -> list[tuple[int, int]]:
         ValueError: anything else.
     """
     pairs = size if isinstance(size, list) and size and isinstance(size[0], list) else [size]
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(side, int) for side in pair) for pair in pairs):
+    if not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(side, int) for side in pair) for pair in pairs
+    ):
         raise ValueError(f"size={size} must be [height,width] or a list of such pairs, in pixels")
     return [(pair[0], pair[1]) for pair in pairs]
 

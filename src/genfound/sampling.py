@@ -24,7 +24,6 @@ from genfound.layouts import Layout
 from genfound.objectives.base import GuidedNet, Objective
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
-from genfound.samplers.base import time_grid
 from genfound.samplers.guidance import ClassifierFree, unguided
 from genfound.tokenizers import Tokenizer
 
@@ -125,13 +124,28 @@ class Sampling:
         ]
         labels = torch.tensor([r.label for r in padded])
         batch = self.layout.to_batch(noise, labels).to(self.device)
-        start, end = reversed(self.objective.time_range)
+        times = self.objective.times(self.sampler["name"], self.sampler["steps"])
+        rng = _RequestRng(seed, padded, self.layout, noise)
         field = self.objective.field(guided(net, self.guidance))
         sampler = SAMPLERS[self.sampler["name"]]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            batch = sampler(field, batch, time_grid(self.sampler["steps"], start, end), Rng(seed, "steps"))
+            batch = sampler(field, batch, times, rng)
         real = torch.arange(len(padded), device=self.device) < len(requests)
         return self.layout.to_latents(batch.x, replace(batch, real=real))
+
+
+class _RequestRng:
+    """Step noise of a micro-batch: each image draws its own, as a latent, whatever the layout."""
+
+    def __init__(self, seed: int, requests: Sequence[Request], layout: Layout, latents: Sequence[Tensor]) -> None:
+        self.streams = [Rng(seed, "sample", request.number) for request in requests]
+        self.layout = layout
+        self.shape = latents[0].shape
+
+    def normal(self, step: int) -> Tensor:
+        """Standard normal numbers of a step, shaped like the batch, on the host."""
+        drawn = [stream.at(step).normal("step_noise", self.shape) for stream in self.streams]
+        return self.layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
 
 
 def guided(net: Backbone, guidance: Mapping[str, Any]) -> GuidedNet:

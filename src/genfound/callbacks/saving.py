@@ -75,6 +75,10 @@ class Saving(lightning.Callback):
         if checkpoint["run"]["fingerprint"] != self.facts["fingerprint"]:
             raise ValueError("data: these are not the images that this run was trained on; choose another name=...")
         self.loader.restore(checkpoint["data"])
+        # Lightning accumulates by its count of micro-batches, which differs with the number of ranks.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        for key in progress.keys() - {"is_last_batch"}:
+            progress[key] = checkpoint["global_step"] * trainer.accumulate_grad_batches
 
 
 class AtomicCheckpointIO(CheckpointIO):

@@ -53,3 +53,6 @@ class Objective(Protocol):
 
     def field(self, net: GuidedNet) -> Field:
         """The views of the network's output that samplers use."""
+
+    def times(self, sampler: str, steps: int) -> Tensor:
+        """The times that a sampler walks, from noise to data; float64 on the host."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.objectives.base import GuidedNet, Losses, Net
 from genfound.objectives.paths import PATHS
-from genfound.objectives.times import TIME_LAWS
+from genfound.objectives.times import TIME_LAWS, time_grid
 from genfound.objectives.weighting import EXPONENTS
 from genfound.rng import Rng
 
@@ -39,13 +39,13 @@ class Flow:
     ) -> None:
         self.path = PATHS[_known("objective.path", path, PATHS)]
         _known("objective.prediction", prediction, ("velocity",))
-        self.times = TIME_LAWS[_known("objective.time", time, TIME_LAWS)](time_mean, time_std)
+        self.time_law = TIME_LAWS[_known("objective.time", time, TIME_LAWS)](time_mean, time_std)
         self.weight = _known("objective.weight", weight, EXPONENTS)
 
     def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
         """Squared error of the velocity, averaged over each image's own elements."""
         device = batch.x.device
-        t = self.times(rng, len(batch.y), device)  # (B,)
+        t = self.time_law(rng, len(batch.y), device)  # (B,)
         t = torch.where(batch.real, t, torch.zeros_like(t))
         noise = rng.normal("noise", batch.x.shape, device)
         alpha, sigma, d_alpha, d_sigma = (batch.expand(v) for v in self.path(t))
@@ -53,6 +53,10 @@ class Flow:
         target = d_alpha * batch.x + d_sigma * noise
         error = net(replace(batch, x=x_t), t).float() - target
         return Losses(total=batch.per_image(error**2), t=t)
+
+    def times(self, sampler: str, steps: int) -> Tensor:
+        """steps + 1 equidistant times from 1 to 0."""
+        return time_grid(steps, 1.0, 0.0)
 
     def field(self, net: GuidedNet) -> FlowField:
         """The network's velocity."""

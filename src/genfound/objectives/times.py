@@ -1,4 +1,4 @@
-"""Laws of the training time t in [0, 1], where 0 is data and 1 is noise."""
+"""Times t in [0, 1], where 0 is data and 1 is noise: laws of training, grids of sampling."""
 
 from __future__ import annotations
 
@@ -23,3 +23,14 @@ def logit_normal(mean: float, std: float) -> TimeLaw:
 
 
 TIME_LAWS: dict[str, Callable[[float, float], TimeLaw]] = {"uniform": uniform, "logit_normal": logit_normal}
+
+
+def time_grid(steps: int, start: float, end: float) -> Tensor:
+    """(steps + 1,) float64 equidistant times.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"sampler.steps={steps} must be at least 1")
+    return torch.linspace(start, end, steps + 1, dtype=torch.float64)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.base import Field
-from genfound.rng import Rng
-from genfound.samplers.base import Progress
+from genfound.samplers.base import Progress, StepRng
 
 
-def euler(field: Field, batch: Batch, times: Tensor, rng: Rng, progress: Progress | None = None) -> Batch:
+def euler(field: Field, batch: Batch, times: Tensor, rng: StepRng, progress: Progress | None = None) -> Batch:
     """First order: one network call a step."""
     x = batch.x.double()
     for step, (t, t_next) in enumerate(pairwise(times.tolist())):
@@ -27,7 +26,7 @@ def euler(field: Field, batch: Batch, times: Tensor, rng: Rng, progress: Progres
     return replace(batch, x=x.float())
 
 
-def heun(field: Field, batch: Batch, times: Tensor, rng: Rng, progress: Progress | None = None) -> Batch:
+def heun(field: Field, batch: Batch, times: Tensor, rng: StepRng, progress: Progress | None = None) -> Batch:
     """Second order: the mean of the slopes at both ends of a step; the last step is Euler's."""
     x = batch.x.double()
     last = len(times) - 2
