@@ -1,0 +1,59 @@
+"""Every command that the README and the guides show runs as shown (trainings cut short)."""
+
+import re
+import shlex
+from pathlib import Path
+
+import hydra
+import pytest
+
+from genfound import paths
+from tests.cli.commands import TINY, genfound
+from tests.cli.test_image_folder import photographs
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = [*TINY, "trainer.max_steps=2", "data.max_tokens=1024", "batch.packs=2"]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `python -m genfound...` lines of a page, as words."""
+    lines = re.findall(r"^    python -m genfound\.(.*)$", page.read_text(), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def sized_for_a_test(arguments: list[str]) -> list[str]:
+    """The arguments with a small, short training behind them; what they set themselves stays."""
+    own = {argument.partition("=")[0] for argument in arguments}
+    folder = ["data.max_image_tokens=64", "data.num_workers=0"] if "data=image_folder" in arguments else []
+    return arguments + [extra for extra in SHORT + folder if extra.partition("=")[0] not in own]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    photographs(tmp_path / "photos", 12)
+    for name, *shown in commands(page):
+        arguments = sized_for_a_test(shown) if name == "train" else shown
+        if "model=nit_xl" in arguments:
+            with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+                assert hydra.compose("train", shown).model.width == 1152
+            continue
+        if name == "train" and "-m" not in shown:
+            arguments.append(f"name={paths.run_name(shown)}")
+        result = genfound(name, *arguments, cwd=tmp_path)
+        assert result.returncode == 0, (name, arguments, result.stderr)
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = set(re.findall(r"^    make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert shown and shown <= targets
+
+
+def test_options_of_the_readme_exist() -> None:
+    table = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    groups = {group: re.findall(r"`([a-z0-9_]+)`", options) for group, options in table}
+    assert {"model", "data", "objective"} <= groups.keys()
+    for group, options in groups.items():
+        for option in options:
+            assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group}={option}"
