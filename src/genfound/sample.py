@@ -1,4 +1,4 @@
-"""`python -m genfound.sample from=RUN labels=[0,star] size=[16,24]`: a labelled grid, and each image alone."""
+"""`python -m genfound.sample from=RUN labels=[0,diamond] size=[16,24]`: a labelled grid, and each image alone."""
 
 from __future__ import annotations
 

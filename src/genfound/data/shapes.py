@@ -56,17 +56,6 @@ def polygon(corners: Sequence[tuple[float, float]]) -> Distance:
     return distance
 
 
-def _star_corners(points: int, inner: float) -> list[tuple[float, float]]:
-    angles = -np.pi / 2 + np.arange(2 * points) * np.pi / points
-    radii = np.where(np.arange(2 * points) % 2 == 0, 1.0, inner)
-    return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
-
-
-def _regular(sides: int, turn: float) -> list[tuple[float, float]]:
-    angles = turn + 2 * np.pi * np.arange(sides) / sides
-    return list(zip(np.cos(angles), np.sin(angles), strict=True))
-
-
 def _heart_corners() -> list[tuple[float, float]]:
     """The curve x = 16 sin^3 s, y = 13 cos s - 5 cos 2s - 2 cos 3s - cos 4s, scaled to radius 1."""
     s = np.linspace(0, 2 * np.pi, 36, endpoint=False)
@@ -85,13 +74,13 @@ CLASSES: dict[str, Distance] = {
     "circle": circle,
     "square": polygon([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]),
     "triangle": polygon([(0.0, -0.92), (0.98, 0.8), (-0.98, 0.8)]),
-    "star": polygon(_star_corners(5, 0.5)),
+    "diamond": polygon([(0.0, -0.98), (0.66, 0.0), (0.0, 0.98), (-0.66, 0.0)]),
     "cross": polygon(_CROSS),
     "ring": ring,
     "heart": polygon(_heart_corners()),
     "arrow": polygon(_ARROW),
     "moon": moon,
-    "hexagon": polygon(_regular(6, 0.0)),
+    "hourglass": polygon([(-0.8, -0.9), (0.8, -0.9), (0.0, 0.0), (0.8, 0.9), (-0.8, 0.9), (0.0, 0.0)]),
 }
 
 
