@@ -23,12 +23,12 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def test_a_labelled_grid_and_every_image_alone(run: Path, tmp_path: Path) -> None:
-    arguments = [f"from={run}", "labels=[star,0]", "size=[[16,16],[14,24]]", "n=2", "batch=4", "out=out"]
+    arguments = [f"from={run}", "labels=[diamond,0]", "size=[[16,16],[14,24]]", "n=2", "batch=4", "out=out"]
     result = genfound("sample", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert len(names) == 9 and names[0] == "00000_star_16x16.png" and names[-1] == "grid.png"
-    assert pixels(tmp_path / "out/00004_star_14x24.png").shape == (14, 24, 3)
+    assert len(names) == 9 and names[0] == "00000_diamond_16x16.png" and names[-1] == "grid.png"
+    assert pixels(tmp_path / "out/00004_diamond_14x24.png").shape == (14, 24, 3)
 
 
 def test_sizes_never_trained_work(run: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_an_image_depends_on_its_own_request_only(run: Path, tmp_path: Path) -> 
     for labels, out in (("[3]", "one"), ("[3,4,5,6,7]", "five")):
         arguments = [f"from={run}", f"labels={labels}", "size=[16,16]", "batch=4", f"out={out}"]
         assert genfound("sample", *arguments, cwd=tmp_path).returncode == 0
-    alone, among = (pixels(tmp_path / out / "00000_star_16x16.png") for out in ("one", "five"))
+    alone, among = (pixels(tmp_path / out / "00000_diamond_16x16.png") for out in ("one", "five"))
     assert np.array_equal(alone, among)
 
 

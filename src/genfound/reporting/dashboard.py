@@ -59,4 +59,7 @@ def _mode() -> Any:
         return os.environ["WANDB_MODE"]
     import wandb
 
-    return "online" if wandb.api.api_key else "offline"
+    try:
+        return "online" if wandb.login(prompt=False) else "offline"
+    except wandb.Error:  # a key, but no way to the server
+        return "offline"
