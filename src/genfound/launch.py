@@ -32,6 +32,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genfound import paths
 
+class JobError(ValueError):
+    """A job failed in a process of its own, where it has said why."""
+
+
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 """What a user can mend; said in one line, with the traceback in the run's FAILED."""
 
@@ -71,8 +75,8 @@ def train(cfg: DictConfig) -> None:
     """Launch one job of `genfound.train`.
 
     Raises:
-        ValueError: the run directory belongs to another configuration, or the job failed in a process of its own,
-            where it has said why.
+        ValueError: the run directory belongs to another configuration.
+        JobError: the job ran in a process of its own and failed.
     """
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
@@ -108,7 +112,7 @@ def keep_freed_memory() -> None:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(mmap_threshold, 2**30)
+            libc.mallopt(mmap_threshold, 2**25)
             libc.mallopt(trim_threshold, 2**31 - 1)
             libc.mallopt(top_pad, 2**26)
 
@@ -124,7 +128,7 @@ def _run_apart(folder: Path, devices: int) -> None:
     summary = "" if code else _summary(paths.finished(folder) or {})
     print(f"[{'failed' if code else 'done'}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
     if code:
-        raise ValueError
+        raise JobError
 
 
 def _reached(cfg: DictConfig, result: dict[str, Any]) -> bool:
