@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genfound import paths
 
+
 class JobError(ValueError):
     """A job failed in a process of its own, where it has said why."""
 

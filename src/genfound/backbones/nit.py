@@ -103,7 +103,7 @@ class NiT(Backbone):
         with full_precision(x):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
             c = nn.functional.silu(c)
-            turn = rotation(coordinates(batch, self.rope_coords), self.frequencies)  # (T, 1, d / 2) twice
+            turn = rotation(coordinates(batch, self.rope_coords), self.frequencies)  # (T, 1, d) twice
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, c, batch, turn, use_reentrant=False)
@@ -146,8 +146,8 @@ class Block(nn.Module):
         with full_precision(x):
             per_image = self.adaln(c).chunk(6, dim=1)  # 6 x (B, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
-        x = x + gate_a * self.attn(modulate(x, shift_a, scale_a), batch, turn)
-        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+        x = torch.addcmul(x, gate_a, self.attn(modulate(x, shift_a, scale_a), batch, turn).float())
+        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)).float())
 
 
 class Attention(nn.Module):
@@ -198,7 +198,8 @@ def zero(layer: nn.Module | Tensor) -> None:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without affine parameters (eps 1e-6), then shift and scale; float32."""
-    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    normed = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift, normed, 1 + scale)
 
 
 def coordinates(batch: Batch, order: str) -> Tensor:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
+_chosen: dict[tuple[str, str, torch.dtype], str] = {}
+
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
     """Softmax attention within each row of a packed sequence.
@@ -42,20 +44,19 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     return BACKENDS[name](q, k, v, cu_seqlens, max_seqlen).to(v.dtype)
 
 
-@functools.cache
 def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that will run; `auto` takes the first available one. Logged once per choice."""
-    available = available_backends(device, dtype)
-    if backend == "auto":
-        log.info("attention: %s on %s in %s (available: %s)", available[0], device, dtype, ", ".join(available))
-        return available[0]
-    if backend not in BACKENDS:
-        raise ValueError(f"model.attention={backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
-    if backend not in available:
-        raise ValueError(
-            f"model.attention={backend} cannot run on {device} in {dtype}; available: {', '.join(available)}"
-        )
-    return backend
+    """The backend that will run; `auto` takes the first available one. Decided, and logged, once."""
+    key = (backend, device, dtype)
+    if key not in _chosen:
+        available = available_backends(device, dtype)
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"model.attention={backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+        if backend not in ("auto", *available):
+            listed = ", ".join(available)
+            raise ValueError(f"model.attention={backend} cannot run on {device} in {dtype}; available: {listed}")
+        _chosen[key] = available[0] if backend == "auto" else backend
+        log.info("attention: %s on %s in %s (available: %s)", _chosen[key], device, dtype, ", ".join(available))
+    return _chosen[key]
 
 
 def available_backends(device: str, dtype: torch.dtype) -> list[str]:
@@ -79,14 +80,20 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
 
 
 def _loop_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return _packed([scaled_dot_product_attention(a, b, c) for a, b, c in _rows(cu_seqlens, q, k, v)])
+
+
+def _rows(cu_seqlens: Tensor, *packed: Tensor) -> list[tuple[Tensor, ...]]:
+    """Runs of rows of equal length: each tensor (T, H, d) -> (rows, H, n, d)."""
     lengths = [n for n in cu_seqlens.diff().tolist() if n > 0]
     runs = [(n, len(list(same))) for n, same in itertools.groupby(lengths)]
-    parts = zip(runs, *(a.split([n * rows for n, rows in runs]) for a in (q, k, v)), strict=True)
-    out = []
-    for (n, rows), *part in parts:
-        heads_first = (a.unflatten(0, (rows, n)).transpose(1, 2) for a in part)  # (rows, H, n, d)
-        out.append(scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)
+    split = zip(runs, *(a.split([n * rows for n, rows in runs]) for a in packed), strict=True)
+    return [tuple(a.unflatten(0, (rows, n)).transpose(1, 2) for a in part) for (n, rows), *part in split]
+
+
+def _packed(runs: list[Tensor]) -> Tensor:
+    """The inverse of `_rows` for one tensor."""
+    return torch.cat([run.transpose(1, 2).flatten(0, 1) for run in runs])
 
 
 @torch.library.custom_op("genfound::packed_attention_loop", mutates_args=())
@@ -111,10 +118,15 @@ def _loop_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("genfound::packed_attention_loop_grad", mutates_args=())
 def _loop_grad_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (a.detach().requires_grad_() for a in (q, k, v))
-    with torch.enable_grad():
-        out = _loop_rows(q, k, v, cu_seqlens)
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    """The gradient of softmax attention, written out: autograd does not reach inside an operation."""
+    grads = []
+    scale = q.shape[-1] ** -0.5
+    for a, b, c, g in _rows(cu_seqlens, q, k, v, grad):  # (rows, H, n, d)
+        weights = torch.softmax(scale * a @ b.mT, dim=-1)  # (rows, H, n, n)
+        by_weight = g @ c.mT
+        by_score = scale * weights * (by_weight - (by_weight * weights).sum(-1, keepdim=True))
+        grads.append((by_score @ b, by_score.mT @ a, weights.mT @ g))
+    dq, dk, dv = (_packed(list(runs)) for runs in zip(*grads, strict=True))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

@@ -23,21 +23,22 @@ def axis_frequencies(size: int, theta: float) -> Tensor:
 
 
 def rotation(coordinates: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles.
+    """Cosine and signed sine of every token's angles, for `rotate`.
 
     Args:
         coordinates: (T, 2) integer positions on the first and second axis.
         frequencies: (d / 4,) of one axis, shared by both.
 
     Returns:
-        cos and sin, each (T, 1, d / 2) float32, broadcasting over heads.
+        (T, 1, d) each, float32, broadcasting over heads; the two channels of a pair hold (cos, cos) and (-sin, sin).
     """
-    angles = coordinates.float()[:, :, None] * frequencies  # (T, 2, d / 4)
-    angles = angles.flatten(1)[:, None]  # (T, 1, d / 2)
-    return angles.cos(), angles.sin()
+    angles = (coordinates.float()[:, :, None] * frequencies).flatten(1)  # (T, d / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([cos, cos], dim=-1).flatten(1)[:, None], torch.stack([-sin, sin], dim=-1).flatten(1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs of channels of x (T, H, d) in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (T, H, d / 2)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    """Turn adjacent pairs of channels of x (T, H, d) in float32: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    x = x.float()
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (T, H, d)
+    return torch.addcmul(x * cos, swapped, sin)

@@ -11,8 +11,10 @@ class Pixel:
     """Latents are the RGB values in [-1, 1]."""
 
     spec = Spec(channels=3, stride=1)
+    online = False
+    stochastic = False
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, h, w) unchanged."""
         return images
 

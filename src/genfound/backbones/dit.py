@@ -1,0 +1,258 @@
+"""DiT, the diffusion transformer (arXiv 2212.09748).
+
+A latent is cut into patches, each patch becomes a token with a fixed sine-cosine position, and blocks of
+attention and MLP are modulated by time and class (adaLN-Zero). Positions are whole numbers computed for the
+rows and columns of the batch, so that any size works; on squares they are the official table.
+
+Legend: B images, N tokens per image, D width, H heads, d = D / H, C latent channels, p patch side,
+K = 2 C where the variance is learned, else C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from genfound.backbones.base import Backbone, TokenSpec
+from genfound.batch import Batch
+from genfound.layers.embed import LabelEmbedding, TimeEmbedding
+
+EMA_DRIFT = 1e-3
+"""How far an averaged, saved position table may be from the true one (float32 averaging drifts by 2e-4)."""
+
+
+class DiT(Backbone):
+    """The noise of every latent pixel, and its variance where that is learned, given time and class.
+
+    Args:
+        channels: channels of a latent, C.
+        num_classes: classes of the data.
+        patch_size: side of a patch in latent pixels, p.
+        width: D, divisible by four and by `heads`.
+        depth: number of blocks.
+        heads: H.
+        mlp_ratio: hidden size of the MLP over D.
+        label_drop: probability with which training replaces a label by the null label; 0 has no null label.
+        learn_sigma: predict 2 C channels, the second half for the variance.
+        activation_checkpointing: recompute each block in the backward pass.
+
+    Raises:
+        ValueError: a width that does not divide, or `learn_sigma` that is neither true nor false.
+    """
+
+    layouts = ("dense",)
+    time = "index"
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        label_drop: float,
+        learn_sigma: bool,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        if width % 4 or width % heads:
+            raise ValueError(f"model.width={width} must be a multiple of 4 and of model.heads={heads}")
+        if not isinstance(learn_sigma, bool):
+            raise ValueError(f"model.learn_sigma={learn_sigma} is unknown; choose auto, true or false")
+        self.null_label = num_classes if label_drop > 0 else None
+        self.token_spec = TokenSpec(channels, patch_size)
+        self.width = width
+        self.activation_checkpointing = activation_checkpointing
+        token = channels * patch_size**2
+        self.x_embedder = nn.Linear(token, width)
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width, null_class=label_drop > 0)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * token if learn_sigma else token)
+        self.initialise()
+
+    def forward(self, batch: Batch, t: Tensor) -> Tensor:
+        """Dense `batch.x` (B, C, h, w) at times t (B,) -> (B, K, h, w)."""
+        p = self.token_spec.patch_size
+        rows, columns = (side // p for side in batch.x.shape[2:])
+        tokens = rearrange(batch.x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, N, C p p)
+        x = self.x_embedder(tokens).float() + position_table(rows, columns, self.width, tokens.device)  # (B, N, D)
+        with full_precision(x):
+            c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
+            c = nn.functional.silu(c)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)  # (B, N, D)
+        out = self.final_layer(x, c)  # (B, N, K p p)
+        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, K, h, w)
+
+    def initialise(self) -> None:
+        """Xavier-uniform matrices, normal(0.02) embeddings, zeros where adaLN-Zero starts as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.first, self.t_embedder.second):
+            nn.init.normal_(layer.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if "adaln" in name or "final_layer" in name:
+                nn.init.zeros_(parameter)
+
+
+class Block(nn.Module):
+    """x + gate * attention(modulated x), then x + gate * MLP(modulated x)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        hidden = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.adaln = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""
+        with full_precision(x):
+            per_image = self.adaln(c)[:, None]  # (B, 1, 6 D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
+        x = x + gate_a * self.attn(modulate(x, shift_a, scale_a))
+        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of each image."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, H, d)
+        mixed = attend(*qkv.transpose(1, 3).unbind(2))  # (B, H, N, d)
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a projection to the patch."""
+
+    def __init__(self, width: int, token: int) -> None:
+        super().__init__()
+        self.adaln = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, token)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D), c (B, D) after its SiLU -> (B, N, K p p)."""
+        with full_precision(x):
+            shift, scale = self.adaln(c)[:, None].chunk(2, dim=2)  # (B, 1, D) each
+            out: Tensor = self.linear(modulate(x, shift, scale))
+        return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of (B, H, N, d); on the CPU in float32, which is faster there than bfloat16."""
+    if q.device.type != "cpu":
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+    with full_precision(q):
+        return nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine parameters (eps 1e-6), then shift and scale; float32."""
+    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def position_table(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """(rows * columns, width) float32, row-major; the official models.py:get_2d_sincos_pos_embed on squares.
+
+    Of the four quarters, two are sine and cosine of the column, two of the row. Computed in float64.
+    """
+    frequencies = 1 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64, device=device) / (width / 4))
+
+    def axis(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (length, D / 2)
+
+    column = axis(columns).expand(rows, -1, -1)  # (rows, columns, D / 2)
+    row = axis(rows)[:, None].expand(-1, columns, -1)  # (rows, columns, D / 2)
+    return torch.cat([column, row], dim=2).flatten(0, 1)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast on x's device, for the small float32 parts."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def official_keys(depth: int) -> dict[str, str]:
+    """Official name -> our name of every tensor but `pos_embed`, which is computed here."""
+    outer = {
+        "x_embedder.proj": "x_embedder",
+        "t_embedder.mlp.0": "t_embedder.first",
+        "t_embedder.mlp.2": "t_embedder.second",
+        "final_layer.adaLN_modulation.1": "final_layer.adaln",
+        "final_layer.linear": "final_layer.linear",
+    }
+    inner = {
+        "attn.qkv": "attn.qkv",
+        "attn.proj": "attn.proj",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.2",
+        "adaLN_modulation.1": "adaln",
+    }
+    layers = outer | {f"blocks.{i}.{a}": f"blocks.{i}.{b}" for i in range(depth) for a, b in inner.items()}
+    keys = {f"{a}.{kind}": f"{b}.{kind}" for a, b in layers.items() for kind in ("weight", "bias")}
+    return keys | {"y_embedder.embedding_table.weight": "y_embedder.embedding_table.weight"}
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of facebookresearch/DiT in our names and orders; unknown names are left as they are.
+
+    The official patch projection is a convolution, and its last layer orders a patch as (p, p, channels).
+
+    Raises:
+        ValueError: it is no state dict of DiT, or its position table is not the sine-cosine one.
+    """
+    if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
+        raise ValueError("this is no state dict of DiT: it has no convolution x_embedder.proj.weight")
+    width, _, p, _ = state["x_embedder.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    names = official_keys(depth)
+    ours = {names.get(name, name): tensor for name, tensor in state.items() if name != "pos_embed"}
+    ours["x_embedder.weight"] = ours["x_embedder.weight"].flatten(1)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in ours:
+            ours[name] = rearrange(ours[name], "(p q c) ... -> (c p q) ...", p=p, q=p)
+    if "pos_embed" in state:
+        _check_positions(state["pos_embed"], width)
+    return ours
+
+
+def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The inverse of `from_official`, with the position table of a grid of (rows, columns) tokens."""
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    official = {name: state[ours] for name, ours in official_keys(depth).items()}
+    p, weight = patch_size, official["x_embedder.proj.weight"]
+    official["x_embedder.proj.weight"] = rearrange(weight, "d (c p q) -> d c p q", p=p, q=p)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        official[name] = rearrange(official[name], "(c p q) ... -> (p q c) ...", p=p, q=p)
+    return {"pos_embed": position_table(*grid, len(weight))[None], **official}
+
+
+def _check_positions(table: Tensor, width: int) -> None:
+    side = isqrt(table.shape[1])
+    expected = (1, side * side, width)
+    if tuple(table.shape) != expected or (table[0] - position_table(side, side, width)).abs().max() > EMA_DRIFT:
+        raise ValueError("pos_embed is not DiT's sine-cosine table of a square, so these weights are of another model")

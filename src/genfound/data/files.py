@@ -1,0 +1,333 @@
+"""Files of images in class folders: which there are, what is known of each, and the view that is taken of them.
+
+Looking into a file is slow where there are many, so what was found is kept in an index beside the runs, and
+later starts look only into files that are new or have changed. One process of a machine looks at a time; the
+others wait for its index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from genfound.data.views import center_crop, native_size, resize
+
+MANY = 20_000
+"""So many new files are announced, because looking into them takes a while."""
+
+
+class Look(NamedTuple):
+    """What was found in a file: its size in pixels, and what is unusual, in the words of the report."""
+
+    height: int
+    width: int
+    notes: list[str]
+
+
+Examine = Callable[[Path], Look]
+"""Looks into a file; an OSError says in one line why it cannot be read."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """All files of some class folders, in columns; also the contents of an index.
+
+    Attributes:
+        names: sorted, `class/file`.
+        bytes: size of each.
+        stamps: time of change of each, in ns.
+        heights, widths: in pixels; 0 where a file cannot be read.
+        notes: of unusual files.
+        errors: of files that cannot be read, why not.
+    """
+
+    names: list[str]
+    bytes: list[int]
+    stamps: list[int]
+    heights: list[int]
+    widths: list[int]
+    notes: dict[str, list[str]]
+    errors: dict[str, str]
+
+    @property
+    def good(self) -> list[int]:
+        """Places of the files that can be read."""
+        return [i for i, height in enumerate(self.heights) if height]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any name, size in bytes, or size in pixels."""
+        pixels = ((h or None, w or None) for h, w in zip(self.heights, self.widths, strict=True))
+        facts = [(name, size, *pair) for name, size, pair in zip(self.names, self.bytes, pixels, strict=True)]
+        return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+    def split(self, holdout: int | None, split: str) -> list[int]:
+        """Places of the readable files that train or validate: of each class every `holdout`-th validates."""
+        places, seen = [], Counter[str]()
+        for i in self.good:
+            name = self.names[i].split("/", 1)[0]
+            seen[name] += 1
+            if (holdout is not None and seen[name] % holdout == 0) == (split == "val"):
+                places.append(i)
+        return places
+
+    def save(self, file: Path) -> None:
+        """Write the index, whole or not at all."""
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(vars(self)))
+        temporary.replace(file)
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image is brought to a size that divides into tokens.
+
+    Attributes:
+        name: `native` or `square`.
+        size: side of the square view in pixels.
+        unit: pixels per token side.
+        max_tokens: larger native images are reduced to it.
+
+    Raises:
+        ValueError: unknown view, or a square that does not divide into tokens.
+    """
+
+    name: str
+    size: int
+    unit: int
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.name not in ("native", "square"):
+            raise ValueError(f"data.view={self.name} is unknown; choose native or square")
+        if self.name == "square" and self.size % self.unit:
+            raise ValueError(
+                f"data.size={self.size} must be a multiple of {self.unit} pixels (tokenizer stride x patch)"
+            )
+
+    def sizes(self, files: Files, places: list[int]) -> np.ndarray:
+        """(n, 2) int64, height and width in pixels of what is shown of the files at these places."""
+        if self.name == "square":
+            return np.full((len(places), 2), self.size, dtype=np.int64)
+        planned = functools.cache(lambda height, width: native_size(height, width, self.unit, self.max_tokens))
+        sizes = [planned(files.heights[i], files.widths[i]) for i in places]
+        return np.array(sizes, dtype=np.int64).reshape(-1, 2)
+
+    def show(self, picture: Image.Image, size: np.ndarray) -> np.ndarray:
+        """(height, width, 3) uint8 of a planned size."""
+        if self.name == "square":
+            return np.asarray(center_crop(picture, self.size))
+        return np.asarray(resize(picture, int(size[0]), int(size[1]), Image.Resampling.BICUBIC))
+
+    def reduced(self, files: Files) -> int:
+        """How many files are reduced because they have too many tokens."""
+        if self.name == "square":
+            return 0
+        sides = zip(files.heights, files.widths, strict=True)
+        return sum((h // self.unit) * (w // self.unit) > self.max_tokens for h, w in sides)
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Turn whatever Pillow stumbles over into an OSError, and be quiet about damaged EXIF data and large images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # decoders raise ValueError, SyntaxError, EOFError, struct.error and more
+            raise OSError(str(error) or type(error).__name__) from None
+
+
+def format_notes(picture: Image.Image, file: Path) -> list[str]:
+    """What is unusual about the format of a file, in the words of the report."""
+    notes = [] if picture.mode == "RGB" else [f"converted from {picture.mode} to RGB"]
+    suffix = Image.registered_extensions().get(file.suffix.lower())
+    if suffix != picture.format and not {suffix, picture.format} <= {"JPEG", "MPO"}:
+        notes.append(f"of format {picture.format} with the suffix {file.suffix}")
+    return notes
+
+
+def class_folders(root: Path) -> list[str]:
+    """Sorted names of the class folders.
+
+    Raises:
+        FileNotFoundError: the root is not a folder, or has none inside.
+        PermissionError: the root cannot be listed.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root} is not a folder")
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise FileNotFoundError(f"data.root={root} has no class folders; put the images into {root}/<class>/")
+    return names
+
+
+def labels(names: list[str], class_names: list[str]) -> np.ndarray:
+    """(n,) int64, the place of each file's class folder among all."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return np.array([numbers[name.split("/", 1)[0]] for name in names], dtype=np.int64)
+
+
+def report(root: Path, files: Files, class_names: list[str], view: View, sizes: np.ndarray) -> list[str]:
+    """Counts of classes and sizes, and what was converted, reduced or skipped."""
+    low, high = sizes.min(0), sizes.max(0)
+    lines = [
+        f"{root}: {len(files.good):,} images of {len(class_names)} classes, "
+        f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels after rounding (height x width)"
+    ]
+    notes = Counter(note for found in files.notes.values() for note in found)
+    notes[f"reduced to {view.max_tokens:,} tokens"] = view.reduced(files)
+    lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
+    bad = list(files.errors.items())
+    if bad:
+        lines.append(f"  {len(bad):,} skipped, they cannot be read as images:")
+        lines += [f"    {root / file}: {why}" for file, why in bad[:10]]
+    if len(bad) > 10:
+        lines.append(f"    and {len(bad) - 10:,} more")
+    return lines
+
+
+def index_file(index: Path, root: Path, purpose: str) -> Path:
+    """Where it is remembered what was found below a root for a purpose."""
+    key = f"{root.resolve()} {purpose}"
+    return index / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.json"
+
+
+def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suffixes: tuple[str, ...] = ()) -> Files:
+    """Every file in the class folders with what is known of it.
+
+    Args:
+        root: of the class folders.
+        class_names: the folders; what is hidden in them is left out.
+        cache: the index.
+        examine: looks into a file.
+        suffixes: only files that end so, in any case; none: all files.
+
+    Raises:
+        FileNotFoundError: none can be read as an image.
+    """
+    listed = _listed(root, class_names, suffixes)
+    found = _remembered(cache, listed)
+    if found is None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(cache.parent):
+            found = _remembered(cache, listed) or _look(root, listed, _read(cache), examine)
+            found.save(cache)
+    if not found.good:
+        raise FileNotFoundError(f"data.root={root}: none of {len(found.names)} files can be read as an image")
+    return found
+
+
+def _listed(root: Path, class_names: list[str], suffixes: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Sorted files with their sizes in bytes and times of change."""
+    stats = {}
+    for name in class_names:
+        folder = str(root / name)
+        for entry in _entries(folder, suffixes):
+            stat = entry.stat()
+            stats[name + entry.path[len(folder) :]] = stat.st_size, stat.st_mtime_ns
+    return {file: stats[file] for file in sorted(stats)}
+
+
+def _entries(folder: str, suffixes: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path, suffixes)
+            elif (not suffixes or entry.name.lower().endswith(suffixes)) and entry.is_file():
+                yield entry
+
+
+def _read(cache: Path) -> Files | None:
+    try:
+        return Files(**json.loads(cache.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # none yet, or of another version
+        return None
+
+
+def _remembered(cache: Path, listed: dict[str, tuple[int, int]]) -> Files | None:
+    """The index, if it is true of these very files."""
+    found = _read(cache)
+    if (
+        found
+        and found.names == list(listed)
+        and list(zip(found.bytes, found.stamps, strict=True)) == [*listed.values()]
+    ):
+        return found
+    return None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine out, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _look(root: Path, listed: dict[str, tuple[int, int]], old: Files | None, examine: Examine) -> Files:
+    """Look into the files that are new or have changed."""
+    notes, errors, pixels = {}, {}, {}
+    if old:
+        rows = zip(old.names, old.bytes, old.stamps, old.heights, old.widths, strict=True)
+        pixels = {name: (h, w) for name, size, stamp, h, w in rows if listed.get(name) == (size, stamp)}
+        notes = {name: found for name, found in old.notes.items() if name in pixels}
+        errors = {name: why for name, why in old.errors.items() if name in pixels}
+    new = [name for name in listed if name not in pixels]
+    if len(new) > MANY:
+        print(f"{root}: looking into {len(new):,} new files; this is done once", flush=True)
+    for name, look in zip(new, _examined(root, new, examine), strict=True):
+        pixels[name] = (0, 0) if isinstance(look, str) else (look.height, look.width)
+        if isinstance(look, str):
+            errors[name] = look
+        elif look.notes:
+            notes[name] = look.notes
+    return Files(
+        names=list(listed),
+        bytes=[size for size, _ in listed.values()],
+        stamps=[stamp for _, stamp in listed.values()],
+        heights=[pixels[name][0] for name in listed],
+        widths=[pixels[name][1] for name in listed],
+        notes={name: notes[name] for name in listed if name in notes},
+        errors={name: errors[name] for name in listed if name in errors},
+    )
+
+
+def _examined(root: Path, names: list[str], examine: Examine) -> Iterator[Look | str]:
+    """What was found in each file, or why it cannot be read."""
+
+    def one(name: str) -> Look | str:
+        file = root / name
+        try:
+            if file.stat().st_size == 0:
+                return "the file is empty"
+            return examine(file)
+        except OSError as error:
+            return str(error).splitlines()[0].replace(str(file), file.name)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # here too: threads mix up the filters that they set and restore
+        for first in range(0, len(names), 1000):
+            yield from pool.map(one, names[first : first + 1000])

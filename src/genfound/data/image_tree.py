@@ -1,0 +1,171 @@
+"""ImageNet and trees like it: root/train/<class>/<file>, and root/val/<class>/<file> where there is one.
+
+Pixels are those of the official code: decoded by content, never turned by EXIF, `convert("RGB")`.
+
+A tree may hold millions of files, so at the first start only their headers are read (`check: full` decodes
+them). A file that passes and then cannot be decoded does not stop a run. Its place is taken, each time, by
+the next readable file of its class in the order of names, at the size that was planned for it; the file is
+reported once, and counted in the report of later starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from genfound.data import files
+from genfound.data.files import Look, View
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+TRIES = 10
+"""So many files in a row that cannot be read are no longer damage but a missing disk."""
+
+
+class ImageTree:
+    """Images at their native sizes, or centre-cropped.
+
+    Args:
+        root: folder with the folders `train` and, for validation, `val`, each with one folder per class.
+        holdout: without `val`, every holdout-th image of a class validates; `None` holds none out.
+        view: `native` or `square`.
+        size: side of the square view in pixels.
+        max_tokens: of one pack.
+        max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
+        check: `header` or `full`: how far a file is read when it is first seen.
+        unit: pixels per token side.
+        split: `train` or `val`.
+        index: folder for what is remembered about the files.
+
+    Raises:
+        FileNotFoundError: the root, its folder `train`, class folders, or readable images do not exist.
+        ValueError: an unknown option, a square that does not divide into tokens, or classes that only `val` has.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        holdout: int | None,
+        view: str,
+        size: int,
+        max_tokens: int,
+        max_image_tokens: int | None,
+        check: str,
+        unit: int,
+        split: str,
+        seed: int,
+        index: str,
+    ) -> None:
+        if check not in ("header", "full"):
+            raise ValueError(f"data.check={check} is unknown; choose header or full")
+        self.view = View(view, size, unit, min(max_image_tokens or max_tokens, max_tokens))
+        self.class_names = _train_classes(Path(root))
+        val_classes = _val_classes(Path(root), self.class_names)
+        apart = split == "val" and bool(val_classes)
+        self.root = Path(root) / ("val" if apart else "train")
+        cache = files.index_file(Path(index), self.root, f"image_tree {check}")
+        examine = functools.partial(_examine, whole=check == "full")
+        self.found = files.known(self.root, val_classes if apart else self.class_names, cache, examine, SUFFIXES)
+        self._places = self.found.good if val_classes else self.found.split(holdout, split)
+        self.files = [self.found.names[i] for i in self._places]
+        self.labels = files.labels(self.files, self.class_names)
+        self.sizes = self.view.sizes(self.found, self._places)
+        self.fingerprint = self.found.fingerprint
+        self._unreadable = cache.with_suffix(".unreadable")
+
+    def image(self, index: int) -> np.ndarray:
+        """(height, width, 3) uint8, of this file or of the one that takes its place.
+
+        Raises:
+            ValueError: nor can the files after it be read.
+        """
+        for place in itertools.islice(self._class_from(index), TRIES):
+            try:
+                picture = decode(self.root / self.files[place])
+            except OSError as error:
+                self._remark(place, error)
+            else:
+                return self.view.show(picture, self.sizes[index])
+        raise ValueError(
+            f"{self.root / self.files[index]} and the files after it could be read when training began and cannot now"
+        )
+
+    def report(self) -> list[str]:
+        """Counts of classes, sizes, and what was skipped, converted, reduced or replaced."""
+        lines = files.report(self.root, self.found, self.class_names, self.view, self.sizes)
+        remarked = self._unreadable.read_text().splitlines() if self._unreadable.is_file() else []
+        known = set(zip(self.found.names, map(str, self.found.stamps), strict=True)) if remarked else set()
+        count = sum(tuple(line.split("\t")[:2]) in known for line in remarked)
+        if count:
+            lines.append(f"  {count:,} replaced by others of their class when they were read; see {self._unreadable}")
+        return lines
+
+    def _class_from(self, index: int) -> Iterator[int]:
+        """An image, and after it the others of its class."""
+        yield index
+        same = np.flatnonzero(self.labels == self.labels[index])
+        yield from np.roll(same, -int(np.searchsorted(same, index)))[1:].tolist()
+
+    def _remark(self, index: int, error: OSError) -> None:
+        """Report a file that cannot be read, unless this or another process has."""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        key = f"{self.files[index]}\t{self.found.stamps[self._places[index]]}\t"
+        with contextlib.suppress(OSError), open(self._unreadable, "a+") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            log.seek(0)
+            if any(line.startswith(key) for line in log):
+                return
+            log.write(f"{key}{reason}\n")
+        file = self.root / self.files[index]
+        print(f"warning: {file} cannot be read, an image of its class takes its place: {reason}", file=sys.stderr)
+
+
+def decode(file: Path) -> Image.Image:
+    """Decode a file by its content as the official code does: RGB, as stored, never turned.
+
+    Raises:
+        OSError: it cannot be decoded (truncated, empty, not an image).
+    """
+    with files.decoding(), Image.open(file) as picture:
+        return picture.convert("RGB")
+
+
+def _train_classes(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root} is not a folder")
+    if not (root / "train").is_dir():
+        raise FileNotFoundError(f"data.root={root} has no folder train; put the images into {root}/train/<class>/")
+    return files.class_folders(root / "train")
+
+
+def _val_classes(root: Path, train: list[str]) -> list[str]:
+    """Sorted class folders for validation, none if there are none (ImageNet's validation images come flat).
+
+    Raises:
+        ValueError: some of them are not among those for training.
+    """
+    val = root / "val"
+    if not val.is_dir() or not any(p.is_dir() and not p.name.startswith(".") for p in val.iterdir()):
+        return []
+    names = files.class_folders(val)
+    unknown = sorted(set(names) - set(train))
+    if unknown:
+        raise ValueError(f"{val} has {len(unknown)} class folders that {root / 'train'} has not, such as {unknown[0]}")
+    return names
+
+
+def _examine(file: Path, whole: bool) -> Look:
+    """Read the header of a file, or all of it."""
+    with files.decoding(), Image.open(file) as picture:
+        look = Look(picture.height, picture.width, files.format_notes(picture, file))
+        if whole:
+            picture.load()
+        return look

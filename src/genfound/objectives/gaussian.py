@@ -1,0 +1,240 @@
+"""Gaussian diffusion (DDPM): predict the noise of a discrete process, and optionally its variance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from genfound.batch import Batch
+from genfound.objectives.base import GuidedNet, Losses, Net
+from genfound.objectives.betas import SCHEDULES, Sections, spaced
+from genfound.objectives.likelihood import discretised_bits, kl_bits
+from genfound.objectives.process import (
+    Process,
+    Tables,
+    noise_from_x0,
+    posterior_mean,
+    q_sample,
+    x0_from_noise,
+)
+from genfound.objectives.times import time_grid
+from genfound.objectives.weighting import EXPONENTS
+from genfound.rng import Rng
+
+Gradient = Callable[[Batch, float], Tensor]
+"""Of log p(y | x_t) with respect to x_t, shaped like `batch.x`."""
+
+
+class Reverse(NamedTuple):
+    """p(x_{t-1} | x_t), each shaped like `batch.x`, and the data that it was derived from."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    x0: Tensor
+
+
+class Gaussian:
+    """x_t = sqrt(a_t) x + sqrt(1 - a_t) noise at whole steps t; the network predicts noise or data.
+
+    Losses of an image, means over its elements; vb is the term of the variational bound, in bits:
+    `hybrid` mse + vb, where vb trains only a learned variance (DiT); `rescaled_mse` mse + vb T / 1000
+    (Nichol & Dhariwal 2021); `kl` T vb; `mse` alone, for a fixed variance.
+
+    Args:
+        timesteps: T.
+        schedule: of the betas, a name of `SCHEDULES`.
+        prediction: what the network's first output per channel is: `epsilon` (the noise) or `x0` (the data).
+        variance: `learned_range`, a second output v per channel with log variance between the posterior's
+            (v = -1) and log beta (v = 1); `fixed_small`, the posterior's; or `fixed_large`, beta.
+        loss: `hybrid`, `rescaled_mse`, `kl` or `mse`.
+        clip_x0: clamp predicted data to [-1, 1] in ddpm and ddim; for pixels.
+        weight: how images count in a global step: `image`, `sqrt` or `token`.
+
+    Attributes:
+        process: the steps it is trained on.
+
+    Raises:
+        ValueError: an unknown name, or a loss that leaves a learned variance untrained.
+    """
+
+    name = "gaussian"
+    samplers = ("ddpm", "ddim", "euler", "heun")
+
+    def __init__(
+        self,
+        *,
+        timesteps: int,
+        schedule: str,
+        prediction: str,
+        variance: str,
+        loss: str,
+        clip_x0: bool,
+        weight: str,
+    ) -> None:
+        if timesteps < 1:
+            raise ValueError(f"objective.timesteps={timesteps} must be at least 1")
+        self.process = Process(SCHEDULES[_known("objective.schedule", schedule, SCHEDULES)](timesteps))
+        self.prediction = _known("objective.prediction", prediction, ("epsilon", "x0"))
+        self.variance = _known("objective.variance", variance, ("learned_range", "fixed_small", "fixed_large"))
+        self.kind = _known("objective.loss", loss, ("hybrid", "rescaled_mse", "kl", "mse"))
+        self.clip_x0 = clip_x0
+        self.weight = _known("objective.weight", weight, EXPONENTS)
+        self.learned_variance = variance == "learned_range"
+        self.time_range = (0.0, float(timesteps - 1))
+        if loss == "mse" and self.learned_variance:
+            raise ValueError(
+                "objective.loss=mse does not train objective.variance=learned_range; "
+                "choose objective.loss=hybrid or objective.variance=fixed_large"
+            )
+
+    def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
+        """The loss of each image at a step drawn uniformly; terms `mse` and `vb`."""
+        device = batch.x.device
+        draw = rng.uniform("time", (len(batch.y),), device) * len(self.process)  # (B,)
+        step = torch.where(batch.real, draw.long(), 0)
+        noise = rng.normal("noise", batch.x.shape, device)
+        tables = self.process.on(device)
+        c, t = tables.at(batch, step), tables.timesteps[step]
+        noised = replace(batch, x=q_sample(c, batch.x, noise))
+        terms = self._terms(c, batch, noised, noise, net(noised, t).float())
+        return Losses(total=torch.stack(list(terms.values())).sum(0), t=t, terms=terms)
+
+    def _terms(self, c: Tables, clean: Batch, noised: Batch, noise: Tensor, output: Tensor) -> dict[str, Tensor]:
+        prediction, v = self.split(noised, output)
+        if self.kind == "kl":
+            reverse = self.reverse(c, noised, prediction, v, clip=False)
+            return {"vb": bound_bits(c, clean, noised, reverse) * len(self.process)}
+        target = noise if self.prediction == "epsilon" else clean.x
+        terms = {"mse": clean.per_image((target - prediction) ** 2)}
+        if v is not None:
+            reverse = self.reverse(c, noised, prediction.detach(), v, clip=False)
+            factor = len(self.process) / 1000 if self.kind == "rescaled_mse" else 1.0
+            terms["vb"] = bound_bits(c, clean, noised, reverse) * factor
+        return terms
+
+    def split(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's prediction, and v where the variance is learned, each shaped like `batch.x`.
+
+        Raises:
+            ValueError: the network's outputs per channel are not those of this variance.
+        """
+        axis = 1 if batch.layout == "dense" else -1
+        has, needs = output.shape[axis] / batch.x.shape[axis], 2 if self.learned_variance else 1
+        if has != needs:
+            fix = {2: "model.learn_sigma=auto or objective.variance=fixed_large", 1: "model.learn_sigma=auto"}[needs]
+            raise ValueError(
+                f"objective.variance={self.variance} needs {needs} output(s) per channel, "
+                f"but the network has {has:g}; set {fix}"
+            )
+        if not self.learned_variance:
+            return output, None
+        prediction, v = output.chunk(2, dim=axis)
+        return prediction, v
+
+    def reverse(self, c: Tables, batch: Batch, prediction: Tensor, v: Tensor | None, clip: bool) -> Reverse:
+        """p(x_{t-1} | x_t) at x_t = `batch.x`, from the two parts of the network's output."""
+        x0 = prediction if self.prediction == "x0" else x0_from_noise(c, batch.x, prediction)
+        x0 = x0.clamp(-1, 1) if clip else x0
+        if v is not None:
+            share = (v + 1) / 2
+            log_variance = share * c.log_betas + (1 - share) * c.posterior_log_variance_clipped
+            variance = log_variance.exp()
+        elif self.variance == "fixed_large":
+            variance, log_variance = c.fixed_large_variance, c.fixed_large_log_variance
+        else:
+            variance, log_variance = c.posterior_variance, c.posterior_log_variance_clipped
+        shape = batch.x.shape
+        return Reverse(posterior_mean(c, x0, batch.x), variance.expand(shape), log_variance.expand(shape), x0)
+
+    def times(self, sampler: str, steps: Sections) -> Tensor:
+        """Of ddpm and ddim, the kept timesteps from noise to data; of ODE solvers, a grid that ends before 0.
+
+        At -1 there is no noise at all, as there is after the last step of ddpm.
+        """
+        if sampler in ("ddpm", "ddim"):
+            return torch.tensor(spaced(steps, len(self.process))[::-1], dtype=torch.float64)
+        if not isinstance(steps, int):
+            raise ValueError(f"sampler.steps={steps} must be a number for sampler={sampler}")
+        return time_grid(steps, self.time_range[1], -1.0)
+
+    def field(self, net: GuidedNet) -> GaussianField:
+        """The network as samplers see it."""
+        return GaussianField(net, self, self.process)
+
+
+class GaussianField:
+    """Views of a network that was trained on a `Gaussian`; times are the timesteps of its training.
+
+    Args:
+        net: the network, with its guidance.
+        objective: what it was trained for.
+        process: the steps that are walked.
+        gradient: of a classifier that guides (Dhariwal & Nichol 2021), or `None`.
+    """
+
+    def __init__(self, net: GuidedNet, objective: Gaussian, process: Process, gradient: Gradient | None = None) -> None:
+        self.net = net
+        self.objective = objective
+        self.process = process
+        self.gradient = gradient
+
+    def along(self, timesteps: Tensor) -> GaussianField:
+        """The same network on the process that keeps only these timesteps."""
+        kept = self.process.respaced(sorted(int(t) for t in timesteps))
+        return GaussianField(self.net, self.objective, kept, self.gradient)
+
+    def at(self, batch: Batch, t: float) -> Tables:
+        """The numbers of this time, broadcastable against `batch.x`."""
+        step = torch.full((len(batch.y),), self.process.step(t), device=batch.x.device)
+        return self.process.on(batch.x.device).at(batch, step)
+
+    def mean_logvar(self, batch: Batch, t: float) -> Reverse:
+        """The distribution of the next state, one step nearer to the data."""
+        reverse = self._reverse(batch, t)
+        if self.gradient is None:
+            return reverse
+        return reverse._replace(mean=reverse.mean + reverse.variance * self.gradient(batch, t))
+
+    def x0(self, batch: Batch, t: float) -> Tensor:
+        """The predicted data; a classifier moves the noise that it implies by -sqrt(1 - a) gradient."""
+        x0 = self._reverse(batch, t).x0
+        if self.gradient is None:
+            return x0
+        c = self.at(batch, t)
+        noise = noise_from_x0(c, batch.x, x0) - (1 - c.alphas_cumprod).sqrt() * self.gradient(batch, t)
+        return x0_from_noise(c, batch.x, noise)
+
+    def velocity(self, batch: Batch, t: float) -> Tensor:
+        """dx/dt of the probability-flow ODE at any real t from -1 to T-1."""
+        prediction, _ = self.objective.split(batch, self.net(batch, t).float())
+        log_a, slope = self.objective.process.log_signal(t)
+        sigma = math.sqrt(-math.expm1(log_a))
+        noise = prediction
+        if self.objective.prediction == "x0":
+            noise = (batch.x - math.exp(log_a / 2) * prediction) / sigma
+        return slope / 2 * (batch.x - noise / sigma)
+
+    def _reverse(self, batch: Batch, t: float) -> Reverse:
+        prediction, v = self.objective.split(batch, self.net(batch, t).float())
+        return self.objective.reverse(self.at(batch, t), batch, prediction, v, self.objective.clip_x0)
+
+
+def bound_bits(c: Tables, clean: Batch, noised: Batch, reverse: Reverse) -> Tensor:
+    """(B,) term of the variational bound, bits per dimension: a KL, at the first step a likelihood of 8 bits."""
+    true_mean = posterior_mean(c, clean.x, noised.x)
+    kl = kl_bits(true_mean, c.posterior_log_variance_clipped, reverse.mean, reverse.log_variance)
+    likelihood = discretised_bits(clean.x, reverse.mean, reverse.log_variance)
+    first = c.posterior_variance == 0
+    return clean.per_image(torch.where(first, likelihood, kl))
+
+
+def _known(key: str, value: str, names: Collection[str]) -> str:
+    if value not in names:
+        raise ValueError(f"{key}={value} is unknown; choose one of {', '.join(names)}")
+    return value

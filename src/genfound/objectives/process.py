@@ -1,0 +1,148 @@
+"""Discrete diffusion of T steps: the moments of q(x_t | x_0) and q(x_{t-1} | x_t, x_0), in tables and formulas.
+
+Tables are computed in float64 and rounded to float32 where they are used, as the official code does.
+The names are those of Ho et al. 2020 and Nichol & Dhariwal 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from genfound.batch import Batch
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One number for each step, (T,); or, from `at`, for each image, broadcastable against `batch.x`."""
+
+    timesteps: Tensor
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    alphas_cumprod_next: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    log_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    log_betas: Tensor
+    fixed_large_variance: Tensor
+    fixed_large_log_variance: Tensor
+
+    @classmethod
+    def of(cls, betas: Tensor, timesteps: Tensor) -> Tables:
+        """All tables of a process, float64."""
+        a = (1 - betas).cumprod(0)
+        a_prev, a_next = torch.cat([a.new_ones(1), a[:-1]]), torch.cat([a[1:], a.new_zeros(1)])
+        variance = betas * (1 - a_prev) / (1 - a)  # 0 at the first step
+        positive = torch.cat([variance[1:2] if len(betas) > 1 else betas, variance[1:]])
+        large = torch.cat([positive[:1], betas[1:]])
+        return cls(
+            timesteps=timesteps.double(),
+            betas=betas,
+            alphas_cumprod=a,
+            alphas_cumprod_prev=a_prev,
+            alphas_cumprod_next=a_next,
+            sqrt_alphas_cumprod=a.sqrt(),
+            sqrt_one_minus_alphas_cumprod=(1 - a).sqrt(),
+            log_one_minus_alphas_cumprod=(1 - a).log(),
+            sqrt_recip_alphas_cumprod=(1 / a).sqrt(),
+            sqrt_recipm1_alphas_cumprod=(1 / a - 1).sqrt(),
+            posterior_variance=variance,
+            posterior_log_variance_clipped=positive.log(),
+            posterior_mean_coef1=betas * a_prev.sqrt() / (1 - a),
+            posterior_mean_coef2=(1 - a_prev) * (1 - betas).sqrt() / (1 - a),
+            log_betas=betas.log(),
+            fixed_large_variance=large,
+            fixed_large_log_variance=large.log(),
+        )
+
+    def at(self, batch: Batch, step: Tensor) -> Tables:
+        """The numbers of each image's own step (B,)."""
+        return Tables(**{f.name: batch.expand(getattr(self, f.name)[step]) for f in fields(self)})
+
+
+class Process:
+    """T noising steps.
+
+    Args:
+        betas: (T,) float64, variance added at each step.
+        timesteps: what the network is told at each step, its number in the process that was trained;
+            `None` is 0 .. T-1.
+
+    Attributes:
+        tables: float64, on the host.
+        timesteps: (T,) int64, rising.
+    """
+
+    def __init__(self, betas: Tensor, timesteps: Tensor | None = None) -> None:
+        self.timesteps = torch.arange(len(betas)) if timesteps is None else timesteps
+        self.tables = Tables.of(betas, self.timesteps)
+        self._resident: dict[torch.device, Tables] = {}
+        self._numbers = {int(t): step for step, t in enumerate(self.timesteps)}
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def on(self, device: torch.device) -> Tables:
+        """The tables in float32 on a device, copied there once."""
+        if device not in self._resident:
+            moved = {f.name: getattr(self.tables, f.name).float().to(device) for f in fields(Tables)}
+            self._resident[device] = Tables(**moved)
+        return self._resident[device]
+
+    def step(self, timestep: float) -> int:
+        """The number of the step of which the network is told `timestep`."""
+        return self._numbers[int(timestep)]
+
+    def log_signal(self, t: float) -> tuple[float, float]:
+        """log alpha_bar and its slope at any real t from -1 (data) to T-1: a monotone cubic through the table.
+
+        Its slope at a step is the harmonic mean of those of both sides (Fritsch & Butland 1984), so it is smooth.
+        """
+        step = min(max(math.ceil(t), 0), len(self) - 1)
+        before, here, after = (self._increment(k) for k in (step - 1, step, step + 1))
+        left, right = 2 * before * here / (before + here), 2 * here * after / (here + after)
+        s = t - (step - 1)
+        square, cube = 3 * here - 2 * left - right, left + right - 2 * here
+        start = math.log(float(self.tables.alphas_cumprod_prev[step]))
+        return start + s * (left + s * (square + s * cube)), left + s * (2 * square + s * 3 * cube)
+
+    def _increment(self, step: int) -> float:
+        """By how much log alpha_bar falls at a step; outside the process as at its ends."""
+        return math.log1p(-float(self.tables.betas[min(max(step, 0), len(self) - 1)]))
+
+    def respaced(self, timesteps: Sequence[int]) -> Process:
+        """The shorter process with the same q(x_t | x_0) at these timesteps of this one, in rising order."""
+        kept = torch.tensor([self.step(t) for t in timesteps])
+        a = self.tables.alphas_cumprod[kept]
+        return Process(1 - a / torch.cat([a.new_ones(1), a[:-1]]), self.timesteps[kept])
+
+
+def q_sample(c: Tables, x0: Tensor, noise: Tensor) -> Tensor:
+    """x_t from data and noise."""
+    return c.sqrt_alphas_cumprod * x0 + c.sqrt_one_minus_alphas_cumprod * noise
+
+
+def x0_from_noise(c: Tables, x_t: Tensor, noise: Tensor) -> Tensor:
+    """The data that gave x_t with this noise."""
+    return c.sqrt_recip_alphas_cumprod * x_t - c.sqrt_recipm1_alphas_cumprod * noise
+
+
+def noise_from_x0(c: Tables, x_t: Tensor, x0: Tensor) -> Tensor:
+    """The noise that gave x_t from this data."""
+    return (c.sqrt_recip_alphas_cumprod * x_t - x0) / c.sqrt_recipm1_alphas_cumprod
+
+
+def posterior_mean(c: Tables, x0: Tensor, x_t: Tensor) -> Tensor:
+    """The mean of q(x_{t-1} | x_t, x_0)."""
+    return c.posterior_mean_coef1 * x0 + c.posterior_mean_coef2 * x_t

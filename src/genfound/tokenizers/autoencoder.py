@@ -1,0 +1,96 @@
+"""What tokenizers that are a network have in common: a frozen autoencoder of diffusers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from genfound.tokenizers.base import Spec
+from genfound.tokenizers.weights import Kind, load
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Autoencoder(ABC):
+    """Images <-> normalised latents: latent = (h - shift) * scale, with the numbers of the autoencoder's own config.
+
+    The network is frozen and always in eval mode. It moves to the device of the images or latents it is
+    given, and works through them in groups of at most `pixels_per_call` pixels.
+
+    Args:
+        weights: name on the Hugging Face hub, a folder, `random` (the official architecture, always the same
+            weights), or `random_tiny` (a small one).
+        precision: `fp32` or `bf16`, of the network; latents and images are float32.
+        pixels_per_call: bounds the memory of a call; an image that is larger goes alone.
+
+    Raises:
+        FileNotFoundError: the weights are absent and cannot be downloaded.
+        ValueError: an unknown option, damaged weights, or those of another architecture.
+    """
+
+    kind: ClassVar[Kind]
+    online = True
+    stochastic = False
+    spec: Spec
+
+    def __init__(self, weights: str, precision: str, pixels_per_call: int) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"tokenizer.precision={precision} is unknown; choose fp32 or bf16")
+        self.pixels_per_call = pixels_per_call
+        self.dtype = PRECISIONS[precision]
+        self.model = load(self.kind, weights).to(self.dtype)
+        config = self.model.config
+        if config.get("latents_mean") is not None:
+            raise ValueError(f"tokenizer.weights={weights} normalises each channel (latents_mean): not supported")
+        self.scale = float(config["scaling_factor"])
+        self.shift = float(config.get("shift_factor") or 0)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, 3, height, width) in [-1, 1] -> (B, C, h, w) normalised; see `Tokenizer.encode`."""
+        return self.normalise(self.moments(images), noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) normalised -> (B, 3, height, width), not clamped."""
+        return self._in_groups(self._decode, latents / self.scale + self.shift, self.spec.stride)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """What the encoder says of images, not scaled: what is stored of them.
+
+        Args:
+            images: (B, 3, height, width) in [-1, 1].
+
+        Returns:
+            (B, C, h, w), or (B, 2 C, h, w) with mean and log-variance.
+
+        Raises:
+            ValueError: a side is not a multiple of the stride.
+        """
+        height, width = images.shape[-2:]
+        if height % self.spec.stride or width % self.spec.stride:
+            raise ValueError(f"an image of {height} x {width} pixels does not divide by {self.spec.stride}")
+        return self._in_groups(self._moments, images, 1)
+
+    def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Moments -> latents of about unit variance."""
+        return (moments - self.shift) * self.scale
+
+    @abstractmethod
+    def _moments(self, images: Tensor) -> Tensor:
+        """Call the encoder."""
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Call the decoder on latents that are not scaled."""
+
+    def _in_groups(self, call: Callable[[Tensor], Tensor], x: Tensor, stride: int) -> Tensor:
+        """Apply the network to (B, ...), whose last two sides are `stride` pixels each, a few rows at a time."""
+        if self.model.device != x.device:
+            self.model.to(x.device)
+        rows = max(self.pixels_per_call // (x.shape[-2] * x.shape[-1] * stride**2), 1)
+        with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
+            parts = [call(part.to(self.dtype)).float() for part in x.split(rows)]
+        return torch.cat(parts)  # outside of inference mode: an ordinary tensor

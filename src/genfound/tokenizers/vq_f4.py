@@ -1,0 +1,47 @@
+"""LDM's autoencoder with a codebook (arXiv 2112.10752): latents before the codebook, which acts when decoding."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from genfound.tokenizers.autoencoder import Autoencoder
+from genfound.tokenizers.base import Spec
+from genfound.tokenizers.weights import Kind
+
+
+class VqF4(Autoencoder):
+    """Any VQModel of diffusers; that of LDM's ImageNet model is spec (3, 4) and scale 1."""
+
+    kind = Kind(
+        "VQModel",
+        official={
+            "down_block_types": ["DownEncoderBlock2D"] * 3,
+            "up_block_types": ["UpDecoderBlock2D"] * 3,
+            "block_out_channels": [128, 256, 512],
+            "layers_per_block": 2,
+            "latent_channels": 3,
+            "vq_embed_dim": 3,
+            "num_vq_embeddings": 8192,
+            "norm_num_groups": 32,
+            "sample_size": 256,
+            "scaling_factor": 1.0,
+        },
+        tiny={
+            "block_out_channels": [16, 32, 32],
+            "layers_per_block": 1,
+            "num_vq_embeddings": 64,
+            "norm_num_groups": 8,
+        },
+    )
+
+    def __init__(self, *, weights: str, precision: str, pixels_per_call: int) -> None:
+        super().__init__(weights, precision, pixels_per_call)
+        config = self.model.config
+        channels = config["vq_embed_dim"] or config["latent_channels"]
+        self.spec = Spec(channels, 2 ** (len(config["block_out_channels"]) - 1))
+
+    def _moments(self, images: Tensor) -> Tensor:
+        return self.model.encode(images).latents
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents).sample

@@ -1,0 +1,155 @@
+"""Weights of diffusers' autoencoders: from the hub, from a folder, or random."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+OPTIONS = {"AutoencoderKL": "sd_vae", "AutoencoderDC": "dc_ae", "VQModel": "vq_f4"}
+"""Class of diffusers -> the tokenizer that takes it."""
+
+
+class Kind(NamedTuple):
+    """An architecture.
+
+    Attributes:
+        name: its class in diffusers.
+        official: constructor arguments of the published one.
+        tiny: arguments that shrink it to something for tests, of the same channels and stride.
+    """
+
+    name: str
+    official: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+
+
+def load(kind: Kind, weights: str) -> Any:
+    """A frozen model of diffusers in eval mode, float32.
+
+    Args:
+        kind: what it must be.
+        weights: name on the Hugging Face hub, a folder, `random`, or `random_tiny`.
+
+    Raises:
+        FileNotFoundError: a file is absent and cannot be downloaded.
+        ValueError: another architecture, or a damaged file.
+    """
+    diffusers = importlib.import_module("diffusers")
+    diffusers.utils.logging.set_verbosity_error()
+    model_class = getattr(diffusers, kind.name)
+    if weights in ("random", "random_tiny"):
+        arguments = {**kind.official, **(kind.tiny if weights == "random_tiny" else {})}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = model_class(**arguments)
+    else:
+        folder = locate(weights)
+        _check_class(folder / CONFIG, kind.name)
+        model = _from_folder(model_class, folder)
+    return model.eval().requires_grad_(False)
+
+
+def locate(weights: str) -> Path:
+    """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it.
+
+    Raises:
+        FileNotFoundError: a file is nowhere to be had.
+    """
+    folder = Path(weights).expanduser()
+    if folder.is_dir():
+        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"tokenizer.weights={weights}: there is no {missing[0]} in this folder")
+        return folder
+    if folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", "..", "~"):
+        raise FileNotFoundError(
+            f"tokenizer.weights={weights} is not a folder; give one with {CONFIG} and {WEIGHTS}, a name on the "
+            "Hugging Face hub, or random"
+        )
+    cached = _snapshot(weights, local_files_only=True)
+    return cached or _download(weights)
+
+
+def _snapshot(name: str, local_files_only: bool) -> Path | None:
+    """The hub's copy of the two files, or None if it is not whole."""
+    hub = importlib.import_module("huggingface_hub")
+    try:
+        found = Path(hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], local_files_only=local_files_only))
+    except (FileNotFoundError, ValueError):
+        if not local_files_only:
+            raise
+        return None
+    return found if all((found / file).is_file() for file in (CONFIG, WEIGHTS)) else None
+
+
+def _download(name: str) -> Path:
+    """Fetch the two files.
+
+    Raises:
+        FileNotFoundError: that is not possible.
+    """
+    if importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE forbids a download"
+    else:
+        print(f"downloading {name} from the Hugging Face hub", flush=True)
+        try:
+            folder = _snapshot(name, local_files_only=False)
+        except Exception as error:  # the hub's client passes on what its network libraries raise
+            reason = f"{error}".splitlines()[0][:150] if f"{error}" else type(error).__name__
+        else:
+            if folder is not None:
+                return folder
+            reason = "the hub has no such files under this name"
+    raise FileNotFoundError(
+        f"tokenizer.weights={name} is neither a folder nor in the cache of the Hugging Face hub: {reason}; "
+        f"put its {CONFIG} and {WEIGHTS} into a folder and give tokenizer.weights=FOLDER"
+    )
+
+
+def _check_class(file: Path, wanted: str) -> None:
+    """Raise a ValueError unless a config is of the wanted class."""
+    try:
+        found = json.loads(file.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged or is not the config of an autoencoder of diffusers") from None
+    if found != wanted:
+        way_out = f"; choose tokenizer={OPTIONS[found]}" if found in OPTIONS else ""
+        raise ValueError(f"tokenizer={OPTIONS[wanted]} takes {wanted}, but {file} describes {found}{way_out}")
+
+
+def _check_readable(file: Path) -> None:
+    """Raise a ValueError if a file of weights is damaged."""
+    safetensors = importlib.import_module("safetensors")
+    try:
+        with safetensors.safe_open(file, "pt"):
+            pass
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _from_folder(model_class: Any, folder: Path) -> Any:
+    """Load a folder, and no other way than completely."""
+    file = folder / WEIGHTS
+    _check_readable(file)
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} does not fit {folder / CONFIG}: {reason}") from None
+    problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+    found = [f"{len(keys)} keys {what} ({', '.join(sorted(keys)[:3])})" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"{file} does not fit {folder / CONFIG}: {'; '.join(found)}")
+    return model
