@@ -22,6 +22,7 @@ from genfound.data.loader import MicroBatches, TrainLoader
 from genfound.data.order import Order
 from genfound.data.packing import Chunker, Grouper, Packer
 from genfound.data.plan import Plan
+from genfound.layers.attention import choose_backend
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
@@ -88,9 +89,12 @@ class Parts:
         running = precision(self.config["trainer"]["precision"], self.device)
         micro = {"packed": "packs of {max_tokens:,} tokens", "dense": "batches of {batch_size:,} images"}
         unit = micro.get(self.layout.name, "padded batches").format(**self.config["data"])
+        if "attention" in self.config["model"]:
+            dtype = torch.bfloat16 if running == "bf16-mixed" else torch.float32
+            running += f", attention {choose_backend(self.config['model']['attention'], self.device.type, dtype)}"
         return [
             *self.images.report(),
-            f"{type(self.net).__name__}: {parameters:,} parameters, {running} on {self.device.type}",
+            f"{type(self.net).__name__}: {parameters:,} parameters, on {self.device.type} in {running}",
             f"global step: {self.plan.per_step} {unit}, {self.micro_batches} on each of {self.ranks} rank(s)",
         ]
 

@@ -11,14 +11,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-
-log = logging.getLogger(__name__)
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -45,7 +42,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
 
 def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that will run; `auto` takes the first available one. Decided, and logged, once."""
+    """The backend that will run; `auto` takes the first available one. Decided once."""
     key = (backend, device, dtype)
     if key not in _chosen:
         available = available_backends(device, dtype)
@@ -55,7 +52,6 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
             listed = ", ".join(available)
             raise ValueError(f"model.attention={backend} cannot run on {device} in {dtype}; available: {listed}")
         _chosen[key] = available[0] if backend == "auto" else backend
-        log.info("attention: %s on %s in %s (available: %s)", _chosen[key], device, dtype, ", ".join(available))
     return _chosen[key]
 
 
