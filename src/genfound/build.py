@@ -21,6 +21,7 @@ from genfound.data.base import ImageSource
 from genfound.data.loader import MicroBatches, TrainLoader
 from genfound.data.order import Order
 from genfound.data.packing import Chunker, Grouper, Packer
+from genfound.data.pictures import Assembly
 from genfound.data.plan import Plan
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Dense, Layout, Packed, Padded
@@ -76,10 +77,19 @@ class Parts:
         """Micro-batches that each rank accumulates in a global step."""
         return self.plan.per_step // self.ranks
 
+    @property
+    def assembly(self) -> Assembly:
+        """From decoded images to batches."""
+        return Assembly(self.tokenizer, self.layout, Rng(self.config["seed"], "encode"))
+
+    def batches(self, images: ImageSource, flips: Rng | None = None) -> MicroBatches:
+        """Reads micro-batches; where the tokenizer is a network, they are encoded on the training device."""
+        return MicroBatches(images, None if self.tokenizer.online else self.assembly, flips)
+
     def loader(self, rank: int) -> TrainLoader:
         """The training batches of a rank."""
         flips = Rng(self.config["seed"], "train") if self.config["data"]["flip"] else None
-        batches = MicroBatches(self.images, self.tokenizer, self.layout, flips)
+        batches = self.batches(self.images, flips)
         workers = self.config["data"]["num_workers"]
         return TrainLoader(batches, self.plan, rank, self.ranks, workers, self.device.type == "cuda")
 
@@ -132,6 +142,7 @@ def tokenizer(config: Config) -> Tokenizer:
 def source(config: Config, spec: Spec, split: str) -> ImageSource:
     """The images of a configuration; `split` is `train` or `val`."""
     options = {key: value for key, value in config["data"].items() if key not in LOADER_KEYS}
+    options["view"] = options["view"] or ("square" if config["layout"]["name"] == "dense" else "native")
     built: ImageSource = construct(
         "data", options, unit=spec.stride * config["model"]["patch_size"], split=split, seed=config["seed"]
     )
@@ -154,6 +165,8 @@ def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
             f"tokenizer is {name} ({spec.channels} channels) but model.channels is {channels}; "
             "leave model.channels=null or choose the other tokenizer"
         )
+    if options.get("learn_sigma") == "auto":
+        options["learn_sigma"] = objective(config).learned_variance
     torch.manual_seed(Rng(config["seed"]).integer("initialise"))
     built: Backbone = construct("model", options, channels=spec.channels, num_classes=num_classes)
     if config["layout"]["name"] not in built.layouts:

@@ -40,7 +40,8 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0][:150]
         raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}") from None
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: it holds a {type(state).__name__}")
     return state
 
 

@@ -20,7 +20,7 @@ from genfound.callbacks.nonfinite import NonFinite
 from genfound.callbacks.preview import Preview
 from genfound.callbacks.saving import AtomicCheckpointIO, Saving
 from genfound.callbacks.validation import Validation
-from genfound.data.loader import MicroBatches, TrainLoader
+from genfound.data.loader import TrainLoader
 from genfound.data.plan import Micro
 from genfound.module import GenerativeModule
 from genfound.reporting.provenance import provenance
@@ -60,6 +60,7 @@ def fit(folder: Path) -> None:
         budget,
         parts.micro_batches,
         ranks,
+        parts.assembly,
     )
     if config["trainer"]["compile"]:
         parts.net.compile()
@@ -119,7 +120,7 @@ def _callbacks(
     facts = {"class_names": names, "sizes": sizes, "fingerprint": parts.images.fingerprint}
     validation: list[lightning.Callback] = []
     if len(parts.held_out.labels):
-        batches = MicroBatches(parts.held_out, parts.tokenizer, parts.layout)
+        batches = parts.batches(parts.held_out)
         micros = validation_micros(parts, settings["val_images"])
         validation = [Validation(batches, micros, settings["val_every"], ema, metrics)]
     return [

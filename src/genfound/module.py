@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.data.loader import Item
+from genfound.data.pictures import Assembly, Pictures
 from genfound.data.plan import Micro
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
@@ -35,6 +36,7 @@ class GenerativeModule(lightning.LightningModule):
         budget: images of the run; the end of a cosine schedule.
         micro_batches: of a global step on this rank.
         ranks: number of ranks.
+        assembly: encodes the images that data workers leave to the training device, if they do.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class GenerativeModule(lightning.LightningModule):
         budget: int,
         micro_batches: int,
         ranks: int,
+        assembly: Assembly | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -56,6 +59,7 @@ class GenerativeModule(lightning.LightningModule):
         self.seed = seed
         self.budget = budget
         self.share = micro_batches * ranks  # Lightning averages over both; the loss of a step is a sum
+        self.assembly = assembly
         self.images_seen = 0
         self.grad_norm: Tensor | None = None
         self.losses: Losses | None = None
@@ -64,6 +68,7 @@ class GenerativeModule(lightning.LightningModule):
     def training_step(self, item: Item, batch_idx: int) -> Tensor:
         """This micro-batch's part of the loss of the global step; a scalar."""
         batch, micro = item
+        assert isinstance(batch, Batch)
         self.micro = micro
         self.losses = self.evaluate(batch, Rng(self.seed, "train", micro.number))
         weights = image_weight(batch.tokens, self.objective.weight) * batch.real
@@ -105,8 +110,11 @@ class GenerativeModule(lightning.LightningModule):
         optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def transfer_batch_to_device(self, item: Item, device: torch.device, dataloader_idx: int) -> Item:
-        """Only the batch moves; the plan of the micro-batch stays on the host."""
+        """Encode what is not encoded yet; the plan of the micro-batch stays on the host."""
         batch, micro = item
+        if isinstance(batch, Pictures):
+            assert self.assembly is not None
+            return self.assembly(batch, micro.number, device), micro
         return batch.to(device, non_blocking=True), micro
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from genfound import launch
 
 def _task(cfg: DictConfig) -> None:
     from genfound import build
-    from genfound.data.loader import save_png
+    from genfound.data.pictures import save_png
     from genfound.reporting.grid import save_grid
     from genfound.sampling import Sampling, make_requests
 

@@ -7,6 +7,7 @@ matrix kernels differ in the last bit with the number of rows.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from genfound import build
 from genfound.backbones.base import Backbone
+from genfound.batch import Batch
 from genfound.build import Loaded
-from genfound.data.loader import to_uint8
+from genfound.data.pictures import to_uint8
 from genfound.layouts import Layout
 from genfound.objectives.base import GuidedNet, Objective
 from genfound.rng import Rng
@@ -126,8 +128,9 @@ class Sampling:
         batch = self.layout.to_batch(noise, labels).to(self.device)
         times = self.objective.times(self.sampler["name"], self.sampler["steps"])
         rng = _RequestRng(seed, padded, self.layout, noise)
-        field = self.objective.field(guided(net, self.guidance))
-        sampler = SAMPLERS[self.sampler["name"]]
+        field = self.objective.field(guided(net, self.guidance, self.objective.time_range))
+        options = {key: value for key, value in self.sampler.items() if key not in ("name", "steps")}
+        sampler: Callable[..., Batch] = functools.partial(SAMPLERS[self.sampler["name"]], **options)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             batch = sampler(field, batch, times, rng)
         real = torch.arange(len(padded), device=self.device) < len(requests)
@@ -148,12 +151,12 @@ class _RequestRng:
         return self.layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
 
 
-def guided(net: Backbone, guidance: Mapping[str, Any]) -> GuidedNet:
-    """The network with its guidance."""
+def guided(net: Backbone, guidance: Mapping[str, Any], time_range: tuple[float, float] = (0.0, 1.0)) -> GuidedNet:
+    """The network with its guidance, at times of an objective."""
     options = dict(guidance)
     if options.pop("name") == "none":
         return unguided(net)
-    return ClassifierFree(net, **options)
+    return ClassifierFree(net, **options, time_range=time_range)
 
 
 def check_size(size: tuple[int, int], unit: int) -> None:

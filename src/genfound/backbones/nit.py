@@ -46,6 +46,7 @@ class NiT(Backbone):
         rope_coords: `row_major` gives a token its row and column. `official` is the grid of
             nit_model.py:NiT.get_rope, (n mod rows, n div rows) for token n, on which released weights were
             trained; neighbours in a non-square image are not neighbours on it.
+        learn_sigma: also predict a variance, in channels C .. 2C of the output; never in the paper.
         attention: backend of `packed_attention`.
         activation_checkpointing: recompute each block in the backward pass.
 
@@ -71,6 +72,7 @@ class NiT(Backbone):
         label_drop: float,
         rope_theta: float,
         rope_coords: str,
+        learn_sigma: bool,
         attention: str,
         activation_checkpointing: bool,
     ) -> None:
@@ -92,13 +94,13 @@ class NiT(Backbone):
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, qk_norm, adaln_rank, attention) for _ in range(depth)
         )
-        self.final_layer = FinalLayer(width, token)
+        self.final_layer = FinalLayer(width, 2 * token if learn_sigma else token)
         self.register_buffer("frequencies", axis_frequencies(width // heads // 2, rope_theta), persistent=False)
         self.frequencies: Tensor
         self.initialise()
 
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
-        """Packed `batch.x` (T, P) at times t (B,) -> velocity (T, P)."""
+        """Packed `batch.x` (T, P) at times t (B,) -> velocity (T, P), with learn_sigma (T, 2 P)."""
         x = self.x_embedder(batch.x).float()  # (T, D)
         with full_precision(x):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
@@ -109,8 +111,8 @@ class NiT(Backbone):
                 x = checkpoint(block, x, c, batch, turn, use_reentrant=False)
             else:
                 x = block(x, c, batch, turn)  # (T, D)
-        velocity: Tensor = self.final_layer(x, c, batch)  # (T, P)
-        return velocity
+        out: Tensor = self.final_layer(x, c, batch)  # (T, P)
+        return out
 
     def initialise(self) -> None:
         """Xavier-uniform matrices, normal(0.02) embeddings, zeros where adaLN-Zero starts as identity."""

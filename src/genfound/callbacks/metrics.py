@@ -10,6 +10,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from genfound.batch import Batch
 from genfound.callbacks.speed import Speed
 from genfound.data.loader import Item, TrainLoader
 from genfound.module import GenerativeModule
@@ -50,7 +51,10 @@ class Metrics(lightning.Callback):
         """Start the clock of a micro-batch; the first one also counts its operations."""
         assert isinstance(module, GenerativeModule)
         if not self.speed.calibrated:
+            assert isinstance(batch[0], Batch)
             self.speed.calibrate(module, batch[0])
+            for sink in self.sinks:
+                sink.note(first_batch(batch[0]))
         self._begin = time.perf_counter()
 
     def on_train_batch_end(
@@ -59,6 +63,7 @@ class Metrics(lightning.Callback):
         """Add a micro-batch; write a line after `every` steps."""
         assert isinstance(module, GenerativeModule) and module.losses is not None
         losses, (images, micro) = module.losses, batch
+        assert isinstance(images, Batch)
         weights = image_weight(images.tokens, module.objective.weight) * images.real
         self._loss += (weights * losses.total.detach()).sum() / micro.step_weight
         low, high = module.objective.time_range
@@ -93,3 +98,14 @@ class Metrics(lightning.Callback):
             sink.log(metrics, trainer.global_step)
         self._logged = trainer.global_step
         self._clear(module)
+
+
+def first_batch(batch: Batch) -> str:
+    """What a wrongly scaled latent would show: mean and standard deviation of the first batch."""
+    real = batch.expand(batch.real.float()).expand_as(batch.x).bool()
+    if batch.mask is not None:
+        real = real & batch.mask[..., None]
+    values = batch.x[real]
+    return (
+        f"first batch: {int(batch.real.sum())} images, latents of mean {values.mean():.3f} and std {values.std():.3f}"
+    )

@@ -9,6 +9,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
 from genfound.data.loader import MicroBatches
@@ -65,7 +66,8 @@ class Validation(lightning.Callback):
         module.eval()
         sums = torch.zeros(2, device=module.device, dtype=torch.float64)
         for micro in self.micros[trainer.global_rank :: trainer.world_size]:
-            batch = self.batches[micro][0].to(module.device)
+            batch = module.transfer_batch_to_device(self.batches[micro], module.device, 0)[0]
+            assert isinstance(batch, Batch)
             with trainer.precision_plugin.forward_context():
                 losses = module.objective.loss(module.net, batch, Rng(0, "val", micro.number))
             weights = image_weight(batch.tokens, module.objective.weight) * batch.real

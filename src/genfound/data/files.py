@@ -130,8 +130,8 @@ class View:
     def show(self, picture: Image.Image, size: np.ndarray) -> np.ndarray:
         """(height, width, 3) uint8 of a planned size."""
         if self.name == "square":
-            return np.asarray(center_crop(picture, self.size))
-        return np.asarray(resize(picture, int(size[0]), int(size[1]), Image.Resampling.BICUBIC))
+            return np.array(center_crop(picture, self.size))
+        return np.array(resize(picture, int(size[0]), int(size[1]), Image.Resampling.BICUBIC))
 
     def reduced(self, files: Files) -> int:
         """How many files are reduced because they have too many tokens."""

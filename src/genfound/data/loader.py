@@ -4,49 +4,44 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from genfound.batch import Batch
 from genfound.data.base import ImageSource
+from genfound.data.pictures import Assembly, Pictures, to_picture
 from genfound.data.plan import Micro, Plan
-from genfound.layouts import Layout
 from genfound.rng import Rng
-from genfound.tokenizers import Tokenizer
 
-Item = tuple[Batch, Micro]
+Item = tuple[Batch | Pictures, Micro]
 
 
 class MicroBatches(Dataset[Item]):
-    """A micro-batch of the plan -> its images as one `Batch`; runs in the workers.
+    """A micro-batch of the plan -> its images, as a `Batch` unless they are still to be encoded; runs in the workers.
 
     Args:
         source: images.
-        tokenizer: encodes them.
-        layout: lays them out.
+        assembly: encodes and lays them out; `None` leaves that to the training device.
         flips: decides which images of a micro-batch are mirrored; `None` mirrors none.
     """
 
-    def __init__(self, source: ImageSource, tokenizer: Tokenizer, layout: Layout, flips: Rng | None = None) -> None:
+    def __init__(self, source: ImageSource, assembly: Assembly | None, flips: Rng | None = None) -> None:
         self.source = source
-        self.tokenizer = tokenizer
-        self.layout = layout
+        self.assembly = assembly
         self.flips = flips
 
     def __getitem__(self, micro: Micro) -> Item:
-        images = [to_tensor(self.source.image(index)) for index in micro.indices]
+        count = len(micro.indices)
+        coins = [False] * count
         if self.flips is not None:
-            coins = self.flips.at(micro.number).uniform("flip", (len(images),)) < 0.5
-            images = [image.flip(-1) if coin else image for image, coin in zip(images, coins, strict=True)]
-        latents = [self.tokenizer.encode(image[None])[0] for image in images]
-        labels = torch.from_numpy(self.source.labels[list(micro.indices)])
-        return self.layout.to_batch(latents, labels), micro
+            coins = (self.flips.at(micro.number).uniform("flip", (count,)) < 0.5).tolist()
+        images = [to_picture(self.source.image(i), coin) for i, coin in zip(micro.indices, coins, strict=True)]
+        pictures = Pictures(images, torch.from_numpy(self.source.labels[list(micro.indices)]))
+        if self.assembly is None:
+            return pictures, micro
+        return self.assembly(pictures, micro.number, torch.device("cpu")), micro
 
 
 class TrainLoader(IterableDataset[Item]):
@@ -109,20 +104,3 @@ class _Share(torch.utils.data.Sampler[Micro]):
 
     def __iter__(self) -> Iterator[Micro]:
         return self.loader.share()
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    """(height, width, 3) uint8 -> (3, height, width) float32 in [-1, 1]."""
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def to_uint8(image: Tensor) -> np.ndarray:
-    """(3, height, width) in [-1, 1] -> (height, width, 3) uint8, rounded."""
-    scaled: Tensor = (image.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().permute(1, 2, 0).cpu().numpy()
-
-
-def save_png(file: Path, image: np.ndarray) -> None:
-    """Write an image (height, width, 3) uint8."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(file)

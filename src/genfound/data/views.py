@@ -12,21 +12,29 @@ from PIL import Image
 
 
 def native_size(height: int, width: int, unit: int, max_tokens: int) -> tuple[int, int]:
-    """(height, width) to which an image is resized at its native resolution; NiT's rule.
+    """(height, width) to which an image is resized at its native resolution: NiT's rule, then as small as needed.
 
-    Each side is rounded down to a multiple of `unit`. An image of more than `max_tokens` tokens is first
-    reduced to the area of a square of floor(sqrt(max_tokens)) tokens a side, and then along its longer side
-    until it fits.
+    The limit of NiT's rule is a square of floor(sqrt(max_tokens)) tokens a side; what is still too large is
+    reduced along its longer side until it fits.
     """
-    side = unit * math.isqrt(max_tokens)
-    new_height, new_width = float(height), float(width)
-    if (height // unit or 1) * (width // unit or 1) > max_tokens:
-        new_width = math.sqrt(width / height) * side
-        new_height = new_width * height / width
-    rows, columns = (max(int(v / unit), 1) for v in (new_height, new_width))
+    published = published_size(height, width, unit, unit * math.isqrt(max_tokens))
+    rows, columns = (max(side // unit, 1) for side in published)
     while rows * columns > max_tokens:
         rows, columns = (rows - 1, columns) if rows >= columns else (rows, columns - 1)
     return rows * unit, columns * unit
+
+
+def published_size(height: int, width: int, unit: int, side: int) -> tuple[int, int]:
+    """NiT's native_resolution_resize, exactly: sides rounded down to multiples of `unit`.
+
+    An image of the area of a square of `side` pixels or more is reduced to that area first; one that is very
+    thin can then lose a side to 0.
+    """
+    if height * width < side**2:
+        return max(height // unit, 1) * unit, max(width // unit, 1) * unit
+    new_width = math.sqrt(width / height) * side
+    new_height = new_width * height / width
+    return int(new_height / unit) * unit, int(new_width / unit) * unit
 
 
 def resize(image: Image.Image, height: int, width: int, method: Image.Resampling) -> Image.Image:

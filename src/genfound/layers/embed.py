@@ -11,13 +11,13 @@ FREQUENCIES = 256
 LONGEST_PERIOD = 10_000
 
 
-def sinusoid(t: Tensor, size: int = FREQUENCIES) -> Tensor:
+def sinusoid(t: Tensor, size: int = FREQUENCIES, longest_period: float = LONGEST_PERIOD) -> Tensor:
     """(B,) times -> (B, size) float32, [cos | sin] of geometrically spaced frequencies (ADM's form).
 
     An odd size has one zero column at the end.
     """
     half = size // 2
-    exponent = -math.log(LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    exponent = -math.log(longest_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = t.float()[:, None] * exponent.exp()  # (B, half)
     return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, size % 2))
 

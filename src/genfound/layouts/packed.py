@@ -40,8 +40,8 @@ class Packed:
         Raises:
             ValueError: the images exceed the budget of tokens or of rows.
         """
-        x = torch.cat([to_tokens(z, self.patch_size) for z in latents])
         sizes = token_sizes(latents, self.patch_size)
+        x = torch.cat([to_tokens(z, self.patch_size) for z in latents])
         real = torch.ones(len(latents), dtype=torch.bool)
         if self.max_tokens is not None:
             x, y, sizes, real = self._fill(x, y, sizes, real)

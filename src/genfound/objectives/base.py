@@ -47,6 +47,7 @@ class Objective(Protocol):
     samplers: tuple[str, ...]
     time_range: tuple[float, float]
     weight: str
+    learned_variance: bool
 
     def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
         """The loss of each image; all randomness comes from `rng`."""
@@ -54,5 +55,5 @@ class Objective(Protocol):
     def field(self, net: GuidedNet) -> Field:
         """The views of the network's output that samplers use."""
 
-    def times(self, sampler: str, steps: int) -> Tensor:
+    def times(self, sampler: str, steps: int | str) -> Tensor:
         """The times that a sampler walks, from noise to data; float64 on the host."""

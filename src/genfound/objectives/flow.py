@@ -33,6 +33,7 @@ class Flow:
     name = "flow"
     samplers = ("euler", "heun")
     time_range = (0.0, 1.0)
+    learned_variance = False
 
     def __init__(
         self, *, path: str, prediction: str, time: str, time_mean: float, time_std: float, weight: str
@@ -54,8 +55,14 @@ class Flow:
         error = net(replace(batch, x=x_t), t).float() - target
         return Losses(total=batch.per_image(error**2), t=t)
 
-    def times(self, sampler: str, steps: int) -> Tensor:
-        """steps + 1 equidistant times from 1 to 0."""
+    def times(self, sampler: str, steps: int | str) -> Tensor:
+        """steps + 1 equidistant times from 1 to 0.
+
+        Raises:
+            ValueError: not a positive number of steps.
+        """
+        if isinstance(steps, str):
+            raise ValueError(f"sampler.steps={steps} must be a whole number for objective=flow")
         return time_grid(steps, 1.0, 0.0)
 
     def field(self, net: GuidedNet) -> FlowField:

@@ -44,6 +44,9 @@ class Dashboard:
         """Log numbers against images seen."""
         self._run.log(dict(metrics))
 
+    def note(self, text: str) -> None:
+        """Not a number."""
+
     def picture(self, name: str, file: Path, images_seen: int) -> None:
         """Log a picture."""
         self._run.log({name: self._wandb.Image(str(file)), "images_seen": images_seen})

@@ -15,6 +15,9 @@ class Sink(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of one moment; `images_seen` is among them."""
 
+    def note(self, text: str) -> None:
+        """A line for whoever watches."""
+
     def picture(self, name: str, file: Path, images_seen: int) -> None:
         """A picture that has been written to a file."""
 
@@ -42,6 +45,9 @@ class JsonLines:
         """Append a line; a number that is not finite becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._out.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def note(self, text: str) -> None:
+        """Not a number."""
 
     def picture(self, name: str, file: Path, images_seen: int) -> None:
         """Pictures are already files."""

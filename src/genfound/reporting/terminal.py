@@ -45,13 +45,16 @@ class Terminal:
         else:
             self._bar.update(self._task, completed=seen, description=text)
 
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.console.print(text)
+
     def picture(self, name: str, file: Path, images_seen: int) -> None:
         """Say where a picture is."""
-        line = f"{name}: {file}"
-        if self._bar is None:
-            print(line, flush=True)
-        else:
-            self._bar.console.print(line)
+        self.note(f"{name}: {file}")
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -30,13 +30,21 @@ class ClassifierFree:
         interval: [low, high] of times, both inclusive, in which guidance acts (Kynkaanniemi et al. 2024);
             outside it the null pass is not computed.
         channels: `all`, or `first3` as DiT's and SiT's released samplers (guided only the first three
-            latent channels, by oversight).
+            latent channels, by oversight). A predicted variance is never guided.
+        time_range: the objective's (data, noise) times, of which the interval is a part.
 
     Raises:
         ValueError: the network has no null label, or an unknown option.
     """
 
-    def __init__(self, net: Backbone, scale: float, interval: Sequence[float], channels: str) -> None:
+    def __init__(
+        self,
+        net: Backbone,
+        scale: float,
+        interval: Sequence[float],
+        channels: str,
+        time_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         if scale != 1 and net.null_label is None:
             raise ValueError("guidance needs a null label: train with model.label_drop > 0 or set guidance=none")
         if channels not in ("all", "first3"):
@@ -47,10 +55,12 @@ class ClassifierFree:
         self.scale = scale
         self.low, self.high = interval
         self.channels = channels
+        self.time_range = time_range
 
     def __call__(self, batch: Batch, t: float) -> Tensor:
         """Guided output, shaped like the network's."""
-        if self.scale == 1 or not self.low <= t <= self.high:
+        first, last = self.time_range
+        if self.scale == 1 or not self.low <= (t - first) / (last - first) <= self.high:
             out: Tensor = self.net(batch, _same_time(batch, t))
             return out
         assert self.net.null_label is not None
@@ -59,12 +69,11 @@ class ClassifierFree:
         pair: Tensor = self.net(both, _same_time(both, t))
         conditional, unconditional = pair.chunk(2)
         guided = unconditional + self.scale * (conditional - unconditional)
-        if self.channels == "all":
-            return guided
         axis = 1 if batch.layout == "dense" else -1
-        count = 3 * batch.x.shape[axis] // self.net.token_spec.channels if axis < 0 else 3
-        rest = conditional.narrow(axis, count, conditional.shape[axis] - count)
-        return torch.cat([guided.narrow(axis, 0, count), rest], dim=axis)
+        width = batch.x.shape[axis]
+        count = width if self.channels == "all" else 3 * width // self.net.token_spec.channels
+        rest = conditional.shape[axis] - count
+        return torch.cat([guided.narrow(axis, 0, count), conditional.narrow(axis, count, rest)], dim=axis)
 
 
 def _same_time(batch: Batch, t: float) -> Tensor:

@@ -1,0 +1,101 @@
+"""Decoded images on their way to a batch: mirrored, encoded by the tokenizer, laid out.
+
+A cheap tokenizer does this in the worker that read the images. One that is a network does it on the training
+device, a group of equal sizes at a time, outside of the checkpoint and without gradients.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from genfound.batch import Batch
+from genfound.layouts import Layout
+from genfound.rng import Rng
+from genfound.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a micro-batch before they are encoded.
+
+    Attributes:
+        images: each (3, height, width) uint8.
+        labels: (B,) int64.
+    """
+
+    images: list[Tensor]
+    labels: Tensor
+
+    def pin_memory(self) -> Pictures:
+        """The same in page-locked host memory (called by the DataLoader)."""
+        return replace(self, images=[image.pin_memory() for image in self.images])
+
+
+class Assembly:
+    """Pictures -> batch.
+
+    Args:
+        tokenizer: encodes images.
+        layout: lays latents out.
+        rng: noise of a stochastic tokenizer, by number of the micro-batch.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, layout: Layout, rng: Rng) -> None:
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.rng = rng
+
+    def __call__(self, pictures: Pictures, number: int, device: torch.device) -> Batch:
+        """Encode the images of a micro-batch on a device and lay them out there.
+
+        Raises:
+            ValueError: a latent is not finite.
+        """
+        by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, image in enumerate(pictures.images):
+            by_size[tuple(image.shape)].append(place)
+        latents: dict[int, Tensor] = {}
+        for places in by_size.values():
+            images = torch.stack([pictures.images[place] for place in places]).to(device, non_blocking=True)
+            noise = self._noise(images.shape, places, number, device) if self.tokenizer.stochastic else None
+            latents |= zip(places, self.tokenizer.encode(normalised(images), noise), strict=True)
+        ordered = [latents[place] for place in range(len(latents))]
+        return self.layout.to_batch(ordered, pictures.labels.to(device, non_blocking=True))
+
+    def _noise(self, shape: Sequence[int], places: list[int], number: int, device: torch.device) -> Tensor:
+        """Standard normal numbers shaped like the latents of images of this shape; each image has its own."""
+        channels, stride = self.tokenizer.spec
+        latent = (channels, shape[-2] // stride, shape[-1] // stride)
+        streams = [self.rng.at(number, place) for place in places]
+        return torch.stack([stream.normal("posterior", latent, device) for stream in streams])
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], as ADM: x / 127.5 - 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_picture(image: np.ndarray, mirrored: bool = False) -> Tensor:
+    """(height, width, 3) uint8 -> (3, height, width) uint8."""
+    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return picture.flip(-1) if mirrored else picture.contiguous()
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """(3, height, width) in [-1, 1] -> (height, width, 3) uint8, rounded."""
+    scaled: Tensor = (image.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def save_png(file: Path, image: np.ndarray) -> None:
+    """Write an image (height, width, 3) uint8."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(file)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from genfound.backbones.base import Backbone
+from genfound.batch import Batch
+from genfound.callbacks.ema import Ema
+from tests.helpers import training_module
+
+
+class Toy(Backbone):
+    null_label = None
+
+    def __init__(self, names: tuple[str, ...] = ("a", "b")) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict({name: nn.Parameter(torch.ones(2)) for name in names})
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, batch: Batch, t: Tensor) -> Tensor:
+        return batch.x
+
+
+class Training:
+    """A module and the two facts about the trainer that the callback looks at."""
+
+    def __init__(self, *decays: float, names: tuple[str, ...] = ("a", "b"), step: int = 0) -> None:
+        self.net = Toy(names)
+        self.module = training_module(self.net)
+        self.trainer: Any = SimpleNamespace(global_step=step)
+        self.ema = Ema(decays)
+        self.ema.on_fit_start(self.trainer, self.module)
+
+    def set(self, value: float) -> None:
+        with torch.no_grad():
+            for parameter in self.net.weights.values():
+                parameter.fill_(value)
+
+    def micro_batch(self, value: float | None = None) -> None:
+        """The end of a micro-batch; with a value, of one after which the optimizer stepped."""
+        if value is not None:
+            self.set(value)
+            self.trainer.global_step += 1
+        self.ema.on_train_batch_end(self.trainer, self.module, None, None, 0)
+
+
+def test_the_official_convention() -> None:
+    training = Training(0.9)
+    for value, expected in ((0.9, 0.99), (0.8, 0.971), (0.7, 0.9439)):
+        training.micro_batch(value)
+        for average in training.ema.averages[0.9].values():
+            torch.testing.assert_close(average, torch.full((2,), expected))
+
+
+def test_it_starts_as_a_copy_of_the_initial_weights() -> None:
+    training = Training(0.9)
+    training.set(5.0)
+    assert list(training.ema.averages[0.9]) == ["weights.a", "weights.b"]  # nothing frozen
+    assert all((average == 1).all() for average in training.ema.averages[0.9].values())
+
+
+def test_accumulated_micro_batches_count_once() -> None:
+    training = Training(0.9)
+    for _ in range(3):
+        training.micro_batch()
+    training.micro_batch(0.9)
+    training.micro_batch()
+    torch.testing.assert_close(training.ema.averages[0.9]["weights.a"], torch.full((2,), 0.99))
+
+
+def test_several_decays() -> None:
+    training = Training(0.5, 0.0, 1.0)
+    training.micro_batch(0.0)
+    training.micro_batch(4.0)
+    values = [training.ema.averages[d]["weights.b"][0].item() for d in (0.5, 0.0, 1.0)]
+    assert values == [2.25, 4.0, 1.0]
+
+
+def test_averages_are_float32_and_see_small_changes() -> None:
+    training = Training(0.9999)
+    training.net.to(torch.bfloat16)
+    training.ema.on_fit_start(training.trainer, training.module)
+    training.micro_batch(0.5)
+    average = training.ema.averages[0.9999]["weights.a"]
+    assert average.dtype == torch.float32
+    torch.testing.assert_close(average, torch.full((2,), 1 - 0.5e-4), atol=1e-7, rtol=0)
+
+
+def test_within_the_context_the_network_is_the_first_average() -> None:
+    training = Training(0.9, 0.5)
+    training.micro_batch(0.0)
+    with pytest.raises(KeyError), training.ema.swapped(training.module):
+        torch.testing.assert_close(training.net.weights["a"].detach(), torch.full((2,), 0.9))
+        raise KeyError
+    assert (training.net.weights["a"] == 0).all()
+    torch.testing.assert_close(training.ema.averages[0.9]["weights.a"], torch.full((2,), 0.9))
+
+
+def test_without_decays_the_context_changes_nothing() -> None:
+    training = Training()
+    with training.ema.swapped(training.module):
+        assert (training.net.weights["a"] == 1).all()
+
+
+def test_a_checkpoint_brings_the_averages_back() -> None:
+    training, checkpoint = Training(0.9, 0.5), {"state_dict": {"net.weights.a": "live"}}
+    training.micro_batch(0.9)
+    training.micro_batch(0.8)
+    training.ema.on_save_checkpoint(training.trainer, training.module, checkpoint)
+    assert checkpoint["state_dict"] == {"net.weights.a": "live"}
+    assert list(checkpoint["ema"]) == ["0.9", "0.5"]
+    resumed = Training(0.9, 0.5, step=2)
+    resumed.ema.on_load_checkpoint(resumed.trainer, resumed.module, checkpoint)
+    resumed.micro_batch()  # not a step of its own
+    for other in (training, resumed):
+        other.micro_batch(0.7)
+        torch.testing.assert_close(other.ema.averages[0.9]["weights.a"], torch.full((2,), 0.9439))
+
+
+def test_a_decay_that_the_checkpoint_lacks_is_named() -> None:
+    training, checkpoint = Training(0.9), {}
+    training.ema.on_save_checkpoint(training.trainer, training.module, checkpoint)
+    other = Training(0.9, 0.99)
+    with pytest.raises(ValueError, match=r"ema\.decays=\[0\.9, 0\.99\], but the checkpoint has only 0\.9"):
+        other.ema.on_load_checkpoint(other.trainer, other.module, checkpoint)
+
+
+def test_averages_of_another_network_are_refused() -> None:
+    training, checkpoint = Training(0.9), {}
+    training.ema.on_save_checkpoint(training.trainer, training.module, checkpoint)
+    other = Training(0.9, names=("a", "c"))
+    with pytest.raises(ValueError, match="belong to other parameters"):
+        other.ema.on_load_checkpoint(other.trainer, other.module, checkpoint)

@@ -1,0 +1,70 @@
+"""A step whose gradient is not finite leaves the weights alone, is written down, and is not repeated for ever."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from genfound import checkpoints, paths
+from genfound.fit import fit
+from genfound.objectives.flow import Flow
+from tests.cli.commands import TINY
+
+
+def run_dir(folder: Path, *overrides: str) -> Path:
+    """A run directory that `fit` can train."""
+    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+        config = hydra.compose("train", [*TINY, "trainer.precision=fp32", *overrides])
+    paths.claim(folder, OmegaConf.to_container(config, resolve=True), allow_changes=False)
+    return folder
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Numbers of micro-batches whose loss becomes NaN."""
+    numbers: set[int] = set()
+    clean = Flow.loss
+
+    def loss(self, net, batch, rng):  # type: ignore[no-untyped-def]
+        losses = clean(self, net, batch, rng)
+        bad = rng.key[0] == "train" and rng.key[1] in numbers
+        return replace(losses, total=losses.total * float("nan")) if bad else losses
+
+    monkeypatch.setattr(Flow, "loss", loss)
+    return numbers
+
+
+def test_a_poisoned_step_is_skipped_and_written_down(poison: set[int], tmp_path: Path) -> None:
+    poison.add(2)
+    folder = run_dir(tmp_path / "run", "trainer.max_steps=5", "trainer.log_every=2")
+    fit(folder)
+    lines = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2]
+    assert len(lines[0]["images"]) == len(lines[0]["t"]) > 0
+    state = checkpoints.read(checkpoints.newest(folder / "checkpoints"))
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+    assert all(tensor.isfinite().all() for tensor in state["ema"]["0.995"].values())
+
+
+def test_a_skipped_step_moves_no_weight(poison: set[int], tmp_path: Path) -> None:
+    weights = []
+    for name, steps in (("before", 3), ("with", 4)):
+        poison.clear()
+        poison.add(3)
+        folder = run_dir(tmp_path / name, f"trainer.max_steps={steps}")
+        fit(folder)
+        weights.append(checkpoints.read(checkpoints.newest(folder / "checkpoints"))["state_dict"])
+    assert all(torch.equal(weights[1][key], tensor) for key, tensor in weights[0].items())
+
+
+def test_too_many_in_a_row_stop_the_run(poison: set[int], tmp_path: Path) -> None:
+    poison.update(range(4, 100))
+    folder = run_dir(tmp_path / "run", "trainer.nonfinite_limit=3", "trainer.checkpoint_every=2", "trainer.log_every=1")
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        fit(folder)
+    state = checkpoints.read(checkpoints.newest(folder / "checkpoints"))
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())

@@ -1,0 +1,41 @@
+"""What every test gets: one thread, no network, no graphics card unless it asks for one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden-dir",
+        type=Path,
+        default=None,
+        help="run the golden fixtures below this folder instead of the committed ones",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the golden aids that nothing runs yet, so that they are not mistaken for passed ones."""
+    waiting = [r for r in terminalreporter.stats.get("xfailed", []) if "tests/golden" in r.nodeid]
+    if waiting:
+        terminalreporter.section("golden fixtures without an adapter (not counted as passed)")
+        for report in sorted(waiting, key=lambda r: r.nodeid):
+            terminalreporter.write_line(f"{report.nodeid.partition('[')[2][:-1]}: {report.wasxfail}")
+
+
+@pytest.fixture(autouse=True)
+def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genfound.data.packing import Chunker, Packer
+
+TOKENS = st.lists(st.integers(1, 40), min_size=1, max_size=50)
+
+
+def packer(tokens: list[int] | np.ndarray, budget: int, max_images: int = 10_000, lookahead: int = 256) -> Packer:
+    """Over an endless repetition of these token counts."""
+    return Packer(lambda k: int(tokens[k % len(tokens)]), budget, max_images, lookahead)
+
+
+def lognormal_sizes(images: int) -> np.ndarray:
+    """Token counts like those of photographs on a 32-pixel grid."""
+    rng = np.random.default_rng(0)
+    area = np.exp(rng.normal(np.log(80), 1.1, images))
+    aspect = np.exp(rng.normal(0, 0.3, images))
+    rows, columns = np.sqrt(area / aspect), np.sqrt(area * aspect)
+    return np.clip(rows.round(), 1, 64).astype(int) * np.clip(columns.round(), 1, 64).astype(int)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TOKENS, st.integers(40, 120), st.integers(1, 12), st.integers(1, 20))
+def test_packs_keep_both_budgets_and_waste_nothing(
+    tokens: list[int], budget: int, max_images: int, lookahead: int
+) -> None:
+    source = packer(tokens, budget, max_images, lookahead)
+    packs = [source.take() for _ in range(30)]
+    for pack in packs:
+        assert 1 <= len(pack) <= max_images
+        assert sum(tokens[k % len(tokens)] for k in pack) <= budget
+    placed = [k for pack in packs for k in pack]
+    assert len(placed) == len(set(placed))
+    waiting = source.state()["waiting"]
+    assert sorted([*placed, *waiting]) == list(range(source.state()["next"]))
+    assert len(waiting) <= lookahead
+
+
+@settings(max_examples=30, deadline=None)
+@given(TOKENS, st.integers(40, 120))
+def test_a_pack_is_closed_only_when_nothing_waiting_fits(tokens: list[int], budget: int) -> None:
+    source = packer(tokens, budget, lookahead=8)
+    for _ in range(20):
+        gap = budget - sum(tokens[k % len(tokens)] for k in source.take())
+        assert all(tokens[k % len(tokens)] > gap for k in source.state()["waiting"])
+
+
+def test_no_image_waits_for_ever() -> None:
+    tokens = [39, *[3] * 30]
+    source = packer(tokens, 40, lookahead=16)
+    for number in range(200):
+        pack = source.take()
+        assert max(pack) - min([*pack, *source.state()["waiting"]]) <= 16 * (1 + 40 // 3), number
+
+
+def test_fill_of_photograph_sizes_at_16384_tokens() -> None:
+    tokens, budget = lognormal_sizes(60_000), 16_384
+    source = packer(tokens, budget)
+    fills = [sum(tokens[k] for k in source.take()) / budget for _ in range(400)]
+    assert np.mean(fills) >= 0.999
+    assert min(fills) >= 0.99
+
+
+def test_arrival_order_is_kept_where_everything_fits() -> None:
+    source = packer([10], 40)
+    assert [source.take() for _ in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_the_gap_gets_the_best_fitting_image() -> None:
+    source = packer([30, 25, 4, 9, 10, 11], 40)
+    assert source.take() == [0, 4]  # 10 of the remaining 10
+
+
+@settings(max_examples=30, deadline=None)
+@given(TOKENS, st.integers(0, 15))
+def test_a_restored_packer_continues_identically(tokens: list[int], before: int) -> None:
+    source, fresh = packer(tokens, 60, 5, 12), packer(tokens, 60, 5, 12)
+    for _ in range(before):
+        source.take()
+    state = source.state()
+    expected = [source.take() for _ in range(10)]
+    fresh.restore(state)
+    assert [fresh.take() for _ in range(10)] == expected
+    source.restore(state)
+    assert [source.take() for _ in range(10)] == expected
+
+
+def test_chunks_are_consecutive() -> None:
+    chunker = Chunker(3)
+    assert [chunker.take() for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    state = chunker.state()
+    expected = chunker.take()
+    chunker.take()
+    chunker.restore(state)
+    assert chunker.take() == expected == [9, 10, 11]
+
+
+@pytest.mark.parametrize("source", [packer([7, 9], 40), Chunker(4)], ids=["packer", "chunker"])
+def test_states_are_plain_values(source: Packer | Chunker) -> None:
+    source.take()
+    for value in source.state().values():
+        assert isinstance(value, int) or all(type(v) is int for v in value)

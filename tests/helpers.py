@@ -1,0 +1,99 @@
+"""What several tests build."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from genfound import build, paths
+from genfound.backbones.base import Backbone
+from genfound.backbones.nit import NiT
+from genfound.batch import Batch
+from genfound.data.pictures import Assembly
+from genfound.layouts import Dense, Packed, Padded
+from genfound.module import GenerativeModule
+from genfound.objectives.flow import Flow
+from genfound.rng import Rng
+from genfound.tokenizers import Pixel, Spec
+
+
+def latents(sizes: Sequence[tuple[int, int]], channels: int = 4, seed: int = 0) -> list[Tensor]:
+    """Standard normal latents (C, h, w) of the given sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(channels, h, w, generator=generator) for h, w in sizes]
+
+
+def packed(sizes: Sequence[tuple[int, int]], channels: int = 4, patch_size: int = 1, **options: Any) -> Batch:
+    """A packed batch of random latents whose labels are 0, 1, 2, ..."""
+    return Packed(patch_size, **options).to_batch(latents(sizes, channels), torch.arange(len(sizes)))
+
+
+def three_layouts(sizes: Sequence[tuple[int, int]], patch_size: int = 1) -> dict[str, Batch]:
+    """The same latents in every layout that can hold them."""
+    z, y = latents(sizes), torch.arange(len(sizes))
+    longest = max(h * w for h, w in sizes) // patch_size**2
+    layouts = [Padded(patch_size), Padded(patch_size, longest + 3), Packed(patch_size), Packed(patch_size, 200, 12)]
+    if len(set(sizes)) == 1:
+        layouts.append(Dense(patch_size))
+    return {f"{layout.name}{i}": layout.to_batch(z, y) for i, layout in enumerate(layouts)}
+
+
+def fresh_nit(channels: int = 4, num_classes: int = 10, seed: int = 0, **options: Any) -> NiT:
+    """A NiT of two small blocks, or of other options, as it is initialised."""
+    config = composed("model=nit_s")
+    model = {**config["model"], "width": 32, "depth": 2, "heads": 2, "attention": "loop", **options}
+    net = build.net({**config, "model": model, "seed": seed}, Spec(channels, 1), num_classes)
+    assert isinstance(net, NiT)
+    return net
+
+
+def small_nit(**options: Any) -> NiT:
+    """A NiT of two small blocks whose weights are all random, also those that start at zero."""
+    return randomise(fresh_nit(**options))
+
+
+def training_module(net: Backbone, weight: str = "image", **options: Any) -> GenerativeModule:
+    """What trains a network on noise-free shapes of the linear path."""
+    defaults: dict[str, Any] = {
+        "objective": linear_flow(weight=weight), "optimizer": {}, "label_drop": 0.0, "seed": 0, "budget": 100,
+        "micro_batches": 1, "ranks": 1, "assembly": Assembly(Pixel(), Packed(1), Rng(0)),
+    }  # fmt: skip
+    return GenerativeModule(net, **{**defaults, **options})
+
+
+def linear_flow(**options: Any) -> Flow:
+    """Flow matching on the linear path."""
+    defaults: dict[str, Any] = {
+        "path": "linear", "prediction": "velocity", "time": "logit_normal",
+        "time_mean": 0.0, "time_std": 1.0, "weight": "image",
+    }  # fmt: skip
+    return Flow(**{**defaults, **options})
+
+
+def randomise(net: NiT, seed: int = 0) -> NiT:
+    """Draw every parameter anew, so that no branch is switched off."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in net.named_parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+        if "norm.weight" in name:
+            parameter.data += 1
+    return net
+
+
+@functools.cache
+def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
+    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+        return hydra.compose(name, overrides=list(overrides))
+
+
+def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
+    """A resolved configuration, as the command line would compose it."""
+    config = OmegaConf.to_container(_composed(name, overrides), resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from genfound import paths
+
+
+def test_the_configuration_folder_is_whole() -> None:
+    folder = Path(paths.config_dir())
+    assert folder.is_absolute()
+    groups = {path.name for path in folder.iterdir()}
+    assert {"train.yaml", "sample.yaml", "model", "data", "objective", "sampler", "guidance", "optimizer"} <= groups
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "default"),
+        (["model=nit_s"], "model-nit_s"),
+        (["seed=1", "model=nit_s"], "model-nit_s__seed-1"),
+        (["model=nit_s", "seed=1"], "model-nit_s__seed-1"),
+        (["optimizer.lr=1e-4"], "optimizer.lr-1e-4"),
+        (["ema.decays=[0.9,0.99]"], "ema.decays-_0.9_0.99"),
+        (["study=a", "name=b", "runs=/x", "trainer.max_steps=5", "logger=jsonl", "launcher=local"], "default"),
+        (["data.root=/home/me/images", "data.num_workers=4", "tokenizer.weights=w", "data=shapes"], "data-shapes"),
+        (["allow_changes=true", "trainer=laptop", "seed=3"], "seed-3"),
+    ],
+)
+def test_run_names(overrides: list[str], name: str) -> None:
+    assert paths.run_name(overrides) == name
+
+
+def test_long_names_are_hashed_and_stay_distinct() -> None:
+    long = [f"model.option_number_{i}=value_{i}" for i in range(10)]
+    names = {paths.run_name(long), paths.run_name([*long[:-1], "model.option_number_9=other"])}
+    assert len(names) == 2
+    for name in names:
+        assert len(name) <= paths.LONGEST_NAME
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", name)
+    assert paths.run_name(long) == paths.run_name(long[::-1])
+
+
+@pytest.mark.parametrize("override", ["a.b='x y/../z'", "a.b={c: 1}", "a.b=ü", "a.b=$(rm)", "+a.b=1"])
+def test_names_are_plain_file_names(override: str) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9._-]+", paths.run_name([override]))
+
+
+@pytest.mark.parametrize(
+    ("key", "identity"),
+    [
+        ("model.depth", True), ("seed", True), ("data", True), ("data.max_tokens", True), ("runs_elsewhere", True),
+        ("tokenizer", True), ("runs", False), ("trainer.max_steps", False), ("trainer", False), ("data.root", False),
+        ("data.num_workers", False), ("tokenizer.weights", False), ("logger.project", False), ("study", False),
+    ],
+)  # fmt: skip
+def test_what_identifies_a_run(key: str, identity: bool) -> None:
+    assert paths.is_identity(key) is identity
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {
+        "model": {"depth": 2, "width": 8},
+        "data": {"root": "/old", "max_tokens": 64},
+        "trainer": {"max_steps": 5},
+        "seed": 0,
+    }
+    for key, value in changes.items():
+        group, _, leaf = key.partition("__")
+        if leaf:
+            whole[group] = {**whole[group], leaf: value}
+        else:
+            whole[group] = value
+    return whole
+
+
+def trained(folder: Path) -> Path:
+    paths.claim(folder, config(), False)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/step-5.ckpt").touch()
+    return folder
+
+
+def test_a_claimed_folder_keeps_its_configuration(tmp_path: Path) -> None:
+    paths.claim(tmp_path / "a/b", config(), False)
+    assert paths.read_config(tmp_path / "a/b") == config()
+    assert [p.name for p in (tmp_path / "a/b").iterdir()] == ["config.yaml"]
+
+
+def test_another_identity_is_refused_once_there_is_a_checkpoint(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model\.depth: 2 in the run, 3 now.*name=.*allow_changes=true"):
+        paths.claim(folder, config(model__depth=3), False)
+    with pytest.raises(ValueError, match=r"data\.extra: None in the run, 1 now"):
+        paths.claim(folder, config(data__extra=1), False)
+    assert paths.read_config(folder) == config()
+
+
+def test_another_identity_may_be_forced(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run")
+    paths.claim(folder, config(model__depth=3), True)
+    assert paths.read_config(folder) == config(model__depth=3)
+
+
+def test_what_is_not_identity_may_change(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run")
+    changed = config(trainer__max_steps=9, data__root="/new")
+    paths.claim(folder, changed, False)
+    assert paths.read_config(folder) == changed
+
+
+def test_a_folder_without_a_checkpoint_is_free(tmp_path: Path) -> None:
+    paths.claim(tmp_path, config(), False)
+    paths.claim(tmp_path, config(seed=1), False)
+    assert paths.read_config(tmp_path) == config(seed=1)
+
+
+def test_run_folders(tmp_path: Path) -> None:
+    cfg = OmegaConf.create({"runs": str(tmp_path), "study": "s", "name": None})
+    assert paths.run_dir(cfg, ["seed=1"]) == tmp_path / "s/seed-1"
+    cfg.name = "mine"
+    assert paths.run_dir(cfg, ["seed=1"]) == tmp_path / "s/mine"
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "a/b"), ("name", ".."), ("study", "../up"), ("study", "a b")])
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    cfg = OmegaConf.create({"runs": str(tmp_path), "study": "s", "name": "n", key: value})
+    with pytest.raises(ValueError, match=rf"{key}={re.escape(value)} must consist of"):
+        paths.run_dir(cfg, [])
+
+
+def test_reading_something_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not a run directory: it has no config\.yaml"):
+        paths.read_config(tmp_path)
+
+
+def test_flatten() -> None:
+    assert paths.flatten({"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": None}) == {
+        "a.b.c": 1,
+        "a.d": [1, {"e": 2}],
+        "f": None,
+    }
+
+
+def test_done_and_failed_exclude_each_other(tmp_path: Path) -> None:
+    assert paths.finished(tmp_path) is None
+    paths.mark_failed(tmp_path, "Traceback ...")
+    assert (tmp_path / "FAILED").read_text() == "Traceback ..."
+    paths.mark_done(tmp_path, {"images": 5, "loss": None})
+    assert paths.finished(tmp_path) == {"images": 5, "loss": None}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["DONE"]
+    paths.mark_failed(tmp_path, "again")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["FAILED"]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from genfound.layouts import Packed
+from genfound.sampling import Request, Sampling, check_size, label_number, make_requests
+from genfound.tokenizers import Pixel
+from tests.helpers import linear_flow, small_nit
+
+NAMES = ["circle", "square", "star"]
+
+
+def sampling(micro_batch: int = 4) -> Sampling:
+    guidance = {"name": "cfg", "scale": 2.0, "interval": [0.2, 0.8], "channels": "all"}
+    sampler = {"name": "heun", "steps": 3}
+    device = torch.device("cpu")
+    return Sampling(linear_flow(), Pixel(), Packed(2), sampler, guidance, micro_batch, "32-true", device)
+
+
+REQUESTS = [Request(n % 10, ((8, 8), (4, 12), (8, 8))[n % 3], n) for n in range(9)]
+NET = small_nit(channels=3, patch_size=2).eval()
+
+
+def test_images_have_the_requested_sizes_in_the_requested_order() -> None:
+    finished: list[int] = []
+    images = sampling().draw(NET, REQUESTS, seed=0, progress=finished.append)
+    assert [image.shape for image in images] == [(*request.size, 3) for request in REQUESTS]
+    assert all(image.dtype == np.uint8 for image in images)
+    assert finished == [3, 7, 9]
+
+
+def test_an_image_does_not_depend_on_the_others() -> None:
+    together = sampling().draw(NET, REQUESTS, seed=0)
+    for subset in ([4], [8, 0, 3], [7, 1]):
+        alone = sampling().draw(NET, [REQUESTS[n] for n in subset], seed=0)
+        for n, image in zip(subset, alone, strict=True):
+            assert np.array_equal(image, together[n])
+
+
+def test_another_micro_batch_changes_rounding_only() -> None:
+    for few, many in zip(sampling(2).draw(NET, REQUESTS, 0), sampling(7).draw(NET, REQUESTS, 0), strict=True):
+        assert np.abs(few.astype(int) - many.astype(int)).max() <= 1
+
+
+def test_seed_number_and_label_matter() -> None:
+    base = Request(1, (8, 8), 0)
+    images = [
+        sampling().draw(NET, [base], 0)[0],
+        sampling().draw(NET, [base], 1)[0],
+        sampling().draw(NET, [Request(2, (8, 8), 0)], 0)[0],
+        sampling().draw(NET, [Request(1, (8, 8), 1)], 0)[0],
+    ]
+    assert len({image.tobytes() for image in images}) == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "legal"),
+    [
+        ((16, 17), r"\[16,16\] and \[16,24\]"),
+        ((3, 8), r"\[8,8\]$"),
+        ((0, -8), r"\[8,8\]$"),
+        ((20, 20), r"\[16,16\] and"),
+    ],
+)
+def test_a_size_that_does_not_divide_names_the_nearest(size: tuple[int, int], legal: str) -> None:
+    with pytest.raises(ValueError, match=rf"must be multiples of 8 pixels.*{legal}"):
+        check_size(size, 8)
+
+
+def test_a_wrong_size_stops_before_any_image() -> None:
+    finished: list[int] = []
+    with pytest.raises(ValueError, match=r"size=\[9,8\]"):
+        sampling().draw(NET, [*REQUESTS, Request(0, (9, 8), 9)], 0, finished.append)
+    assert finished == []
+
+
+def test_requests_are_numbered_label_by_label_within_a_repetition() -> None:
+    requests = make_requests([0, "star"], [(8, 8), (4, 4)], 2, NAMES)
+    assert [r.label for r in requests] == [0, 2] * 4
+    assert [r.size for r in requests] == [(8, 8)] * 4 + [(4, 4)] * 4
+    assert [r.number for r in requests] == list(range(8))
+
+
+@pytest.mark.parametrize("label", [3, -1, "heart", 1.5])
+def test_a_label_that_does_not_exist_lists_the_classes(label: int | str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"labels: {label} is not one of the 3 classes 0\.\.2 \(circle, square, star\)"
+    ):
+        label_number(label, NAMES)
+
+
+def test_there_must_be_something_to_draw() -> None:
+    with pytest.raises(ValueError, match="n=0 must be at least 1"):
+        make_requests([0], [(8, 8)], 0, NAMES)
