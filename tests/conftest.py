@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("same_everywhere", deadline=None, derandomize=True, database=None)
+settings.load_profile("same_everywhere")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -26,7 +26,7 @@ def test_per_image_is_the_mean_over_own_elements_in_every_layout(sizes: list[tup
         assert (own[~batch.real] == 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5))
 def test_per_image_property(sizes: list[tuple[int, int]]) -> None:
     for batch in three_layouts(sizes).values():

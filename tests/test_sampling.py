@@ -39,6 +39,15 @@ def test_an_image_does_not_depend_on_the_others() -> None:
             assert np.array_equal(image, together[n])
 
 
+def test_the_network_always_sees_full_micro_batches() -> None:
+    """Matrix kernels round differently for another number of rows."""
+    seen: list[int] = []
+    handle = NET.register_forward_pre_hook(lambda _module, arguments: seen.append(len(arguments[0].y)))
+    sampling().draw(NET, REQUESTS, seed=0)
+    handle.remove()
+    assert set(seen) == {4, 8}  # twice as many where guidance acts
+
+
 def test_another_micro_batch_changes_rounding_only() -> None:
     for few, many in zip(sampling(2).draw(NET, REQUESTS, 0), sampling(7).draw(NET, REQUESTS, 0), strict=True):
         assert np.abs(few.astype(int) - many.astype(int)).max() <= 1

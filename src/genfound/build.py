@@ -196,6 +196,8 @@ def layout(config: Config, backbone: Backbone, images: ImageSource, spec: Spec) 
     """The training layout, of static shape."""
     name, patch = config["layout"]["name"], config["model"]["patch_size"]
     if name == "dense":
+        if len(np.unique(images.sizes, axis=0)) > 1:
+            raise ValueError("layout=dense needs images of one size; set data.view=square, or layout=packed")
         return Dense(patch)
     if name == "padded":
         return Padded(patch, int(token_counts(images, spec, patch).max()))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from genfound.data.order import Order
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 60), st.integers(0, 5))
 def test_every_image_exactly_once_in_each_pass(images: int, seed: int) -> None:
     order = Order(images, seed)

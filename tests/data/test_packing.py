@@ -24,7 +24,7 @@ def lognormal_sizes(images: int) -> np.ndarray:
     return np.clip(rows.round(), 1, 64).astype(int) * np.clip(columns.round(), 1, 64).astype(int)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TOKENS, st.integers(40, 120), st.integers(1, 12), st.integers(1, 20))
 def test_packs_keep_both_budgets_and_waste_nothing(
     tokens: list[int], budget: int, max_images: int, lookahead: int
@@ -41,7 +41,7 @@ def test_packs_keep_both_budgets_and_waste_nothing(
     assert len(waiting) <= lookahead
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TOKENS, st.integers(40, 120))
 def test_a_pack_is_closed_only_when_nothing_waiting_fits(tokens: list[int], budget: int) -> None:
     source = packer(tokens, budget, lookahead=8)
@@ -76,7 +76,7 @@ def test_the_gap_gets_the_best_fitting_image() -> None:
     assert source.take() == [0, 4]  # 10 of the remaining 10
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TOKENS, st.integers(0, 15))
 def test_a_restored_packer_continues_identically(tokens: list[int], before: int) -> None:
     source, fresh = packer(tokens, 60, 5, 12), packer(tokens, 60, 5, 12)

@@ -15,7 +15,7 @@ UNITS = st.sampled_from([1, 2, 8, 16, 32])
 TOKENS = st.integers(1, 5000)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SIDES, SIDES, UNITS, TOKENS)
 @example(15, 700, 16, 1024)
 @example(3000, 1, 32, 4)
@@ -27,7 +27,7 @@ def test_a_native_size_is_whole_tokens_within_the_budget(height: int, width: int
     assert (new_height // unit) * (new_width // unit) <= tokens
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SIDES, SIDES, UNITS, TOKENS)
 def test_nothing_is_enlarged_except_to_one_unit(height: int, width: int, unit: int, tokens: int) -> None:
     new_height, new_width = native_size(height, width, unit, tokens)
@@ -35,14 +35,14 @@ def test_nothing_is_enlarged_except_to_one_unit(height: int, width: int, unit: i
     assert new_width <= max(width, unit)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SIDES, SIDES, UNITS)
 def test_what_fits_is_rounded_down_only(height: int, width: int, unit: int) -> None:
     expected = tuple(max(side // unit, 1) * unit for side in (height, width))
     assert native_size(height, width, unit, 3000 * 3000) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SIDES, SIDES, UNITS, TOKENS)
 def test_height_and_width_are_treated_alike(height: int, width: int, unit: int, tokens: int) -> None:
     ours, turned = native_size(height, width, unit, tokens), native_size(width, height, unit, tokens)
@@ -50,7 +50,7 @@ def test_height_and_width_are_treated_alike(height: int, width: int, unit: int, 
         assert ours == turned[::-1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(200, 3000), st.integers(200, 3000), st.integers(64, 1024))
 def test_a_reduced_image_keeps_its_area_and_aspect(height: int, width: int, tokens: int) -> None:
     unit = 8
@@ -78,7 +78,7 @@ def test_resize_is_two_passes_width_first() -> None:
     assert not np.array_equal(np.asarray(ours), np.asarray(height_first))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 40))
 def test_a_centre_crop_is_a_square_of_the_wanted_size(height: int, width: int, size: int) -> None:
     assert center_crop(picture(height, width), size).size == (size, size)

@@ -14,7 +14,7 @@ def turned(x: torch.Tensor, coordinates: torch.Tensor, theta: float = 10_000) ->
     return rotate(x, *rotation(coordinates, axis_frequencies(HEAD // 2, theta)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.tuples(st.integers(0, 60), st.integers(0, 60)), st.tuples(st.integers(0, 60), st.integers(0, 60)))
 def test_scores_depend_on_differences_of_coordinates_only(shift: tuple[int, int], at: tuple[int, int]) -> None:
     q, k = torch.randn(2, 5, 1, HEAD, generator=torch.Generator().manual_seed(1)).double()

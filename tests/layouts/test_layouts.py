@@ -30,14 +30,14 @@ def assert_round_trip(layout: Dense | Padded | Packed, sizes: Sizes) -> None:
     assert batch.sizes[batch.real].tolist() == [[h // p, w // p] for h, w in sizes]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(RAGGED, PATCHES)
 def test_ragged_round_trip(sizes: Sizes, patch: int) -> None:
     for layout in (Padded(patch), Padded(patch, 60), Packed(patch), Packed(patch, 300, 8)):
         assert_round_trip(layout, scaled(sizes, patch))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.tuples(st.integers(1, 7), st.integers(1, 7)), st.integers(1, 5), PATCHES)
 def test_dense_round_trip(size: tuple[int, int], count: int, patch: int) -> None:
     assert_round_trip(Dense(patch), scaled([size], patch) * count)
@@ -55,7 +55,7 @@ def test_token_sizes_of_no_image() -> None:
     assert token_sizes([], 2).shape == (0, 2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(RAGGED, st.integers(6, 9))
 def test_static_packs_have_one_shape(sizes: Sizes, max_images: int) -> None:
     budget = 300
