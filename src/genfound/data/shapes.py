@@ -66,8 +66,8 @@ def _heart_corners() -> list[tuple[float, float]]:
 
 _ARROW = [(-0.95, -0.32), (0.0, -0.32), (0.0, -0.86), (0.98, 0.0), (0.0, 0.86), (0.0, 0.32), (-0.95, 0.32)]
 _CROSS = [
-    (-0.36, -0.92), (0.36, -0.92), (0.36, -0.36), (0.92, -0.36), (0.92, 0.36), (0.36, 0.36),
-    (0.36, 0.92), (-0.36, 0.92), (-0.36, 0.36), (-0.92, 0.36), (-0.92, -0.36), (-0.36, -0.36),
+    (-0.34, -0.92), (0.34, -0.92), (0.34, -0.34), (0.92, -0.34), (0.92, 0.34), (0.34, 0.34),
+    (0.34, 0.92), (-0.34, 0.92), (-0.34, 0.34), (-0.92, 0.34), (-0.92, -0.34), (-0.34, -0.34),
 ]  # fmt: skip
 
 CLASSES: dict[str, Distance] = {
@@ -157,14 +157,12 @@ class Shapes:
 
 def draw_shape(shape: Distance, height: int, width: int, draw: np.random.Generator) -> np.ndarray:
     """One object on a background, (height, width, 3) uint8."""
-    radius = min(height, width) / 2 * draw.uniform(0.84, 0.96)
-    centre = [side / 2 + draw.uniform(-0.35, 0.35) * (side - 2 * radius) for side in (width, height)]
-    turn = draw.uniform(-0.12, 0.12)
+    radius = min(height, width) / 2 * draw.uniform(0.86, 0.96)
+    centre = [side / 2 + draw.uniform(-0.3, 0.3) * (side - 2 * radius) for side in (width, height)]
     colour, background = draw.choice(OBJECTS), draw.choice(BACKGROUNDS)
     rows, columns = np.mgrid[:height, :width] + 0.5
     offset = np.stack([columns - centre[0], rows - centre[1]], axis=-1) / radius
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    coverage = np.clip(0.5 - shape(offset @ rotation) * radius, 0, 1)[..., None]
+    coverage = np.clip(0.5 - shape(offset) * radius, 0, 1)[..., None]
     return np.rint(background + coverage * (colour - background)).astype(np.uint8)
 
 
