@@ -2,13 +2,15 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import hydra
 import pytest
 
 from genfound import paths
-from tests.cli.commands import TINY, genfound
+from tests.cli.commands import TINY, genfound, variables
 from tests.cli.test_image_folder import photographs
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,18 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
             arguments.append(f"name={paths.run_name(shown)}")
         result = genfound(name, *arguments, cwd=tmp_path)
         assert result.returncode == 0, (name, arguments, result.stderr)
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(import genfound\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example
+    trained = genfound("train", *TINY, "trainer.max_steps=1", "name=default", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    code = example[1] + "print(images.dtype, images.shape)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=variables(), capture_output=True, text=True, check=False
+    )
+    assert shown.stdout.strip() == "uint8 (2, 16, 24, 3)", shown.stderr
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning
 
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
+from genfound.callbacks.periodic import Periodic
 from genfound.module import GenerativeModule
 from genfound.reporting.grid import save_grid
 from genfound.sampling import Request, Sampling
 
 
-class Preview(lightning.Callback):
+class Preview(Periodic):
     """Writes samples/images-<n>.png; the same noise every time.
 
     Args:
@@ -38,34 +38,21 @@ class Preview(lightning.Callback):
         ema: Ema,
         metrics: Metrics,
     ) -> None:
+        super().__init__(every)
         self.folder = folder
-        self.every = every
         self.sampling = sampling
         self.requests = requests
         self.class_names = class_names
         self.ema = ema
         self.metrics = metrics
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Continue the rhythm of the images seen."""
-        assert isinstance(module, GenerativeModule)
-        self._rounds = module.images_seen // self.every
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Sample whenever another `every` images have been seen."""
-        assert isinstance(module, GenerativeModule)
-        if module.images_seen // self.every > self._rounds:
-            self._rounds = module.images_seen // self.every
-            self._draw(trainer, module)
-
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The grid of the finished run."""
         assert isinstance(module, GenerativeModule)
-        self._draw(trainer, module)
+        self.act(trainer, module)
 
-    def _draw(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+        """Draw and write the grid, on rank 0."""
         file = self.folder / f"images-{module.images_seen:09d}.png"
         if not trainer.is_global_zero or file.exists():
             return

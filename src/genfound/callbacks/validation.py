@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
+from genfound.callbacks.periodic import Periodic
 from genfound.data.loader import MicroBatches
 from genfound.data.plan import Micro
 from genfound.module import GenerativeModule
@@ -19,7 +19,7 @@ from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 
 
-class Validation(lightning.Callback):
+class Validation(Periodic):
     """`val/loss` of the live weights and `val/loss_ema` of the average.
 
     The same images meet the same times and noise every time, so that two values differ only by the weights.
@@ -33,27 +33,13 @@ class Validation(lightning.Callback):
     """
 
     def __init__(self, batches: MicroBatches, micros: Sequence[Micro], every: int, ema: Ema, metrics: Metrics) -> None:
+        super().__init__(every)
         self.batches = batches
         self.micros = micros
-        self.every = every
         self.ema = ema
         self.metrics = metrics
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Continue the rhythm of the images seen."""
-        assert isinstance(module, GenerativeModule)
-        self._rounds = module.images_seen // self.every
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate whenever another `every` images have been seen."""
-        assert isinstance(module, GenerativeModule)
-        if module.images_seen // self.every > self._rounds:
-            self._rounds = module.images_seen // self.every
-            self.evaluate(trainer, module)
-
-    def evaluate(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Both losses, reduced over ranks, to the sinks."""
         metrics = {"images_seen": module.images_seen, "val/loss": self._loss(trainer, module)}
         with self.ema.swapped(module):
