@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -97,3 +98,12 @@ def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
     config = OmegaConf.to_container(_composed(name, overrides), resolve=True)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+def run_dir(folder: Path, *overrides: str) -> Path:
+    """A run directory that `genfound.fit.fit` can train."""
+    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True)
+    assert isinstance(config, dict)
+    paths.claim(folder, {str(key): value for key, value in config.items()}, allow_changes=False)
+    return folder

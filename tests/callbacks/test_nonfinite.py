@@ -4,23 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from genfound import checkpoints, paths
+from genfound import checkpoints
 from genfound.fit import fit
 from genfound.objectives.flow import Flow
 from tests.cli.commands import TINY
+from tests.helpers import run_dir
 
-
-def run_dir(folder: Path, *overrides: str) -> Path:
-    """A run directory that `fit` can train."""
-    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
-        config = hydra.compose("train", [*TINY, "trainer.precision=fp32", *overrides])
-    paths.claim(folder, OmegaConf.to_container(config, resolve=True), allow_changes=False)
-    return folder
+FP32 = (*TINY, "trainer.precision=fp32")
 
 
 @pytest.fixture
@@ -40,7 +33,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 def test_a_poisoned_step_is_skipped_and_written_down(poison: set[int], tmp_path: Path) -> None:
     poison.add(2)
-    folder = run_dir(tmp_path / "run", "trainer.max_steps=5", "trainer.log_every=2")
+    folder = run_dir(tmp_path / "run", *FP32, "trainer.max_steps=5", "trainer.log_every=2")
     fit(folder)
     lines = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2]
@@ -55,7 +48,7 @@ def test_a_skipped_step_moves_no_weight(poison: set[int], tmp_path: Path) -> Non
     for name, steps in (("before", 3), ("with", 4)):
         poison.clear()
         poison.add(3)
-        folder = run_dir(tmp_path / name, f"trainer.max_steps={steps}")
+        folder = run_dir(tmp_path / name, *FP32, f"trainer.max_steps={steps}")
         fit(folder)
         weights.append(checkpoints.read(checkpoints.newest(folder / "checkpoints"))["state_dict"])
     assert all(torch.equal(weights[1][key], tensor) for key, tensor in weights[0].items())
@@ -63,7 +56,9 @@ def test_a_skipped_step_moves_no_weight(poison: set[int], tmp_path: Path) -> Non
 
 def test_too_many_in_a_row_stop_the_run(poison: set[int], tmp_path: Path) -> None:
     poison.update(range(4, 100))
-    folder = run_dir(tmp_path / "run", "trainer.nonfinite_limit=3", "trainer.checkpoint_every=2", "trainer.log_every=1")
+    folder = run_dir(
+        tmp_path / "run", *FP32, "trainer.nonfinite_limit=3", "trainer.checkpoint_every=2", "trainer.log_every=1"
+    )
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         fit(folder)
     state = checkpoints.read(checkpoints.newest(folder / "checkpoints"))

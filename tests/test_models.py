@@ -1,0 +1,65 @@
+"""What every model of conf/model/ must do; a new yaml file is found here by itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from genfound import build, checkpoints, paths
+from genfound.fit import fit
+from genfound.tokenizers import Spec
+from tests.helpers import run_dir
+
+FILES = sorted((Path(paths.config_dir()) / "model").glob("*.yaml"))
+MODELS = [file.stem for file in FILES if "???" not in file.read_text()]
+TINY = [name for name in MODELS if name.endswith("_tiny")]
+SHORT = [
+    "logger=jsonl", "trainer.log_every=1", "trainer.val_every=1000000", "trainer.val_images=16", "budget.images=400",
+    "trainer.preview_every=1000000", "sampler.steps=2", "guidance=none", "optimizer.warmup_images=0", "sample.batch=4",
+]  # fmt: skip
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=False)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_its_companions_fit_together(model: str) -> None:
+    config = composed(f"model={model}")
+    objective = build.objective(config)
+    with torch.device("meta"):
+        net = build.net(config, Spec(4, 8), num_classes=7)
+    assert config["layout"]["name"] in net.layouts
+    assert net.null_label == 7
+    assert objective.name in ("flow", "gaussian")
+    assert sum(p.numel() for p in net.parameters()) > 1e6
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.mark.parametrize("objective", ["its own", "flow", "gaussian"])
+@pytest.mark.parametrize("model", TINY)
+def test_it_learns_and_resumes_exactly(model: str, objective: str, tmp_path: Path) -> None:
+    choice = [f"model={model}", *([] if objective == "its own" else [f"objective={objective}"]), *SHORT]
+    straight = run_dir(tmp_path / "straight", *choice, "trainer.max_steps=12")
+    fit(straight)
+    values = losses(straight)
+    assert len(values) == 12
+    assert sum(values[-3:]) < 0.9 * sum(values[:3])
+    for steps in (5, 12):
+        fit(run_dir(tmp_path / "resumed", *choice, f"trainer.max_steps={steps}"))
+    assert losses(tmp_path / "resumed") == values
+    states = [checkpoints.read(checkpoints.newest(tmp_path / name / "checkpoints")) for name in ("straight", "resumed")]
+    for key, tensor in states[0]["state_dict"].items():
+        assert torch.equal(states[1]["state_dict"][key], tensor), key
+    assert not build.load(tmp_path / "resumed").net.training
