@@ -166,7 +166,8 @@ def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
             "leave model.channels=null or choose the other tokenizer"
         )
     if options.get("learn_sigma") == "auto":
-        options["learn_sigma"] = objective(config).learned_variance
+        with torch.device("cpu"):  # also where the network itself is built without memory, on meta
+            options["learn_sigma"] = objective(config).learned_variance
     torch.manual_seed(Rng(config["seed"]).integer("initialise"))
     built: Backbone = construct("model", options, channels=spec.channels, num_classes=num_classes)
     if config["layout"]["name"] not in built.layouts:
