@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class Parts:
         """The training batches of a rank."""
         flips = Rng(self.config["seed"], "train") if self.config["data"]["flip"] else None
         batches = self.batches(self.images, flips)
-        workers = self.config["data"]["num_workers"]
+        workers = min(self.config["data"]["num_workers"], os.cpu_count() or 1)
         return TrainLoader(batches, self.plan, rank, self.ranks, workers, self.device.type == "cuda")
 
     def report(self) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=1", "data.max_tokens=256", "batch.packs=1", "budget.images=4000",
-    "trainer.log_every=1", "trainer.val_images=16", "trainer.val_every=1000", "trainer.preview_every=100000",
+    "trainer.log_every=1", "trainer.val_images=16", "trainer.val_every=1000", "trainer.preview_every=40",
     "sampler=euler", "sampler.steps=2", "sample.batch=4", "logger=jsonl",
 ]  # fmt: skip
 

@@ -27,7 +27,13 @@ def photographs(root: Path, count: int = 40) -> None:
 
 def test_a_folder_trains_previews_and_samples_at_its_own_sizes(tmp_path: Path) -> None:
     photographs(tmp_path / "photos")
-    small = ["data=image_folder", "data.root=photos", "data.max_image_tokens=64", "data.num_workers=1"]
+    small = [
+        "data=image_folder",
+        "data.root=photos",
+        "data.max_image_tokens=64",
+        "data.num_workers=1",
+        "trainer.preview_every=8",
+    ]
     result = genfound("train", *TINY, *small, "data.max_tokens=256", "trainer.max_steps=3", "name=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "40 images of 4 classes" in result.stdout
