@@ -72,6 +72,8 @@ class TrainLoader(IterableDataset[Item]):
             batch_size=None,
             sampler=_Share(self),
             num_workers=self.workers,
+            # A forked worker would keep a second copy of every weight that training changes.
+            multiprocessing_context="forkserver" if self.workers else None,
             pin_memory=self.pin_memory,
             prefetch_factor=4 if self.workers else None,
         )
