@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
+from genfound.layers.attention import attend
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
+from genfound.layers.modulation import full_precision, modulate, zero
 
 EMA_DRIFT = 1e-3
 """How far an averaged, saved position table may be from the true one (float32 averaging drifts by 2e-4)."""
@@ -105,9 +107,9 @@ class DiT(Backbone):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.first, self.t_embedder.second):
             nn.init.normal_(layer.weight, std=0.02)
-        for name, parameter in self.named_parameters():
-            if "adaln" in name or "final_layer" in name:
-                nn.init.zeros_(parameter)
+        for block in self.blocks:
+            zero(block.adaln)
+        zero(self.final_layer)
 
 
 class Block(nn.Module):
@@ -162,19 +164,6 @@ class FinalLayer(nn.Module):
         return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of (B, H, N, d); on the CPU in float32, which is faster there than bfloat16."""
-    if q.device.type != "cpu":
-        return nn.functional.scaled_dot_product_attention(q, k, v)
-    with full_precision(q):
-        return nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine parameters (eps 1e-6), then shift and scale; float32."""
-    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
 def position_table(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """(rows * columns, width) float32, row-major; the official models.py:get_2d_sincos_pos_embed on squares.
 
@@ -189,11 +178,6 @@ def position_table(rows: int, columns: int, width: int, device: torch.device | s
     column = axis(columns).expand(rows, -1, -1)  # (rows, columns, D / 2)
     row = axis(rows)[:, None].expand(-1, columns, -1)  # (rows, columns, D / 2)
     return torch.cat([column, row], dim=2).flatten(0, 1)
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """A context without autocast on x's device, for the small float32 parts."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def official_keys(depth: int) -> dict[str, str]:

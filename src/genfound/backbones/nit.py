@@ -23,6 +23,7 @@ from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.layers.attention import packed_attention
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
+from genfound.layers.modulation import full_precision, modulate, zero
 from genfound.layers.rope import axis_frequencies, rotate, rotation
 
 Rotation = tuple[Tensor, Tensor]
@@ -191,19 +192,6 @@ class FinalLayer(nn.Module):
         return out
 
 
-def zero(layer: nn.Module | Tensor) -> None:
-    """Set weight and bias to zero."""
-    assert isinstance(layer, nn.Linear)
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine parameters (eps 1e-6), then shift and scale; float32."""
-    normed = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed, 1 + scale)
-
-
 def coordinates(batch: Batch, order: str) -> Tensor:
     """(T, 2) integer grid positions of the packed tokens; see `NiT` for `order`."""
     rows, columns = batch.sizes[batch.image_of].unbind(1)
@@ -211,8 +199,3 @@ def coordinates(batch: Batch, order: str) -> Tensor:
     if order == "official":
         return torch.stack([n % rows, n // rows], dim=1)
     return torch.stack([n // columns, n % columns], dim=1)
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """A context without autocast on x's device, for the small float32 parts."""
-    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,24 @@
+"""Adaptive layer norm: the parts that every backbone shares, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine parameters (eps 1e-6), then shift and scale, which broadcast against x (..., D)."""
+    normed = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast on x's device, for the small float32 parts."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def zero(layer: nn.Module | Tensor) -> None:
+    """Set every parameter of a layer to zero, as adaLN-Zero starts its gates and its output."""
+    assert isinstance(layer, nn.Module)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
