@@ -28,7 +28,7 @@ def _task(cfg: DictConfig) -> None:
     sizes = loaded.sizes if config["size"] is None else _sizes(config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
     device = build.device(config["accelerator"])
-    how = {**loaded.config, **settings}
+    how = {**loaded.config, **settings, "sample": {"uint8": config["uint8"] or loaded.config["sample"]["uint8"]}}
     objective = build.objective(how)
     sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"], config["precision"])
 

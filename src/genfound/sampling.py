@@ -51,6 +51,7 @@ class Sampling:
         guidance: `{name, ...}`; name `none` or `cfg` with scale, interval, channels.
         micro_batch: images per network call.
         precision: `bf16-mixed` or `32-true`.
+        uint8: how decoded values become bytes, `round` or `truncate`.
         device: where the network is.
     """
 
@@ -61,6 +62,7 @@ class Sampling:
     guidance: Mapping[str, Any]
     micro_batch: int
     precision: str
+    uint8: str
     device: torch.device
 
     @classmethod
@@ -82,6 +84,7 @@ class Sampling:
             guidance=config["guidance"],
             micro_batch=micro_batch,
             precision=build.precision(precision, device),
+            uint8=config["sample"]["uint8"],
             device=device,
         )
 
@@ -115,7 +118,7 @@ class Sampling:
     def _images(self, net: Backbone, requests: list[Request], seed: int) -> list[np.ndarray]:
         """Up to `micro_batch` images of one size."""
         latents = self._latents(net, requests, seed)
-        return [to_uint8(self.tokenizer.decode(z[None])[0]) for z in latents]
+        return [to_uint8(self.tokenizer.decode(z[None])[0], self.uint8) for z in latents]
 
     def _latents(self, net: Backbone, requests: list[Request], seed: int) -> list[Tensor]:
         channels, stride = self.tokenizer.spec

@@ -3,6 +3,7 @@ from __future__ import annotations
 from itertools import islice
 
 import numpy as np
+import pytest
 import torch
 
 from genfound.data.loader import MicroBatches, TrainLoader
@@ -31,6 +32,14 @@ def test_pixels_survive_the_way_to_tensors_and_back() -> None:
     assert (tensor.min(), tensor.max()) == (-1, 1)
     assert np.array_equal(to_uint8(tensor), image)
     assert to_uint8(torch.full((3, 1, 1), 7.0)).max() == 255
+
+
+def test_bytes_are_rounded_or_cut() -> None:
+    between = torch.full((3, 1, 1), 2 * 100.7 / 255 - 1)
+    assert to_uint8(between, "round").ravel().tolist() == [101] * 3
+    assert to_uint8(between, "truncate").ravel().tolist() == [100] * 3
+    with pytest.raises(ValueError, match=r"sample\.uint8=floor is unknown; choose round or truncate"):
+        to_uint8(between, "floor")
 
 
 def test_a_micro_batch_holds_its_images_in_order() -> None:

@@ -220,7 +220,7 @@ def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suf
         suffixes: only files that end so, in any case; none: all files.
 
     Raises:
-        FileNotFoundError: none can be read as an image.
+        FileNotFoundError: none can be read as an image, or none of some class.
     """
     listed = _listed(root, class_names, suffixes)
     found = _remembered(cache, listed)
@@ -231,6 +231,10 @@ def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suf
             found.save(cache)
     if not found.good:
         raise FileNotFoundError(f"data.root={root}: none of {len(found.names)} files can be read as an image")
+    empty = sorted(set(class_names) - {found.names[i].split("/", 1)[0] for i in found.good})
+    if empty:
+        more = f" (nor do {len(empty) - 1} others)" if len(empty) > 1 else ""
+        raise FileNotFoundError(f"{root / empty[0]} holds no image that can be read{more}; fill or remove the folder")
     return found
 
 

@@ -65,3 +65,10 @@ def center_crop(fixture: Mapping[str, Any]) -> Results:
 def decoded_bytes(fixture: Mapping[str, Any]) -> Results:
     """Images (B, 3, H, W) in about [-1, 1] as bytes (B, H, W, 3)."""
     return {"out": np.stack([to_uint8(image) for image in inputs(fixture)["decoded"]])}
+
+
+@adapter("nit", "latents_to_uint8")
+def truncated_bytes(fixture: Mapping[str, Any]) -> Results:
+    """Images (B, 3, H, W) in about [-1, 1] as bytes (B, H, W, 3), rounded down."""
+    pixels = [to_uint8(image, "truncate") for image in inputs(fixture)["decoded"]]
+    return {"pixels": np.stack(pixels).ravel().tolist()}
