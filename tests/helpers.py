@@ -71,8 +71,10 @@ def training_module(net: Backbone, weight: str = "image", **options: Any) -> Gen
 def linear_flow(**options: Any) -> Flow:
     """Flow matching on the linear path."""
     defaults: dict[str, Any] = {
-        "path": "linear", "prediction": "velocity", "time": "logit_normal",
-        "time_mean": 0.0, "time_std": 1.0, "weight": "image",
+        "path": "linear", "prediction": "velocity", "weighting": "none", "min_snr_gamma": 5.0,
+        "time": "logit_normal", "time_mean": 0.0, "time_std": 1.0, "time_window": None, "time_window_share": 1.0,
+        "time_shift": 1.0,
+        "train_eps": None, "sample_eps": None, "directional": 0.0, "weight": "image",
     }  # fmt: skip
     return Flow(**{**defaults, **options})
 

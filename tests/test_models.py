@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import genfound
 import hydra
 import pytest
 import torch
@@ -62,4 +63,4 @@ def test_it_learns_and_resumes_exactly(model: str, objective: str, tmp_path: Pat
     states = [checkpoints.read(checkpoints.newest(tmp_path / name / "checkpoints")) for name in ("straight", "resumed")]
     for key, tensor in states[0]["state_dict"].items():
         assert torch.equal(states[1]["state_dict"][key], tensor), key
-    assert not build.load(tmp_path / "resumed").net.training
+    assert not genfound.load(tmp_path / "resumed").net.training

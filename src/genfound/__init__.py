@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genfound.build import Loaded, load
+    from genfound.loading import Loaded, load
     from genfound.sampling import sample
 
 __all__ = ["Loaded", "load", "sample"]
@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import the public functions when they are first used, so that `--help` stays quick."""
     if name in ("Loaded", "load"):
-        from genfound import build
+        from genfound import loading
 
-        return getattr(build, name)
+        return getattr(loading, name)
     if name == "sample":
         from genfound.sampling import sample
 

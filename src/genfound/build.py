@@ -10,13 +10,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from genfound import checkpoints, paths
 from genfound.backbones.base import Backbone
 from genfound.data.base import ImageSource
 from genfound.data.loader import MicroBatches, TrainLoader
@@ -35,27 +33,6 @@ Config = Mapping[str, Any]
 
 LOADER_KEYS = ("batch_size", "num_workers", "flip")
 """Keys of `data` that belong to loading; all others go to the source."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A trained model, ready to sample.
-
-    Attributes:
-        net: backbone in eval mode.
-        objective: what it was trained for.
-        tokenizer: maps its latents to images.
-        config: resolved configuration of the run.
-        class_names: names of the labels.
-        sizes: (height, width) in pixels that are typical of its training data.
-    """
-
-    net: Backbone
-    objective: Objective
-    tokenizer: Tokenizer
-    config: Config
-    class_names: list[str]
-    sizes: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -284,38 +261,11 @@ def device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load(path: str | Path, weights: str = "ema") -> Loaded:
-    """Load a run directory, or one of its checkpoints.
-
-    Args:
-        path: `runs/<study>/<name>` (its newest checkpoint) or a file in its checkpoints/.
-        weights: `ema` (the first decay) or `raw`.
-
-    Raises:
-        FileNotFoundError: no run, or no checkpoint in it.
-        ValueError: a damaged checkpoint, or one of another architecture.
-    """
-    path = Path(path)
-    folder = path.parent.parent if path.is_file() else path
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no run {path}")
-    config = paths.read_config(folder)
-    file = path if path.is_file() else checkpoints.newest(folder / "checkpoints")
-    if file is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet")
-    state = checkpoints.read(file)
-    codec = tokenizer(config)
-    data = state["run"]
-    model = net(config, codec.spec, len(data["class_names"]))
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights={weights} is unknown; choose ema or raw")
-    if weights == "ema" and state["ema"]:
-        tensors = next(iter(state["ema"].values()))
-    else:
-        tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
-    checkpoints.fill(model, tensors, file)
-    sizes = [(int(h), int(w)) for h, w in data["sizes"]]
-    return Loaded(model.eval(), objective(config), codec, config, list(data["class_names"]), sizes)
+def published_spec(config: Config) -> Spec:
+    """The shape of the latents of a configuration's tokenizer, as published; its weights are not needed."""
+    module, _, name = str(config["tokenizer"]["_target_"]).rpartition(".")
+    spec: Spec = getattr(importlib.import_module(module), name).published
+    return spec
 
 
 def construct(group: str, options: Mapping[str, Any], **extra: Any) -> Any:

@@ -55,7 +55,17 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Copy tensors into a network.
 
     Raises:
-        ValueError: keys are missing or left over, or shapes differ; nothing has been copied then.
+        ValueError: see `check`; nothing has been copied then.
+    """
+    check(net, tensors, file)
+    net.load_state_dict(dict(tensors))
+
+
+def check(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Compare the names and shapes of tensors with those of a network.
+
+    Raises:
+        ValueError: keys are missing or left over, or shapes differ.
     """
     own = net.state_dict()
     problems = {
@@ -66,4 +76,3 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     found = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{file} does not fit {type(net).__name__}: {'; '.join(found)}")
-    net.load_state_dict(dict(tensors))

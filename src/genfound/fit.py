@@ -22,6 +22,7 @@ from genfound.callbacks.saving import AtomicCheckpointIO, Saving
 from genfound.callbacks.validation import Validation
 from genfound.data.loader import TrainLoader
 from genfound.data.plan import Micro
+from genfound.loading import initialise
 from genfound.module import GenerativeModule
 from genfound.reporting.provenance import provenance
 from genfound.reporting.sinks import JsonLines, Sink
@@ -51,19 +52,7 @@ def fit(folder: Path) -> None:
         print(f"{folder} has reached its end: {start['images_seen']:,} images in {start['global_step']:,} steps")
         return
 
-    module = GenerativeModule(
-        parts.net,
-        parts.objective,
-        config["optimizer"],
-        config["model"]["label_drop"],
-        config["seed"],
-        budget,
-        parts.micro_batches,
-        ranks,
-        parts.assembly,
-    )
-    if config["trainer"]["compile"]:
-        parts.net.compile()
+    module = _module(parts, budget, rank, new=newest is None)
     sinks = _sinks(folder, config, budget, start) if rank == 0 else []
     loader = parts.loader(rank)
     trainer = _trainer(folder, parts, _callbacks(folder, parts, loader, sinks))
@@ -78,6 +67,28 @@ def fit(folder: Path) -> None:
         result = {"images": module.images_seen, "steps": trainer.global_step, "loss": _last_loss(folder)}
         paths.mark_done(folder, result)
         print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps; everything is in {folder}")
+
+
+def _module(parts: build.Parts, budget: int, rank: int, new: bool) -> GenerativeModule:
+    """What Lightning trains; a new run starts from the weights of `init_from`."""
+    config = parts.config
+    if new and config["init_from"]:
+        remarks = initialise(parts.net, Path(config["init_from"]))
+        if rank == 0:
+            print("\n".join(remarks), flush=True)
+    if config["trainer"]["compile"]:
+        parts.net.compile()
+    return GenerativeModule(
+        parts.net,
+        parts.objective,
+        config["optimizer"],
+        config["model"]["label_drop"],
+        config["seed"],
+        budget,
+        parts.micro_batches,
+        parts.ranks,
+        parts.assembly,
+    )
 
 
 def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:

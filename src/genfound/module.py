@@ -30,7 +30,7 @@ class GenerativeModule(lightning.LightningModule):
     Args:
         net: backbone.
         objective: its loss.
-        optimizer: lr, betas, eps, weight_decay, schedule, warmup_images, clip.
+        optimizer: lr, betas, eps, weight_decay, schedule, warmup_images, clip, trainable.
         label_drop: probability of the null label, per image.
         seed: seed of the run.
         budget: images of the run; the end of a cosine schedule.
@@ -53,6 +53,9 @@ class GenerativeModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.net = net
+        if trainable := optimizer.get("trainable"):
+            for name, parameter in net.named_parameters():
+                parameter.requires_grad_(any(part in name for part in trainable))
         self.objective = objective
         self.settings = optimizer
         self.label_drop = label_drop
@@ -72,7 +75,10 @@ class GenerativeModule(lightning.LightningModule):
         self.micro = micro
         self.losses = self.evaluate(batch, Rng(self.seed, "train", micro.number))
         weights = image_weight(batch.tokens, self.objective.weight) * batch.real
-        return (weights * self.losses.total).sum() / micro.step_weight * self.share
+        loss = (weights * self.losses.total).sum()
+        for value in self.net.extra_losses().values():
+            loss = loss + weights.sum() * value  # each micro-batch's value counts as much as its images do
+        return loss / micro.step_weight * self.share
 
     def evaluate(self, batch: Batch, rng: Rng) -> Losses:
         """Losses of a batch with the training law of labels, times and noise."""

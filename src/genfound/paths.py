@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 NOT_IDENTITY = (
@@ -95,6 +97,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     assert isinstance(loaded, dict)
     return {str(key): value for key, value in loaded.items()}
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """One file of conf/ alone, without what it inherits."""
+    loaded = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(loaded, dict)
+    return {str(key): value for key, value in loaded.items()}
+
+
+def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """conf/<name>.yaml with overrides, as the command line would compose it; missing values stay `???`."""
+    if GlobalHydra.instance().is_initialized():
+        composed = hydra.compose(name, list(overrides))
+    else:
+        with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+            composed = hydra.compose(name, list(overrides))
+    config = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

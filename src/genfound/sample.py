@@ -12,19 +12,26 @@ from omegaconf import DictConfig, OmegaConf
 
 from genfound import launch
 
+FEW = 10
+
 
 def _task(cfg: DictConfig) -> None:
     from genfound import build
     from genfound.data.pictures import save_png
+    from genfound.loading import load
     from genfound.reporting.grid import save_grid
     from genfound.sampling import Sampling, make_requests
+    from genfound.tokenizers import Absent
 
     launch.keep_freed_memory()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    loaded = build.load(config["from"], weights=config["weights"])
+    hints = {key: value for key, value in config["hints"].items() if value is not None}
+    loaded = load(config["from"], weights=config["weights"], **hints)
+    if isinstance(loaded.tokenizer, Absent):
+        raise ValueError(loaded.tokenizer.reason)
     chosen = list(HydraConfig.get().overrides.task)
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
-    labels = list(range(len(loaded.class_names))) if config["labels"] is None else config["labels"]
+    labels = list(range(min(len(loaded.class_names), FEW))) if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else _sizes(config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
     device = build.device(config["accelerator"])
@@ -32,7 +39,7 @@ def _task(cfg: DictConfig) -> None:
     objective = build.objective(how)
     sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"], config["precision"])
 
-    out = Path(config["out"] or _default_out(config["from"], chosen))
+    out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
     total = len(requests)
     images = sampling.draw(loaded.net.to(device), requests, config["seed"], lambda done: print(f"{done}/{total}"))
     for image, request in zip(images, requests, strict=True):
@@ -65,12 +72,14 @@ def _sizes(size: Any) -> list[tuple[int, int]]:
     return [(pair[0], pair[1]) for pair in pairs]
 
 
-def _default_out(run: str, chosen: list[str]) -> Path:
+def _default_out(origin: Path, chosen: list[str]) -> Path:
+    """In the run that is sampled from, or beside the file."""
     from genfound import paths
 
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
     settings = [c for c in chosen if not c.startswith(("from=", "out="))]
-    return folder / "samples" / paths.run_name(settings)
+    run = origin if origin.is_dir() else origin.parent.parent
+    folder = run / "samples" if (run / "config.yaml").is_file() else origin.parent / f"{origin.stem}_samples"
+    return folder / paths.run_name(settings)
 
 
 def main() -> None:

@@ -11,23 +11,26 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genfound import build
+from genfound import build, paths
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
-from genfound.build import Loaded
 from genfound.data.pictures import to_uint8
 from genfound.layouts import Layout
+from genfound.loading import Loaded
 from genfound.objectives.base import GuidedNet, Objective
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from genfound.samplers.guidance import ClassifierFree, unguided
-from genfound.tokenizers import Tokenizer
+from genfound.tokenizers import Absent, Tokenizer
+
+Drawn = TypeVar("Drawn")
 
 
 @dataclass(frozen=True)
@@ -91,36 +94,54 @@ class Sampling:
     def draw(
         self, net: Backbone, requests: Sequence[Request], seed: int, progress: Callable[[int], None] | None = None
     ) -> list[np.ndarray]:
-        """Images (height, width, 3) uint8 in the order of the requests.
+        """Images (height, width, 3) uint8 in the order of the requests; see `latents`.
+
+        Raises:
+            ValueError: a size that does not divide into tokens, or a tokenizer that cannot decode.
+        """
+        return self._each(net, requests, seed, self._decode, progress)
+
+    def latents(self, net: Backbone, requests: Sequence[Request], seed: int) -> list[Tensor]:
+        """Latents (C, h, w) in the order of the requests.
 
         Args:
             net: backbone in eval mode.
             requests: what to draw.
             seed: seed of all noise.
-            progress: called with the number of images finished so far.
 
         Raises:
             ValueError: a size that does not divide into tokens.
         """
+        return self._each(net, requests, seed, lambda z: z, None)
+
+    def _each(
+        self,
+        net: Backbone,
+        requests: Sequence[Request],
+        seed: int,
+        finish: Callable[[Tensor], Drawn],
+        progress: Callable[[int], None] | None,
+    ) -> list[Drawn]:
+        """What `finish` makes of each latent; `progress` is called with the number of images finished so far."""
         for size in {request.size for request in requests}:
             check_size(size, self.tokenizer.spec.stride * self.layout.patch_size)
-        images: dict[int, np.ndarray] = {}
+        images: dict[int, Drawn] = {}
         by_size = sorted(enumerate(requests), key=lambda pair: pair[1].size)
         for _, same in itertools.groupby(by_size, key=lambda pair: pair[1].size):
             for chunk in _chunks(list(same), self.micro_batch):
-                for (place, _), image in zip(chunk, self._images(net, [r for _, r in chunk], seed), strict=True):
-                    images[place] = image
+                for (place, _), z in zip(chunk, self._latents(net, [r for _, r in chunk], seed), strict=True):
+                    images[place] = finish(z)
                 if progress is not None:
                     progress(len(images))
         return [images[place] for place in range(len(requests))]
 
     @torch.no_grad()
-    def _images(self, net: Backbone, requests: list[Request], seed: int) -> list[np.ndarray]:
-        """Up to `micro_batch` images of one size."""
-        latents = self._latents(net, requests, seed)
-        return [to_uint8(self.tokenizer.decode(z[None])[0], self.uint8) for z in latents]
+    def _decode(self, latent: Tensor) -> np.ndarray:
+        return to_uint8(self.tokenizer.decode(latent[None])[0], self.uint8)
 
+    @torch.no_grad()
     def _latents(self, net: Backbone, requests: list[Request], seed: int) -> list[Tensor]:
+        """Latents (C, h, w) of up to `micro_batch` images of one size."""
         channels, stride = self.tokenizer.spec
         padded = requests + [requests[-1]] * (self.micro_batch - len(requests))
         noise = [
@@ -187,35 +208,53 @@ def sample(
     guidance: float | Mapping[str, Any] | None = None,
     seed: int = 0,
     batch: int = 16,
-) -> np.ndarray:
-    """Images of the given labels.
+) -> np.ndarray | Tensor:
+    """Images of the given labels, or their latents where the tokenizer is absent.
 
     Args:
         loaded: what `genfound.load` returned.
         labels: class numbers or names.
         size: (height, width) in pixels; `None` is the most typical size of the training data.
         n: images per label.
-        sampler: a name (with the run's number of steps) or all options; `None` is the run's own.
+        sampler: a name, or all options; `None` is the run's own.
         guidance: a scale, or all options; `None` is the run's own.
         seed: seed of all noise.
         batch: images per network call.
 
     Returns:
-        (len(labels) * n, height, width, 3) uint8.
+        (len(labels) * n, height, width, 3) uint8, or latents (len(labels) * n, C, h, w).
 
     Raises:
         ValueError: a label, size, sampler or option that does not exist.
     """
     config = dict(loaded.config)
     if sampler is not None:
-        config["sampler"] = {**config["sampler"], "name": sampler} if isinstance(sampler, str) else sampler
+        config["sampler"] = _option("sampler", sampler, config) if isinstance(sampler, str) else sampler
     if guidance is not None:
-        scaled = {"interval": [0.0, 1.0], "channels": "all", **config["guidance"], "name": "cfg", "scale": guidance}
-        config["guidance"] = guidance if isinstance(guidance, Mapping) else scaled
+        scaled = isinstance(guidance, int | float)
+        config["guidance"] = {**_option("guidance", "cfg", config), "scale": guidance} if scaled else guidance
+    build.objective(config)  # refuses a sampler that does not fit
     requests = make_requests(labels, [size or loaded.sizes[0]], n, loaded.class_names)
     device = next(loaded.net.parameters()).device
-    images = Sampling.of(config, loaded.objective, loaded.tokenizer, device, batch).draw(loaded.net, requests, seed)
-    return np.stack(images)
+    sampling = Sampling.of(config, loaded.objective, loaded.tokenizer, device, batch)
+    if isinstance(loaded.tokenizer, Absent):
+        return torch.stack(sampling.latents(loaded.net, requests, seed))
+    return np.stack(sampling.draw(loaded.net, requests, seed))
+
+
+def _option(group: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's own option of a group if that is its name, otherwise the one of conf/.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    if config[group]["name"] == name:
+        return dict(config[group])
+    file = Path(paths.config_dir()) / group / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(option.stem for option in file.parent.glob("*.yaml")))
+        raise ValueError(f"{group}={name} is unknown; choose one of {known}")
+    return paths.read_yaml(file)
 
 
 def make_requests(

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 
-from genfound import paths
+from genfound import build, paths
+from genfound.backbones import dit
 from tests.cli.commands import TINY, genfound, variables
 from tests.cli.test_image_folder import photographs
+from tests.helpers import composed
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,16 +34,25 @@ def sized_for_a_test(arguments: list[str]) -> list[str]:
     return arguments + [extra for extra in SHORT + folder if extra.partition("=")[0] not in own]
 
 
+def released(file: Path) -> None:
+    """A file like DiT's release, of its smallest size."""
+    config = composed("model=dit_s")
+    net = build.net(config, build.published_spec(config), 1000)
+    torch.save(dit.to_official(net.state_dict(), 2, (16, 16)), file)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run(page: Path, tmp_path: Path) -> None:
     photographs(tmp_path / "photos", 12)
+    if "DiT-XL" in page.read_text():
+        released(tmp_path / "DiT-XL-2-256x256.pt")
     for name, *shown in commands(page):
         arguments = sized_for_a_test(shown) if name == "train" else shown
-        if "model=nit_xl" in arguments:
+        if "model=nit_xl" in arguments or (name == "sample" and "from=DiT-XL-2-256x256.pt" in arguments):
             with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
-                assert hydra.compose("train", shown).model.width == 1152
+                hydra.compose(name, shown)
             continue
-        if name == "train" and "-m" not in shown:
+        if name == "train" and "-m" not in shown and not any(word.startswith("name=") for word in shown):
             arguments.append(f"name={paths.run_name(shown)}")
         result = genfound(name, *arguments, cwd=tmp_path)
         assert result.returncode == 0, (name, arguments, result.stderr)

@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
+from genfound.objectives.base import GuidedNet
 from genfound.objectives.flow import FlowField
+from genfound.objectives.paths import PATHS
 from genfound.objectives.times import time_grid
 from genfound.samplers import SAMPLERS
 from tests.helpers import packed
 
 MEAN, STD = 0.8, 0.35
+
+
+def field(velocity: GuidedNet) -> FlowField:
+    return FlowField(velocity, PATHS["linear"], "velocity")
 
 
 class NoNoise:
@@ -42,7 +48,7 @@ def noise_batch() -> Batch:
 
 def solve(name: str, steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
     batch = noise_batch()
-    return SAMPLERS[name](FlowField(gaussian_velocity), batch, time_grid(steps, start, end), NoNoise()).x
+    return SAMPLERS[name](field(gaussian_velocity), batch, time_grid(steps, start, end), NoNoise()).x
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
@@ -69,7 +75,7 @@ def test_number_and_times_of_network_calls(name: str, steps: int, calls: int) ->
         seen.append(t)
         return gaussian_velocity(batch, t)
 
-    SAMPLERS[name](FlowField(count), noise_batch(), time_grid(steps, 1.0, 0.0), NoNoise())
+    SAMPLERS[name](field(count), noise_batch(), time_grid(steps, 1.0, 0.0), NoNoise())
     assert len(seen) == calls
     assert seen[0] == 1.0
     assert min(seen) == pytest.approx(1 / steps)  # never at t = 0, where the velocity may be singular
@@ -80,7 +86,7 @@ def test_progress_sees_every_step(name: str) -> None:
     seen: list[tuple[int, Tensor]] = []
     batch = noise_batch()
     out = SAMPLERS[name](
-        FlowField(gaussian_velocity),
+        field(gaussian_velocity),
         batch,
         time_grid(5, 1.0, 0.0),
         NoNoise(),
@@ -102,7 +108,7 @@ def test_the_state_is_kept_in_double_precision(name: str) -> None:
 
     batch = noise_batch()
     batch.x.fill_(1.0)
-    out = SAMPLERS[name](FlowField(tiny), batch, time_grid(1000, 1.0, 0.0), NoNoise()).x
+    out = SAMPLERS[name](field(tiny), batch, time_grid(1000, 1.0, 0.0), NoNoise()).x
     assert dtypes == {torch.float32}
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, torch.full_like(out, 1 + 1e-5), atol=1e-7, rtol=0)
@@ -113,7 +119,7 @@ def test_the_input_is_left_alone_and_has_no_gradient(name: str) -> None:
     batch = noise_batch()
     before = batch.x.clone()
     weight = torch.ones((), requires_grad=True)
-    out = SAMPLERS[name](FlowField(lambda b, t: b.x * weight), batch, time_grid(3, 1.0, 0.0), NoNoise())
+    out = SAMPLERS[name](field(lambda b, t: b.x * weight), batch, time_grid(3, 1.0, 0.0), NoNoise())
     assert torch.equal(batch.x, before)
     assert not out.x.requires_grad
     assert torch.equal(out.y, batch.y)

@@ -38,6 +38,14 @@ class Backbone(nn.Module):
         """Prediction for `batch.x` at times t (B,)."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
+    def extra_losses(self) -> dict[str, Tensor]:
+        """Named scalars of the last training forward that are added to the loss, once for each global step."""
+        return {}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Named scalars of the last forward for the dashboard."""
+        return {}
+
     def param_groups(self) -> Iterable[Any]:
         """Parameter groups of the optimizer."""
         return self.parameters()

@@ -10,8 +10,9 @@ K = 2 C where the variance is learned, else C.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isqrt
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -42,6 +43,7 @@ class DiT(Backbone):
         label_drop: probability with which training replaces a label by the null label; 0 has no null label.
         learn_sigma: predict 2 C channels, the second half for the variance.
         activation_checkpointing: recompute each block in the backward pass.
+        make_block: from width, heads and mlp_ratio to a block, for relatives of DiT; `None` is its own.
 
     Raises:
         ValueError: a width that does not divide, or `learn_sigma` that is neither true nor false.
@@ -63,6 +65,7 @@ class DiT(Backbone):
         label_drop: float,
         learn_sigma: bool,
         activation_checkpointing: bool,
+        make_block: Callable[[int, int, float], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if width % 4 or width % heads:
@@ -77,7 +80,7 @@ class DiT(Backbone):
         self.x_embedder = nn.Linear(token, width)
         self.t_embedder = TimeEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width, null_class=label_drop > 0)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList((make_block or Block)(width, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token if learn_sigma else token)
         self.initialise()
 
@@ -90,20 +93,28 @@ class DiT(Backbone):
         with full_precision(x):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
             c = nn.functional.silu(c)
-        for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x = block(x, c)  # (B, N, D)
-        out = self.final_layer(x, c)  # (B, N, K p p)
+        out = self.final_layer(self.through_blocks(x, c), c)  # (B, N, K p p)
         return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, K, h, w)
+
+    def through_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""
+        for block in self.blocks:
+            x = self.run(block, x, c)
+        return x
+
+    def run(self, block: nn.Module, x: Tensor, c: Tensor) -> Any:
+        """A block's output; with activation checkpointing nothing else of it is kept for the backward pass."""
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, x, c, use_reentrant=False)
+        return block(x, c)
 
     def initialise(self) -> None:
         """Xavier-uniform matrices, normal(0.02) embeddings, zeros where adaLN-Zero starts as identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.first, self.t_embedder.second):
             nn.init.normal_(layer.weight, std=0.02)
@@ -112,38 +123,60 @@ class DiT(Backbone):
         zero(self.final_layer)
 
 
-class Block(nn.Module):
-    """x + gate * attention(modulated x), then x + gate * MLP(modulated x)."""
+class ModulatedBlock(nn.Module):
+    """What the blocks of DiT and its relatives share: modulation and attention.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    Args:
+        width: D.
+        heads: H.
+        qk_norm: from d to the norm of each head's queries and keys.
+        mlp: the feed-forward network.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: Callable[[int], nn.Module], mlp: nn.Module) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
-        hidden = int(width * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.attn = Attention(width, heads, qk_norm)
+        self.mlp = mlp
         self.adaln = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""
+    def attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x + gate * attention(modulated x), and the modulated input (B, N, D) and gate (B, 1, D) of the MLP."""
         with full_precision(x):
             per_image = self.adaln(c)[:, None]  # (B, 1, 6 D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
         x = x + gate_a * self.attn(modulate(x, shift_a, scale_a))
-        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+        return x, modulate(x, shift_m, scale_m), gate_m
+
+
+class Block(ModulatedBlock):
+    """x + gate * attention(modulated x), then x + gate * MLP(modulated x)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        hidden = int(width * mlp_ratio)
+        mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        super().__init__(width, heads, nn.Identity, mlp)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""
+        x, inner, gate = self.attend(x, c)
+        return x + gate * self.mlp(inner)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of each image."""
+    """Multi-head self-attention over the tokens of each image; `qk_norm` as in `ModulatedBlock`."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = qk_norm(width // heads)
+        self.k_norm = qk_norm(width // heads)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, H, d)
-        mixed = attend(*qkv.transpose(1, 3).unbind(2))  # (B, H, N, d)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (B, H, N, d) each
+        mixed = attend(self.q_norm(q), self.k_norm(k), v)  # (B, H, N, d)
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -180,6 +213,11 @@ def position_table(rows: int, columns: int, width: int, device: torch.device | s
     return torch.cat([column, row], dim=2).flatten(0, 1)
 
 
+def block_count(state: Mapping[str, Tensor]) -> int:
+    """Blocks of a state dict, in official names or ours."""
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
 def official_keys(depth: int) -> dict[str, str]:
     """Official name -> our name of every tensor but `pos_embed`, which is computed here."""
     outer = {
@@ -201,10 +239,28 @@ def official_keys(depth: int) -> dict[str, str]:
     return keys | {"y_embedder.embedding_table.weight": "y_embedder.embedding_table.weight"}
 
 
-def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor options that an official state dict tells; not the number of heads.
+
+    A label table of n rows is taken for n - 1 classes and the null class.
+    """
+    width, channels, p, _ = state["x_embedder.proj.weight"].shape
+    return {
+        "channels": channels,
+        "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+        "patch_size": p,
+        "width": width,
+        "depth": block_count(state),
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+        "learn_sigma": len(state["final_layer.linear.weight"]) == 2 * channels * p * p,
+    }
+
+
+def from_official(state: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
     """A state dict of facebookresearch/DiT in our names and orders; unknown names are left as they are.
 
     The official patch projection is a convolution, and its last layer orders a patch as (p, p, channels).
+    `names` are the `official_keys` of a relative of DiT.
 
     Raises:
         ValueError: it is no state dict of DiT, or its position table is not the sine-cosine one.
@@ -212,8 +268,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
         raise ValueError("this is no state dict of DiT: it has no convolution x_embedder.proj.weight")
     width, _, p, _ = state["x_embedder.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    names = official_keys(depth)
+    names = official_keys(block_count(state)) if names is None else names
     ours = {names.get(name, name): tensor for name, tensor in state.items() if name != "pos_embed"}
     ours["x_embedder.weight"] = ours["x_embedder.weight"].flatten(1)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
@@ -224,10 +279,12 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+def to_official(
+    state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int], names: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """The inverse of `from_official`, with the position table of a grid of (rows, columns) tokens."""
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    official = {name: state[ours] for name, ours in official_keys(depth).items()}
+    names = official_keys(block_count(state)) if names is None else names
+    official = {name: state[ours] for name, ours in names.items()}
     p, weight = patch_size, official["x_embedder.proj.weight"]
     official["x_embedder.proj.weight"] = rearrange(weight, "d (c p q) -> d c p q", p=p, q=p)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):

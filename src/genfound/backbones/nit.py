@@ -13,7 +13,9 @@ Legend: B images, T packed tokens, D width, H heads, d = D / H, P = patch_size^2
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +26,7 @@ from genfound.batch import Batch
 from genfound.layers.attention import packed_attention
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
 from genfound.layers.modulation import full_precision, modulate, zero
-from genfound.layers.rope import axis_frequencies, rotate, rotation
-
-Rotation = tuple[Tensor, Tensor]
+from genfound.layers.rope import Rope, Rotation, rotate, row_major
 
 
 class NiT(Backbone):
@@ -47,6 +47,7 @@ class NiT(Backbone):
         rope_coords: `row_major` gives a token its row and column. `official` is the grid of
             nit_model.py:NiT.get_rope, (n mod rows, n div rows) for token n, on which released weights were
             trained; neighbours in a non-square image are not neighbours on it.
+        rope_scaling: {rule, trained, target, decouple} of `Rope`.
         learn_sigma: also predict a variance, in channels C .. 2C of the output; never in the paper.
         attention: backend of `packed_attention`.
         activation_checkpointing: recompute each block in the backward pass.
@@ -73,6 +74,7 @@ class NiT(Backbone):
         label_drop: float,
         rope_theta: float,
         rope_coords: str,
+        rope_scaling: Mapping[str, Any],
         learn_sigma: bool,
         attention: str,
         activation_checkpointing: bool,
@@ -87,6 +89,7 @@ class NiT(Backbone):
         self.null_label = num_classes if label_drop > 0 else None
         self.token_spec = TokenSpec(channels, patch_size)
         self.rope_coords = rope_coords
+        self.rope = Rope.of(width // heads, rope_theta, rope_scaling)
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
         self.x_embedder = nn.Linear(token, width)
@@ -96,8 +99,6 @@ class NiT(Backbone):
             Block(width, heads, mlp_ratio, qk_norm, adaln_rank, attention) for _ in range(depth)
         )
         self.final_layer = FinalLayer(width, 2 * token if learn_sigma else token)
-        self.register_buffer("frequencies", axis_frequencies(width // heads // 2, rope_theta), persistent=False)
-        self.frequencies: Tensor
         self.initialise()
 
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class NiT(Backbone):
         with full_precision(x):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
             c = nn.functional.silu(c)
-            turn = rotation(coordinates(batch, self.rope_coords), self.frequencies)  # (T, 1, d) twice
+            turn = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d) twice
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, c, batch, turn, use_reentrant=False)
@@ -195,7 +196,70 @@ class FinalLayer(nn.Module):
 def coordinates(batch: Batch, order: str) -> Tensor:
     """(T, 2) integer grid positions of the packed tokens; see `NiT` for `order`."""
     rows, columns = batch.sizes[batch.image_of].unbind(1)
-    n = batch.positions
     if order == "official":
-        return torch.stack([n % rows, n // rows], dim=1)
-    return torch.stack([n // columns, n % columns], dim=1)
+        return row_major(batch.positions, rows).flip(1)
+    return row_major(batch.positions, columns)
+
+
+RENAMED = (
+    ("x_embedder.proj", "x_embedder"),
+    ("t_embedder.mlp.0", "t_embedder.first"),
+    ("t_embedder.mlp.2", "t_embedder.second"),
+    ("mlp.fc1", "mlp.0"),
+    ("mlp.fc2", "mlp.2"),
+    ("final_layer.adaLN_modulation.1", "final_layer.adaln"),
+    ("adaLN_modulation.1", "adaln.0"),
+    ("adaLN_modulation.2", "adaln.1"),
+)
+"""Parts of official names and of ours, in the order in which they are tried."""
+
+
+def our_key(official: str) -> str:
+    """Where an official tensor lies in our backbone."""
+    return next((official.replace(theirs, ours) for theirs, ours in RENAMED if theirs in official), official)
+
+
+def official_key(ours: str) -> str:
+    """The inverse of `our_key`."""
+    within = (pair for pair in RENAMED if f".{pair[1]}." in f".{ours}")
+    return next((ours.replace(name, theirs) for theirs, name in within), ours)
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of WZDTHU/NiT in our names, without the projector of its alignment loss.
+
+    Raises:
+        ValueError: it is no state dict of NiT.
+    """
+    if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
+        raise ValueError("this is no state dict of NiT: it has no convolution x_embedder.proj.weight")
+    ours = {our_key(name): tensor for name, tensor in state.items() if not name.startswith("projector.")}
+    return ours | {"x_embedder.weight": ours["x_embedder.weight"].flatten(1)}
+
+
+def to_official(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Tensor]:
+    """The inverse of `from_official`; the patch embedding is officially a convolution."""
+    official = {official_key(name): tensor for name, tensor in state.items()}
+    weight = official["x_embedder.proj.weight"].unflatten(1, (-1, patch_size, patch_size))
+    return official | {"x_embedder.proj.weight": weight}
+
+
+def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor options that an official state dict tells: the heads only where q and k are normalised.
+
+    A label table of n rows is taken for n - 1 classes and the null class.
+    """
+    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    ranked = "blocks.0.adaLN_modulation.2.weight" in state
+    norm = state.get("blocks.0.attn.q_norm.weight")
+    return {
+        "channels": channels,
+        "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+        "patch_size": patch_size,
+        "width": width,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+        "qk_norm": norm is not None,
+        "adaln_rank": len(state["blocks.0.adaLN_modulation.1.weight"]) if ranked else None,
+        "learn_sigma": len(state["final_layer.linear.weight"]) == 2 * channels * patch_size**2,
+    } | ({} if norm is None else {"heads": width // len(norm)})

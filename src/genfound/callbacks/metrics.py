@@ -93,6 +93,8 @@ class Metrics(lightning.Callback):
                 metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
         metrics["train/grad_norm"] = float(module.grad_norm)
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
+        named = module.losses.terms | module.net.extra_losses() | module.net.diagnostics()  # type: ignore[union-attr]
+        metrics |= {f"train/{name}": float(value.detach().mean()) for name, value in named.items()}
         metrics |= self.speed.metrics(numbers[1 + 2 * BINS :], trainer.world_size)
         for sink in self.sinks:
             sink.log(metrics, trainer.global_step)

@@ -1,44 +1,257 @@
-"""Rotary position embedding on a two-dimensional grid.
+"""Rotary position embedding on a two-dimensional grid, and its rules for images larger than those of training.
 
-Each axis owns half of the head: the first half turns with the row, the second with the column.
+Each axis owns half of the head: the first half turns with the row, the second with the column. There is no
+table and no parameter: angles follow from whole positions on the device, so any size works, and the rule of a
+trained network can be changed by replacing its `Rope`.
 
-Legend: T packed tokens, H heads, d head size.
+Legend: B images, T packed tokens (elsewhere B, N), H heads, d head size, a = d / 2 channels of one axis,
+F = a / 2 frequencies of one axis, R = B where every image has its own frequencies, else 1.
+L0 is the trained length and L the wanted length of an axis in tokens; s = max(L / L0, 1).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and signed sine of every token, for `rotate`."""
 
-def axis_frequencies(size: int, theta: float) -> Tensor:
-    """(size / 2,) float32, theta^(-2j / size): the angular frequencies of one axis of `size` channels.
+
+@dataclass(frozen=True)
+class Rope:
+    """Frequencies theta^(-2i / a), i = 0 .. F - 1, of each axis, changed by a rule for larger images.
+
+    Attributes:
+        head: d, a multiple of four.
+        theta: base of the frequencies.
+        rule: a name of `RULES`.
+        trained: L0.
+        target: L of rows and of columns; None takes each image's own rows and columns.
+        decouple: each axis has its own s (VisionNTK, VisionYaRN); otherwise the longer one gives it to both.
+        exact: false rounds angles, cosines and sines to bfloat16, as the released samplers of FiT and NiT do in bf16.
 
     Raises:
-        ValueError: the number of channels is odd.
+        ValueError: an unknown rule, or a number out of range.
     """
-    if size % 2:
-        raise ValueError(f"rotary embedding needs an even number of channels per axis, got {size}; change model.heads")
-    return theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size).float()
+
+    head: int
+    theta: float
+    rule: str
+    trained: int
+    target: Sequence[int] | None
+    decouple: bool
+    exact: bool
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"model.rope_scaling.rule={self.rule} is unknown; choose one of {', '.join(RULES)}")
+        if self.head % 4 or (self.rule != "normal" and self.head < 8):
+            raise ValueError(
+                f"rotary positions need heads of a multiple of 4 channels, and 8 with model.rope_scaling.rule other "
+                f"than normal, not {self.head}; change model.heads"
+            )
+        if self.trained < 2:
+            raise ValueError(f"model.rope_scaling.trained={self.trained} must be at least 2 tokens")
+        if self.target is not None and (len(self.target) != 2 or min(self.target) < 1):
+            raise ValueError(f"model.rope_scaling.target={self.target} must be null or [rows,columns] in tokens")
+
+    @classmethod
+    def of(cls, head: int, theta: float, scaling: Mapping[str, Any]) -> Rope:
+        """From the key `model.rope_scaling`, which holds all other attributes.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        known = {"rule", "trained", "target", "decouple", "exact"}
+        if not isinstance(scaling, Mapping) or scaling.keys() != known:
+            raise ValueError(
+                f"model.rope_scaling={scaling} must have the keys {', '.join(sorted(known))}, and no others"
+            )
+        return cls(head, theta, **scaling)
+
+    def __call__(self, coordinates: Tensor, sizes: Tensor, per_token: Callable[[Tensor], Tensor]) -> Rotation:
+        """The rotation of every token.
+
+        Args:
+            coordinates: (..., 2) positions on the first and second axis.
+            sizes: (B, 2) rows and columns of each image.
+            per_token: takes (B, n), one row per image, to what broadcasts against (..., n).
+
+        Returns:
+            (..., 1, d) twice, float32, broadcasting over heads.
+        """
+        frequencies, factor = self.frequencies(sizes), self.factor(sizes)[:, None]
+        if len(frequencies) > 1:
+            frequencies = per_token(frequencies.flatten(1)).unflatten(-1, (2, -1))
+            factor = per_token(factor)
+        return rotation(coordinates, frequencies, factor, self.exact)
+
+    def frequencies(self, sizes: Tensor) -> Tensor:
+        """(R, 2, F) float32 angular frequencies of rows and columns."""
+        lengths = self._lengths(sizes)
+        if not self.decouple:
+            lengths = lengths.amax(dim=1, keepdim=True).expand(-1, 2)
+        s = (lengths / self.trained).clamp(min=1)[..., None]  # (R, 2, 1)
+        return RULES[self.rule].frequencies(self, s).float()
+
+    def factor(self, sizes: Tensor) -> Tensor:
+        """(R,) float32, what cosine and sine are multiplied by, on queries and on keys: logits get its square."""
+        return RULES[self.rule].factor(self, self._lengths(sizes)).float()
+
+    def exponents(self, device: torch.device) -> Tensor:
+        """(F,) float64, 2i / a."""
+        return torch.arange(0, self.head // 2, 2, dtype=torch.float64, device=device) / (self.head // 2)
+
+    def base(self, device: torch.device) -> Tensor:
+        """(F,) float64, the frequencies of training."""
+        exponents = self.exponents(device)
+        return self.theta**-exponents
+
+    def ramp(self, low: float, high: float, device: torch.device) -> Tensor:
+        """(F,) float64 from 0 to 1 between the frequencies that turn `low` and `high` times along L0.
+
+        As released: linear in the index, between whole indices kept inside [0, a - 1] (rope.py of FiT and NiT).
+        """
+        first, last = max(math.floor(self._index(low)), 0), min(math.ceil(self._index(high)), self.head // 2 - 1)
+        end = last + 0.001 if first == last else last
+        index = torch.arange(self.head // 4, dtype=torch.float64, device=device)
+        return ((index - first) / (end - first)).clamp(0, 1)
+
+    def _index(self, turns: float) -> float:
+        """The index, a fraction, of the frequency that turns this many times along L0."""
+        return self.head // 2 * math.log(self.trained / (2 * math.pi * turns)) / (2 * math.log(self.theta))
+
+    def _lengths(self, sizes: Tensor) -> Tensor:
+        """(R, 2) float64 L of rows and columns."""
+        if self.rule == "normal":
+            return torch.full((1, 2), self.trained, dtype=torch.float64, device=sizes.device)
+        if self.target is None:
+            return sizes.double()
+        axes = [torch.full((1,), length, dtype=torch.float64, device=sizes.device) for length in self.target]
+        return torch.stack(axes, dim=1)
 
 
-def rotation(coordinates: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of every token's angles, for `rotate`.
+def rotation(coordinates: Tensor, frequencies: Tensor, factor: Tensor, exact: bool) -> Rotation:
+    """Cosine and signed sine of every token's angles, times a factor.
 
     Args:
-        coordinates: (T, 2) integer positions on the first and second axis.
-        frequencies: (d / 4,) of one axis, shared by both.
+        coordinates: (..., 2) positions on the first and second axis.
+        frequencies: (..., 2, F) of the two axes, broadcasting against the tokens.
+        factor: (..., 1), broadcasting against the tokens.
+        exact: otherwise rounded to bfloat16 at every step.
 
     Returns:
-        (T, 1, d) each, float32, broadcasting over heads; the two channels of a pair hold (cos, cos) and (-sin, sin).
+        (..., 1, d) twice, float32; the two channels of a pair hold (cos, cos) and (-sin, sin).
     """
-    angles = (coordinates.float()[:, :, None] * frequencies).flatten(1)  # (T, d / 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack([cos, cos], dim=-1).flatten(1)[:, None], torch.stack([-sin, sin], dim=-1).flatten(1)[:, None]
+    angles = (coordinates.float()[..., None] * frequencies).flatten(-2)  # (..., d / 2)
+    if exact:
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+    else:
+        angles = _rounded(angles)
+        cos, sin = (_rounded(_rounded(wave) * factor) for wave in (angles.cos(), angles.sin()))
+    return torch.stack([cos, cos], -1).flatten(-2).unsqueeze(-2), torch.stack([-sin, sin], -1).flatten(-2).unsqueeze(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs of channels of x (T, H, d) in float32: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Turn adjacent pairs of channels of x (..., H, d) in float32: (a, b) -> (a cos - b sin, b cos + a sin)."""
     x = x.float()
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (T, H, d)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (..., H, d)
     return torch.addcmul(x * cos, swapped, sin)
+
+
+def row_major(n: Tensor, columns: Tensor | int) -> Tensor:
+    """Numbers of tokens (...) in an image of so many columns -> (..., 2) their rows and columns."""
+    return torch.stack([n // columns, n % columns], dim=-1)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def _plain(rope: Rope, s: Tensor) -> Tensor:
+    return rope.base(s.device).expand(*s.shape[:-1], -1)
+
+
+def _linear(rope: Rope, s: Tensor) -> Tensor:
+    """Position interpolation: f / s."""
+    return rope.base(s.device) / s
+
+
+def _ntk(rope: Rope, s: Tensor) -> Tensor:
+    """The base theta s^(a / (a - 2)), which leaves the highest frequency and divides the lowest by s."""
+    a = rope.head // 2
+    return (rope.theta * s ** (a / (a - 2))) ** -rope.exponents(s.device)
+
+
+def _yarn(rope: Rope, s: Tensor) -> Tensor:
+    kept = 1 - rope.ramp(32, 1, s.device)
+    return torch.lerp(_linear(rope, s), _plain(rope, s), kept)
+
+
+def _yarn_paper(rope: Rope, s: Tensor) -> Tensor:
+    """As `_yarn`, linear in the number of turns r along L0: (r - 1) / (32 - 1), the formula of YaRN and VisionYaRN."""
+    turns = rope.trained / (2 * math.pi) * rope.base(s.device)
+    kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+    return torch.lerp(_linear(rope, s), _plain(rope, s), kept)
+
+
+def _ntk_by_parts(rope: Rope, s: Tensor) -> Tensor:
+    lower = torch.lerp(_linear(rope, s), _ntk(rope, s), 1 - rope.ramp(1.25, 0.75, s.device))
+    return torch.lerp(lower, _plain(rope, s), 1 - rope.ramp(16, 2, s.device))
+
+
+def _one(rope: Rope, lengths: Tensor) -> Tensor:
+    return torch.ones_like(lengths[:, 0])
+
+
+def _temperature(rope: Rope, lengths: Tensor) -> Tensor:
+    """YaRN's 0.1 ln s + 1, with s of the longer side also where the axes are decoupled."""
+    return 0.1 * (lengths.amax(dim=1) / rope.trained).clamp(min=1).log() + 1
+
+
+def _by_side(rope: Rope, lengths: Tensor) -> Tensor:
+    """The root of log_L0 (2 L) of the longer side; the doubling is in the released code."""
+    return _log_ratio(2 * lengths.amax(dim=1), rope.trained)
+
+
+def _by_area(rope: Rope, lengths: Tensor) -> Tensor:
+    """The root of the logarithm of twice the tokens to the base of L0^2; the doubling is in the released code."""
+    return _log_ratio(2 * lengths.prod(dim=1), rope.trained**2)
+
+
+def _by_area_paper(rope: Rope, lengths: Tensor) -> Tensor:
+    """The root of the logarithm of the tokens to the base of L0^2 (arXiv 2410.13925, eq. 15)."""
+    return _log_ratio(lengths.prod(dim=1), rope.trained**2)
+
+
+def _log_ratio(tokens: Tensor, base: int) -> Tensor:
+    return (tokens.clamp(min=base).log() / math.log(base)).sqrt()
+
+
+class Rule(NamedTuple):
+    """How a rule changes frequencies, from s (R, 2, 1), and its factor, from L (R, 2)."""
+
+    frequencies: Callable[[Rope, Tensor], Tensor]
+    factor: Callable[[Rope, Tensor], Tensor]
+
+
+RULES = {
+    "normal": Rule(_plain, _one),
+    "linear": Rule(_linear, _one),
+    "ntk-aware": Rule(_ntk, _one),
+    "ntk-aware-pro1": Rule(_ntk, _by_side),
+    "ntk-aware-pro2": Rule(_ntk, _by_area),
+    "ntk-aware-pro2-paper": Rule(_ntk, _by_area_paper),
+    "ntk-by-parts": Rule(_ntk_by_parts, _one),
+    "yarn": Rule(_yarn, _temperature),
+    "yarn-paper": Rule(_yarn_paper, _temperature),
+    "scale1": Rule(_plain, _by_side),
+    "scale2": Rule(_plain, _by_area),
+}
+"""Names as in the released code of FiT and NiT; `-paper` follows the printed formula, scale1 and scale2 are NiT's."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,10 +35,19 @@ class Losses:
 
 
 class Field(Protocol):
-    """A trained network as a sampler sees it."""
+    """A trained network as a sampler sees it.
+
+    Attributes:
+        extends: whether the velocity may be asked for at the last of the sampler's times, and past it.
+    """
+
+    extends: bool
 
     def velocity(self, batch: Batch, t: float) -> Tensor:
         """dx/dt of the probability-flow ODE at x = batch.x and time t; shaped like `batch.x`."""
+
+    def during(self, t: float) -> Field:
+        """The same field in the stages of a step that begins at t, by which time guidance decides."""
 
 
 class Objective(Protocol):
@@ -57,3 +67,29 @@ class Objective(Protocol):
 
     def times(self, sampler: str, steps: int | str) -> Tensor:
         """The times that a sampler walks, from noise to data; float64 on the host."""
+
+
+def guidance_during(net: GuidedNet, t: float) -> GuidedNet:
+    """The net in a step that begins at t, in its own time; itself, unless it has a guidance that can be told."""
+    during: Callable[[float], GuidedNet] | None = getattr(net, "during", None)
+    return net if during is None else during(t)
+
+
+def told_steps(net: GuidedNet) -> GuidedNet:
+    """The net for an objective whose integer steps have one direction, whatever the network's `time` says."""
+    if not hasattr(net, "during"):
+        return net
+    net = copy.copy(net)
+    net.time = "index"  # type: ignore[attr-defined]
+    return net
+
+
+def known(key: str, value: str, names: Collection[str]) -> str:
+    """The value, if it is one of the names.
+
+    Raises:
+        ValueError: it is not; the message lists them.
+    """
+    if value not in names:
+        raise ValueError(f"{key}={value} is unknown; choose one of {', '.join(names)}")
+    return value

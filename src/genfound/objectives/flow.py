@@ -1,87 +1,191 @@
-"""Flow matching: regress the velocity of a path between data and noise."""
+"""Flow matching: regress what a path between data and noise is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet, Losses, Net
-from genfound.objectives.paths import PATHS
-from genfound.objectives.times import TIME_LAWS, time_grid
-from genfound.objectives.weighting import EXPONENTS
+from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, known
+from genfound.objectives.clock import ask, told
+from genfound.objectives.conversions import PREDICTIONS, Views
+from genfound.objectives.paths import PATHS, Path, PathPoint
+from genfound.objectives.times import TIME_LAWS, shift_factor, shifted, time_grid, windowed
+from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
 from genfound.rng import Rng
 
 
 class Flow:
-    """x_t = alpha x + sigma noise; the network predicts dx_t/dt = alpha' x + sigma' noise.
+    """x_t = alpha x + sigma noise; the network predicts its velocity, its noise, its data or its score.
+
+    Where a prediction or a weighting is infinite at an end of the path, times keep a distance from that end:
+    1e-3 in sampling, and in training too but on `vp`, 1e-5 (SiT's transport/__init__.py).
 
     Args:
         path: interpolant, a name of `PATHS`.
-        prediction: what the network's output is: `velocity`.
+        prediction: what the network's output is: `velocity`, `noise`, `x0` or `score`.
+        weighting: of the times: `none`, `velocity`, `likelihood` or `min_snr`; see `time_weight`.
+        min_snr_gamma: the largest weight of `min_snr`.
         time: law of t, a name of `TIME_LAWS`.
-        time_mean, time_std: of the normal law behind `logit_normal`.
+        time_mean, time_std: of the normal law behind `logit_normal` and `log_normal`.
+        time_shift: moves the law towards noise, s t / (1 + (s - 1) t); or `auto`, see `shift_factor`.
+        train_eps, sample_eps: distance from the ends; `None` is the rule above.
+        directional: weight of 1 - cosine similarity of velocities along channels (NiT's loss.py, LightningDiT).
         weight: how images count in a global step: `image`, `sqrt` or `token`.
+        time_window, time_window_share: draw from this [low, high] part of the way alone, in this share of the
+            micro-batches; `None` is all of it.
+
+    Attributes:
+        time_range: (data, noise) ends of the path.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name; the message lists the known ones. A directional loss without velocity.
     """
 
     name = "flow"
-    samplers = ("euler", "heun")
-    time_range = (0.0, 1.0)
+    samplers = ("euler", "heun", "dopri5", "sde")
     learned_variance = False
 
     def __init__(
-        self, *, path: str, prediction: str, time: str, time_mean: float, time_std: float, weight: str
+        self,
+        *,
+        path: str,
+        prediction: str,
+        weighting: str,
+        min_snr_gamma: float,
+        time: str,
+        time_mean: float,
+        time_std: float,
+        time_shift: float | str,
+        train_eps: float | None,
+        sample_eps: float | None,
+        directional: float,
+        weight: str,
+        time_window: Sequence[float] | None = None,
+        time_window_share: float = 1.0,
     ) -> None:
-        self.path = PATHS[_known("objective.path", path, PATHS)]
-        _known("objective.prediction", prediction, ("velocity",))
-        self.time_law = TIME_LAWS[_known("objective.time", time, TIME_LAWS)](time_mean, time_std)
-        self.weight = _known("objective.weight", weight, EXPONENTS)
+        self.path = PATHS[known("objective.path", path, PATHS)]
+        self.prediction = known("objective.prediction", prediction, PREDICTIONS)
+        self.weighting = known("objective.weighting", weighting, WEIGHTINGS)
+        self.gamma = min_snr_gamma
+        self.time_law = TIME_LAWS[known("objective.time", time, TIME_LAWS)](time_mean, time_std, self.path)
+        if time_window is not None:
+            self.time_law = windowed(time, self.time_law, time_window, time_window_share)
+        self.time_shift = time_shift
+        self.weight = known("objective.weight", weight, EXPONENTS)
+        self.time_range = (0.0, self.path.end)
+        self.directional = directional
+        if directional and prediction != "velocity":
+            raise ValueError(f"objective.directional={directional} needs objective.prediction=velocity")
+        smooth = prediction == "velocity" and self.path.pure
+        train = 0.0 if smooth and weighting != "likelihood" else 1e-3 if self.path.pure else 1e-5
+        self.train_interval = self._interval(train if train_eps is None else train_eps)
+        self.sample_interval = self._interval((0.0 if smooth else 1e-3) if sample_eps is None else sample_eps)
+
+    def _interval(self, eps: float) -> tuple[float, float]:
+        """(nearest to data, nearest to noise)."""
+        return eps, self.path.end - (eps if self.path.pure else 0.0)
 
     def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
-        """Squared error of the velocity, averaged over each image's own elements."""
-        device = batch.x.device
-        t = self.time_law(rng, len(batch.y), device)  # (B,)
-        t = torch.where(batch.real, t, torch.zeros_like(t))
-        noise = rng.normal("noise", batch.x.shape, device)
-        alpha, sigma, d_alpha, d_sigma = (batch.expand(v) for v in self.path(t))
-        x_t = alpha * batch.x + sigma * noise
-        target = d_alpha * batch.x + d_sigma * noise
-        error = net(replace(batch, x=x_t), t).float() - target
-        return Losses(total=batch.per_image(error**2), t=t)
+        """Squared error of the prediction, averaged over each image's own elements, times its weighting.
+
+        With a directional loss `terms` are `mse` and `directional`.
+        """
+        t = self.draw_times(batch, rng)  # (B,)
+        noise = rng.normal("noise", batch.x.shape, batch.x.device)
+        point = self.path.point(t.clamp(min=self.train_interval[0]))
+        spread = point.of(batch)
+        out = ask(net, replace(batch, x=spread.state(batch.x, noise)), t, self.path.end, self.prediction)
+        velocity = spread.velocity(batch.x, noise)
+        error = {
+            "velocity": lambda: out - velocity,
+            "noise": lambda: out - noise,
+            "x0": lambda: out - batch.x,
+            "score": lambda: spread.sigma * out + noise,
+        }[self.prediction]()
+        mse = batch.per_image(error**2)
+        if self.weighting != "none":
+            mse = mse * time_weight(self.weighting, self.prediction, point, self.gamma).float()
+        if not self.directional:
+            return Losses(total=mse, t=t.float())
+        turned = self.directional * batch.per_image(turn(net, batch, out, velocity))
+        return Losses(total=mse + turned, t=t.float(), terms={"mse": mse, "directional": turned})
+
+    def draw_times(self, batch: Batch, rng: Rng) -> Tensor:
+        """(B,) float64 times of training; 0 on rows that are not real.
+
+        They are brought into their interval in SiT's arithmetic, float32 of end - t, on whose last digit the sigma
+        of its variance-preserving path depends near data.
+        """
+        part = self.time_law(rng, len(batch.y), batch.x.device)
+        if self.time_shift != 1:
+            part = shifted(part, shift_factor(self.time_shift, batch))
+        (low, high), end = self.train_interval, self.path.end
+        t = end * part
+        if (low, high) != self.time_range:
+            t = end - ((end * (1 - part)).float() * ((high - low) / end) + (end - high)).double()
+        return torch.where(batch.real, t, torch.zeros_like(t))
 
     def times(self, sampler: str, steps: int | str) -> Tensor:
-        """steps + 1 equidistant times from 1 to 0.
+        """steps + 1 equidistant times from noise to data.
 
         Raises:
             ValueError: not a positive number of steps.
         """
         if isinstance(steps, str):
             raise ValueError(f"sampler.steps={steps} must be a whole number for objective=flow")
-        return time_grid(steps, 1.0, 0.0)
+        data, noise = self.sample_interval
+        return time_grid(steps, noise, data)
 
     def field(self, net: GuidedNet) -> FlowField:
-        """The network's velocity."""
-        return FlowField(net)
+        """What the network's output says about velocity, score, data and noise."""
+        return FlowField(net, self.path, self.prediction)
 
 
 class FlowField:
-    """Views of a velocity network."""
+    """A network as samplers see it.
 
-    def __init__(self, net: GuidedNet) -> None:
+    Args:
+        net: takes (batch, t), and may declare `time` and decide by a step's beginning (`during`).
+        path: of its objective.
+        prediction: what its output is.
+    """
+
+    extends = True
+
+    def __init__(self, net: GuidedNet, path: Path, prediction: str) -> None:
         self.net = net
+        self.path = path
+        self.prediction = prediction
+
+    def views(self, batch: Batch, t: float) -> Views:
+        """Everything that one call of the network at time t says; batch.x may be float64."""
+        out = ask(self.net, replace(batch, x=batch.x.float()), t, self.path.end, self.prediction)
+        return Views(self.prediction, out, batch.x, PathPoint.at(self.path, t))
 
     def velocity(self, batch: Batch, t: float) -> Tensor:
         """dx/dt at time t, shaped like `batch.x`."""
-        return self.net(batch, t)
+        return self.views(batch, t).velocity
+
+    def during(self, t: float) -> FlowField:
+        """The field of a step that begins at t: guidance acts in all its stages, or in none."""
+        net = guidance_during(self.net, told(self.net, t, self.path.end))
+        return FlowField(net, self.path, self.prediction)
 
 
-def _known(key: str, value: str, names: Collection[str]) -> str:
-    if value not in names:
-        raise ValueError(f"{key}={value} is unknown; choose one of {', '.join(names)}")
-    return value
+def turn(net: Net, batch: Batch, out: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine similarity along the channels of each latent pixel; layout of `batch.x`, channels reduced.
+
+    Raises:
+        ValueError: tokens of a network that does not say how many channels they hold.
+    """
+    if batch.layout == "dense":
+        return 1 - nn.functional.cosine_similarity(out, target, dim=1)[:, None]
+    spec = getattr(net, "token_spec", None)
+    if spec is None:
+        raise ValueError("objective.directional needs a network with a token_spec, or layout=dense")
+    ours, theirs = (v.unflatten(-1, (spec.channels, -1)) for v in (out, target))  # (..., C, p p)
+    return 1 - nn.functional.cosine_similarity(ours, theirs, dim=-2)

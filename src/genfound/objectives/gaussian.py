@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet, Losses, Net
+from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, known, told_steps
 from genfound.objectives.betas import SCHEDULES, Sections, spaced
 from genfound.objectives.likelihood import discretised_bits, kl_bits
 from genfound.objectives.process import (
@@ -64,7 +64,7 @@ class Gaussian:
     """
 
     name = "gaussian"
-    samplers = ("ddpm", "ddim", "euler", "heun")
+    samplers = ("ddpm", "ddim", "euler", "heun", "dopri5")
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class Gaussian:
     ) -> None:
         if timesteps < 1:
             raise ValueError(f"objective.timesteps={timesteps} must be at least 1")
-        self.process = Process(SCHEDULES[_known("objective.schedule", schedule, SCHEDULES)](timesteps))
-        self.prediction = _known("objective.prediction", prediction, ("epsilon", "x0"))
-        self.variance = _known("objective.variance", variance, ("learned_range", "fixed_small", "fixed_large"))
-        self.kind = _known("objective.loss", loss, ("hybrid", "rescaled_mse", "kl", "mse"))
+        self.process = Process(SCHEDULES[known("objective.schedule", schedule, SCHEDULES)](timesteps))
+        self.prediction = known("objective.prediction", prediction, ("epsilon", "x0"))
+        self.variance = known("objective.variance", variance, ("learned_range", "fixed_small", "fixed_large"))
+        self.kind = known("objective.loss", loss, ("hybrid", "rescaled_mse", "kl", "mse"))
         self.clip_x0 = clip_x0
-        self.weight = _known("objective.weight", weight, EXPONENTS)
+        self.weight = known("objective.weight", weight, EXPONENTS)
         self.learned_variance = variance == "learned_range"
         self.time_range = (0.0, float(timesteps - 1))
         if loss == "mse" and self.learned_variance:
@@ -155,17 +155,20 @@ class Gaussian:
     def times(self, sampler: str, steps: Sections) -> Tensor:
         """Of ddpm and ddim, the kept timesteps from noise to data; of ODE solvers, a grid that ends before 0.
 
-        At -1 there is no noise at all, as there is after the last step of ddpm.
+        At -1 there is no noise at all, as there is after the last step of ddpm. The last step of dopri5 is from 0.
         """
         if sampler in ("ddpm", "ddim"):
             return torch.tensor(spaced(steps, len(self.process))[::-1], dtype=torch.float64)
         if not isinstance(steps, int):
             raise ValueError(f"sampler.steps={steps} must be a number for sampler={sampler}")
+        if sampler == "dopri5":
+            grid = time_grid(steps, self.time_range[1], 0.0)
+            return torch.cat([grid, grid.new_full((1,), -1.0)])
         return time_grid(steps, self.time_range[1], -1.0)
 
     def field(self, net: GuidedNet) -> GaussianField:
         """The network as samplers see it."""
-        return GaussianField(net, self, self.process)
+        return GaussianField(told_steps(net), self, self.process)
 
 
 class GaussianField:
@@ -178,6 +181,8 @@ class GaussianField:
         gradient: of a classifier that guides (Dhariwal & Nichol 2021), or `None`.
     """
 
+    extends = False
+
     def __init__(self, net: GuidedNet, objective: Gaussian, process: Process, gradient: Gradient | None = None) -> None:
         self.net = net
         self.objective = objective
@@ -188,6 +193,10 @@ class GaussianField:
         """The same network on the process that keeps only these timesteps."""
         kept = self.process.respaced(sorted(int(t) for t in timesteps))
         return GaussianField(self.net, self.objective, kept, self.gradient)
+
+    def during(self, t: float) -> GaussianField:
+        """The field of a step that begins at t: guidance acts in all its stages, or in none."""
+        return GaussianField(guidance_during(self.net, t), self.objective, self.process, self.gradient)
 
     def at(self, batch: Batch, t: float) -> Tables:
         """The numbers of this time, broadcastable against `batch.x`."""
@@ -232,9 +241,3 @@ def bound_bits(c: Tables, clean: Batch, noised: Batch, reverse: Reverse) -> Tens
     likelihood = discretised_bits(clean.x, reverse.mean, reverse.log_variance)
     first = c.posterior_variance == 0
     return clean.per_image(torch.where(first, likelihood, kl))
-
-
-def _known(key: str, value: str, names: Collection[str]) -> str:
-    if value not in names:
-        raise ValueError(f"{key}={value} is unknown; choose one of {', '.join(names)}")
-    return value

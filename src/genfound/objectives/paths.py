@@ -1,21 +1,81 @@
-"""Interpolants x_t = alpha(t) x + sigma(t) noise, from data at t = 0 to noise at t = 1."""
+"""Interpolants x_t = alpha(t) x + sigma(t) noise, from data at t = 0 to noise at the end of time.
+
+Numbers of a point may be tensors shaped like t, or plain numbers where all images are at the same time.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from genfound.batch import Batch
+
+VP_SLOWEST, VP_FASTEST = 0.1, 20.0
+"""Rates beta of the variance-preserving path at data and at noise (Song et al. 2021)."""
+
 
 class PathPoint(NamedTuple):
-    """Coefficients and their time derivatives, each shaped like t."""
+    """Coefficients and their time derivatives."""
 
     alpha: Tensor
     sigma: Tensor
     d_alpha: Tensor
     d_sigma: Tensor
+
+    @property
+    def wronskian(self) -> Tensor:
+        """alpha sigma' - sigma alpha', positive: how fast signal turns into noise."""
+        return self.alpha * self.d_sigma - self.sigma * self.d_alpha
+
+    @property
+    def growth(self) -> Tensor:
+        """alpha' / alpha, the linear part of the drift; infinite at pure noise."""
+        return self.d_alpha / self.alpha
+
+    @property
+    def spread(self) -> Tensor:
+        """sigma sigma' - sigma^2 alpha' / alpha, half the squared diffusion of the forward process."""
+        return self.sigma * self.wronskian / self.alpha
+
+    def state(self, x: Tensor, noise: Tensor) -> Tensor:
+        """x_t of data and noise."""
+        return self.alpha * x + self.sigma * noise
+
+    def velocity(self, x: Tensor, noise: Tensor) -> Tensor:
+        """dx_t/dt of data and noise."""
+        return self.d_alpha * x + self.d_sigma * noise
+
+    def of(self, batch: Batch) -> PathPoint:
+        """Coefficients (B,), one per image, as tensors that broadcast against `batch.x`."""
+        return PathPoint(*(batch.expand(v.float()) for v in self))
+
+    @classmethod
+    def at(cls, path: Path, t: float) -> PathPoint:
+        """The point of a time that all images share, in plain numbers."""
+        point = path.point(torch.tensor(t, dtype=torch.float64))
+        return cls(*(v.item() for v in point))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Path:
+    """One interpolant.
+
+    Attributes:
+        point: times (any shape) -> coefficients of the same shape.
+        time_of: noise-to-signal ratios sigma / alpha -> the times at which they occur.
+        end: the time of noise.
+        pure: whether alpha is 0 at its end; the variance-preserving path keeps a trace of signal.
+    """
+
+    point: Callable[[Tensor], PathPoint]
+    time_of: Callable[[Tensor], Tensor]
+    end: float = 1.0
+    pure: bool = True
 
 
 def linear(t: Tensor) -> PathPoint:
@@ -24,4 +84,52 @@ def linear(t: Tensor) -> PathPoint:
     return PathPoint(1 - t, t, -one, one)
 
 
-PATHS: dict[str, Callable[[Tensor], PathPoint]] = {"linear": linear}
+def triangle(t: Tensor) -> PathPoint:
+    """alpha = cos t, sigma = sin t on [0, pi / 2] (NiT's loss.py)."""
+    return PathPoint(torch.cos(t), torch.sin(t), -torch.sin(t), torch.cos(t))
+
+
+def cosine(t: Tensor) -> PathPoint:
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (NiT, REPA)."""
+    alpha, sigma = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
+    return PathPoint(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
+
+
+def gvp(t: Tensor) -> PathPoint:
+    """The same path in SiT's arithmetic: float32 functions of u = 1 - t, coarse near data (path.py:GVPCPlan)."""
+    u = (1 - t).float()
+    alpha, sigma = torch.sin(u * math.pi / 2), torch.cos(u * math.pi / 2)
+    return PathPoint(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
+
+
+def vp(t: Tensor) -> PathPoint:
+    """alpha = exp(E), sigma = sqrt(1 - exp(2 E)), E = -t^2 (20 - 0.1) / 4 - 0.1 t / 2 (Song et al. 2021).
+
+    In SiT's float32 arithmetic (path.py:VPCPlan), in which sigma is coarse near data.
+    """
+    u = (1 - t).float()
+    speed = VP_FASTEST - VP_SLOWEST
+    exponent = -0.25 * (1 - u) ** 2 * speed - 0.5 * (1 - u) * VP_SLOWEST
+    slope = 0.5 * (1 - u) * speed + 0.5 * VP_SLOWEST  # of the exponent over u
+    alpha, squared = torch.exp(exponent), torch.exp(2 * exponent)
+    sigma = torch.sqrt(1 - squared)
+    return PathPoint(alpha, sigma, -alpha * slope, squared * slope / sigma)
+
+
+def _vp_time(ratio: Tensor) -> Tensor:
+    """Solves exp(-2 E) = 1 + ratio^2 for t, at most 1."""
+    speed, level = VP_FASTEST - VP_SLOWEST, torch.log1p(ratio**2)
+    return ((torch.sqrt(VP_SLOWEST**2 + 2 * speed * level) - VP_SLOWEST) / speed).clamp(max=1)
+
+
+def _quarter_turn(ratio: Tensor) -> Tensor:
+    return torch.atan(ratio) * 2 / math.pi
+
+
+PATHS: dict[str, Path] = {
+    "linear": Path(linear, lambda ratio: ratio / (1 + ratio)),
+    "gvp": Path(gvp, _quarter_turn),
+    "vp": Path(vp, _vp_time, pure=False),
+    "cosine": Path(cosine, _quarter_turn),
+    "triangle": Path(triangle, torch.atan, end=math.pi / 2),
+}

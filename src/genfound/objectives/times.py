@@ -1,28 +1,121 @@
-"""Times t in [0, 1], where 0 is data and 1 is noise: laws of training, grids of sampling."""
+"""Times of training and of sampling, in float64, as parts of the way from data (0) to noise (1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from genfound.batch import Batch
+from genfound.objectives.paths import Path
 from genfound.rng import Rng
 
 TimeLaw = Callable[[Rng, int, torch.device], Tensor]
 
-
-def uniform(mean: float, std: float) -> TimeLaw:
-    """t ~ U[0, 1), which has no parameters."""
-    return lambda rng, n, device: rng.uniform("time", (n,), device)
+REFERENCE_SIZE = 4096
+"""Numbers in a latent that `auto` does not shift: 32 x 32 x 4 (RAE, arXiv 2510.11690)."""
 
 
-def logit_normal(mean: float, std: float) -> TimeLaw:
+def uniform(mean: float, std: float, path: Path) -> TimeLaw:
+    """U[0, 1), which has no parameters."""
+    return lambda rng, n, device: rng.uniform("time", (n,), device).double()
+
+
+def logit_normal(mean: float, std: float, path: Path) -> TimeLaw:
     """logit(t) ~ N(mean, std^2); Esser et al. 2024, and NiT's exp(n) / (1 + exp(n))."""
-    return lambda rng, n, device: torch.sigmoid(rng.normal("time", (n,), device) * std + mean)
+    return lambda rng, n, device: torch.sigmoid(rng.normal("time", (n,), device).double() * std + mean)
 
 
-TIME_LAWS: dict[str, Callable[[float, float], TimeLaw]] = {"uniform": uniform, "logit_normal": logit_normal}
+def log_normal(mean: float, std: float, path: Path) -> TimeLaw:
+    """log(sigma / alpha) ~ N(mean, std^2), EDM's law of noise levels on any path (Karras et al. 2022)."""
+
+    def draw(rng: Rng, n: int, device: torch.device) -> Tensor:
+        ratio = torch.exp(rng.normal("time", (n,), device).double() * std + mean)
+        return path.time_of(ratio) / path.end
+
+    return draw
+
+
+TIME_LAWS: dict[str, Callable[[float, float, Path], TimeLaw]] = {
+    "uniform": uniform,
+    "logit_normal": logit_normal,
+    "log_normal": log_normal,
+}
+
+MOST_DRAWS = 1000
+"""How often a window is tried before it is held to be all but empty."""
+
+
+def windowed(name: str, law: TimeLaw, window: Sequence[float], share: float) -> TimeLaw:
+    """The law inside [low, high], for this share of the micro-batches (LightningDiT's partial training).
+
+    A uniform law is squeezed into the window; of another one as many draws are made as it takes.
+
+    Raises:
+        ValueError: a window that is none, and when drawing, one that the law hardly ever meets.
+    """
+    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+        raise ValueError(f"objective.time_window={list(window)} must be [low, high] with 0 <= low < high <= 1")
+    low, high = window
+
+    def draw(rng: Rng, n: int, device: torch.device) -> Tensor:
+        if share < 1 and rng.uniform("time_window", (1,)).item() >= share:
+            return law(rng, n, device)
+        if name == "uniform":
+            return low + (high - low) * law(rng, n, device)
+        found: list[Tensor] = []
+        for attempt in range(MOST_DRAWS):
+            t = law(rng if attempt == 0 else rng.at("redraw", attempt), n, device)
+            found.append(t[(t >= low) & (t <= high)])
+            if sum(map(len, found)) >= n:
+                return torch.cat(found)[:n]
+        raise ValueError(f"objective.time_window={list(window)} is hardly ever met by objective.time={name}")
+
+    return draw
+
+
+def shifted(t: Tensor, factor: Tensor | float) -> Tensor:
+    """s t / (1 + (s - 1) t): towards noise for s > 1 (Esser et al. 2024, eq. 23; LightningDiT's 0.3 is s = 1 / 0.3)."""
+    return factor * t / (1 + (factor - 1) * t)
+
+
+def shift_factor(setting: float | str, batch: Batch) -> Tensor | float:
+    """A number as it is; `auto` as (B,): sqrt(numbers in the latent / 4096), so larger latents see more noise.
+
+    Raises:
+        ValueError: another word, or a number that is not positive.
+    """
+    if setting == "auto":
+        return (latent_numbers(batch).double() / REFERENCE_SIZE).sqrt()
+    if isinstance(setting, str) or setting <= 0:
+        raise ValueError(f"a time shift must be a positive number or auto, not {setting}")
+    return float(setting)
+
+
+def latent_numbers(batch: Batch) -> Tensor:
+    """(B,) how many numbers the latent of each row has."""
+    if batch.layout == "dense":
+        return torch.full_like(batch.tokens, batch.x[0].numel())
+    return batch.tokens * batch.x.shape[-1]
+
+
+def shifted_grid(times: Tensor, setting: float | str, batch: Batch) -> Tensor:
+    """A sampling grid with its inner points shifted; its ends stay.
+
+    Raises:
+        ValueError: a bad setting, or `auto` for images of several sizes, which have one grid.
+    """
+    factor = shift_factor(setting, batch)
+    if isinstance(factor, Tensor):
+        factors = factor[batch.real].unique().tolist()
+        if len(factors) != 1:
+            raise ValueError("sampler.shift=auto needs images of one size in a batch; set a number")
+        factor = factors[0]
+    if factor == 1:
+        return times
+    start, end = times[0], times[-1]
+    return end + (start - end) * shifted((times - end) / (start - end), factor)
 
 
 def time_grid(steps: int, start: float, end: float) -> Tensor:

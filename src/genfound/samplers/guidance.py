@@ -1,12 +1,17 @@
 """Guidance: the network's raw output, pushed away from that of a worse-informed one.
 
-Acts on the raw output, before the objective interprets it, as every official code of the lineage does.
+Acts on the raw output, before the objective interprets it, as every official code of the lineage does; so it is
+told the network's own time. Intervals and schedules are given in noise levels, 0 at data and 1 at noise.
 """
 
 from __future__ import annotations
 
+import copy
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +21,50 @@ from genfound.batch import Batch
 from genfound.objectives.base import GuidedNet
 
 
+class Unguided:
+    """The network itself, all images at the same time.
+
+    Attributes:
+        time: that of the network.
+    """
+
+    def __init__(self, net: Backbone) -> None:
+        self.net = net
+        self.time: str = getattr(net, "time", "data0")
+
+    def during(self, t: float) -> GuidedNet:
+        """Itself, in every step."""
+        return self
+
+    def __call__(self, batch: Batch, t: float) -> Tensor:
+        """The network's output at its time t."""
+        out: Tensor = self.net(batch, _same_time(batch, t))
+        return out
+
+
 def unguided(net: Backbone) -> GuidedNet:
     """The network itself, all images at the same time t."""
-    return lambda batch, t: net(batch, _same_time(batch, t))
+    return Unguided(net)
 
 
-class ClassifierFree:
-    """out = null + scale (conditional - null), Ho & Salimans 2021.
+class Guided(ABC):
+    """out = reference + scale (conditional - reference).
 
     Args:
-        net: backbone with a null label.
+        net: backbone.
         scale: 1 is no guidance, and costs none.
-        interval: [low, high] of times, both inclusive, in which guidance acts (Kynkaanniemi et al. 2024);
-            outside it the null pass is not computed.
-        channels: `all`, or `first3` as DiT's and SiT's released samplers (guided only the first three
-            latent channels, by oversight). A predicted variance is never guided.
-        time_range: the objective's (data, noise) times, of which the interval is a part.
+        interval: [low, high] of noise levels in which guidance acts (Kynkaanniemi et al. 2024); outside it the
+            reference is not computed. Inclusive ends at 0 and 1 are no limits.
+        channels: `all`, or `first3` as DiT's, SiT's and LightningDiT's released samplers (guided only the first
+            three latent channels, by oversight). A predicted variance is never guided.
+        time_range: the objective's (data, noise) times.
+        ends: `inclusive`, or `strict` as in DDT and PixNerd.
+        schedule: `constant`, or `power_cosine`: 1 + (scale - 1) (1 - cos(pi level^power)) / 2, all of the scale at
+            noise and none at data (FiT's scale_pow).
+        power: of `power_cosine`.
 
     Raises:
-        ValueError: the network has no null label, or an unknown option.
+        ValueError: an unknown option.
     """
 
     def __init__(
@@ -44,36 +74,164 @@ class ClassifierFree:
         interval: Sequence[float],
         channels: str,
         time_range: tuple[float, float] = (0.0, 1.0),
+        ends: str = "inclusive",
+        schedule: str = "constant",
+        power: float = 1.0,
     ) -> None:
-        if scale != 1 and net.null_label is None:
-            raise ValueError("guidance needs a null label: train with model.label_drop > 0 or set guidance=none")
-        if channels not in ("all", "first3"):
-            raise ValueError(f"guidance.channels={channels} is unknown; choose all or first3")
+        _choice("channels", channels, "all", "first3")
+        _choice("ends", ends, "inclusive", "strict")
+        _choice("schedule", schedule, "constant", "power_cosine")
         if len(interval) != 2 or interval[0] > interval[1]:
             raise ValueError(f"guidance.interval={list(interval)} must be [low, high] with low <= high")
         self.net = net
+        self.time: str = getattr(net, "time", "data0")
         self.scale = scale
         self.low, self.high = interval
         self.channels = channels
         self.time_range = time_range
+        self.ends = ends
+        self.schedule = schedule
+        self.power = power
+        self.decided: bool | None = None
 
     def __call__(self, batch: Batch, t: float) -> Tensor:
-        """Guided output, shaped like the network's."""
+        """Guided output at the network's time t, shaped like the network's."""
+        if not self.acts(t):
+            return self.outside(batch, t)
+        return self.mix(batch, *self.pair(batch, t), self.scale_at(t))
+
+    def outside(self, batch: Batch, t: float) -> Tensor:
+        """The conditional output."""
+        out: Tensor = self.net(batch, _same_time(batch, t))
+        return out
+
+    @abstractmethod
+    def pair(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
+        """(conditional, reference) outputs at the network's time t."""
+
+    def acts(self, t: float) -> bool:
+        """Whether a step of the network's time t is guided.
+
+        Both sides are brought to the network's direction of time by the same subtraction, so that a time
+        that equals an end of the interval is inside it.
+        """
+        if self.decided is not None:
+            return self.decided
         first, last = self.time_range
-        if self.scale == 1 or not self.low <= (t - first) / (last - first) <= self.high:
-            out: Tensor = self.net(batch, _same_time(batch, t))
-            return out
-        assert self.net.null_label is not None
-        null = replace(batch, y=torch.full_like(batch.y, self.net.null_label))
-        both = batch.join(null)
-        pair: Tensor = self.net(both, _same_time(both, t))
-        conditional, unconditional = pair.chunk(2)
-        guided = unconditional + self.scale * (conditional - unconditional)
+        place = min(max((t - first) / (last - first), 0.0), 1.0)
+        low, high = (1 - self.high, 1 - self.low) if self.time == "data1" else (self.low, self.high)
+        inside = low <= place <= high if self.ends == "inclusive" else low < place < high
+        return self.scale != 1 and inside
+
+    def scale_at(self, t: float) -> float:
+        """The scale of the schedule."""
+        if self.schedule == "constant":
+            return self.scale
+        first, last = self.time_range
+        place = (t - first) / (last - first)
+        level = max(1 - place if self.time == "data1" else place, 0.0)
+        return 1 + (self.scale - 1) * (1 - math.cos(math.pi * level**self.power)) / 2
+
+    def mix(self, batch: Batch, conditional: Tensor, reference: Tensor, scale: float) -> Tensor:
+        """The formula on the guided channels, and the conditional output on the others."""
+        return self.join(batch, reference + scale * (conditional - reference), conditional)
+
+    def join(self, batch: Batch, guided: Tensor, other: Tensor) -> Tensor:
+        """The guided channels of one output, and all others of another one."""
         axis = 1 if batch.layout == "dense" else -1
         width = batch.x.shape[axis]
         count = width if self.channels == "all" else 3 * width // self.net.token_spec.channels
-        rest = conditional.shape[axis] - count
-        return torch.cat([guided.narrow(axis, 0, count), conditional.narrow(axis, count, rest)], dim=axis)
+        rest = other.shape[axis] - count
+        return torch.cat([guided.narrow(axis, 0, count), other.narrow(axis, count, rest)], dim=axis)
+
+    def during(self, t: float) -> GuidedNet:
+        """This guidance in a step that begins at the network's time t: it acts in all stages, or in none."""
+        step = copy.copy(self)
+        step.decided = self.acts(t)
+        return step
+
+
+class ClassifierFree(Guided):
+    """Guided by the network's own output for the null label, in one call (Ho & Salimans 2021).
+
+    Args:
+        net: backbone with a null label.
+        doubled: the batch holds every image twice, the second time under the null label: the state of the
+            released samplers of DiT, SiT, FiT and LightningDiT. The network sees the first half twice; the second
+            half keeps the null output in channels that are not guided, which adaptive steps notice.
+        options: those of `Guided`.
+
+    Raises:
+        ValueError: the network has no null label.
+    """
+
+    def __init__(self, net: Backbone, *args: Any, doubled: bool = False, **options: Any) -> None:
+        super().__init__(net, *args, **options)
+        if self.scale != 1 and net.null_label is None:
+            raise ValueError("guidance needs a null label: train with model.label_drop > 0 or set guidance=none")
+        self.doubled = doubled
+
+    def pair(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
+        """Both outputs from one call on twice the rows."""
+        if self.doubled:
+            first, _ = batch.x.chunk(2)
+            both = replace(batch, x=torch.cat([first, first]))
+        else:
+            assert self.net.null_label is not None
+            both = batch.join(replace(batch, y=torch.full_like(batch.y, self.net.null_label)))
+        out: Tensor = self.net(both, _same_time(both, t))
+        conditional, null = out.chunk(2)
+        return conditional, null
+
+    def mix(self, batch: Batch, conditional: Tensor, reference: Tensor, scale: float) -> Tensor:
+        """As `Guided.mix`; of a doubled batch, both halves."""
+        first = super().mix(batch, conditional, reference, scale)
+        return torch.cat([first, self.join(batch, first, reference)]) if self.doubled else first
+
+    def outside(self, batch: Batch, t: float) -> Tensor:
+        """The conditional output; of a doubled batch, both halves."""
+        if not self.doubled:
+            return super().outside(batch, t)
+        conditional, reference = self.pair(batch, t)
+        return torch.cat([conditional, self.join(batch, conditional, reference)])
+
+
+class AutoGuidance(Guided):
+    """Guided by a weaker network (Karras et al. 2024).
+
+    Args:
+        net: backbone.
+        weak: a smaller or less trained one, with the same outputs and the same time.
+        labels: what the weak one is told: `same`, as in EDM2; or `null_label`, as in NiT's and REPA's samplers.
+        options: those of `Guided`.
+
+    Raises:
+        ValueError: an unknown option, or networks that do not fit together.
+    """
+
+    def __init__(self, net: Backbone, weak: Backbone, *args: Any, labels: str = "same", **options: Any) -> None:
+        super().__init__(net, *args, **options)
+        self.labels = _choice("labels", labels, "same", "null_label")
+        self.weak = weak
+        if getattr(weak, "time", "data0") != self.time:
+            raise ValueError("guidance.weights: the weaker network counts time in the other direction")
+        if labels == "null_label" and weak.null_label is None:
+            raise ValueError(
+                "guidance.labels=null_label needs a weaker network with a null label; set guidance.labels=same"
+            )
+
+    def pair(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
+        """One call of each network."""
+        conditional: Tensor = self.net(batch, _same_time(batch, t))
+        y = batch.y if self.labels == "same" else torch.full_like(batch.y, self.weak.null_label or 0)
+        reference: Tensor = self.weak(replace(batch, y=y), _same_time(batch, t))
+        return conditional, reference
+
+
+def _choice(key: str, value: str, *names: str) -> str:
+    if value not in names:
+        raise ValueError(f"guidance.{key}={value} is unknown; choose {' or '.join(names)}")
+    return value
 
 
 def _same_time(batch: Batch, t: float) -> Tensor:

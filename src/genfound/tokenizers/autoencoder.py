@@ -33,6 +33,7 @@ class Autoencoder(ABC):
     """
 
     kind: ClassVar[Kind]
+    published: ClassVar[Spec]
     online = True
     stochastic = False
     spec: Spec

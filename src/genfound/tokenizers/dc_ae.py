@@ -22,6 +22,7 @@ STAGES = {
 class DcAe(Autoencoder):
     """Any AutoencoderDC of diffusers; dc-ae-f32c32-sana-1.1, NiT's, is spec (32, 32) and scale 0.41407."""
 
+    published = Spec(channels=32, stride=32)
     kind = Kind(
         "AutoencoderDC",
         official={

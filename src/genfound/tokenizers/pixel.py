@@ -10,7 +10,7 @@ from genfound.tokenizers.base import Spec
 class Pixel:
     """Latents are the RGB values in [-1, 1]."""
 
-    spec = Spec(channels=3, stride=1)
+    spec = published = Spec(channels=3, stride=1)
     online = False
     stochastic = False
 

@@ -17,6 +17,7 @@ class SdVae(Autoencoder):
         posterior: `sample` (DiT and SiT: mean + std * noise) or `mode` (the mean); how training encodes.
     """
 
+    published = Spec(channels=4, stride=8)
     kind = Kind(
         "AutoencoderKL",
         official={

@@ -12,6 +12,7 @@ from genfound.tokenizers.weights import Kind
 class VqF4(Autoencoder):
     """Any VQModel of diffusers; that of LDM's ImageNet model is spec (3, 4) and scale 1."""
 
+    published = Spec(channels=3, stride=4)
     kind = Kind(
         "VQModel",
         official={

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from genfound import checkpoints
 from genfound.backbones.nit import NiT, coordinates
 from genfound.batch import Batch
 from genfound.layers.embed import TimeEmbedding, sinusoid
-from genfound.layers.rope import rotate, rotation
+from genfound.layers.rope import rotate
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
 from tests.golden.adapters import Results, adapter
@@ -32,9 +33,12 @@ Fixture = Mapping[str, Any]
 DEFAULTS: dict[str, Any] = {
     "class_dropout_prob": 0.1, "num_classes": 1000, "mlp_ratio": 4.0, "qk_norm": False, "theta": 10_000,
     "encoder_depth": 4, "z_dim": 768, "projector_dim": 2048, "use_adaln_lora": False, "adaln_lora_dim": None,
-    "use_checkpoint": False, "custom_freqs": "normal",
+    "use_checkpoint": False, "custom_freqs": "normal", "decouple": False, "max_pe_len_h": None, "max_pe_len_w": None,
+    "ori_max_pe_len": None,
 }  # fmt: skip
-ONLY_WITH_CUSTOM_FREQS = ("decouple", "max_pe_len_h", "max_pe_len_w", "ori_max_pe_len")
+
+FACTORS = {"mscale": "yarn", "proportion1": "scale1", "proportion2": "scale2"}
+"""The official constants, and the rules that multiply cosine and sine by them."""
 
 RENAMED = {
     r"^x_embedder\.proj\.": "x_embedder.",
@@ -75,10 +79,8 @@ def official_shape(ours: str, tensor: Tensor, net: NiT) -> list[int]:
 def build(official: Mapping[str, Any], seed: int = 0) -> NiT:
     """Our backbone for official constructor arguments, with the positions of the released weights."""
     config = {**DEFAULTS, **official}
-    if config.pop("custom_freqs") != "normal":
-        raise NotImplementedError(f"custom_freqs={official['custom_freqs']} is not supported yet")
-    for key in (*ONLY_WITH_CUSTOM_FREQS, "encoder_depth", "z_dim", "projector_dim"):
-        config.pop(key, None)
+    for key in ("encoder_depth", "z_dim", "projector_dim"):
+        config.pop(key)
     rank = config.pop("adaln_lora_dim")
     net = fresh_nit(
         channels=config.pop("in_channels"),
@@ -94,12 +96,23 @@ def build(official: Mapping[str, Any], seed: int = 0) -> NiT:
         label_drop=config.pop("class_dropout_prob"),
         rope_theta=config.pop("theta"),
         rope_coords="official",
+        rope_scaling=scaling(config),
         attention="auto",
         activation_checkpointing=config.pop("use_checkpoint"),
     )
     if config:
         raise NotImplementedError(f"unknown arguments {sorted(config)}")
     return net
+
+
+def scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """Our rule of positions for official arguments, which are taken out; they are at hand for every rule but normal."""
+    rule, trained = config.pop("custom_freqs").lower(), config.pop("ori_max_pe_len")
+    target = [config.pop("max_pe_len_h"), config.pop("max_pe_len_w")]
+    if rule != "normal" and None in (trained, *target):
+        raise NotImplementedError(f"custom_freqs={rule} without lengths")
+    known = {"rule": rule, "trained": trained or 16, "decouple": config.pop("decouple"), "exact": True}
+    return known | {"target": None if None in target else target}
 
 
 def projector(official: Mapping[str, Any]) -> nn.Sequential:
@@ -269,16 +282,19 @@ def rope(fixture: Fixture) -> Results:
         torch.zeros(tokens, spec.channels, spec.patch_size, spec.patch_size), sizes, torch.arange(len(sizes))
     )
     places = coordinates(batch, net.rope_coords)
-    first = torch.tensor([1.0, 0.0]).repeat(len(places), 1, 2 * len(net.frequencies))  # (T, 1, d), pairs of (1, 0)
-    turned = rotate(first, *rotation(places, net.frequencies)).squeeze(1)  # pairs of (cos, sin)
+    rule = net.rope
+    first = torch.tensor([1.0, 0.0]).repeat(len(places), 1, rule.head // 2)  # (T, 1, d), pairs of (1, 0)
+    turned = rotate(first, *rule(places, batch.sizes, batch.per_token)).squeeze(1)  # pairs of (cos, sin)
     cos, sin = (turned[:, i::2].repeat_interleave(2, dim=1) for i in (0, 1))
+    rows, columns = rule.frequencies(batch.sizes)[0]
     return {
         "first_coordinate_uses_freqs_h": places[:, 0].tolist(),
         "second_coordinate_uses_freqs_w": places[:, 1].tolist(),
-        "freqs_h": net.frequencies,
-        "freqs_w": net.frequencies,
+        "freqs_h": rows,
+        "freqs_w": columns,
         "cos": cos,
         "sin": sin,
+        **{name: replace(rule, rule=other).factor(batch.sizes) for name, other in FACTORS.items()},
     }
 
 

@@ -1,4 +1,4 @@
-"""NiT: loss, ODE sampler and image sizes of the official code, around the backbone of `nit`."""
+"""NiT: loss, samplers and image sizes of the official code, around the backbone of `nit`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +16,22 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.data.views import center_crop, native_size, resize
+from genfound.objectives.base import GuidedNet
+from genfound.objectives.conversions import Views
+from genfound.objectives.flow import Flow
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
+from genfound.samplers.guidance import AutoGuidance
+from genfound.samplers.sde import sde_grid
 from genfound.sampling import guided
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.nit import Fixture, Official, to_batch
 from tests.golden.fill import inputs, unit
 from tests.helpers import linear_flow
 
-FLOW = linear_flow()
+SDE = {"method": "euler", "diffusion": "linear", "norm": 1.0, "last": "mean", "last_step_size": 0.04}
+"""The official stochastic sampler: its w = 2 t is twice ours, on every path."""
 
 
 class Toy(Backbone):
@@ -33,7 +40,10 @@ class Toy(Backbone):
     layouts = ("packed",)
     time = "data0"
     null_label = 1000
-    token_spec = TokenSpec(4, 1)
+
+    def __init__(self, channels: int = 4, patch_size: int = 1) -> None:
+        super().__init__()
+        self.token_spec = TokenSpec(channels, patch_size)
 
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
         """(T, P) -> (T, P)."""
@@ -71,80 +81,112 @@ class NamedDraws(Rng):
 
 
 class StepNoise:
-    """The noise of stochastic samplers, which ODE samplers must not draw; counts the draws."""
+    """The noise of stochastic samplers; where autoguidance acts, officially a second draw replaces the first."""
 
-    draws = 0
+    def __init__(self, shape: Sequence[int], weak: Watched | None = None) -> None:
+        self.shape, self.weak = list(shape), weak
+        self.draws = 0
+        self.seen = 0
 
     def normal(self, step: int) -> Tensor:
-        """Nothing that a fixture of this project's samplers uses yet."""
-        self.draws += 1
-        raise NotImplementedError("stochastic samplers are not supported yet")
+        """The draw that the official code uses in this step, as packed tokens."""
+        calls = 0 if self.weak is None else len(self.weak.calls)
+        self.draws += 1 + (calls > self.seen)
+        self.seen = calls
+        return torch.from_numpy(unit(f"noise.{self.draws - 1}", self.shape)).flatten(1)
+
+
+class Weaker(Backbone):
+    """The network of fixtures of autoguidance: another one's velocity, scaled and moved."""
+
+    def __init__(self, net: Backbone, gain: float, shift: float) -> None:
+        super().__init__()
+        self.net, self.gain, self.shift = net, gain, shift
+        self.null_label, self.token_spec = net.null_label, net.token_spec
+
+    def forward(self, batch: Batch, t: Tensor) -> Tensor:
+        """(T, P) -> (T, P)."""
+        out: Tensor = self.gain * self.net(batch, t) + self.shift
+        return out
+
+
+def flow(transport: Mapping[str, Any], **options: Any) -> Flow:
+    """The objective that arguments of the official loss ask for."""
+    asked = {"P_mean": 0.0, "P_std": 1.0, "prediction": "v", "sigma_data": 1.0, "path_type": "linear", **transport}
+    asked.pop("weighting", None)  # stored and never read
+    path, mean, sigma_data = asked.pop("path_type"), asked.pop("P_mean"), asked.pop("sigma_data")
+    if path == "triangle":
+        mean -= math.log(sigma_data)  # t = atan(sigma / sigma_data)
+    settings = {"path": path, "prediction": {"v": "velocity"}[asked.pop("prediction")]}
+    settings |= {"time": "log_normal", "time_mean": mean, "time_std": asked.pop("P_std"), "weight": "token"}
+    if asked:
+        raise NotImplementedError(f"unknown arguments {sorted(asked)}")
+    return linear_flow(**settings, **options)
 
 
 @adapter("nit", "nit_loss")
 @torch.no_grad()
 def loss(fixture: Fixture) -> Results:
     """The flow-matching loss of a pack, every token counting the same."""
-    if fixture["options"].get("use_dir_loss"):
-        raise NotImplementedError("the directional loss is not supported yet")
-    transport = {"P_mean": 0.0, "P_std": 1.0, "prediction": "v", **fixture["config"]["transport"]}
-    transport.pop("weighting")  # stored and never read
-    objective = linear_flow(
-        path=transport.pop("path_type"),
-        prediction={"v": "velocity"}[transport.pop("prediction")],
-        time_mean=transport.pop("P_mean"),
-        time_std=transport.pop("P_std"),
-        weight="token",
-    )
-    if transport:
-        raise NotImplementedError(f"unknown arguments {sorted(transport)}")
-    network = fixture["config"].get("network")
-    official = None if network is None else Official(fixture, network)
-    net = Watched(Toy() if official is None else official.net)
-    given = inputs(fixture)
+    objective = flow(fixture["config"]["transport"], directional=float(fixture["options"].get("use_dir_loss", False)))
+    given, network = inputs(fixture), fixture["config"].get("network")
     images, sizes = given["images"], given["hw_list"].tolist()
+    official = None if network is None else Official(fixture, network)
+    net = Watched(Toy(*images.shape[1:3]) if official is None else official.net)
     draws = {"noise": given["noises"].flatten(1), "time": torch.from_numpy(unit("noise.0", [len(sizes)]))}
     batch = to_batch(images, sizes, given["y"])
     with official.watched() if official else nullcontext():
         losses = objective.loss(net, batch, NamedDraws(draws))
     weights = image_weight(batch.tokens, objective.weight)
-    mean = (weights * losses.total).sum() / weights.sum()
+    total, denoising = (
+        ((weights * part).sum() / weights.sum())[None] for part in (losses.total, losses.terms.get("mse", losses.total))
+    )
     ((x_t, t, out),) = net.calls
     results = {
         "t": t,
         "model_input": x_t.view_as(images),
         "model_output": out.view_as(images),
-        "denoising_loss": mean[None],
-        "loss": mean[None],
+        "denoising_loss": denoising,
+        "loss": total,
     }
     if official is not None:
         results["proj_loss"] = 1 - nn.functional.cosine_similarity(official.zs(), given["z"], dim=-1).mean()[None]
     return results
 
 
+def sampler(name: str, asked: dict[str, Any]) -> tuple[Flow, str, Tensor, dict[str, Any]]:
+    """Objective, sampler, times and options for arguments of an official sampler; takes them out of `asked`."""
+    objective, steps = flow({"path_type": asked.pop("path_type", "linear")}), asked.pop("num_steps")
+    if name == "euler_maruyama_sampler":
+        return objective, "sde", objective.times("sde", steps), SDE
+    if name != "euler_sampler":
+        raise NotImplementedError(f"the sampler {name} is unknown")
+    name = "heun" if asked.pop("heun", False) else "euler"
+    return objective, name, objective.times(name, steps), {}
+
+
 @adapter("nit", "nit_sampler")
 def sample(fixture: Fixture) -> Results:
-    """The ODE sampler with guidance: its samples, and when it called the network."""
-    config = fixture["config"]
-    if fixture["options"]["sampler"] != "euler_sampler":
-        raise NotImplementedError(f"{fixture['options']['sampler']} is not supported yet")
-    if "autoguidance_gain_shift" in config:
-        raise NotImplementedError("autoguidance is not supported yet")
-    asked = {"cfg_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, "heun": False, **config["sampler"]}
+    """A sampler with guidance: its samples, and when it called the network."""
+    config, given = fixture["config"], inputs(fixture)
+    asked = {"cfg_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, **config["sampler"]}
     interval = [asked.pop("guidance_low"), asked.pop("guidance_high")]
-    name = "heun" if asked.pop("heun") else "euler"
-    grid = FLOW.times(name, asked.pop("num_steps"))
-    guidance = {"name": "cfg", "scale": asked.pop("cfg_scale"), "interval": interval, "channels": "all"}
+    guidance = {"scale": asked.pop("cfg_scale"), "interval": interval, "channels": "all"}
+    objective, name, times, options = sampler(fixture["options"]["sampler"], asked)
     if asked:
         raise NotImplementedError(f"unknown arguments {sorted(asked)}")
     dtype = getattr(torch, fixture["options"].get("latents_dtype", "float32"))
-    net = Watched(Official(fixture, config["network"]).net.eval() if "network" in config else Toy(), dtype)
-    given = inputs(fixture)
-    batch = to_batch(given["latents"].to(dtype).float(), given["hw_list"].tolist(), given["y"])
-    rng = StepNoise()
-    out = SAMPLERS[name](FLOW.field(guided(net, guidance, FLOW.time_range)), batch, grid, rng)
+    latents = given["latents"]
+    plain = Official(fixture, config["network"]).net.eval() if "network" in config else Toy(*latents.shape[1:3])
+    net, weak = Watched(plain, dtype), None
+    if "autoguidance_gain_shift" in config:
+        weak = Watched(Weaker(plain, *config["autoguidance_gain_shift"]), dtype)
+    net_guided = guidance_around(net, weak, guidance, objective)
+    batch = to_batch(latents.to(dtype).float(), given["hw_list"].tolist(), given["y"])
+    rng = StepNoise(latents.shape, weak)
+    out = SAMPLERS[name](objective.field(net_guided), batch, times, rng, **options)
     return {
-        "samples": out.x.view_as(given["latents"]),
+        "samples": out.x.view_as(latents),
         "noise_draws": rng.draws,
         "model_calls": len(net.calls),
         "model_calls_doubled_for_cfg": sum(len(t) == 2 * len(batch.y) for _, t, _ in net.calls),
@@ -152,22 +194,40 @@ def sample(fixture: Fixture) -> Results:
     }
 
 
+def guidance_around(net: Backbone, weak: Backbone | None, options: Mapping[str, Any], objective: Flow) -> GuidedNet:
+    """The network with classifier-free guidance, or guided by a weaker one at the null label."""
+    if weak is None:
+        return guided(net, {"name": "cfg", **options}, objective.time_range)
+    return AutoGuidance(net, weak, **options, labels="null_label", time_range=objective.time_range)
+
+
+@adapter("nit", "nit_score")
+def score(fixture: Fixture) -> Results:
+    """The score that a velocity implies, image by image because each has its own time."""
+    if fixture["config"].keys() - {"path_type"} or fixture["options"]:
+        raise NotImplementedError(f"unknown arguments {sorted(fixture['config'])} or {sorted(fixture['options'])}")
+    given, path = inputs(fixture), flow(fixture["config"]).path
+    batch = to_batch(given["x"], given["hw_list"].tolist(), torch.zeros(len(given["t"])))
+    point = path.point(given["t"]).of(batch)
+    return {"score": Views("velocity", given["v"].flatten(1), batch.x, point).score.view_as(given["x"])}
+
+
 @adapter("nit", "nit_time_grid")
 def times(fixture: Fixture) -> Results:
-    """The grid of an ODE, and the steps on which guidance acts for several intervals."""
+    """The grid of a sampler, and the steps on which guidance acts for several intervals."""
     config = fixture["config"]
-    if config["sampler"] != "euler_sampler":
-        raise NotImplementedError(f"the grid of {config['sampler']} is not supported yet")
-    grid = FLOW.times("euler", config["num_steps"])
+    objective, name, grid, options = sampler(config["sampler"], {"num_steps": config["num_steps"]})
     batch = to_batch(torch.zeros(1, 4, 1, 1), [[1, 1]], torch.zeros(1))
     steps = {}
     for interval in config["intervals"]:
         net = Watched(Toy())
         guidance = {"name": "cfg", "scale": 2.0, "interval": interval, "channels": "all"}
-        SAMPLERS["euler"](FLOW.field(guided(net, guidance, FLOW.time_range)), batch, grid, StepNoise())
+        field = objective.field(guided(net, guidance, objective.time_range))
+        SAMPLERS[name](field, batch, grid, StepNoise([1, 4, 1, 1]), **options)
         on = [i for i, (_, t, _) in enumerate(net.calls) if len(t) == 2]
         steps[str(interval)] = {"first": on[0], "last": on[-1], "count": len(on)}
-    return {"t_steps": grid, "guided_steps": steps}
+    walk = sde_grid(grid, options["last_step_size"]) if options else grid
+    return {"t_steps": walk, "guided_steps": steps}
 
 
 @adapter("nit", "nr_resize")

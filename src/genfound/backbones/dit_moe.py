@@ -1,0 +1,345 @@
+"""DiT-MoE, a diffusion transformer with sparse experts (arXiv 2407.11633).
+
+What differs from DiT: every block's MLP is a mixture of experts (SwiGLU, no biases), of which a router picks the
+best few for each token, beside a shared expert that every token passes; the large released models normalise
+queries and keys and are rectified flows; a loss keeps the choices of the router balanced.
+
+Legend: as in `dit`, and E experts, k choices per token, I hidden size of an expert, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from genfound.backbones import dit
+from genfound.backbones.dit import DiT, ModulatedBlock, block_count
+from genfound.batch import Batch
+from genfound.layers.experts import MixtureOfExperts, Routing, balance_loss, load
+
+ROUTER_STD = 0.02
+"""Of a router's weights after upcycling (upcycle.py)."""
+
+
+class HeadNorm(nn.LayerNorm):
+    """LayerNorm of each head's queries or keys in float32; `half` rounds the result to float16."""
+
+    def __init__(self, size: int, half: bool) -> None:
+        super().__init__(size, eps=1e-6)
+        self.half_precision = half
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d) float32."""
+        out = super().forward(x.float())
+        return out.half().float() if self.half_precision else out
+
+
+QK_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": nn.Identity,
+    "layernorm": partial(HeadNorm, half=False),
+    "layernorm_half": partial(HeadNorm, half=True),
+}
+
+
+class DiTMoE(DiT):
+    """The noise or velocity of every latent pixel, given time and class; t comes in the objective's own unit.
+
+    Args:
+        qk_norm: of queries and keys: `none`; `layernorm`; or `layernorm_half`, whose result is rounded to float16
+            as in the released code of XL and G.
+        experts: E, in every block; their hidden size I is mlp_ratio * D.
+        top_k: k, experts that a token passes.
+        norm_topk: let the weights of a token's experts sum to 1.
+        shared_experts: hidden size of the shared expert over D; 0 for none.
+        balance: weight of the balance loss, summed over blocks; 0 for none.
+        balance_over: what is balanced: `tokens`, all tokens of the batch; or `sequence`, those of each image.
+        eval_gradients: in evaluation mode, let gradients through the routed experts; the released code does not.
+        unused_half: make 2 C channels and drop the second half, as the released rectified flows do; their rows
+            never get a gradient. Without effect where `learn_sigma` uses them.
+        learn_sigma: predict 2 C channels, the second half for the variance.
+        options: all others of `DiT`.
+
+    Raises:
+        ValueError: as `DiT`; an unknown name; or more choices than experts.
+    """
+
+    def __init__(
+        self,
+        *,
+        qk_norm: str,
+        experts: int,
+        top_k: int,
+        norm_topk: bool,
+        shared_experts: int,
+        balance: float,
+        balance_over: str,
+        eval_gradients: bool,
+        unused_half: bool,
+        learn_sigma: bool,
+        **options: Any,
+    ) -> None:
+        if qk_norm not in QK_NORMS:
+            raise ValueError(f"model.qk_norm={qk_norm} is unknown; choose one of {', '.join(QK_NORMS)}")
+        if balance_over not in ("tokens", "sequence"):
+            raise ValueError(f"model.balance_over={balance_over} is unknown; choose tokens or sequence")
+
+        def make_block(width: int, heads: int, mlp_ratio: float) -> Block:
+            mlp = MixtureOfExperts(
+                width=width,
+                hidden=int(width * mlp_ratio),
+                experts=experts,
+                top_k=top_k,
+                normalise=norm_topk,
+                shared_hidden=shared_experts * width,
+                eval_gradients=eval_gradients,
+            )
+            return Block(width, heads, QK_NORMS[qk_norm], mlp, balance_over)
+
+        super().__init__(learn_sigma=learn_sigma or unused_half, make_block=make_block, **options)
+        self.unused_half = unused_half and not learn_sigma
+        self.balance = balance
+        self.balances: Tensor | None = None  # (L,) weighted balance loss of each block in the last training forward
+        self.loads: Tensor | None = None  # (L, E) fraction of choices in the last forward
+
+    @property
+    def mixtures(self) -> list[MixtureOfExperts]:
+        """The experts of every block."""
+        return [cast(MixtureOfExperts, block.mlp) for block in self.blocks]
+
+    def forward(self, batch: Batch, t: Tensor) -> Tensor:
+        """Dense `batch.x` (B, C, h, w) at times t (B,) -> (B, C, h, w), with learn_sigma (B, 2 C, h, w)."""
+        out = super().forward(batch, t)
+        return out[:, : self.token_spec.channels] if self.unused_half else out
+
+    def through_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        """As in `DiT`; keeps the balance and the load of every block."""
+        balances, loads = [], []
+        for block in self.blocks:
+            x, balance, fractions = self.run(block, x, c)
+            balances.append(balance)
+            loads.append(fractions)
+        keep = self.training and self.balance > 0 and bool(balances)
+        self.balances = self.balance * torch.stack(balances) if keep else None
+        self.loads = torch.stack(loads) if loads else None
+        return x
+
+    def extra_losses(self) -> dict[str, Tensor]:
+        """`balance`: the weighted balance loss of the last training forward, summed over blocks.
+
+        The released code adds its gradient, not its value, once for each backward pass (models.py:AddAuxiliaryLoss).
+        """
+        return {} if self.balances is None else {"balance": self.balances.sum()}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Largest and smallest load of an expert, in each block of the last forward; 1 / E where balanced."""
+        if self.loads is None:
+            return {}
+        pairs = zip(self.loads.amax(dim=1).unbind(), self.loads.amin(dim=1).unbind(), strict=True)
+        return {
+            f"experts/layer{i:02d}/load_{name}": value
+            for i, pair in enumerate(pairs)
+            for name, value in zip(("max", "min"), pair, strict=True)
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to the last forward, whose graph cannot be copied."""
+        return {**self.__dict__, "balances": None, "loads": None}
+
+
+class Block(ModulatedBlock):
+    """x + gate * attention(modulated x), then x + gate * experts(modulated x)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: Callable[[int], nn.Module],
+        mlp: MixtureOfExperts,
+        balance_over: str,
+    ) -> None:
+        super().__init__(width, heads, qk_norm, mlp)
+        self.balance_over = balance_over
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D), c (B, D) after its SiLU -> (B, N, D), the balance loss and the load (E,) of its experts."""
+        x, inner, gate = self.attend(x, c)
+        out, routing = self.mlp(inner)
+        return x + gate * out, balance_loss(routing, self.balance_over), load(routing)
+
+
+class RoutingCounts:
+    """How often each expert is chosen, by class, time and place, counted while any sampler runs.
+
+    Rows with the null label, the second half of a guided batch, are not counted. Both (all k) choices count one.
+
+    Args:
+        net: the network whose routers are watched.
+        times: the times that count apart, usually those of the sampler in its order; a call counts for the nearest.
+        num_classes: classes of the data.
+
+    Attributes:
+        per_class: (classes, L, E) int64.
+        per_time: (L, times, E) int64.
+        per_token: (L, N, E) int64, tokens row-major.
+    """
+
+    def __init__(self, net: DiTMoE, times: Tensor, num_classes: int) -> None:
+        self.net = net
+        device = next(net.parameters()).device
+        layers, experts = len(net.blocks), len(net.mixtures[0].router.weight)
+        self.times = times.to(device, torch.float32)
+        self.per_class = torch.zeros(num_classes, layers, experts, dtype=torch.int64, device=device)
+        self.per_time = torch.zeros(layers, len(times), experts, dtype=torch.int64, device=device)
+        self.per_token = torch.zeros(layers, 0, experts, dtype=torch.int64, device=device)
+
+    @contextmanager
+    def counting(self) -> Iterator[RoutingCounts]:
+        """Within this context every forward pass of the network is counted."""
+        handles = [self.net.register_forward_pre_hook(self._begin)]
+        for layer, mixture in enumerate(self.net.mixtures):
+            handles.append(mixture.router.register_forward_hook(partial(self._count, layer)))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, net: nn.Module, inputs: tuple[Batch, Tensor]) -> None:
+        batch, t = inputs
+        tokens = batch.x[0, 0].numel() // self.net.token_spec.patch_size**2
+        if not self.per_token.shape[1]:
+            self.per_token = self.per_token.new_zeros(self.per_token.shape[0], tokens, self.per_token.shape[2])
+        if tokens != self.per_token.shape[1]:
+            raise ValueError(f"an image of {tokens} tokens after images of {self.per_token.shape[1]}; count one size")
+        self._counted = (batch.y != self.net.null_label) & batch.real  # (B,)
+        self._label = torch.where(self._counted, batch.y, 0)
+        self._step = (t.float()[:, None] - self.times).abs().argmin(dim=1)  # (B,)
+
+    def _count(self, layer: int, router: nn.Module, inputs: tuple[Tensor], routing: Routing) -> None:
+        numbers = torch.arange(routing.counts.shape[1], device=routing.counts.device)
+        chosen = (routing.choices[..., None] == numbers).sum(dim=2) * self._counted[:, None, None]  # (B, N, E)
+        per_image = chosen.sum(dim=1)  # (B, E)
+        self.per_class[:, layer].index_add_(0, self._label, per_image)
+        self.per_time[layer].index_add_(0, self._step, per_image)
+        self.per_token[layer] += chosen.sum(dim=0)
+
+
+def active_parameters(net: DiTMoE) -> int:
+    """Parameters that one token passes: all but those of the experts it does not choose."""
+    idle = 0
+    for mixture in net.mixtures:
+        experts = len(mixture.router.weight)
+        stacked = sum(p.numel() for p in mixture.experts.parameters())
+        idle += stacked // experts * (experts - mixture.router.top_k)
+    return sum(p.numel() for p in net.parameters()) - idle
+
+
+def official_keys(depth: int, qk_norm: bool, shared: bool) -> dict[str, str]:
+    """Official name -> our name of every tensor but `pos_embed` and the experts, which are stacked here."""
+    names = {a: b for a, b in dit.official_keys(depth).items() if ".mlp." not in b}
+    inner = {"moe.gate.weight": "mlp.router.weight"}
+    if qk_norm:
+        names = {a.replace("attn.qkv", "attn.Wqkv").replace("attn.proj", "attn.out_proj"): b for a, b in names.items()}
+        inner |= {key: key for n in "qk" for key in (f"attn.{n}_norm.weight", f"attn.{n}_norm.bias")}
+    if shared:
+        matrices = {"gate_proj": "fc1_g", "up_proj": "fc1_x", "down_proj": "fc2"}
+        inner |= {f"moe.shared_experts.{a}.weight": f"mlp.shared.{b}.weight" for a, b in matrices.items()}
+    return names | {f"blocks.{i}.{a}": f"blocks.{i}.{b}" for i in range(depth) for a, b in inner.items()}
+
+
+def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor options that an official state dict tells; the heads only where q and k are normalised.
+
+    It does not tell top_k, norm_topk, the balance loss and the probability of label dropout. A label table of n
+    rows is taken for n - 1 classes and the null class. Two outputs per channel are taken for a learned variance,
+    but with normalised q and k for the unused half of a rectified flow, as they were released.
+    """
+    first = state["blocks.0.moe.experts.0.gate_proj.weight"]
+    options = dit.official_options({**state, "blocks.0.mlp.fc1.weight": first})
+    norm, shared = (state.get(f"blocks.0.{name}.weight") for name in ("attn.q_norm", "moe.shared_experts.gate_proj"))
+    two = options["learn_sigma"]
+    options |= {
+        "qk_norm": "none" if norm is None else "layernorm",
+        "experts": len(state["blocks.0.moe.gate.weight"]),
+        "shared_experts": 0 if shared is None else len(shared) // options["width"],
+        "unused_half": two and norm is not None,
+        "learn_sigma": two and norm is None,
+    }
+    return options if norm is None else options | {"heads": options["width"] // len(norm)}
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of feizc/DiT-MoE in our names, with stacked experts; unknown names are left as they are.
+
+    Raises:
+        ValueError: it is no state dict of DiT-MoE, an expert is missing, or its position table is not the
+            sine-cosine one.
+    """
+    if "blocks.0.moe.gate.weight" not in state:
+        raise ValueError("this is no state dict of DiT-MoE: it has no router blocks.0.moe.gate.weight")
+    qk_norm, shared = (f"blocks.0.{name}.weight" in state for name in ("attn.q_norm", "moe.shared_experts.gate_proj"))
+    return dit.from_official(stack_experts(state), official_keys(block_count(state), qk_norm, shared))
+
+
+def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The inverse of `from_official`; the experts are views of the stacked weights."""
+    depth = block_count(state)
+    qk_norm, shared = (f"blocks.0.{name}.weight" in state for name in ("attn.q_norm", "mlp.shared.fc2"))
+    official = dit.to_official(state, patch_size, grid, official_keys(depth, qk_norm, shared))
+    return official | unstack_experts(state)
+
+
+def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the official experts of every block stacked under our names, the rest as it is.
+
+    Raises:
+        ValueError: the router knows an expert that is missing.
+    """
+    rest = dict(state)
+    for i in range(block_count(state)):
+        experts = range(len(state[f"blocks.{i}.moe.gate.weight"]))
+        for name, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):
+            keys = [f"blocks.{i}.moe.experts.{e}.{part}_proj.weight" for e in experts for part in parts]
+            missing = [key for key in keys if key not in rest]
+            if missing:
+                raise ValueError(f"these weights of DiT-MoE lack {missing[0]}")
+            stacked = torch.cat([rest.pop(key) for key in keys])
+            rest[f"blocks.{i}.mlp.experts.{name}"] = stacked.unflatten(0, (len(experts), -1))
+    return rest
+
+
+def unstack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The experts of every block, in our names, under their official ones: views of the stacked weights."""
+    official = {}
+    for i in range(block_count(state)):
+        gate_up, down = (state[f"blocks.{i}.mlp.experts.{name}"] for name in ("gate_up", "down"))
+        for e, (enter, leave) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
+            for part, tensor in zip(("gate", "up", "down"), (*enter.chunk(2), leave), strict=True):
+                official[f"blocks.{i}.moe.experts.{e}.{part}_proj.weight"] = tensor
+    return official
+
+
+def upcycle(state: Mapping[str, Tensor], experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Weights of a model of many experts from those of the same model with one (upcycle.py), both in our names.
+
+    Every expert begins as a copy of the one, routers are drawn from N(0, 0.02^2).
+
+    Raises:
+        ValueError: the model has no experts, or several. The MLP of a plain DiT (GELU, biases) equals no SwiGLU.
+    """
+    counts = {len(tensor) for name, tensor in state.items() if name.endswith("mlp.router.weight")}
+    if counts != {1}:
+        found = f"blocks of {min(counts)} experts" if counts else "no experts, and a GELU MLP cannot become a SwiGLU"
+        raise ValueError(f"upcycling begins with a DiT-MoE of one expert (model.experts=1); this one has {found}")
+    new = dict(state)
+    for name, tensor in state.items():
+        if name.endswith("mlp.router.weight"):
+            new[name] = torch.randn(experts, tensor.shape[1], generator=generator) * ROUTER_STD
+        elif ".mlp.experts." in name:
+            new[name] = tensor.repeat(experts, 1, 1)
+    return new

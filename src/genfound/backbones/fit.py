@@ -1,0 +1,387 @@
+"""FiT and FiTv2, the flexible vision transformers (arXiv 2402.12376 and 2410.13925).
+
+Images of any size up to a budget of tokens, with two-dimensional rotary positions that are stretched for larger
+images. What differs from DiT: SwiGLU instead of an MLP; in FiTv2 also normalised queries and keys, and a modulation
+of low rank per block beside one that all blocks share. FiT learns noise and variance of Gaussian diffusion, FiTv2 the
+velocity of a flow whose time runs from 0 (noise) to 1 (data).
+
+One forward serves three layouts: rows of tokens with padding, as published; packed images; and images of one size.
+
+Legend: B images, N tokens of a row, T packed tokens, D width, H heads, d = D / H, C latent channels, p patch side,
+P = p^2 C; "..." is B, N or, packed, T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from genfound.backbones.base import Backbone, TokenSpec
+from genfound.batch import Batch
+from genfound.layers.attention import attend, packed_attention
+from genfound.layers.embed import LabelEmbedding, TimeEmbedding
+from genfound.layers.ffn import SwiGLU, feed_forward
+from genfound.layers.modulation import full_precision, zero
+from genfound.layers.norm import norm_layer
+from genfound.layers.rope import Rope, Rotation, rotate, row_major
+
+
+class FiT(Backbone):
+    """FiT or FiTv2, as its options say.
+
+    Args:
+        channels: channels of a latent, C.
+        num_classes: classes of the data.
+        patch_size: side of a patch in latent pixels, p.
+        width: D.
+        depth: number of blocks.
+        heads: H; D / H must be divisible by four.
+        mlp_ratio: hidden size of the feed-forward network over D.
+        ffn: `mlp`, `swiglu` or `swiglu_large`; see `feed_forward`.
+        norm: of the tokens, a name of `NORMS`.
+        q_norm, k_norm: of each head's queries and keys, before the rotation.
+        qkv_bias, ffn_bias: whether these layers have biases.
+        adaln: `normal`, a full matrix per block; `lora`, one of rank `adaln_rank` per block and a full one that all
+            blocks share; or `swiglu`, a gated network per block.
+        adaln_rank: rank of `lora`, D / 4 in the paper; else None.
+        positions: `rope`, or `none` for no positions at all.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: {rule, trained, target, decouple} of `Rope`.
+        rope_on_values: rotate values too.
+        time: `index`, integer steps, or `data1`, from 0 (noise) to 1 (data).
+        time_shifting: s of t -> s t / (1 + (s - 1) t), applied to every t.
+        clamp_time: embed times above 1 as 1 (fit_model.py of the released code, which so takes all steps of FiT v1
+            but the first for one).
+        label_drop: probability with which training replaces a label by the null label; 0 has no null label.
+        learn_sigma: predict 2 C channels, the second half for the variance.
+        attention: backend of `packed_attention`, for the packed layout.
+        activation_checkpointing: recompute each block in the backward pass.
+
+    Raises:
+        ValueError: a head size that rotary positions cannot split, or an unknown option.
+    """
+
+    layouts = ("padded", "packed", "dense")
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        ffn: str,
+        norm: str,
+        q_norm: str,
+        k_norm: str,
+        qkv_bias: bool,
+        ffn_bias: bool,
+        adaln: str,
+        adaln_rank: int | None,
+        positions: str,
+        rope_theta: float,
+        rope_scaling: Mapping[str, Any],
+        rope_on_values: bool,
+        time: str,
+        time_shifting: float,
+        clamp_time: bool,
+        label_drop: float,
+        learn_sigma: bool,
+        attention: str,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        head = _head_size(width, heads)
+        self.time = _choice("time", time, "index", "data1")
+        self.null_label = num_classes if label_drop > 0 else None
+        self.token_spec = TokenSpec(channels, patch_size)
+        with_rope = _choice("positions", positions, "rope", "none") == "rope"
+        self.rope = Rope.of(head, rope_theta, rope_scaling) if with_rope else None
+        self.time_shifting = time_shifting
+        self.clamp_time = clamp_time
+        self.activation_checkpointing = activation_checkpointing
+        token = channels * patch_size**2
+        self.x_embedder = nn.Linear(token, width)
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width, null_class=label_drop > 0)
+        self.global_adaln = _silu_linears(width, 6 * width) if adaln == "lora" else None
+
+        def block() -> Block:
+            attn = Attention(width, heads, q_norm, k_norm, qkv_bias, rope_on_values, attention)
+            mlp = feed_forward(ffn, width, mlp_ratio, ffn_bias)
+            return Block(width, norm, attn, mlp, block_modulation(adaln, width, adaln_rank))
+
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        final_adaln = SwiGLU(width, width // 2, 2 * width, bias=True) if adaln == "swiglu" else None
+        self.final_layer = FinalLayer(width, 2 * token if learn_sigma else token, norm, final_adaln)
+        self.initialise()
+
+    def forward(self, batch: Batch, t: Tensor) -> Tensor:
+        """`batch.x` at times t (B,) -> a tensor of its shape, 2 C channels where the variance is learned.
+
+        Padding may hold any finite numbers and comes out as 0.
+        """
+        x = self.x_embedder(self._tokens(batch)).float()  # (..., D)
+        with full_precision(x):
+            c = self.t_embedder(self._embedded_time(t)) + self.y_embedder(batch.y)  # (B, D)
+            shared = 0.0 if self.global_adaln is None else self.global_adaln(c)  # (B, 6 D)
+            turn = self._rotation(batch)  # (..., 1, d) twice
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, c, shared, batch, turn, use_reentrant=False)
+            else:
+                x = block(x, c, shared, batch, turn)  # (..., D)
+        out: Tensor = self.final_layer(x, c, batch)  # (..., P) or (..., 2 P)
+        if batch.mask is not None:
+            return out.masked_fill(~batch.mask[..., None], 0)
+        if batch.layout == "packed":
+            return out
+        p = self.token_spec.patch_size
+        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=batch.x.shape[2] // p, p=p, q=p)
+
+    def initialise(self) -> None:
+        """Xavier-uniform matrices, normal(0.02) embeddings, zeros where adaLN-Zero starts as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.first, self.t_embedder.second):
+            nn.init.normal_(layer.weight, std=0.02)
+        for name, module in self.named_modules():
+            if name.endswith("adaln"):
+                zero(module.fc2 if isinstance(module, SwiGLU) else list(module.children())[-1])
+        zero(self.final_layer.linear)
+
+    def _tokens(self, batch: Batch) -> Tensor:
+        """(..., P)."""
+        if batch.layout != "dense":
+            return batch.x
+        p = self.token_spec.patch_size
+        return rearrange(batch.x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+    def _embedded_time(self, t: Tensor) -> Tensor:
+        """(B,) float32."""
+        t, s = t.float(), self.time_shifting
+        t = s * t / (1 + (s - 1) * t)
+        return t.clamp(max=1) if self.clamp_time else t
+
+    def _rotation(self, batch: Batch) -> Rotation | None:
+        if self.rope is None:
+            return None
+        sizes = batch.sizes[:1] if batch.layout == "dense" else batch.sizes
+        return self.rope(coordinates(batch, self.token_spec.patch_size), sizes, batch.per_token)
+
+
+class Block(nn.Module):
+    """x + gate * attention(modulated x), then x + gate * FFN(modulated x)."""
+
+    def __init__(self, width: int, norm: str, attn: Attention, mlp: nn.Module, adaln: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = norm_layer("norm", norm, width)
+        self.attn = attn
+        self.norm2 = norm_layer("norm", norm, width)
+        self.mlp = mlp
+        self.adaln = adaln
+
+    def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, turn: Rotation | None) -> Tensor:
+        """x (..., D), condition c (B, D), the modulation that blocks share (B, 6 D) -> (..., D)."""
+        with full_precision(x):
+            per_image = (self.adaln(c) + shared).chunk(6, dim=1)  # 6 x (B, D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
+        mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), 1 + scale_a), batch, turn)
+        x = torch.addcmul(x, gate_a, mixed.float())
+        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), 1 + scale_m)).float())
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each image; padding comes out as the bias of the projection."""
+
+    def __init__(
+        self, width: int, heads: int, q_norm: str, k_norm: str, qkv_bias: bool, rope_on_values: bool, backend: str
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.rope_on_values = rope_on_values
+        self.backend = backend
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.q_norm = norm_layer("q_norm", q_norm, width // heads)
+        self.k_norm = norm_layer("k_norm", k_norm, width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, batch: Batch, turn: Rotation | None) -> Tensor:
+        """(..., D) -> (..., D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, d) each
+        q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+            v = rotate(v, *turn).to(v.dtype) if self.rope_on_values else v
+        out: Tensor = self.proj(self._mix(q, k, v, batch).flatten(-2))
+        return out
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """Attention in the layout of the batch, (..., H, d)."""
+        if batch.cu_seqlens is not None:
+            return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend)
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, H, N, d)
+        if batch.mask is None:
+            return attend(q, k, v).transpose(1, 2)
+        mixed = attend(q, k, v, batch.mask[:, None, None]).transpose(1, 2)
+        return mixed * batch.mask[..., None, None]
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a projection to the patch."""
+
+    def __init__(self, width: int, token: int, norm: str, adaln: nn.Module | None) -> None:
+        super().__init__()
+        self.norm_final = norm_layer("norm", norm, width)
+        self.adaln = _silu_linears(width, 2 * width) if adaln is None else adaln
+        self.linear = nn.Linear(width, token)
+
+    def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
+        """x (..., D), c (B, D) -> (..., P)."""
+        with full_precision(x):
+            shift, scale = (batch.per_token(v) for v in self.adaln(c).chunk(2, dim=1))
+            out: Tensor = self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+        return out
+
+
+def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:
+    """The network from an image's condition (B, D) to the six modulations of a block (B, 6 D).
+
+    Raises:
+        ValueError: an unknown kind, or a rank that the kind does not take.
+    """
+    _choice("adaln", kind, "normal", "lora", "swiglu")
+    if (rank is None) == (kind == "lora"):
+        raise ValueError(f"model.adaln={kind} with model.adaln_rank={rank}: lora needs a rank, the others take null")
+    if kind == "swiglu":
+        return SwiGLU(width, width // 4 * 3, 6 * width, bias=True)
+    return _silu_linears(width, *([] if rank is None else [rank]), 6 * width)
+
+
+def coordinates(batch: Batch, patch_size: int) -> Tensor:
+    """Row and column of every token: packed (T, 2), padded (B, N, 2), dense (1, N, 2)."""
+    if batch.image_of is not None:
+        return row_major(batch.positions, batch.sizes[batch.image_of, 1])
+    if batch.mask is not None:
+        return row_major(torch.arange(batch.mask.shape[1], device=batch.x.device), batch.sizes[:, 1:])
+    rows, columns = (side // patch_size for side in batch.x.shape[2:])
+    return row_major(torch.arange(rows * columns, device=batch.x.device), columns)[None]
+
+
+def official_key(ours: str) -> str:
+    """Official name of one of our parameters; the inverse of `our_key`."""
+    for official, own in RENAMED:
+        ours = ours.replace(own, official)
+    return ours
+
+
+def our_key(official: str) -> str:
+    """Our name of an official parameter; an unknown name is left as it is."""
+    for theirs, own in RENAMED:
+        official = official.replace(theirs, own)
+    return official
+
+
+RENAMED = (
+    ("x_embedder.proj.", "x_embedder."),
+    ("t_embedder.mlp.0.", "t_embedder.first."),
+    ("t_embedder.mlp.2.", "t_embedder.second."),
+    ("adaLN_modulation.", "adaln."),
+)
+"""What differs between official names and ours; shapes and orders are equal."""
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of whlzy/FiT under our names; unknown names are left as they are.
+
+    Raises:
+        ValueError: it is no state dict of FiT.
+    """
+    if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 2:
+        raise ValueError("this is no state dict of FiT: it has no matrix x_embedder.proj.weight")
+    return {our_key(name): tensor for name, tensor in state.items()}
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_official`."""
+    return {official_key(name): tensor for name, tensor in state.items()}
+
+
+def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of `FiT` that names and shapes of an official state dict tell.
+
+    The last label is taken for the null label, and a weighted norm for a layer norm. Not told, and left out:
+    channels and patch_size (only their product C p^2), heads, norms without weights (FiTv2 has them on queries and
+    keys, FiT has none there), everything of positions and time, and the probability of label dropout.
+
+    Raises:
+        ValueError: it is no state dict of FiT.
+    """
+    ours = from_official(state)
+    width, token = ours["x_embedder.weight"].shape
+    rank = len(ours["blocks.0.adaln.1.weight"]) if "global_adaln.1.weight" in ours else None
+    gated = "blocks.0.adaln.fc2.weight" in ours
+    weighted = {"norm": "norm1", "q_norm": "attn.q_norm", "k_norm": "attn.k_norm"}
+    return {
+        "num_classes": len(ours["y_embedder.embedding_table.weight"]) - 1,
+        "width": width,
+        "depth": len({name.split(".")[1] for name in ours if name.startswith("blocks.")}),
+        **_ffn_options(ours, width),
+        **{key: "w_layernorm" for key, name in weighted.items() if f"blocks.0.{name}.weight" in ours},
+        "qkv_bias": "blocks.0.attn.qkv.bias" in ours,
+        "ffn_bias": "blocks.0.mlp.fc2.bias" in ours,
+        "adaln": "swiglu" if gated else "normal" if rank is None else "lora",
+        "adaln_rank": rank,
+        "learn_sigma": len(ours["final_layer.linear.weight"]) == 2 * token,
+    }
+
+
+def finetune_keys(
+    names: Iterable[str], parts: Sequence[str] = ("x_embedder", "bias", "LN", "final_layer")
+) -> list[str]:
+    """Those of our names that partial fine-tuning trains: the official name contains one of `parts`.
+
+    As FiTv2-HR was trained; `LN` finds `adaLN_modulation`. In our names this is `optimizer.trainable` of
+    conf/optimizer/adamw_fit_hr.yaml. The released code starts these parameters anew instead of loading them.
+    """
+    return [name for name in names if any(part in official_key(name) for part in parts)]
+
+
+def _ffn_options(ours: Mapping[str, Tensor], width: int) -> dict[str, Any]:
+    """`ffn` and `mlp_ratio` that give the hidden size; of two readings of a SwiGLU, the one with ratio 4."""
+    kind = "swiglu_large" if "blocks.0.mlp.fc1_g.weight" in ours else "mlp"
+    hidden = ours["blocks.0.mlp.fc2.weight"].shape[1]
+    if kind == "swiglu_large" and hidden == 2 * 4 * width // 3:
+        return {"ffn": "swiglu", "mlp_ratio": 4.0}
+    ratio = hidden / width
+    return {"ffn": kind, "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width}
+
+
+def _silu_linears(*widths: int) -> nn.Sequential:
+    """SiLU, then linear layers between these widths, with nothing in between."""
+    return nn.Sequential(nn.SiLU(), *(nn.Linear(a, b) for a, b in pairwise(widths)))
+
+
+def _head_size(width: int, heads: int) -> int:
+    if width % (4 * heads):
+        raise ValueError(f"model.width={width} over model.heads={heads} must be a multiple of 4 for rotary positions")
+    return width // heads
+
+
+def _choice(key: str, value: str, *known: str) -> str:
+    if value not in known:
+        raise ValueError(f"model.{key}={value} is unknown; choose {' or '.join(known)}")
+    return value

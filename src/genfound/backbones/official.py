@@ -1,0 +1,73 @@
+"""Which published family a state dict is of, and how it becomes ours and theirs again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from genfound.backbones import dit, dit_moe, fit, nit, sit
+
+State = Mapping[str, Tensor]
+
+
+class Family(NamedTuple):
+    """A published repository.
+
+    Attributes:
+        options: constructor options that a state dict tells.
+        ours: official state dict -> our names and orders.
+        theirs: the inverse; also takes the options of the network and the grid (rows, columns) it was trained on.
+        ema_first: whether the first weights of its accelerate folders are the averaged ones.
+    """
+
+    options: Callable[[State], dict[str, Any]]
+    ours: Callable[[State], dict[str, Tensor]]
+    theirs: Callable[[State, Mapping[str, Any], tuple[int, int]], dict[str, Tensor]]
+    ema_first: bool = False
+
+
+def _with_positions(to_official: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    return lambda state, options, grid: to_official(state, options["patch_size"], grid)
+
+
+FAMILIES = {
+    "dit": Family(dit.official_options, dit.from_official, _with_positions(dit.to_official)),
+    "sit": Family(sit.official_options, sit.from_official, _with_positions(sit.to_official)),
+    "fit": Family(fit.official_options, fit.from_official, lambda state, options, grid: fit.to_official(state)),
+    "fitv2": Family(fit.official_options, fit.from_official, lambda state, options, grid: fit.to_official(state)),
+    "nit": Family(
+        nit.official_options,
+        nit.from_official,
+        lambda state, options, grid: nit.to_official(state, options["patch_size"]),
+        ema_first=True,
+    ),
+    "dit_moe": Family(dit_moe.official_options, dit_moe.from_official, _with_positions(dit_moe.to_official)),
+}
+
+
+def family_of(state: State, said: str) -> str:
+    """The name of the family of an official state dict.
+
+    Args:
+        state: names and shapes tell all families but DiT from SiT, whose weights look alike.
+        said: what tells these two: a file name, or a training script's arguments.
+
+    Raises:
+        ValueError: it is of none of the families, or could be DiT or SiT.
+    """
+    if "final_layer.linear.weight" not in state or "x_embedder.proj.weight" not in state:
+        first = ", ".join(list(state)[:3])
+        raise ValueError(f"these weights are of none of {', '.join(FAMILIES)} (their names begin with {first})")
+    if any(name.startswith("blocks.0.moe.") for name in state):
+        return "dit_moe"
+    if state["x_embedder.proj.weight"].ndim == 2:
+        rows, columns = len(state["final_layer.linear.weight"]), state["x_embedder.proj.weight"].shape[1]
+        return "fit" if rows == 2 * columns else "fitv2"
+    if "pos_embed" not in state:
+        return "nit"
+    named = [name for name in ("dit", "sit") if name in said.lower()]
+    if len(named) != 1:
+        raise ValueError("these weights fit DiT and SiT alike; say family=dit or family=sit")
+    return named[0]

@@ -1,0 +1,28 @@
+"""`python -m genfound.convert from=DiT-XL-2-256x256.pt to=out/`: official checkpoints to ours, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from genfound import launch
+
+
+def _task(cfg: DictConfig) -> None:
+    from genfound.loading import convert
+
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    hints = {key: value for key, value in config["hints"].items() if value is not None}
+    written = convert(Path(config["from"]), config["to"], config["format"], config["weights"], **hints)
+    print(f"{written.tensors:,} tensors, {written.parameters:,} parameters: {written.file} ({written.format})")
+
+
+def main() -> None:
+    """Console entry point."""
+    launch.entry(_task, "convert")
+
+
+if __name__ == "__main__":
+    main()

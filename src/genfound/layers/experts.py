@@ -1,0 +1,324 @@
+"""Mixture of experts: a router sends every token to a few of many feed-forward networks.
+
+The weights of all experts are stacked, and tokens are sorted by expert, so that a form of computation (`FORMS`)
+sees S sorted rows and where each expert's rows end. All forms give the same numbers; experts without a token get
+gradients of zero.
+
+Legend: B images, N tokens per image, D width, E experts, k choices per token, I hidden size of an expert,
+S = B N k rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm, linear, silu
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from genfound.layers.ffn import SwiGLU
+from genfound.layers.modulation import full_precision
+
+Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Routing(NamedTuple):
+    """What a router decided.
+
+    Attributes:
+        scores: (B, N, E) float32, a probability for each expert.
+        choices: (B, N, k) the chosen experts, in no particular order.
+        weights: (B, N, k) float32, of their outputs.
+        counts: (B, E) how often the tokens of an image chose each expert.
+    """
+
+    scores: Tensor
+    choices: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+class Router(nn.Module):
+    """Softmax over experts in float32; the k largest scores are the choices and their weights.
+
+    Args:
+        width: D.
+        experts: E.
+        top_k: k, between 1 and E.
+        normalise: divide the weights of a token by their sum (plus 1e-20), if k > 1.
+    """
+
+    def __init__(self, width: int, experts: int, top_k: int, normalise: bool) -> None:
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"model.top_k={top_k} must lie between 1 and model.experts={experts}")
+        self.top_k = top_k
+        self.normalise = normalise and top_k > 1
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        nn.init.uniform_(self.weight, -1 / sqrt(width), 1 / sqrt(width))
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route the tokens x (B, N, D)."""
+        with full_precision(x):
+            scores = linear(x.float(), self.weight.float()).softmax(dim=-1)
+        weights, choices = scores.topk(self.top_k, dim=-1, sorted=False)
+        if self.normalise:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        numbers = torch.arange(scores.shape[-1], device=x.device)
+        counts = (choices.flatten(1)[..., None] == numbers).sum(dim=1)
+        return Routing(scores, choices, weights, counts)
+
+
+def load(routing: Routing) -> Tensor:
+    """(E,) the fraction of all choices that fell on each expert; 1 / E where they are balanced."""
+    return routing.counts.sum(dim=0) / routing.choices.numel()
+
+
+def balance_loss(routing: Routing, over: str) -> Tensor:
+    """E sum_e f_e P_e, a scalar: f_e is the fraction of choices of expert e, P_e its mean score (Switch, eq. 4).
+
+    A uniform router has a loss of 1. Only P has a gradient.
+
+    Args:
+        routing: of B images.
+        over: `tokens`, fractions and means of all tokens; or `sequence`, those of each image, averaged at the end.
+    """
+    fractions = routing.counts / routing.choices[0].numel()  # (B, E)
+    means = routing.scores.mean(dim=1)  # (B, E)
+    if over == "tokens":
+        fractions, means = fractions.mean(dim=0, keepdim=True), means.mean(dim=0, keepdim=True)
+    return routing.counts.shape[1] * (fractions * means).sum(dim=1).mean()
+
+
+class MixtureOfExperts(nn.Module):
+    """y = sum over choices of weight * expert(x), plus a shared expert that every token passes.
+
+    Args:
+        width: D.
+        hidden: I.
+        experts: E.
+        top_k, normalise: of the `Router`.
+        shared_hidden: hidden size of the shared expert; 0 for none.
+        eval_gradients: in evaluation mode, let gradients through the routed experts. The released code does not
+            (models.py:SparseMoeBlock.moe_infer).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        experts: int,
+        top_k: int,
+        normalise: bool,
+        shared_hidden: int,
+        eval_gradients: bool,
+    ) -> None:
+        super().__init__()
+        self.router = Router(width, experts, top_k, normalise)
+        self.experts = Experts(width, hidden, experts)
+        self.shared = SwiGLU(width, shared_hidden, width, bias=False) if shared_hidden else None
+        self.eval_gradients = eval_gradients
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x (B, N, D) -> (B, N, D), and how it was routed."""
+        routing: Routing = self.router(x)
+        out: Tensor = self.experts(x, routing)
+        if not (self.training or self.eval_gradients):
+            out = out.detach()
+        return out if self.shared is None else out + self.shared(x), routing
+
+
+class Experts(nn.Module):
+    """E networks down(SiLU(gate(x)) * up(x)) without biases; matrices are Xavier-uniform.
+
+    Attributes:
+        gate_up: (E, 2 I, D), gate and up of each expert.
+        down: (E, D, I).
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        self.down = nn.Parameter(torch.empty(experts, width, hidden))
+        bound = sqrt(6 / (width + hidden))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (B, N, D) -> (B, N, D), the weighted sum of the chosen experts, in float32 where the weights are."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        order = routing.choices.flatten().argsort(stable=True)  # (S,) choices sorted by expert
+        token = order // routing.choices.shape[-1]  # (S,)
+        ends = routing.counts.sum(dim=0).cumsum(dim=0, dtype=torch.int32)  # (E,)
+        flat = x.flatten(0, 1)
+        rows = flat.index_select(0, token).to(dtype)
+        form = FORMS[choose_form(device, dtype, *self.down.shape[1:])]
+        out = form(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
+        out = out * routing.weights.flatten()[order, None]
+        return torch.zeros_like(flat, dtype=out.dtype).index_add(0, token, out).view_as(x)
+
+
+def choose_form(device: str, dtype: torch.dtype, width: int, hidden: int) -> str:
+    """The fastest form of a device: a grouped kernel where there is one, else slices.
+
+    The kernel exists for bfloat16 from CUDA capability 9.0, for sizes that are multiples of 16 bytes; elsewhere
+    PyTorch's grouped_mm is a loop that waits for the device, as `slices` does, without its savings of memory.
+    """
+    fits = dtype == torch.bfloat16 and width % 8 == 0 and hidden % 8 == 0
+    return "grouped" if device == "cuda" and fits and _has_grouped_kernel() else "slices"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_grouped_kernel() -> bool:
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
+def grouped(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """All experts in one kernel per product, without a synchronisation.
+
+    On some devices (capability 10.0) the kernel leaves the gradient of an expert without rows undefined; the
+    selection by `used` makes it zero.
+    """
+    used = ends.diff(prepend=ends.new_zeros(1))[:, None, None] > 0  # (E, 1, 1)
+    gate_up, down = (torch.where(used, weight, 0) for weight in (gate_up, down))
+    gate, up = grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, dim=1)
+    return grouped_mm(silu(gate) * up, down.mT, offs=ends)
+
+
+def slices(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Expert after expert, each on its own rows; the host reads their numbers once.
+
+    The gradient is written out: autograd would gather the experts' gradients into the stack by one more copy of
+    all weights.
+    """
+    out: Tensor
+    if torch.compiler.is_compiling() or rows.is_meta:
+        out, _ = _slices_op(rows, ends, gate_up, down)
+    elif torch.is_grad_enabled():
+        out = _Slices.apply(rows, ends, gate_up, down)
+    else:
+        out, _ = _forward(rows, _lengths(ends), gate_up, down, keep=False)
+    return out
+
+
+FORMS: dict[str, Form] = {"grouped": grouped, "slices": slices}
+"""(rows (S, D) sorted by expert, ends (E,) int32 of each expert's rows, gate_up, down) -> (S, D)."""
+
+
+class _Slices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        ctx.lengths = _lengths(ends)
+        out, hidden = _forward(rows, ctx.lengths, gate_up, down, keep=True)
+        ctx.save_for_backward(rows, gate_up, down, *hidden)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate_up, down, *hidden = ctx.saved_tensors
+        d_rows, d_gate_up, d_down = _backward(grad, rows, ctx.lengths, gate_up, down, hidden)
+        return d_rows, None, d_gate_up, d_down
+
+
+def _lengths(ends: Tensor) -> list[int]:
+    lengths: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return lengths
+
+
+def _forward(
+    rows: Tensor, lengths: list[int], gate_up: Tensor, down: Tensor, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The output (S, D), and for the backward pass what gate and up made of each expert's rows."""
+    out = rows.new_empty(rows.shape)  # contiguous, as `_slices_op` promises
+    kept = []
+    for x, y, enter, leave in zip(
+        rows.split(lengths), out.split(lengths), gate_up.unbind(), down.unbind(), strict=True
+    ):
+        hidden = x @ enter.T  # (n, 2 I)
+        gate, up = hidden.chunk(2, dim=1)
+        torch.mm(silu(gate) * up, leave.T, out=y)
+        if keep:
+            kept.append(hidden)
+    return out, kept
+
+
+def _backward(
+    grad: Tensor, rows: Tensor, lengths: list[int], gate_up: Tensor, down: Tensor, hidden: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, gate_up and down, each written where it belongs."""
+    stacked = tuple(a.new_empty(a.shape) for a in (rows, gate_up, down))
+    pieces = zip(grad.split(lengths), rows.split(lengths), gate_up.unbind(), down.unbind(), hidden, strict=True)
+    places = zip(stacked[0].split(lengths), stacked[1].unbind(), stacked[2].unbind(), strict=True)
+    for (g, x, enter, leave, h), (d_x, d_enter, d_leave) in zip(pieces, places, strict=True):
+        gate, up = h.chunk(2, dim=1)
+        active = silu(gate)
+        torch.mm(g.T, active * up, out=d_leave)
+        d_product = g @ leave  # (n, I)
+        d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
+        d_hidden = torch.cat([d_gate, d_product * active], dim=1)
+        torch.mm(d_hidden.T, x, out=d_enter)
+        torch.mm(d_hidden, enter, out=d_x)
+    return stacked
+
+
+@torch.library.custom_op("genfound::expert_slices", mutates_args=())
+def _slices_op(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """`_forward` as one opaque operation, so that a compiled block has no graph break."""
+    out, hidden = _forward(rows, _lengths(ends), gate_up, down, keep=True)
+    return out, torch.cat(hidden)
+
+
+@_slices_op.register_fake
+def _(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty(len(rows), gate_up.shape[1])
+
+
+@torch.library.custom_op("genfound::expert_slices_grad", mutates_args=())
+def _slices_grad_op(
+    grad: Tensor, rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    lengths = _lengths(ends)
+    return _backward(grad, rows, lengths, gate_up, down, hidden.split(lengths))
+
+
+@_slices_grad_op.register_fake
+def _(
+    grad: Tensor, rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rows.new_empty(rows.shape), gate_up.new_empty(gate_up.shape), down.new_empty(down.shape)
+
+
+def _slices_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _slices_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    d_rows, d_gate_up, d_down = _slices_grad_op(grad.contiguous(), *ctx.saved_tensors)
+    return d_rows, None, d_gate_up, d_down
+
+
+_slices_op.register_autograd(_slices_backward, setup_context=_slices_setup)
+
+
+@register_flop_formula(torch.ops.genfound.expert_slices)
+def _slices_flops(rows, ends, gate_up, down, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """Every row meets the three matrices of one expert."""
+    return 6 * int(rows[0]) * int(down[1]) * int(down[2])
+
+
+@register_flop_formula(torch.ops.genfound.expert_slices_grad)
+def _slices_grad_flops(grad, rows, ends, gate_up, down, hidden, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * _slices_flops(rows, ends, gate_up, down)
+
+
+if torch.ops.aten._grouped_mm not in flop_registry:
+
+    @register_flop_formula(torch.ops.aten._grouped_mm)
+    def _grouped_flops(a, b, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        """(S, D) rows times a stack (E, D, I), or the gradient of the stack, (D, S) times (S, I)."""
+        return 2 * int(a[0]) * int(a[1]) * int(b[-1])

@@ -1,0 +1,56 @@
+"""Feed-forward networks of a transformer block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+
+class Mlp(nn.Module):
+    """Linear -> GELU (tanh) -> Linear."""
+
+    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        out: Tensor = self.fc2(gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """Linear(SiLU(Linear(x)) * Linear(x)), arXiv 2002.05202."""
+
+    def __init__(self, width: int, hidden: int, out: int, bias: bool) -> None:
+        super().__init__()
+        self.fc1_g = nn.Linear(width, hidden, bias=bias)
+        self.fc1_x = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., out)."""
+        out: Tensor = self.fc2(silu(self.fc1_g(x)) * self.fc1_x(x))
+        return out
+
+
+def feed_forward(kind: str, width: int, ratio: float, bias: bool) -> nn.Module:
+    """The network of a block, from D to D.
+
+    Args:
+        kind: `mlp`; `swiglu`, of two thirds of the hidden size, so that it has the parameters of `mlp`; or
+            `swiglu_large`, of the whole.
+        width: D.
+        ratio: hidden size over D.
+        bias: whether its layers have biases.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    hidden = int(width * ratio)
+    if kind == "mlp":
+        return Mlp(width, hidden, bias)
+    if kind in ("swiglu", "swiglu_large"):
+        return SwiGLU(width, 2 * hidden // 3 if kind == "swiglu" else hidden, width, bias)
+    raise ValueError(f"model.ffn={kind} is unknown; choose mlp, swiglu or swiglu_large")

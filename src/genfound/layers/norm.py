@@ -1,0 +1,29 @@
+"""Normalisation over the last axis, by name; eps is 1e-6 everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+EPS = 1e-6
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda width: nn.Identity(),
+    "layernorm": lambda width: nn.LayerNorm(width, eps=EPS, elementwise_affine=False),
+    "w_layernorm": lambda width: nn.LayerNorm(width, eps=EPS, bias=False),
+    "rmsnorm": lambda width: nn.RMSNorm(width, eps=EPS, elementwise_affine=False),
+    "w_rmsnorm": lambda width: nn.RMSNorm(width, eps=EPS),
+}
+"""Names as in FiT's released code (norms.py); `w_` has a weight, none has a bias."""
+
+
+def norm_layer(key: str, name: str, width: int) -> nn.Module:
+    """The norm that a configuration key names, over `width` channels; input (..., width).
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in NORMS:
+        raise ValueError(f"model.{key}={name} is unknown; choose one of {', '.join(NORMS)}")
+    return NORMS[name](width)

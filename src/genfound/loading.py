@@ -1,0 +1,330 @@
+"""Trained models, wherever they come from: a run, a file that `genfound.convert` wrote, or an official checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genfound import build, checkpoints, paths, weight_files
+from genfound.backbones import dit_moe
+from genfound.backbones.base import Backbone
+from genfound.backbones.official import FAMILIES, family_of
+from genfound.objectives.base import Objective
+from genfound.tokenizers import Absent, Tokenizer
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model, ready to sample.
+
+    Attributes:
+        net: backbone in eval mode.
+        objective: what it was trained for.
+        tokenizer: maps its latents to images; `Absent` where its weights are not to be had.
+        config: resolved configuration of the run, or that of the released model.
+        class_names: names of the labels.
+        sizes: (height, width) in pixels that are typical of its training data.
+    """
+
+    net: Backbone
+    objective: Objective
+    tokenizer: Tokenizer
+    config: Config
+    class_names: list[str]
+    sizes: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Weights in our names, and what they belong to.
+
+    Attributes:
+        config: resolved configuration.
+        state: the tensors, in the dtypes of the file.
+        class_names: names of the labels.
+        sizes: (height, width) in pixels of its training data.
+        kept: official tensors that our network does not have, or computes itself with other rounding; from a
+            file of `convert`.
+        official: the state dict of an official checkpoint.
+    """
+
+    config: Config
+    state: Mapping[str, Tensor]
+    class_names: list[str]
+    sizes: list[tuple[int, int]]
+    kept: Mapping[str, Tensor]
+    official: Mapping[str, Tensor] | None = None
+
+
+def load(path: str | Path, weights: str = "ema", **hints: Any) -> Loaded:
+    """Load a trained model.
+
+    Args:
+        path: a run `runs/<study>/<name>` (its newest checkpoint), a file in its checkpoints/, a file of
+            `genfound.convert`, or an official checkpoint (.pt, .pth, .bin, .safetensors, an accelerate folder).
+        weights: `ema` (the first decay) or `raw`.
+        hints: what an official file does not tell: `family` (DiT and SiT look alike), `num_heads` for a size that
+            was never published, `tokenizer` (a folder with its weights), and any other key of `model`.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the run has no checkpoint.
+        ValueError: a damaged file, one with code, one of another architecture, or an unknown hint.
+    """
+    codec = hints.pop("tokenizer", None)
+    found = find(Path(path), weights, **hints)
+    if codec is not None:
+        found.config["tokenizer"] = {**found.config["tokenizer"], "weights": codec}
+    config = found.config
+    tokenizer = _tokenizer(config)
+    net = build.net(config, tokenizer.spec, len(found.class_names))
+    checkpoints.fill(net, found.state, Path(path))
+    return Loaded(net.eval(), build.objective(config), tokenizer, config, found.class_names, found.sizes)
+
+
+def find(path: Path, weights: str, **hints: Any) -> Found:
+    """Read weights of any origin; see `load`."""
+    found = _ours(path, weights)
+    if found is None:
+        return _released(_open(path, weights, hints.pop("family", None)), hints, path)
+    if hints:
+        raise ValueError(f"{next(iter(hints))}: {path} tells all options itself")
+    return found
+
+
+def _ours(path: Path, weights: str) -> Found | None:
+    """Weights of a run or of a file of ours; `None` if it is something else."""
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights={weights} is unknown; choose ema or raw")
+    folder = path.parent.parent if path.is_file() else path
+    if (folder / "config.yaml").is_file() and (path.is_dir() or path.suffix == ".ckpt"):
+        return _of_run(folder, path, weights)
+    note = weight_files.ours(path)
+    if note is None:
+        return None
+    tensors, _ = weight_files.read_safetensors(path)
+    own = {key: value for key, value in tensors.items() if not key.startswith(weight_files.KEPT)}
+    kept = {key.removeprefix(weight_files.KEPT): tensors[key] for key in tensors.keys() - own.keys()}
+    return Found(note["config"], own, note["class_names"], _pairs(note["sizes"]), kept)
+
+
+def _of_run(folder: Path, path: Path, weights: str) -> Found:
+    file = path if path.is_file() else checkpoints.newest(folder / "checkpoints")
+    if file is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    state = checkpoints.read(file)
+    if weights == "ema" and state["ema"]:
+        tensors = next(iter(state["ema"].values()))
+    else:
+        tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+    data = state["run"]
+    return Found(paths.read_config(folder), tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
+
+
+class _Official(NamedTuple):
+    """A state dict of a published family, and the arguments of its training script."""
+
+    family: str
+    state: Mapping[str, Tensor]
+    args: Mapping[str, Any]
+
+
+def _open(path: Path, weights: str, family: str | None) -> _Official:
+    """Open an official checkpoint."""
+    if family not in (None, *FAMILIES):
+        raise ValueError(f"family={family} is unknown; choose one of {', '.join(FAMILIES)}")
+    stored = weight_files.read(path)
+    said = family or " ".join(["sit" if "path_type" in stored.args else "", path.name])
+    name = family_of(next(iter(stored.states.values())), said)
+    return _Official(name, stored.choose(weights, path, FAMILIES[name].ema_first), stored.args)
+
+
+def _released(official: _Official, hints: Mapping[str, Any], path: Path) -> Found:
+    family, state, args = official
+    told = {"heads" if key == "num_heads" else key: value for key, value in hints.items()}
+    options = {**FAMILIES[family].options(state), **told}
+    names = [str(number) for number in range(options.pop("num_classes"))]
+    config = _config(family, options, path)
+    for key in ("path_type", "prediction"):
+        if key in args:
+            config["objective"][key.removesuffix("_type")] = str(args[key]).lower()
+    return Found(config, FAMILIES[family].ours(state), names, [_size(config, state)], {}, official=state)
+
+
+def to_official(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], sizes: list[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Our tensors under the names and in the orders of the official code.
+
+    Raises:
+        ValueError: a backbone that was never published.
+    """
+    family = str(config["model"]["_target_"]).split(".")[-2]
+    if family not in FAMILIES:
+        raise ValueError(f"{config['model']['_target_']} has no official format")
+    unit = build.published_spec(config).stride * config["model"]["patch_size"]
+    grid = (sizes[0][0] // unit, sizes[0][1] // unit)
+    return FAMILIES[family].theirs(state, config["model"], grid)
+
+
+def _config(family: str, options: Mapping[str, Any], path: Path) -> Config:
+    """The configuration of the released model of these options, with its quirks.
+
+    Raises:
+        ValueError: a hint is no option of the model, or the number of heads is unknown.
+    """
+    presets = [name for name, size in _presets(family).items() if _is_of(size, options)]
+    fine_tuned = [name for name in presets if "_hr_" in name and "hr" in f"{path.parent.name}{path.name}".lower()]
+    preset = next(iter([*fine_tuned, *(name for name in presets if "_hr_" not in name)]), family)
+    released = "dit_moe_rf" if options.get("unused_half") and family == "dit_moe" else family
+    if released == "dit_moe_rf" and preset == family:
+        preset = "dit_moe_xl_8e2a"
+    config = paths.compose("train", [f"experiment=official/{released}", f"model={preset}"])
+    unknown = sorted(options.keys() - config["model"].keys())
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not an option of model={family}; its options: {', '.join(config['model'])}")
+    config["model"] |= options
+    missing = [key for key, value in config["model"].items() if value == "???"]
+    if missing:
+        raise ValueError(f"{path} is of no published size, and its shapes do not tell {missing[0]}; say num_heads=...")
+    return config
+
+
+def _presets(family: str) -> dict[str, dict[str, Any]]:
+    """Name -> what conf/model/<family>_<size>.yaml says of its size."""
+    others = tuple(f"{name}_" for name in FAMILIES if name != family and name.startswith(family))
+    files = sorted((Path(paths.config_dir()) / "model").glob(f"{family}_*.yaml"))
+    sizes = {file.stem: paths.read_yaml(file)["model"] for file in files if not file.stem.startswith(others)}
+    return {name: size for name, size in sizes.items() if "width" in size and not name.endswith("_tiny")}
+
+
+def _is_of(size: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    return all(options[key] == value for key, value in size.items() if key in ("width", "depth", "experts"))
+
+
+def _size(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(height, width) in pixels: that of a position table, otherwise that of the data."""
+    if "pos_embed" not in state:
+        return (config["data"]["size"],) * 2
+    return (
+        isqrt(state["pos_embed"].shape[1]) * config["model"]["patch_size"] * build.published_spec(config).stride,
+    ) * 2
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a model, or its shape alone."""
+    channels = config["model"]["channels"]
+    try:
+        codec = build.tokenizer(config)
+    except FileNotFoundError as error:
+        return Absent(build.published_spec(config), str(error))
+    if channels in (None, codec.spec.channels):
+        return codec
+    spec = codec.spec._replace(channels=channels)
+    return Absent(spec, f"the tokenizer has {codec.spec.channels} channels, and this model {channels}")
+
+
+def _pairs(sizes: Any) -> list[tuple[int, int]]:
+    return [(int(h), int(w)) for h, w in sizes]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
+
+
+class Written(NamedTuple):
+    """What `convert` wrote."""
+
+    file: Path
+    format: str
+    tensors: int
+    parameters: int
+
+
+def convert(path: Path, to: str, file_format: str | None, weights: str = "ema", **hints: Any) -> Written:
+    """Write weights in the other format; a way there and back gives every tensor bit by bit.
+
+    Args:
+        path: what `load` takes.
+        to: a file (.safetensors; the official format also .pt, .pth, .bin), or a folder, ending in /.
+        file_format: `official`, `genfound`, or `None` for the other one than it is.
+        weights, hints: see `load`.
+
+    Raises:
+        ValueError: an unknown format, or a model that was never published in it; and what `load` raises.
+    """
+    if file_format not in (None, "official", "genfound"):
+        raise ValueError(f"format={file_format} is unknown; choose official or genfound")
+    found = find(path, weights, **hints)
+    with torch.device("meta"):
+        net = build.net(found.config, _tokenizer(found.config).spec, len(found.class_names))
+    checkpoints.check(net, found.state, path)
+    chosen = file_format or ("official" if found.official is None else "genfound")
+    file = _destination(path, to, chosen)
+    theirs = to_official(found.config, found.state, found.sizes)
+    kept = found.kept if found.official is None else _differing(found.official, theirs)
+    if chosen == "official":
+        state = theirs | dict(kept)
+        weight_files.write(file, state)
+    else:
+        state = {**found.state, **{f"{weight_files.KEPT}{key}": tensor for key, tensor in kept.items()}}
+        note = {"config": found.config, "class_names": found.class_names, "sizes": found.sizes}
+        weight_files.write(file, state, note)
+    return Written(file, chosen, len(state), sum(tensor.numel() for tensor in state.values()))
+
+
+def _destination(path: Path, to: str, chosen: str) -> Path:
+    """The file to write."""
+    legal = (".safetensors",) if chosen == "genfound" else (".safetensors", ".pt", ".pth", ".bin")
+    file = Path(to) / f"{path.stem}.safetensors" if to.endswith("/") or Path(to).is_dir() else Path(to)
+    if file.suffix not in legal:
+        raise ValueError(f"to={to} must end in {', '.join(legal)}, or in / for a folder")
+    if file.resolve() == path.resolve():
+        raise ValueError(f"to={to} is the file itself")
+    return file
+
+
+def _differing(state: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an official state dict that our network does not give back bit by bit."""
+    return {key: value for key, value in state.items() if key not in again or not _same(again[key], value)}
+
+
+LABELS, ROUTER = "y_embedder.embedding_table.weight", "blocks.0.mlp.router.weight"
+
+
+def initialise(net: Backbone, path: Path) -> list[str]:
+    """Start a new network from trained weights, averaged ones where there are any.
+
+    A label table of another number of classes stays as it was initialised; a DiT-MoE
+    of one expert becomes one of several.
+
+    Returns:
+        What is not as in the file, in lines for the user.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the weights are not of this architecture; nothing has been copied then.
+    """
+    family = type(net).__module__.rpartition(".")[2]
+    found, remarks = _ours(path, "ema"), [f"starting from the weights of {path}"]
+    if found is None:
+        official = _open(path, "ema", "sit" if family == "sit" else "dit")
+        origin, state = official.family, FAMILIES[official.family].ours(official.state)
+    else:
+        origin, state = str(found.config["model"]["_target_"]).split(".")[-2], dict(found.state)
+    own = net.state_dict()
+    if family == "dit_moe" and (origin != family or len(state[ROUTER]) != len(own[ROUTER])):
+        state = dit_moe.upcycle(state, len(own[ROUTER]), torch.Generator().manual_seed(0))
+        remarks.append("  every expert begins as a copy of the one in the file; the routers are new")
+    if LABELS in state and len(state[LABELS]) != len(own[LABELS]):
+        remarks.append(f"  the label table is new: {path} has {len(state[LABELS])} rows, this model {len(own[LABELS])}")
+        state[LABELS] = own[LABELS]
+    checkpoints.fill(net, state, path)
+    return remarks

@@ -1,0 +1,26 @@
+"""What stands in for a tokenizer whose weights are not to be had: latents can be drawn, but not decoded."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from genfound.tokenizers.base import Spec
+
+
+class Absent:
+    """The shape of a tokenizer's latents, and why there is no more than that."""
+
+    online = True
+    stochastic = False
+
+    def __init__(self, spec: Spec, reason: str) -> None:
+        self.spec = spec
+        self.reason = reason
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Raise a ValueError with the reason."""
+        raise ValueError(self.reason)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raise a ValueError with the reason."""
+        raise ValueError(self.reason)

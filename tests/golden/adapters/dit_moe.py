@@ -1,0 +1,523 @@
+"""DiT-MoE: router, experts, network, both of its objectives, and the counts of its routing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from genfound import build, checkpoints
+from genfound.backbones import dit_moe
+from genfound.backbones.dit import Attention, position_table
+from genfound.backbones.dit_moe import QK_NORMS, Block, DiTMoE, RoutingCounts
+from genfound.callbacks.ema import Ema
+from genfound.layers.experts import MixtureOfExperts, Router, Routing, balance_loss
+from genfound.layers.ffn import SwiGLU
+from genfound.module import GenerativeModule
+from genfound.objectives.base import Losses
+from genfound.objectives.flow import Flow, FlowField
+from genfound.samplers import SAMPLERS
+from genfound.sampling import guided
+from genfound.tokenizers import Spec
+from tests.golden import fill
+from tests.golden.adapters import Results, adapter
+from tests.golden.adapters.dit import Draws, dense
+from tests.golden.adapters.gaussian import StepNoise, diffusion, sections
+from tests.helpers import composed, linear_flow
+
+Fixture = Mapping[str, Any]
+
+DEFAULTS: dict[str, Any] = {
+    "input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16,
+    "mlp_ratio": 4, "class_dropout_prob": 0.1, "num_classes": 1000, "num_experts": 8, "num_experts_per_tok": 2,
+    "pretraining_tp": 2, "learn_sigma": True, "use_flash_attn": False,
+}  # fmt: skip
+GATE = {"aux_loss_alpha": 0.01, "norm_topk_prob": False, "seq_aux": False}
+PROCESS = {
+    "timestep_respacing", "noise_schedule", "use_kl", "sigma_small", "predict_xstart", "learn_sigma",
+    "rescale_learned_sigmas", "diffusion_steps",
+}  # fmt: skip
+RECIPE = PROCESS | {"ln", "steps", "optimizer", "ema_decay", "cfg_scale", "images_per_class"}
+"""Keys beside the constructor's own."""
+
+SOURCE = Path("official weights")
+
+
+def settings(config: Mapping[str, Any], defaults: Mapping[str, Any], *beside: str) -> dict[str, Any]:
+    """All arguments of an official constructor; what else the configuration holds must be known."""
+    unknown = config.keys() - defaults.keys() - set(beside)
+    if unknown:
+        raise NotImplementedError(f"unknown arguments {sorted(unknown)}")
+    return {**defaults, **{key: value for key, value in config.items() if key in defaults}}
+
+
+def construct(config: Mapping[str, Any], flow: bool) -> DiTMoE:
+    """The backbone for official constructor arguments; of `pretraining_tp` the result does not depend."""
+    asked = settings(config, DEFAULTS, *RECIPE)
+    return DiTMoE(
+        channels=asked["in_channels"],
+        num_classes=asked["num_classes"],
+        patch_size=asked["patch_size"],
+        width=asked["hidden_size"],
+        depth=asked["depth"],
+        heads=asked["num_heads"],
+        mlp_ratio=asked["mlp_ratio"],
+        label_drop=asked["class_dropout_prob"],
+        activation_checkpointing=False,
+        qk_norm="layernorm" if asked["use_flash_attn"] else "none",
+        experts=asked["num_experts"],
+        top_k=asked["num_experts_per_tok"],
+        norm_topk=False,
+        shared_experts=2,
+        balance=0.01,
+        balance_over="tokens",
+        eval_gradients=False,
+        learn_sigma=asked["learn_sigma"] and not flow,
+        unused_half=asked["learn_sigma"] and flow,
+    )
+
+
+class Official:
+    """The backbone with the weights of a fixture, and how its tensors are called officially.
+
+    Args:
+        fixture: the fixture.
+        flow: whether it is a rectified flow, which ignores the second half of the output channels.
+    """
+
+    def __init__(self, fixture: Fixture, flow: bool = False) -> None:
+        config = settings(fixture["config"], DEFAULTS, *RECIPE)
+        self.net = construct(fixture["config"], flow)
+        self.patch_size = config["patch_size"]
+        self.grid = (config["input_size"] // self.patch_size,) * 2
+        self.positions = position_table(*self.grid, config["hidden_size"])[None]
+        weights = fill.parameters(fixture)
+        for key, shape in fixture["buffers"]:
+            assert key == "pos_embed" and list(self.positions.shape) == shape
+            weights[key] = self.positions
+        checkpoints.fill(self.net, dit_moe.from_official(weights), SOURCE)
+        self.net.eval()
+        self.drop = config["class_dropout_prob"]
+
+    def outwards(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Tensors in our names under the official ones."""
+        official = dit_moe.to_official(state, self.patch_size, self.grid)
+        return {f"{prefix}.{key}": tensor.clone() for key, tensor in official.items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """All gradients."""
+        return self.outwards({name: gradient(p) for name, p in self.net.named_parameters()}, "grad")
+
+    def module(self, objective: Any, optimizer: Mapping[str, Any]) -> GenerativeModule:
+        """The training module."""
+        return GenerativeModule(
+            self.net.train(), objective, optimizer, self.drop, seed=0, budget=1, micro_batches=1, ranks=1
+        )
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def backward(net: DiTMoE, losses: Losses) -> Tensor:
+    """The gradient of the mean loss and of what the network adds to it; the mean loss alone."""
+    mean = losses.total.mean()
+    (mean + sum(net.extra_losses().values())).backward()
+    return mean
+
+
+def tensors(fixture: Fixture) -> dict[str, Tensor]:
+    """The inputs that are tensors."""
+    return {name: fill.tensor(entry) for name, entry in fixture["inputs"].items() if isinstance(entry, Mapping)}
+
+
+def uniform(name: str, *shape: int) -> Tensor:
+    """Uniform on [0, 1) from named numbers."""
+    return torch.from_numpy(((fill.unit(name, shape).astype("f8") / 3**0.5 + 1) / 2).astype("f4"))
+
+
+class Counted:
+    """The draws of a training step, numbered as the official code draws them: times, noise, label dropout."""
+
+    def __init__(self) -> None:
+        self.normals = self.uniforms = 0
+
+    def normal(self, *shape: int) -> Tensor:
+        self.normals += 1
+        return torch.from_numpy(fill.unit(f"noise.{self.normals - 1}", shape))
+
+    def uniform(self, *shape: int) -> Tensor:
+        self.uniforms += 1
+        return uniform(f"rand.{self.uniforms - 1}", *shape)
+
+    def step(self, x: Tensor, logit_normal: bool, drop: float) -> Draws:
+        time = self.normal(len(x)) if logit_normal else self.uniform(len(x))
+        noise = self.normal(*x.shape)
+        return Draws(time=time, noise=noise, label_drop=self.uniform(len(x)) if drop else torch.empty(0))
+
+
+@contextmanager
+def routed(net: DiTMoE) -> Iterator[list[Tensor]]:
+    """Collect the choices of each router, (tokens, k) in ascending order."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: Any, routing: Routing) -> None:
+        seen.append(routing.choices.flatten(0, 1).sort(dim=1).values)
+
+    handles = [mixture.router.register_forward_hook(hook) for mixture in net.mixtures]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def fill_part(module: nn.Module, fixture: Fixture, theirs: str, ours: str) -> None:
+    """Official weights of a part; both names are those of the part in the whole network."""
+    state = {f"{theirs}.{key}": value for key, value in fill.parameters(fixture).items()}
+    if "blocks.0.moe.gate.weight" in state:
+        state = dit_moe.stack_experts(state)
+    qk_norm = any("Wqkv" in key for key in state)
+    names = dit_moe.official_keys(1, qk_norm, shared=True)
+    checkpoints.fill(module, {names.get(key, key).removeprefix(f"{ours}."): v for key, v in state.items()}, SOURCE)
+
+
+@adapter("dit_moe", "gate")
+def gate(fixture: Fixture) -> Results:
+    """Scores, choices and weights of a router, its balance loss, and the gradients of both."""
+    config = settings(fixture["config"], GATE, "embed_dim", "num_experts", "num_experts_per_tok")
+    size = fixture["config"]
+    router = Router(size["embed_dim"], size["num_experts"], size["num_experts_per_tok"], config["norm_topk_prob"])
+    checkpoints.fill(router, fill.parameters(fixture), SOURCE)
+    given = tensors(fixture)
+    x = given["x"].requires_grad_()
+    routing = router(x)
+    aux = config["aux_loss_alpha"] * balance_loss(routing, "sequence" if config["seq_aux"] else "tokens")
+    scores, choices, weights = (value.flatten(0, 1) for value in routing[:3])
+    combine = torch.zeros_like(scores).scatter(1, choices, weights)
+    results = {
+        "scores": scores,
+        "topk_idx_sorted": choices.sort(dim=1).values,
+        "combine_weights": combine,
+        "aux_loss": aux[None],
+    }
+    for name, value in (("aux", aux), ("combine", (combine * given["grad_out"]).sum())):
+        d_weight, d_x = torch.autograd.grad(value, (router.weight, x), retain_graph=True)
+        results |= {f"{name}_grad.weight": d_weight, f"{name}_grad.x": d_x}
+    return results
+
+
+@adapter("dit_moe", "moe")
+def mixture(fixture: Fixture) -> Results:
+    """The feed-forward part of a block in both modes, and gradients of its output together with its balance loss."""
+    size = fixture["config"]
+    own = ("embed_dim", "mlp_ratio", "num_experts", "num_experts_per_tok", "pretraining_tp", "n_shared_experts")
+    config = settings(size, GATE, *own)
+    module = MixtureOfExperts(
+        width=size["embed_dim"],
+        hidden=size["mlp_ratio"] * size["embed_dim"],
+        experts=size["num_experts"],
+        top_k=size["num_experts_per_tok"],
+        normalise=config["norm_topk_prob"],
+        shared_hidden=(size["n_shared_experts"] or 0) * size["embed_dim"],
+        eval_gradients=False,
+    )
+    fill_part(module, fixture, "blocks.0.moe", "blocks.0.mlp")
+    given = tensors(fixture)
+    x, upstream = given["x"].requires_grad_(), given["grad_out"]
+    out_eval, _ = module.eval()(x)
+    results = {"out_eval": out_eval, "eval_grad.x": torch.autograd.grad(out_eval, x, upstream)[0]}
+    out, routing = module.train()(x)
+    aux = config["aux_loss_alpha"] * balance_loss(routing, "sequence" if config["seq_aux"] else "tokens")
+    results |= {"out_train": out, "tokens_per_expert": routing.counts.sum(dim=0), "aux_loss": aux[None]}
+    main = (out * upstream).sum()
+    for name, value in (("grad", main + aux), ("grad_x64", 64 * main + aux), ("aux_grad", aux)):
+        results |= {f"{name}.{key}": tensor for key, tensor in part_gradients(module, x, value).items()}
+    return results
+
+
+def part_gradients(module: MixtureOfExperts, x: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """Gradients of the input and of all weights, under the official names of the part."""
+    named = dict(module.named_parameters())
+    found = torch.autograd.grad(value, (x, *named.values()), retain_graph=True, materialize_grads=True)
+    ours = {f"blocks.0.mlp.{name}": tensor for name, tensor in zip(named, found[1:], strict=True)}
+    names = {b: a for a, b in dit_moe.official_keys(1, qk_norm=False, shared=True).items()}
+    theirs = {names[key]: tensor for key, tensor in ours.items() if key in names} | dit_moe.unstack_experts(ours)
+    return {"x": found[0]} | {key.removeprefix("blocks.0.moe."): tensor for key, tensor in theirs.items()}
+
+
+@adapter("dit_moe", "expert_tp")
+def expert(fixture: Fixture) -> Results:
+    """One expert and its gradients."""
+    config = settings(fixture["config"], {}, "hidden_size", "intermediate_size", "pretraining_tp") | fixture["config"]
+    module = SwiGLU(config["hidden_size"], config["intermediate_size"], config["hidden_size"], bias=False)
+    theirs = "blocks.0.moe.shared_experts"
+    fill_part(module, fixture, theirs, "blocks.0.mlp.shared")
+    given = tensors(fixture)
+    x = given["x"].requires_grad_()
+    out = module(x)
+    out.backward(given["grad_out"])
+    names = dit_moe.official_keys(1, qk_norm=False, shared=True)
+    grads = {key: names[f"{theirs}.{key}"].removeprefix("blocks.0.mlp.shared.") for key, _ in fixture["parameters"]}
+    return {"out": out, "grad.x": x.grad} | {
+        f"grad.{key}": gradient(module.get_parameter(ours)) for key, ours in grads.items()
+    }
+
+
+@adapter("dit_moe", "attention")
+@torch.no_grad()
+def attention(fixture: Fixture) -> Results:
+    """Attention with normalised queries and keys, without and with their rounding to float16."""
+    config = settings(fixture["config"], {"qkv_bias": True, "qk_norm": True}, "dim", "num_heads")
+    if config != {"qkv_bias": True, "qk_norm": True}:
+        raise NotImplementedError("attention without biases or norms")
+    results = {}
+    for name, norm in (("out", "layernorm"), ("out_qk_rounded", "layernorm_half")):
+        module = Attention(fixture["config"]["dim"], fixture["config"]["num_heads"], QK_NORMS[norm])
+        fill_part(module, fixture, "blocks.0.attn", "blocks.0.attn")
+        results[name] = module(tensors(fixture)["x"])
+    return results
+
+
+@adapter("dit_moe", "block")
+@torch.no_grad()
+def block(fixture: Fixture) -> Results:
+    """One block; the SiLU before its modulation is computed once for all blocks, outside."""
+    config, given = fixture["config"], tensors(fixture)
+    net = construct({**config, "depth": 1, "num_classes": 1}, flow=False)
+    module = net.blocks[0].eval()
+    assert isinstance(module, Block)
+    fill_part(module, fixture, "blocks.0", "blocks.0")
+    return {"out": module(given["x"], nn.functional.silu(given["c"]))[0]}
+
+
+@adapter("dit_moe", "model")
+@torch.no_grad()
+def forward(fixture: Fixture) -> Results:
+    """Output, guided output and choices of the experts."""
+    given, official = tensors(fixture), Official(fixture)
+    net, x, t, y = official.net, given["x"], given["t"], given["y"]
+    with routed(net) as choices:
+        out = net(dense(x, y, official.patch_size), t)
+    guidance = {
+        "name": "cfg", "scale": fixture["inputs"]["cfg_scale"], "interval": [0.0, 1.0], "channels": "first3",
+        "doubled": True,
+    }  # fmt: skip
+    n = len(x) // 2
+    halves = []
+    for i in range(n):  # each image has its own time
+        twice = dense(x[[i, i]], torch.tensor([int(y[i]), net.null_label or 0]), official.patch_size)
+        halves.append(guided(net, guidance, (0.0, 1000.0))(twice, float(t[i])))
+    cfg = torch.stack(halves, dim=1).flatten(0, 1)
+    return {"out": out, "cfg": cfg, "routing": torch.stack(choices), "pos_embed": official.positions}
+
+
+@adapter("dit_moe", "ddpm")
+def gaussian(fixture: Fixture) -> Results:
+    """Training losses and gradients of Gaussian diffusion, and respaced sampling."""
+    config, given, official = fixture["config"], tensors(fixture), Official(fixture)
+    options = {key: config[key] for key in PROCESS if key in config}
+    objective = diffusion(options, clip=False)
+    x, y = given["x"], given["y"]
+    draws = Draws(
+        time=(given["t"] + 0.5) / len(objective.process),
+        noise=torch.from_numpy(fill.unit("noise.0", x.shape)),
+        label_drop=uniform("rand.0", len(x)),
+    )
+    losses = official.module(objective, {}).evaluate(dense(x, y, official.patch_size), draws)
+    backward(official.net, losses)
+    times = objective.times("ddpm", sections(options))
+    scale = fixture["inputs"]["cfg_scale"]
+    guidance = {"name": "cfg", "scale": scale, "interval": [0.0, 1.0], "channels": "first3"}
+    field = objective.field(guided(official.net.eval(), guidance, objective.time_range))
+    z = given["z"]
+    sample = SAMPLERS["ddpm"](field, dense(z, y, official.patch_size), times, StepNoise(z.shape, copies=2))
+    return {
+        **official.gradients(),
+        "loss": losses.total,
+        **losses.terms,
+        "timestep_map": times.flip(0).long(),
+        "sample": sample.x,
+    }
+
+
+def rectified_flow(logit_normal: bool) -> Flow:
+    """The objective of RectifiedFlow."""
+    return linear_flow(time="logit_normal" if logit_normal else "uniform", time_mean=0.0, time_std=1.0)
+
+
+@adapter("dit_moe", "rf_train")
+def train_flow(fixture: Fixture) -> Results:
+    """Loss of the rectified flow, balance loss of each block, and gradients of their sum."""
+    given, official = tensors(fixture), Official(fixture, flow=True)
+    logit_normal = fixture["config"].get("ln", True)
+    draws = Counted().step(given["x"], logit_normal, official.drop)
+    module = official.module(rectified_flow(logit_normal), {})
+    losses = module.evaluate(dense(given["x"], given["y"], official.patch_size), draws)
+    mean = backward(official.net, losses)
+    return {
+        **official.gradients(),
+        "loss": mean[None],
+        "per_sample_loss": losses.total,
+        "t": losses.t,
+        "aux_loss_per_layer": official.net.balances,
+    }
+
+
+@adapter("dit_moe", "rf_train_steps")
+def train_steps(fixture: Fixture) -> Results:
+    """Optimizer steps of the training module, and its moving average."""
+    config, given, official = fixture["config"], tensors(fixture), Official(fixture, flow=True)
+    optimizer = dict(config["optimizer"])
+    if optimizer.pop("name") != "AdamW":
+        raise NotImplementedError(f"optimizer {config['optimizer']['name']}")
+    logit_normal = config.get("ln", True)
+    module = official.module(rectified_flow(logit_normal), optimizer)
+    stepper, ema = module.configure_optimizers(), Ema([config["ema_decay"]])
+    trainer: Any = SimpleNamespace(global_step=0)
+    ema.on_fit_start(trainer, module)
+    counted, losses = Counted(), []
+    for step in range(config["steps"]):
+        batch = dense(given["x"], given["y"], official.patch_size)
+        found = module.evaluate(batch, counted.step(given["x"], logit_normal, official.drop))
+        stepper.zero_grad()
+        losses.append(backward(official.net, found))
+        stepper.step()
+        trainer.global_step += 1
+        ema.on_train_batch_end(trainer, module, None, None, step)
+    weights = official.outwards({name: p.detach() for name, p in official.net.named_parameters()}, "weights")
+    average = official.outwards(ema.averages[config["ema_decay"]], "ema")
+    return {"losses": torch.stack(losses), **weights, **average}
+
+
+@adapter("dit_moe", "rf_sample")
+def sample_flow(fixture: Fixture) -> Results:
+    """Euler steps without and with guidance, their states, and the data that each step predicts."""
+    given, official = tensors(fixture), Official(fixture, flow=True)
+    assert (given["null_y"] == official.net.null_label).all()
+    steps = fixture["inputs"]["sample_steps"]
+    flow = rectified_flow(logit_normal=True)
+    predicted: list[Tensor] = []
+    views = FlowField.views
+
+    def spy(field: FlowField, batch: Any, t: float) -> Any:
+        found = views(field, batch, t)
+        predicted.append(found.x0)
+        return found
+
+    def walk(scale: float) -> list[Tensor]:
+        guidance = {"name": "cfg", "scale": scale, "interval": [0.0, 1.0], "channels": "all"}
+        states = [given["z"]]
+        field = flow.field(guided(official.net, guidance, flow.time_range))
+        batch = dense(given["z"], given["y"], official.patch_size)
+        SAMPLERS["euler"](field, batch, flow.times("euler", steps), StepNoise([]), lambda _, b: states.append(b.x))
+        return states
+
+    plain = walk(1.0)
+    with mock.patch.object(FlowField, "views", spy):
+        states = walk(fixture["inputs"]["cfg"])
+    return {
+        "uncond_last": plain[-1],
+        "guided_last": states[-1],
+        "guided_mid": states[steps // 2],
+        "xps_mid": predicted[steps // 2 - 1],
+        "xps_last": predicted[-1],
+    }
+
+
+@adapter("dit_moe", "routing_counts")
+def routing_counts(fixture: Fixture) -> Results:
+    """Choices by class, step and token while images are sampled one by one."""
+    config, official = fixture["config"], Official(fixture)
+    asked = settings(config, DEFAULTS, *RECIPE)
+    options = {key: config[key] for key in PROCESS if key in config}
+    objective = diffusion(options, clip=False)
+    times = objective.times("ddpm", sections(options))
+    guidance = {"name": "cfg", "scale": config["cfg_scale"], "interval": [0.0, 1.0], "channels": "first3"}
+    field = objective.field(guided(official.net, guidance, objective.time_range))
+    shape = [1, asked["in_channels"], asked["input_size"], asked["input_size"]]
+    classes = tensors(fixture)["classes"]
+    with RoutingCounts(official.net, times, asked["num_classes"]).counting() as counts:
+        for n, label in enumerate(classes.repeat_interleave(config["images_per_class"])):
+            z = torch.from_numpy(fill.unit(f"input.z.{n}", shape))
+            SAMPLERS["ddpm"](field, dense(z, label[None], official.patch_size), times, StepNoise(shape, copies=2))
+    return {"per_class": counts.per_class[classes], "per_step": counts.per_time, "per_patch": counts.per_token}
+
+
+@adapter("dit_moe", "sizes")
+def sizes(fixture: Fixture) -> Results:
+    """Parameters and multiply-accumulates of the named sizes at 256 pixels; what was published is repeated."""
+    return {"rows": [size(row) for row in fixture["rows"]]}
+
+
+def size(row: Mapping[str, Any]) -> dict[str, Any]:
+    match = re.fullmatch(r"(\w+)/(\d+)-(\d+)E(\d+)A", row["name"])
+    if match is None or row["variant"] not in ("timm", "flash"):
+        raise NotImplementedError(f"a model {row['name']} with attention {row['variant']}")
+    letter, patch, experts, active = match[1].lower(), *map(int, match.groups()[1:])
+    first = {"s": "s_8e2a", "b": "b_8e2a", "l": "l_8e2a", "xl": "xl_8e2a", "g": "g_16e2a"}[letter]
+    norm = {"timm": "none", "flash": "layernorm"}[row["variant"]]
+    config = composed(
+        f"model=dit_moe_{first}", f"model.patch_size={patch}", f"model.experts={experts}", f"model.top_k={active}",
+        f"model.qk_norm={norm}", "model.learn_sigma=true",
+    )  # fmt: skip
+    with torch.device("meta"):
+        net = build.net(config, Spec(4, 8), 1000)
+    assert isinstance(net, DiTMoE)
+    width, depth, tokens = config["model"]["width"], len(net.blocks), (32 // patch) ** 2
+    trainable, moe = sum(p.numel() for p in net.parameters()), net.mixtures[0]
+    assert moe.shared is not None
+    linear, mixing = multiplications(net, tokens, width)
+    return {
+        "name": row["name"],
+        "variant": row["variant"],
+        "num_heads": config["model"]["heads"],
+        "depth": depth,
+        "hidden": width,
+        "total": trainable + tokens * width,
+        "trainable": trainable,
+        "activated": dit_moe.active_parameters(net) + tokens * width,
+        "per_expert": sum(p.numel() for p in moe.experts.parameters()) // experts,
+        "shared": sum(p.numel() for p in moe.shared.parameters()),
+        "gmac_linear": round(linear / 1e9, 4),
+        "gmac_attn": round(mixing / 1e9, 4),
+        "published": row["published"],
+    }
+
+
+def multiplications(net: DiTMoE, tokens: int, width: int) -> tuple[int, int]:
+    """Multiply-accumulates of an image: in matrices, of which some act once for an image, and in attention."""
+    linear = 0
+    for name, parameter in net.named_parameters():
+        if ".experts." in name:
+            top_k = net.mixtures[0].router.top_k
+            linear += tokens * top_k * parameter.numel() // len(parameter)
+        elif parameter.ndim == 2 and "embedding_table" not in name:
+            linear += parameter.numel() * (1 if "adaln" in name or "t_embedder" in name else tokens)
+    return linear, 2 * len(net.blocks) * tokens**2 * width
+
+
+@adapter("dit_moe", "upcycle_keys")
+def upcycling(fixture: Fixture) -> Results:
+    """Where every tensor of an upcycled network comes from, found by its values."""
+    config = settings(fixture["config"], DEFAULTS)
+    grid = (config["input_size"] // config["patch_size"],) * 2
+    source = {**fill.parameters(fixture), "pos_embed": position_table(*grid, config["hidden_size"])[None]}
+    generator = torch.Generator().manual_seed(0)
+    upcycled = dit_moe.upcycle(dit_moe.from_official(source), config["num_experts"], generator)
+    checkpoints.fill(construct(config, flow=False), upcycled, SOURCE)
+    target = dit_moe.to_official(upcycled, config["patch_size"], grid)
+    return {"map": {key: origin(key, tensor, source) for key, tensor in target.items()}}
+
+
+def origin(key: str, tensor: Tensor, source: Mapping[str, Tensor]) -> str:
+    same = [name for name, other in source.items() if torch.equal(other, tensor)]
+    if not same:
+        return f"normal({tensor.mean().abs().item():.1f}, {tensor.std().item():.2f})".replace("0.0,", "0,")
+    return key if key in same else same[0]
