@@ -154,13 +154,44 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         order = routing.choices.flatten().argsort(stable=True)  # (S,) choices sorted by expert
         token = order // routing.choices.shape[-1]  # (S,)
+        place = order.argsort().view(len(x), -1, routing.choices.shape[-1]).flatten(0, 1)  # (B N, k) rows of a token
         ends = routing.counts.sum(dim=0).cumsum(dim=0, dtype=torch.int32)  # (E,)
-        flat = x.flatten(0, 1)
-        rows = flat.index_select(0, token).to(dtype)
+        rows = _Dispatch.apply(x.flatten(0, 1), token, place).to(dtype)
         form = FORMS[choose_form(device, dtype, *self.down.shape[1:])]
         out = form(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
-        out = out * routing.weights.flatten()[order, None]
-        return torch.zeros_like(flat, dtype=out.dtype).index_add(0, token, out).view_as(x)
+        out = _Combine.apply(out * routing.weights.flatten()[order, None], token, place)
+        return out.view_as(x)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Tokens -> a row for each of their choices. Its gradient is `_Combine`; neither scatters, so both are exact."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return tokens.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_of_rows(grad, *ctx.saved_tensors), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Rows -> the sum of every token's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return _sum_of_rows(rows, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (token,) = ctx.saved_tensors
+        return grad.index_select(0, token), None, None
+
+
+def _sum_of_rows(rows: Tensor, place: Tensor) -> Tensor:
+    return rows.index_select(0, place.flatten()).unflatten(0, place.shape).sum(dim=1)
 
 
 def choose_form(device: str, dtype: torch.dtype, width: int, hidden: int) -> str:

@@ -1,0 +1,1 @@
+"""Metrics: from uint8 images to figures that carry their protocol."""

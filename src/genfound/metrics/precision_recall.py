@@ -1,0 +1,93 @@
+"""Improved precision and recall (Kynkaanniemi et al. 2019), with the semantics of ADM's evaluator.
+
+Distances are squared. The radius of a point is its distance to its k-th nearest neighbour, itself not counted;
+a point at exactly the radius is inside. Sets are compared in blocks, so that memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096
+"""Rows and columns of a block of distances."""
+
+ADM_BLOCK = 10_000
+
+
+class Manifold(NamedTuple):
+    """Features (N, D) and, for each k, the radius of each: (N, len(k))."""
+
+    features: Tensor
+    radii: Tensor
+
+
+class Shares(NamedTuple):
+    """For each k: share of samples inside the reference, and of references inside the samples."""
+
+    precision: list[float]
+    recall: list[float]
+
+
+def squared_distances(u: Tensor, v: Tensor, half: bool = False) -> Tensor:
+    """|u|^2 - 2 u.v + |v|^2 of rows (N, D) and (M, D) -> (N, M), not below 0.
+
+    Args:
+        u, v: features.
+        half: in float16 as ADM, unless a number overflows; otherwise in the dtype of the features.
+    """
+    if half:
+        distances = _expanded(u.half(), v.half())
+        if distances.isfinite().all():
+            return distances.float()
+        u, v = u.float(), v.float()
+    return _expanded(u, v)
+
+
+def manifold(features: Tensor, k: Sequence[int], half: bool = False, rows: int = BLOCK, columns: int = BLOCK) -> Manifold:
+    """The balls around features (N, D); `rows` and `columns` bound a block.
+
+    Raises:
+        ValueError: fewer points than neighbours, or a feature that is not finite.
+    """
+    deepest = max(k)
+    if len(features) <= deepest:
+        raise ValueError(f"{len(features)} images are too few for the {deepest}th nearest neighbour of each")
+    if not features.isfinite().all():
+        raise ValueError("a feature is not finite")
+    radii = []
+    for u in features.split(rows):
+        nearest = u.new_full((len(u), 0), 0, dtype=torch.float32 if half else u.dtype)
+        for v in features.split(columns):
+            candidates = torch.cat([nearest, squared_distances(u, v, half).to(nearest.dtype)], dim=1)
+            kept = min(deepest + 1, candidates.shape[1])
+            nearest = candidates.topk(kept, largest=False, sorted=True).values
+        radii.append(nearest[:, list(k)])
+    return Manifold(features, torch.cat(radii))
+
+
+def precision_recall(
+    reference: Manifold, samples: Manifold, half: bool = False, rows: int = BLOCK, columns: int = BLOCK
+) -> Shares:
+    """How much of each set lies inside the balls of the other."""
+    inside = samples.radii.new_zeros(samples.radii.shape, dtype=torch.bool)
+    covered = reference.radii.new_zeros(reference.radii.shape, dtype=torch.bool)
+    for u, ru, cover in _blocks(reference, covered, rows):
+        for v, rv, within in _blocks(samples, inside, columns):
+            distances = squared_distances(u, v, half)[..., None]
+            within |= (distances <= ru[:, None]).any(dim=0)
+            cover |= (distances <= rv).any(dim=1)
+    return Shares(inside.double().mean(dim=0).tolist(), covered.double().mean(dim=0).tolist())
+
+
+def _blocks(balls: Manifold, found: Tensor, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Features, radii and views of the results, block by block."""
+    return list(zip(*(x.split(size) for x in (balls.features, balls.radii, found)), strict=True))
+
+
+def _expanded(u: Tensor, v: Tensor) -> Tensor:
+    across = u @ v.T
+    return (u.square().sum(dim=1)[:, None] - 2 * across + v.square().sum(dim=1)).clamp(min=0)
