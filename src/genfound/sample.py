@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from genfound import launch
+
+if TYPE_CHECKING:
+    from genfound.backbones.base import Backbone
 
 FEW = 10
 
@@ -29,6 +33,7 @@ def _task(cfg: DictConfig) -> None:
     loaded = load(config["from"], weights=config["weights"], **hints)
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
+    reposition(loaded.net, config["rope"])
     chosen = list(HydraConfig.get().overrides.task)
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
     labels = list(range(min(len(loaded.class_names), FEW))) if config["labels"] is None else config["labels"]
@@ -47,6 +52,21 @@ def _task(cfg: DictConfig) -> None:
         save_png(out / f"{request.number:05d}_{name}_{request.size[0]}x{request.size[1]}.png", image)
     save_grid(out / "grid.png", images, requests, loaded.class_names)
     print(f"{len(images)} images and their grid: {out / 'grid.png'}")
+
+
+def reposition(net: Backbone, rope: Mapping[str, Any]) -> None:
+    """Change the rule of a network's rotary positions.
+
+    Raises:
+        ValueError: the network has none, or an unknown rule.
+    """
+    from genfound.layers.rope import Rope
+
+    given = {key: value for key, value in rope.items() if value is not None}
+    if given and not isinstance(getattr(net, "rope", None), Rope):
+        raise ValueError(f"rope.{next(iter(given))}: {type(net).__name__} has no rotary positions")
+    if given:
+        net.rope = replace(net.rope, **given)  # type: ignore[assignment,type-var]
 
 
 def run_or_chosen(group: str, run: Mapping[str, Any], config: Mapping[str, Any], chosen: list[str]) -> dict[str, Any]:

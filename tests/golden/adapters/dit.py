@@ -1,4 +1,4 @@
-"""DiT: the network, its parts, and a few steps of its training."""
+"""DiT: the network, its parts, and a few steps of its training. SiT: the network."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from genfound import checkpoints
 from genfound.backbones.base import Backbone
 from genfound.backbones.dit import Block, DiT, FinalLayer, from_official, official_keys, position_table, to_official
+from genfound.backbones.sit import SiT
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
 from genfound.data import views
@@ -48,13 +49,14 @@ class _All(tuple[str, ...]):
         return True
 
 
-def build(config: Mapping[str, Any]) -> DiT:
-    """The backbone that official constructor arguments ask for."""
+def build(config: Mapping[str, Any], kind: type[DiT] = DiT) -> DiT:
+    """The backbone that official constructor arguments ask for; SiT's learn_sigma makes channels that it never uses."""
     unknown = config.keys() - DEFAULTS.keys()
     if unknown:
         raise NotImplementedError(f"unknown arguments {sorted(unknown)}")
     asked = DEFAULTS | dict(config)
-    return DiT(
+    unused = {"unused_half": asked["learn_sigma"]} if kind is SiT else {}
+    return kind(
         channels=asked["in_channels"],
         num_classes=asked["num_classes"],
         patch_size=asked["patch_size"],
@@ -63,14 +65,16 @@ def build(config: Mapping[str, Any]) -> DiT:
         heads=asked["num_heads"],
         mlp_ratio=asked["mlp_ratio"],
         label_drop=asked["class_dropout_prob"],
-        learn_sigma=asked["learn_sigma"],
+        learn_sigma=asked["learn_sigma"] and not unused,
         activation_checkpointing=False,
+        **unused,
     )
 
 
 def official(fixture: Fixture, config: Mapping[str, Any]) -> DiT:
     """The backbone with the official weights of a fixture, its computed position table among them."""
-    net, weights = build(config), parameters(fixture)
+    kind = {"dit": DiT, "sit": SiT}[fixture["topic"]]
+    net, weights = build(config, kind), parameters(fixture)
     for key, shape in fixture["buffers"]:
         assert key == "pos_embed"
         side = math.isqrt(shape[1])
@@ -116,6 +120,7 @@ def module_of(net: Backbone, objective: Any, config: Mapping[str, Any], lr: floa
 
 
 @adapter("dit", "dit.model")
+@adapter("sit", "sit.model")
 @torch.no_grad()
 def forward(fixture: Fixture) -> Results:
     """The network's output; in training, with the module's label dropout."""
@@ -130,6 +135,7 @@ def forward(fixture: Fixture) -> Results:
 
 
 @adapter("dit", "dit.model_cfg")
+@adapter("sit", "sit.model_cfg")
 @torch.no_grad()
 def guided_forward(fixture: Fixture) -> Results:
     """The guided output, image by image because each has its own time; the null half keeps its own rest."""

@@ -6,7 +6,6 @@ adapters own one, fed with the backbone's hidden states.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from genfound import checkpoints
-from genfound.backbones.nit import NiT, coordinates
+from genfound.backbones.nit import NiT, coordinates, from_official, our_key, to_official
 from genfound.batch import Batch
 from genfound.layers.embed import TimeEmbedding, sinusoid
 from genfound.layers.rope import rotate
@@ -39,41 +38,6 @@ DEFAULTS: dict[str, Any] = {
 
 FACTORS = {"mscale": "yarn", "proportion1": "scale1", "proportion2": "scale2"}
 """The official constants, and the rules that multiply cosine and sine by them."""
-
-RENAMED = {
-    r"^x_embedder\.proj\.": "x_embedder.",
-    r"^t_embedder\.mlp\.0\.": "t_embedder.first.",
-    r"^t_embedder\.mlp\.2\.": "t_embedder.second.",
-    r"\.mlp\.fc1\.": ".mlp.0.",
-    r"\.mlp\.fc2\.": ".mlp.2.",
-    r"^final_layer\.adaLN_modulation\.1\.": "final_layer.adaln.",
-    r"\.adaLN_modulation\.1\.": ".adaln.0.",
-    r"\.adaLN_modulation\.2\.": ".adaln.1.",
-}
-
-
-def our_key(official: str) -> str:
-    """Where an official parameter lies in our backbone."""
-    for pattern, ours in RENAMED.items():
-        official = re.sub(pattern, ours, official)
-    return official
-
-
-def official_key(ours: str) -> str:
-    """The inverse of `our_key`."""
-    ours = re.sub(r"^x_embedder\.", "x_embedder.proj.", ours)
-    ours = ours.replace("t_embedder.first.", "t_embedder.mlp.0.").replace("t_embedder.second.", "t_embedder.mlp.2.")
-    ours = ours.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.2.", ".mlp.fc2.") if "blocks" in ours else ours
-    ours = ours.replace("final_layer.adaln.", "final_layer.adaLN_modulation.1.")
-    return re.sub(r"\.adaln\.(\d)\.", lambda match: f".adaLN_modulation.{int(match[1]) + 1}.", ours)
-
-
-def official_shape(ours: str, tensor: Tensor, net: NiT) -> list[int]:
-    """The patch embedding is officially a convolution."""
-    patch = net.token_spec.patch_size
-    if ours == "x_embedder.weight":
-        return [len(tensor), net.token_spec.channels, patch, patch]
-    return list(tensor.shape)
 
 
 def build(official: Mapping[str, Any], seed: int = 0) -> NiT:
@@ -126,14 +90,6 @@ def projector(official: Mapping[str, Any]) -> nn.Sequential:
     return nn.Sequential(a, nn.SiLU(), b, nn.SiLU(), c)
 
 
-def load(net: NiT, official: Mapping[str, Tensor]) -> nn.Module:
-    """Fill the backbone with official weights, shapes and all."""
-    own = {our_key(key): value for key, value in official.items() if not key.startswith("projector.")}
-    own["x_embedder.weight"] = own["x_embedder.weight"].flatten(1)
-    checkpoints.fill(net, own, Path("official weights"))
-    return net
-
-
 class Official(nn.Module):
     """A backbone and a projector with the weights of a fixture."""
 
@@ -141,7 +97,7 @@ class Official(nn.Module):
         super().__init__()
         weights = parameters(fixture)
         self.net = build(config)
-        load(self.net, weights)
+        checkpoints.fill(self.net, from_official(weights), Path("official weights"))
         self.align = projector(config)
         own = {k.removeprefix("projector."): v for k, v in weights.items() if k.startswith("projector.")}
         checkpoints.fill(self.align, own, Path("official weights"))
@@ -220,7 +176,7 @@ def counts(fixture: Fixture) -> Results:
     """Exact parameter counts; the shapes that the fixture lists are checked on the way."""
     with torch.device("meta"):
         net, align = build(fixture["config"]), projector(fixture["config"])
-    own = {official_key(key): official_shape(key, value, net) for key, value in net.state_dict().items()}
+    own = {key: list(value.shape) for key, value in to_official(net.state_dict(), net.token_spec.patch_size).items()}
     own |= {f"projector.{key}": list(value.shape) for key, value in align.state_dict().items()}
     listed = dict(fixture["parameters"])
     assert listed == {key: own.get(key) for key in listed}
@@ -244,9 +200,9 @@ def initialisation(fixture: Fixture) -> Results:
     shapes: dict[str, list[int]] = {}
     for seed in range(32):
         net, align = build(fixture["config"], seed), projector(fixture["config"])
-        for key, value in net.state_dict().items():
-            draws.setdefault(official_key(key), []).append(value)
-            shapes[official_key(key)] = official_shape(key, value, net)
+        for key, value in to_official(net.state_dict(), net.token_spec.patch_size).items():
+            draws.setdefault(key, []).append(value.flatten(1) if value.ndim > 1 else value)
+            shapes[key] = list(value.shape)
         for key, value in align.state_dict().items():
             draws.setdefault(f"projector.{key}", []).append(value)
             shapes[f"projector.{key}"] = list(value.shape)

@@ -1,0 +1,66 @@
+"""`genfound.convert` and official checkpoints, from the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from genfound.backbones.official import FAMILIES
+from tests.cli.commands import genfound, one_error
+from tests.test_loading import official_state
+
+HEADS = "hints.num_heads=2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("official")
+    for family in ("dit", "nit"):
+        torch.save(official_state(family), root / f"{family}.pt")
+    whole = (root / "dit.pt").read_bytes()
+    (root / "cut_dit.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"conv.weight": torch.zeros(3)}, root / "other.pt")
+    return root
+
+
+@pytest.mark.parametrize("family", ["dit", "nit"])
+def test_there_and_back(folder: Path, family: str, tmp_path: Path) -> None:
+    hint = [HEADS] if family == "dit" else []
+    first = genfound("convert", f"from={family}.pt", f"to={tmp_path}/out/", *hint, cwd=folder)
+    assert first.returncode == 0, first.stderr
+    assert f"{tmp_path}/out/{family}.safetensors (genfound)" in first.stdout
+    back = genfound("convert", f"from={tmp_path}/out/{family}.safetensors", f"to={tmp_path}/back.pt", cwd=folder)
+    assert "back.pt (official)" in back.stdout, back.stderr
+    before, after = (torch.load(f, weights_only=True) for f in (folder / f"{family}.pt", tmp_path / "back.pt"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+WRONG = {
+    "from=nowhere.pt": "there is no run nowhere.pt",
+    "from=cut_dit.pt": "cut_dit.pt is damaged",
+    "from=other.pt": f"of none of {', '.join(FAMILIES)}",
+    "from=dit.pt": "say num_heads=",
+    "from=nit.pt to=x.pt format=genfound": "must end in .safetensors",
+    "from=nit.pt format=torch": "format=torch is unknown; choose official or genfound",
+    "from=nit.pt hints.family=gan": "family=gan is unknown",
+    "from=nit.pt to=nit.pt format=official": "is the file itself",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_input_is_one_line_and_writes_nothing(folder: Path, arguments: str, tmp_path: Path) -> None:
+    to = [] if " to=" in arguments else [f"to={tmp_path}/out/"]
+    before = sorted(folder.iterdir())
+    assert WRONG[arguments] in one_error(genfound("convert", *arguments.split(), *to, cwd=folder))
+    assert sorted(folder.iterdir()) == before and not (tmp_path / "out").exists()
+
+
+def test_latents_without_an_autoencoder_are_no_picture(folder: Path, tmp_path: Path) -> None:
+    error = one_error(genfound("sample", "from=dit.pt", HEADS, "labels=[1]", f"out={tmp_path}/out", cwd=folder))
+    assert "tokenizer.weights" in error and not (tmp_path / "out").exists()
+
+
+def test_fine_tuning_from_a_file_of_another_architecture(folder: Path, tmp_path: Path) -> None:
+    small = ["model=dit_tiny", "model.width=32", "model.depth=1", "model.heads=2", f"runs={tmp_path}/runs"]
+    error = one_error(genfound("train", *small, f"init_from={folder}/nit.pt", "logger=jsonl", cwd=folder))
+    assert "nit.pt does not fit DiT" in error
