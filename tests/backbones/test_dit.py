@@ -25,6 +25,7 @@ SMALL_DIT: dict[str, Any] = {
     "mlp_ratio": 4,
     "label_drop": 0.1,
     "learn_sigma": True,
+    "unused_half": False,
     "activation_checkpointing": False,
 }
 TRAINABLE = {

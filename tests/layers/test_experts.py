@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from genfound.layers.experts import (
     FORMS,
     Experts,
+    Form,
     MixtureOfExperts,
     Router,
     Routing,
@@ -57,7 +58,7 @@ def plain_loop(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Ten
     return torch.cat(out)
 
 
-def output_and_gradients(form, rows: Tensor, ends: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def output_and_gradients(form: Form, rows: Tensor, ends: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     gate_up, down, upstream = rest
     out = form(rows, ends, gate_up, down)
     return out.detach(), *torch.autograd.grad(out, (rows, gate_up, down), upstream)

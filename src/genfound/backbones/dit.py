@@ -42,6 +42,8 @@ class DiT(Backbone):
         mlp_ratio: hidden size of the MLP over D.
         label_drop: probability with which training replaces a label by the null label; 0 has no null label.
         learn_sigma: predict 2 C channels, the second half for the variance.
+        unused_half: make 2 C channels and drop the second half, as released flows do (SiT, DiT-MoE); its rows never
+            get a gradient. Without effect where `learn_sigma` uses them.
         activation_checkpointing: recompute each block in the backward pass.
         make_block: from width, heads and mlp_ratio to a block, for relatives of DiT; `None` is its own.
 
@@ -64,6 +66,7 @@ class DiT(Backbone):
         mlp_ratio: float,
         label_drop: float,
         learn_sigma: bool,
+        unused_half: bool,
         activation_checkpointing: bool,
         make_block: Callable[[int, int, float], nn.Module] | None = None,
     ) -> None:
@@ -75,13 +78,14 @@ class DiT(Backbone):
         self.null_label = num_classes if label_drop > 0 else None
         self.token_spec = TokenSpec(channels, patch_size)
         self.width = width
+        self.unused_half = unused_half and not learn_sigma
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
         self.x_embedder = nn.Linear(token, width)
         self.t_embedder = TimeEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width, null_class=label_drop > 0)
         self.blocks = nn.ModuleList((make_block or Block)(width, heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(width, 2 * token if learn_sigma else token)
+        self.final_layer = FinalLayer(width, 2 * token if learn_sigma or unused_half else token)
         self.initialise()
 
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
@@ -94,7 +98,8 @@ class DiT(Backbone):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
             c = nn.functional.silu(c)
         out = self.final_layer(self.through_blocks(x, c), c)  # (B, N, K p p)
-        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, K, h, w)
+        out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, K, h, w)
+        return out[:, : self.token_spec.channels] if self.unused_half else out
 
     def through_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""

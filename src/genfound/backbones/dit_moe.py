@@ -59,9 +59,6 @@ class DiTMoE(DiT):
         balance: weight of the balance loss, summed over blocks; 0 for none.
         balance_over: what is balanced: `tokens`, all tokens of the batch; or `sequence`, those of each image.
         eval_gradients: in evaluation mode, let gradients through the routed experts; the released code does not.
-        unused_half: make 2 C channels and drop the second half, as the released rectified flows do; their rows
-            never get a gradient. Without effect where `learn_sigma` uses them.
-        learn_sigma: predict 2 C channels, the second half for the variance.
         options: all others of `DiT`.
 
     Raises:
@@ -79,29 +76,23 @@ class DiTMoE(DiT):
         balance: float,
         balance_over: str,
         eval_gradients: bool,
-        unused_half: bool,
-        learn_sigma: bool,
         **options: Any,
     ) -> None:
         if qk_norm not in QK_NORMS:
             raise ValueError(f"model.qk_norm={qk_norm} is unknown; choose one of {', '.join(QK_NORMS)}")
         if balance_over not in ("tokens", "sequence"):
             raise ValueError(f"model.balance_over={balance_over} is unknown; choose tokens or sequence")
-
-        def make_block(width: int, heads: int, mlp_ratio: float) -> Block:
-            mlp = MixtureOfExperts(
-                width=width,
-                hidden=int(width * mlp_ratio),
-                experts=experts,
-                top_k=top_k,
-                normalise=norm_topk,
-                shared_hidden=shared_experts * width,
-                eval_gradients=eval_gradients,
-            )
-            return Block(width, heads, QK_NORMS[qk_norm], mlp, balance_over)
-
-        super().__init__(learn_sigma=learn_sigma or unused_half, make_block=make_block, **options)
-        self.unused_half = unused_half and not learn_sigma
+        make_block = partial(
+            Block,
+            qk_norm=QK_NORMS[qk_norm],
+            experts=experts,
+            top_k=top_k,
+            norm_topk=norm_topk,
+            shared_experts=shared_experts,
+            balance_over=balance_over,
+            eval_gradients=eval_gradients,
+        )
+        super().__init__(make_block=make_block, **options)
         self.balance = balance
         self.balances: Tensor | None = None  # (L,) weighted balance loss of each block in the last training forward
         self.loads: Tensor | None = None  # (L, E) fraction of choices in the last forward
@@ -111,11 +102,6 @@ class DiTMoE(DiT):
         """The experts of every block."""
         return [cast(MixtureOfExperts, block.mlp) for block in self.blocks]
 
-    def forward(self, batch: Batch, t: Tensor) -> Tensor:
-        """Dense `batch.x` (B, C, h, w) at times t (B,) -> (B, C, h, w), with learn_sigma (B, 2 C, h, w)."""
-        out = super().forward(batch, t)
-        return out[:, : self.token_spec.channels] if self.unused_half else out
-
     def through_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         """As in `DiT`; keeps the balance and the load of every block."""
         balances, loads = [], []
@@ -123,7 +109,7 @@ class DiTMoE(DiT):
             x, balance, fractions = self.run(block, x, c)
             balances.append(balance)
             loads.append(fractions)
-        keep = self.training and self.balance > 0 and bool(balances)
+        keep = self.training and self.balance != 0 and bool(balances)
         self.balances = self.balance * torch.stack(balances) if keep else None
         self.loads = torch.stack(loads) if loads else None
         return x
@@ -152,16 +138,31 @@ class DiTMoE(DiT):
 
 
 class Block(ModulatedBlock):
-    """x + gate * attention(modulated x), then x + gate * experts(modulated x)."""
+    """x + gate * attention(modulated x), then x + gate * experts(modulated x); arguments as of `DiTMoE`."""
 
     def __init__(
         self,
         width: int,
         heads: int,
+        mlp_ratio: float,
+        *,
         qk_norm: Callable[[int], nn.Module],
-        mlp: MixtureOfExperts,
+        experts: int,
+        top_k: int,
+        norm_topk: bool,
+        shared_experts: int,
         balance_over: str,
+        eval_gradients: bool,
     ) -> None:
+        mlp = MixtureOfExperts(
+            width=width,
+            hidden=int(width * mlp_ratio),
+            experts=experts,
+            top_k=top_k,
+            normalise=norm_topk,
+            shared_hidden=shared_experts * width,
+            eval_gradients=eval_gradients,
+        )
         super().__init__(width, heads, qk_norm, mlp)
         self.balance_over = balance_over
 
@@ -175,7 +176,8 @@ class Block(ModulatedBlock):
 class RoutingCounts:
     """How often each expert is chosen, by class, time and place, counted while any sampler runs.
 
-    Rows with the null label, the second half of a guided batch, are not counted. Both (all k) choices count one.
+    Each of a token's k choices counts one. Rows with the null label, the second half of a guided batch, are not
+    counted; copies that fill up a micro-batch are, so ask for whole micro-batches.
 
     Args:
         net: the network whose routers are watched.

@@ -154,17 +154,18 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         order = routing.choices.flatten().argsort(stable=True)  # (S,) choices sorted by expert
         token = order // routing.choices.shape[-1]  # (S,)
-        place = order.argsort().view(len(x), -1, routing.choices.shape[-1]).flatten(0, 1)  # (B N, k) rows of a token
+        place = order.argsort().view(-1, routing.choices.shape[-1])  # (B N, k) the rows of a token
         ends = routing.counts.sum(dim=0).cumsum(dim=0, dtype=torch.int32)  # (E,)
-        rows = _Dispatch.apply(x.flatten(0, 1), token, place).to(dtype)
+        rows = _Dispatch.apply(x.flatten(0, 1), token, place).to(dtype)  # type: ignore[no-untyped-call]
         form = FORMS[choose_form(device, dtype, *self.down.shape[1:])]
         out = form(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
-        out = _Combine.apply(out * routing.weights.flatten()[order, None], token, place)
-        return out.view_as(x)
+        weighted = out * routing.weights.flatten()[order, None]
+        summed: Tensor = _Combine.apply(weighted, token, place)  # type: ignore[no-untyped-call]
+        return summed.view_as(x)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Tokens -> a row for each of their choices. Its gradient is `_Combine`; neither scatters, so both are exact."""
+    """Tokens -> a row for each of their choices. Its gradient is `_Combine`: no scatter, no random order of sums."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, token: Tensor, place: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ def slices(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or rows.is_meta:
         out, _ = _slices_op(rows, ends, gate_up, down)
     elif torch.is_grad_enabled():
-        out = _Slices.apply(rows, ends, gate_up, down)
+        out = _Slices.apply(rows, ends, gate_up, down)  # type: ignore[no-untyped-call]
     else:
         out, _ = _forward(rows, _lengths(ends), gate_up, down, keep=False)
     return out
@@ -282,9 +283,9 @@ def _backward(
     grad: Tensor, rows: Tensor, lengths: list[int], gate_up: Tensor, down: Tensor, hidden: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, gate_up and down, each written where it belongs."""
-    stacked = tuple(a.new_empty(a.shape) for a in (rows, gate_up, down))
+    d_rows, d_gate_up, d_down = (a.new_empty(a.shape) for a in (rows, gate_up, down))
     pieces = zip(grad.split(lengths), rows.split(lengths), gate_up.unbind(), down.unbind(), hidden, strict=True)
-    places = zip(stacked[0].split(lengths), stacked[1].unbind(), stacked[2].unbind(), strict=True)
+    places = zip(d_rows.split(lengths), d_gate_up.unbind(), d_down.unbind(), strict=True)
     for (g, x, enter, leave, h), (d_x, d_enter, d_leave) in zip(pieces, places, strict=True):
         gate, up = h.chunk(2, dim=1)
         active = silu(gate)
@@ -294,7 +295,7 @@ def _backward(
         d_hidden = torch.cat([d_gate, d_product * active], dim=1)
         torch.mm(d_hidden.T, x, out=d_enter)
         torch.mm(d_hidden, enter, out=d_x)
-    return stacked
+    return d_rows, d_gate_up, d_down
 
 
 @torch.library.custom_op("genfound::expert_slices", mutates_args=())

@@ -55,7 +55,7 @@ def build(config: Mapping[str, Any], kind: type[DiT] = DiT) -> DiT:
     if unknown:
         raise NotImplementedError(f"unknown arguments {sorted(unknown)}")
     asked = DEFAULTS | dict(config)
-    unused = {"unused_half": asked["learn_sigma"]} if kind is SiT else {}
+    unused = kind is SiT and asked["learn_sigma"]
     return kind(
         channels=asked["in_channels"],
         num_classes=asked["num_classes"],
@@ -67,7 +67,7 @@ def build(config: Mapping[str, Any], kind: type[DiT] = DiT) -> DiT:
         label_drop=asked["class_dropout_prob"],
         learn_sigma=asked["learn_sigma"] and not unused,
         activation_checkpointing=False,
-        **unused,
+        unused_half=unused,
     )
 
 
