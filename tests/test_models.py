@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import genfound
 import hydra
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+import genfound
 from genfound import build, checkpoints, paths
 from genfound.fit import fit
 from genfound.tokenizers import Spec

@@ -16,7 +16,7 @@ def sampling(micro_batch: int = 4) -> Sampling:
     guidance = {"name": "cfg", "scale": 2.0, "interval": [0.2, 0.8], "channels": "all"}
     sampler = {"name": "heun", "steps": 3}
     device = torch.device("cpu")
-    return Sampling(linear_flow(), Pixel(), Packed(2), sampler, guidance, micro_batch, "32-true", device)
+    return Sampling(linear_flow(), Pixel(), Packed(2), sampler, guidance, micro_batch, "32-true", "round", device)
 
 
 REQUESTS = [Request(n % 10, ((8, 8), (4, 12), (8, 8))[n % 3], n) for n in range(9)]

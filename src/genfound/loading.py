@@ -190,6 +190,8 @@ def _config(family: str, options: Mapping[str, Any], path: Path) -> Config:
     unknown = sorted(options.keys() - config["model"].keys())
     if unknown:
         raise ValueError(f"{unknown[0]} is not an option of model={family}; its options: {', '.join(config['model'])}")
+    if config["model"].get("qk_norm") == "layernorm_half":
+        options = {key: value for key, value in options.items() if key != "qk_norm"}  # released, in other words
     config["model"] |= options
     missing = [key for key, value in config["model"].items() if value == "???"]
     if missing:

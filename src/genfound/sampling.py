@@ -23,11 +23,11 @@ from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.data.pictures import to_uint8
 from genfound.layouts import Layout
-from genfound.loading import Loaded
+from genfound.loading import Loaded, load
 from genfound.objectives.base import GuidedNet, Objective
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import ClassifierFree, unguided
+from genfound.samplers.guidance import AutoGuidance, ClassifierFree, unguided
 from genfound.tokenizers import Absent, Tokenizer
 
 Drawn = TypeVar("Drawn")
@@ -51,11 +51,12 @@ class Sampling:
         tokenizer: decodes latents.
         layout: without a budget of tokens.
         sampler: `{name, steps}`.
-        guidance: `{name, ...}`; name `none` or `cfg` with scale, interval, channels.
+        guidance: `{name, ...}`; name `none`, `cfg` or `autoguidance`, and the options of its class.
         micro_batch: images per network call.
         precision: `bf16-mixed` or `32-true`.
         uint8: how decoded values become bytes, `round` or `truncate`.
         device: where the network is.
+        weak: the weaker network of autoguidance.
     """
 
     objective: Objective
@@ -67,6 +68,7 @@ class Sampling:
     precision: str
     uint8: str
     device: torch.device
+    weak: Backbone | None = None
 
     @classmethod
     def of(
@@ -89,6 +91,7 @@ class Sampling:
             precision=build.precision(precision, device),
             uint8=config["sample"]["uint8"],
             device=device,
+            weak=load(config["guidance"]["weights"]).net.to(device) if "weights" in config["guidance"] else None,
         )
 
     def draw(
@@ -149,15 +152,18 @@ class Sampling:
             for r in padded
         ]
         labels = torch.tensor([r.label for r in padded])
-        batch = self.layout.to_batch(noise, labels).to(self.device)
+        copies = 2 if self.guidance.get("doubled") and self.guidance["scale"] != 1 else 1
+        if copies == 2:
+            labels = torch.cat([labels, torch.full_like(labels, net.null_label or 0)])
+        batch = self.layout.to_batch(noise * copies, labels).to(self.device)
         times = self.objective.times(self.sampler["name"], self.sampler["steps"])
-        rng = _RequestRng(seed, padded, self.layout, noise)
-        field = self.objective.field(guided(net, self.guidance, self.objective.time_range))
+        rng = _RequestRng(seed, padded * copies, self.layout, noise)
+        field = self.objective.field(guided(net, self.guidance, self.objective.time_range, self.weak))
         options = {key: value for key, value in self.sampler.items() if key not in ("name", "steps")}
         sampler: Callable[..., Batch] = functools.partial(SAMPLERS[self.sampler["name"]], **options)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             batch = sampler(field, batch, times, rng)
-        real = torch.arange(len(padded), device=self.device) < len(requests)
+        real = torch.arange(len(labels), device=self.device) < len(requests)
         return self.layout.to_latents(batch.x, replace(batch, real=real))
 
 
@@ -175,11 +181,18 @@ class _RequestRng:
         return self.layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
 
 
-def guided(net: Backbone, guidance: Mapping[str, Any], time_range: tuple[float, float] = (0.0, 1.0)) -> GuidedNet:
-    """The network with its guidance, at times of an objective."""
-    options = dict(guidance)
-    if options.pop("name") == "none":
+def guided(
+    net: Backbone,
+    guidance: Mapping[str, Any],
+    time_range: tuple[float, float] = (0.0, 1.0),
+    weak: Backbone | None = None,
+) -> GuidedNet:
+    """The network with its guidance, at times of an objective; `weak` is the other network of autoguidance."""
+    options = {key: value for key, value in guidance.items() if key not in ("name", "weights")}
+    if guidance["name"] == "none":
         return unguided(net)
+    if weak is not None:
+        return AutoGuidance(net, weak, **options, time_range=time_range)
     return ClassifierFree(net, **options, time_range=time_range)
 
 

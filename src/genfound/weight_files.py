@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,7 +152,8 @@ def _unpickled(path: Path) -> dict[str, Any]:
         if file.read(64).lstrip()[:5].lower() in (b"<!doc", b"<html"):
             raise ValueError(f"{path} is a web page; download the file itself (/resolve/ instead of /blob/ on the hub)")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual versions of pickle
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__

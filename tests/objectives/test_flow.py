@@ -1,17 +1,23 @@
 from __future__ import annotations
 
-import numpy as np
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from genfound.backbones.base import TokenSpec
 from genfound.batch import Batch
-from genfound.objectives.flow import Flow
+from genfound.layouts import Packed
+from genfound.objectives.conversions import PREDICTIONS
+from genfound.objectives.flow import Flow, turn
 from genfound.objectives.paths import PATHS
 from genfound.objectives.times import TIME_LAWS, time_grid
-from genfound.objectives.weighting import EXPONENTS, image_weight
+from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS
 from genfound.rng import Rng
-from tests.helpers import linear_flow, three_layouts
+from tests.helpers import linear_flow, packed, three_layouts
 
 SIZES = [(3, 5), (4, 4), (1, 7), (1, 1)]
 SQUARES = [(4, 4)] * 3
@@ -89,65 +95,20 @@ def test_randomness_comes_from_the_stream_alone() -> None:
     assert not torch.equal(first.t, other.t)
 
 
-def test_uniform_times() -> None:
-    t = TIME_LAWS["uniform"](9.0, 9.0)(Rng(0), 100_000, torch.device("cpu"))
-    assert 0 <= t.min() < 1e-4
-    assert 1 - 1e-4 < t.max() < 1
-    assert abs(t.mean() - 1 / 2) < 3e-3
-    assert abs(t.var() - 1 / 12) < 1e-3
-
-
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 1.0), (-0.4, 1.2)])
-def test_logit_normal_times(mean: float, std: float) -> None:
-    t = TIME_LAWS["logit_normal"](mean, std)(Rng(0), 100_000, torch.device("cpu"))
-    logits = torch.logit(t.double())
-    assert ((t > 0) & (t < 1)).all()
-    assert abs(logits.mean() - mean) < 0.02
-    assert abs(logits.std() - std) < 0.02
-    assert abs(t.median() - torch.sigmoid(torch.tensor(mean))) < 0.01
-
-
-def test_time_grid() -> None:
-    grid = time_grid(4, 1.0, 0.0)
-    assert grid.dtype == torch.float64
-    assert grid.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert time_grid(1, 1.0, 0.0).tolist() == [1.0, 0.0]
-
-
-@pytest.mark.parametrize("steps", [0, -3])
-def test_a_grid_needs_a_step(steps: int) -> None:
-    with pytest.raises(ValueError, match=rf"sampler\.steps={steps} must be at least 1"):
-        time_grid(steps, 1.0, 0.0)
-
-
 @pytest.mark.parametrize("sampler", Flow.samplers)
 def test_samplers_walk_from_noise_to_data(sampler: str) -> None:
     assert torch.equal(linear_flow().times(sampler, 5), time_grid(5, 1.0, 0.0))
 
 
-def test_the_linear_path() -> None:
-    t = torch.tensor([0.0, 0.25, 1.0])
-    point = PATHS["linear"](t)
-    assert point.alpha.tolist() == [1, 0.75, 0]
-    assert point.sigma.tolist() == [0, 0.25, 1]
-    assert point.d_alpha.tolist() == [-1, -1, -1]
-    assert point.d_sigma.tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_paths_join_data_and_noise_and_know_their_derivatives(path: str) -> None:
-    t = torch.linspace(0, 1, 11, dtype=torch.float64, requires_grad=True)
-    point = PATHS[path](t)
-    for value, derivative in ((point.alpha, point.d_alpha), (point.sigma, point.d_sigma)):
-        (slope,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
-        torch.testing.assert_close(slope, derivative.detach())
-    ends = torch.stack([point.alpha[[0, -1]], point.sigma[[0, -1]]]).detach()
-    torch.testing.assert_close(ends, torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-
-
 @pytest.mark.parametrize(
     ("key", "choices"),
-    [("path", PATHS), ("prediction", ["velocity"]), ("time", TIME_LAWS), ("weight", EXPONENTS)],
+    [
+        ("path", PATHS),
+        ("prediction", PREDICTIONS),
+        ("weighting", WEIGHTINGS),
+        ("time", TIME_LAWS),
+        ("weight", EXPONENTS),
+    ],
 )
 def test_an_unknown_name_lists_the_choices(key: str, choices: list[str]) -> None:
     with pytest.raises(ValueError, match=rf"objective\.{key}=wrong is unknown") as error:
@@ -155,10 +116,129 @@ def test_an_unknown_name_lists_the_choices(key: str, choices: list[str]) -> None
     assert all(choice in str(error.value) for choice in choices)
 
 
-def test_image_weights() -> None:
-    tokens = [1, 4, 256]
-    expected = {"image": [1, 1, 1], "sqrt": [1, 2, 16], "token": [1, 4, 256]}
-    for rule, weights in expected.items():
-        assert [image_weight(float(n), rule) for n in tokens] == weights
-        assert image_weight(np.array(tokens), rule).tolist() == weights
-        assert image_weight(torch.tensor(tokens), rule).tolist() == weights
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_perfect_network_has_no_loss(prediction: str, path: str, weighting: str) -> None:
+    """Data at one point: state, time and prediction determine each other."""
+    flow = linear_flow(prediction=prediction, path=path, weighting=weighting, time="uniform", train_eps=0.05)
+
+    def perfect(batch: Batch, t: Tensor) -> Tensor:
+        p = flow.path.point(t.double()).of(batch)
+        noise = (batch.x - p.alpha * 0.7) / p.sigma.clamp(min=1e-4)
+        score = -noise / p.sigma.clamp(min=1e-4)
+        x0 = torch.full_like(noise, 0.7)
+        return {"noise": noise, "x0": x0, "score": score, "velocity": p.velocity(x0, noise)}[prediction]
+
+    for batch in three_layouts(SIZES).values():
+        batch.x.fill_(0.7)
+        losses = flow.loss(perfect, batch, Rng(0))
+        assert (losses.total < 1e-6).all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("path", PATHS)
+def test_losses_and_gradients_are_finite_also_on_filler(prediction: str, weighting: str, path: str) -> None:
+    batch = three_layouts(SIZES)["packed3"]
+    scale = torch.ones(len(batch.x), 1, requires_grad=True)
+    flow = linear_flow(prediction=prediction, weighting=weighting, path=path, time="uniform")
+    losses = flow.loss(lambda b, t: b.x * scale, batch, Rng(0))
+    losses.total.sum().backward()
+    assert losses.total.isfinite().all()
+    assert scale.grad is not None
+    assert scale.grad.isfinite().all()
+    assert (scale.grad[39:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "sample"),
+    [
+        ({}, (0, 1), (0, 1)),
+        ({"weighting": "min_snr"}, (0, 1), (0, 1)),
+        ({"weighting": "likelihood"}, (1e-3, 1 - 1e-3), (0, 1)),
+        ({"prediction": "score"}, (1e-3, 1 - 1e-3), (1e-3, 1 - 1e-3)),
+        ({"prediction": "noise", "path": "gvp", "sample_eps": 0.02}, (1e-3, 1 - 1e-3), (0.02, 0.98)),
+        ({"path": "vp"}, (1e-5, 1), (1e-3, 1)),
+        ({"path": "vp", "prediction": "noise", "train_eps": 0.01}, (0.01, 1), (1e-3, 1)),
+        ({"path": "triangle", "prediction": "x0"}, (1e-3, math.pi / 2 - 1e-3), (1e-3, math.pi / 2 - 1e-3)),
+    ],
+)
+def test_distances_from_singular_ends(
+    options: dict[str, Any], train: tuple[float, float], sample: tuple[float, float]
+) -> None:
+    """SiT's rules, but for given distances that it ignores."""
+    flow = linear_flow(time="uniform", **options)
+    assert flow.train_interval == pytest.approx(train)
+    assert flow.sample_interval == pytest.approx(sample)
+    t = flow.draw_times(packed([(1, 1)] * 500), Rng(0))
+    assert train[0] - 1e-7 <= t.min() < train[0] + 0.02
+    assert train[1] - 0.02 < t.max() <= train[1] + 1e-7
+    assert flow.times("euler", 3)[[0, -1]].tolist() == pytest.approx(sample[::-1])
+
+
+@pytest.mark.parametrize("key", ["train_eps", "sample_eps"])
+@pytest.mark.parametrize("value", [-0.1, 0.5])
+def test_a_distance_that_leaves_nothing_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"objective\.{key}={value} must be at least 0"):
+        linear_flow(**{key: value})
+
+
+def test_a_bad_time_shift_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective\.time_shift=wide must be a positive number or auto"):
+        linear_flow(time_shift="wide")
+
+
+def test_larger_latents_may_be_trained_at_more_noise() -> None:
+    batch = three_layouts([(2, 2), (8, 8)])["packed2"]
+    small, large = linear_flow(time_shift="auto").draw_times(batch, Rng(0)).tolist()
+    plain_small, plain_large = linear_flow().draw_times(batch, Rng(0)).tolist()
+    for moved, plain, numbers in ((small, plain_small, 16), (large, plain_large, 256)):
+        assert moved / (1 - moved) == pytest.approx((numbers / 4096) ** 0.5 * plain / (1 - plain))
+
+
+class Tokens:
+    """A network that says of what its tokens are made."""
+
+    token_spec = TokenSpec(4, 1)
+
+    def __call__(self, batch: Batch, t: Tensor) -> Tensor:
+        return toy(batch, t)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, SQUARES], ids=["ragged", "square"])
+def test_the_directional_loss_is_one_minus_cosine_similarity_along_channels(sizes: list[tuple[int, int]]) -> None:
+    rng, wanted = Rng(0, "train", 5), {}
+    for name, batch in three_layouts(sizes).items():
+        losses = linear_flow(directional=0.5).loss(Tokens(), batch, rng)
+        plain = linear_flow().loss(toy, batch, rng)
+        assert torch.equal(losses.terms["mse"], plain.total)
+        torch.testing.assert_close(losses.total, losses.terms["mse"] + losses.terms["directional"])
+        assert (losses.terms["directional"][: len(sizes)] > 0).all()
+        assert (losses.terms["directional"][len(sizes) :] == 0).all()
+        noise, t = rng.normal("noise", batch.x.shape), batch.expand(losses.t)
+        out, target = toy(replace(batch, x=(1 - t) * batch.x + t * noise), losses.t), noise - batch.x
+        axis = 1 if batch.layout == "dense" else -1
+        turned = 1 - torch.nn.functional.cosine_similarity(out, target, dim=axis)
+        own = turned[0] if batch.image_of is None else turned[batch.image_of == 0]
+        own = own[batch.mask[0]] if batch.mask is not None else own
+        wanted[name] = 0.5 * own.mean()
+        torch.testing.assert_close(losses.terms["directional"][0], wanted[name], msg=name)
+
+
+def test_a_patch_has_a_direction_in_each_of_its_pixels() -> None:
+    """The channels of a token come first: (C, p, p)."""
+    batch = Packed(2).to_batch([torch.randn(4, 2, 2)], torch.zeros(1))
+    out, target = torch.randn(2, 4, 2, 2)
+    net = Tokens()
+    net.token_spec = TokenSpec(4, 2)
+    ours = turn(net, batch, out.reshape(1, 16), target.reshape(1, 16))
+    wanted = 1 - torch.nn.functional.cosine_similarity(out, target, dim=0).reshape(1, 4)
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_a_directional_loss_needs_a_velocity_and_channels() -> None:
+    with pytest.raises(ValueError, match=r"objective\.directional=1\.0 needs objective\.prediction=velocity"):
+        linear_flow(directional=1.0, prediction="noise")
+    with pytest.raises(ValueError, match=r"objective\.directional needs a network with a token_spec"):
+        linear_flow(directional=1.0).loss(toy, three_layouts(SIZES)["packed2"], Rng(0))

@@ -9,9 +9,12 @@ from torch import Tensor
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.layouts import Dense, Packed, Padded
-from genfound.samplers.guidance import ClassifierFree, unguided
+from genfound.samplers import SAMPLERS
+from genfound.samplers.guidance import AutoGuidance, ClassifierFree, unguided
 from genfound.sampling import guided
-from tests.helpers import latents, small_nit
+from tests.helpers import latents, linear_flow, small_nit
+from tests.samplers.test_gaussian import objective as gaussian
+from tests.samplers.toys import SeededNoise, doubled
 
 NULL = 10
 RAGGED = [(4, 4), (2, 6), (2, 2)]
@@ -24,14 +27,17 @@ class Toy(Backbone):
     time = "data0"
     null_label: int | None = NULL
 
-    def __init__(self, patch_size: int = 1) -> None:
+    def __init__(self, patch_size: int = 1, time: str = "data0") -> None:
         super().__init__()
+        self.time = time
         self.token_spec = TokenSpec(4, patch_size)
         self.calls: list[tuple[list[int], list[float]]] = []
 
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
         self.calls.append((batch.y.tolist(), t.tolist()))
-        return batch.x * batch.expand(0.5 + t) + batch.expand(torch.cos(batch.y.float()))
+        t = 1 - t if self.time == "data1" else t
+        out = batch.x * batch.expand(0.5 + t) + batch.expand(torch.cos(batch.y.float()))
+        return -out if self.time == "data1" else out
 
 
 def batches(patch_size: int = 1) -> dict[str, Batch]:
@@ -158,3 +164,139 @@ def test_guidance_by_name() -> None:
     assert torch.equal(guided(net, {"name": "none"}, (0.0, 1.0))(batch, 0.5), unguided(net)(batch, 0.5))
     options = {"name": "cfg", "scale": 3.0, "interval": [0.0, 1.0], "channels": "all"}
     assert torch.equal(guided(net, options, (0.0, 1.0))(batch, 0.5), cfg(net, scale=3.0)(batch, 0.5))
+
+
+@pytest.mark.parametrize(("t", "guided_"), [(0.2, False), (0.21, True), (0.69, True), (0.7, False)])
+def test_a_strict_interval_is_without_its_ends(t: float, guided_: bool) -> None:
+    net = Toy()
+    cfg(net, interval=[0.2, 0.7], ends="strict")(batches()["packed"], t)
+    assert (len(net.calls[0][0]) == 6) is guided_
+
+
+@pytest.mark.parametrize("t", [-0.3, 1.2])
+def test_the_whole_interval_has_no_end(t: float) -> None:
+    """Adaptive solvers ask about times beyond both ends."""
+    net = Toy()
+    cfg(net)(batches()["packed"], t)
+    assert len(net.calls[0][0]) == 6
+
+
+@pytest.mark.parametrize(("level", "share"), [(1.0, 1.0), (0.0, 0.0), (0.5, 0.5), (0.25, 0.1464466)])
+def test_the_power_cosine_schedule(level: float, share: float) -> None:
+    batch = batches()["packed"]
+    conditional, null = both(Toy(), batch, level)
+    scale = 1 + 1.5 * share
+    ours = cfg(Toy(), schedule="power_cosine", power=1.0)(batch, level)
+    torch.testing.assert_close(ours, null + scale * (conditional - null), atol=1e-5, rtol=1e-5)
+    assert cfg(Toy(), schedule="power_cosine", power=2.0).scale_at(0.5**0.5) == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dopri5", "sde"])
+@pytest.mark.parametrize("options", [{}, {"interval": [0.1, 0.7]}, {"schedule": "power_cosine", "power": 1.5}])
+def test_a_network_that_counts_backwards_is_guided_alike(sampler: str, options: dict[str, Any]) -> None:
+    batch, flow, ends, counts = batches()["packed"], linear_flow(), [], []
+    for time in ("data0", "data1"):
+        net = Toy(time=time)
+        times = flow.times(sampler, 10)
+        ends.append(SAMPLERS[sampler](flow.field(cfg(net, **options)), batch, times, SeededNoise(batch)).x)
+        counts.append([len(y) for y, _ in net.calls])
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-4, rtol=1e-4)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("euler", 10), ("heun", 19), ("sde", 10)])
+def test_an_interval_costs_in_proportion(sampler: str, calls: int) -> None:
+    """Rows of the network, over those without guidance: 1 plus the share of guided calls."""
+    batch, flow, rows = batches()["packed"], linear_flow(), {}
+    for interval in ((0.0, 1.0), (0.0, 0.45), (0.95, 0.97)):
+        net = Toy()
+        field = flow.field(cfg(net, interval=list(interval)))
+        SAMPLERS[sampler](field, batch, flow.times(sampler, 10), SeededNoise(batch))
+        assert len(net.calls) == calls
+        rows[interval] = sum(len(y) for y, _ in net.calls) / (3 * calls)
+    assert rows[0.0, 1.0] == 2
+    assert rows[0.95, 0.97] == 1
+    assert rows[0.0, 0.45] == pytest.approx(1.45, abs=0.1)
+
+
+def test_both_slopes_of_a_step_are_guided_alike() -> None:
+    """As in NiT and REPA, the time at which a step begins decides, not the one at which the network is asked."""
+    net, flow, batch = Toy(), linear_flow(), batches()["packed"]
+    field = flow.field(cfg(net, interval=[0.0, 0.7]))
+    SAMPLERS["heun"](field, batch, flow.times("heun", 4), SeededNoise(batch))
+    assert [(t[0], len(y)) for y, t in net.calls] == [
+        (1.0, 3), (0.75, 3), (0.75, 3), (0.5, 3), (0.5, 6), (0.25, 6), (0.25, 6)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["dense", "padded", "packed", "static"])
+@pytest.mark.parametrize("channels", ["all", "first3"])
+@pytest.mark.parametrize("t", [0.3, 0.9])
+def test_a_doubled_state_has_the_same_first_half(layout: str, channels: str, t: float) -> None:
+    """The second half has the null output where nothing is guided."""
+    batch, options = batches()[layout], {"channels": channels, "interval": [0.0, 0.5]}
+    single = cfg(Toy(), **options)(batch, t)
+    first, second = cfg(Toy(), doubled=True, **options)(doubled(batch, NULL), t).chunk(2)
+    torch.testing.assert_close(first, single)
+    if channels == "all":
+        assert torch.equal(first, second)
+    else:
+        _, null = both(Toy(), batch, t)
+        axis = 1 if layout == "dense" else -1
+        assert torch.equal(second.narrow(axis, 3, 1), null.narrow(axis, 3, 1))
+        torch.testing.assert_close(second.narrow(axis, 0, 3), single.narrow(axis, 0, 3))
+
+
+class Weaker(Toy):
+    """Half of what the other one says."""
+
+    def forward(self, batch: Batch, t: Tensor) -> Tensor:
+        return super().forward(batch, t) / 2
+
+
+def auto(net: Toy, weak: Toy, **options: Any) -> AutoGuidance:
+    return AutoGuidance(net, weak, **{"scale": 3.0, "interval": [0.0, 0.6], "channels": "all", **options})
+
+
+def test_autoguidance_extrapolates_from_a_weaker_network() -> None:
+    batch, strong, weak = batches()["packed"], Toy(), Weaker()
+    conditional, _ = both(Toy(), batch, 0.3)
+    torch.testing.assert_close(auto(strong, weak)(batch, 0.3), conditional / 2 + 3 * (conditional - conditional / 2))
+    assert [len(y) for y, _ in strong.calls + weak.calls] == [3, 3]
+    assert weak.calls[0][0] == [1, 5, 7]
+    auto(strong, weak)(batch, 0.61)
+    assert (len(strong.calls), len(weak.calls)) == (2, 1)  # outside the interval the weaker one rests
+
+
+def test_the_weaker_network_may_be_told_the_null_label() -> None:
+    weak = Weaker()
+    auto(Toy(), weak, labels="null_label")(batches()["packed"], 0.3)
+    assert weak.calls[0][0] == [NULL] * 3
+    weak.null_label = None
+    with pytest.raises(ValueError, match=r"guidance\.labels=null_label needs"):
+        auto(Toy(), weak, labels="null_label")
+
+
+def test_networks_must_count_time_alike() -> None:
+    with pytest.raises(ValueError, match=r"guidance\.weights: .* other direction"):
+        auto(Toy(), Weaker(time="data1"))
+
+
+@pytest.mark.parametrize(
+    ("key", "choices"), [("ends", "inclusive or strict"), ("schedule", "constant or power_cosine")]
+)
+def test_unknown_options_are_refused(key: str, choices: str) -> None:
+    with pytest.raises(ValueError, match=rf"guidance\.{key}=wrong is unknown; choose {choices}"):
+        cfg(Toy(), **{key: "wrong"})
+
+
+def test_integer_steps_have_one_direction_whatever_the_network_declares() -> None:
+    objective = gaussian(variance="fixed_small")
+    doubled_calls = {}
+    for time in ("index", "data1"):
+        net = Toy(time=time)
+        field = objective.field(cfg(net, interval=[0.0, 0.3], time_range=objective.time_range))
+        field.velocity(batches()["packed"], 900.0)
+        field.velocity(batches()["packed"], 100.0)
+        doubled_calls[time] = [(t[0], len(y)) for y, t in net.calls]
+    assert doubled_calls["index"] == doubled_calls["data1"] == [(900.0, 3), (100.0, 6)]

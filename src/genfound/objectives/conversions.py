@@ -62,6 +62,8 @@ class Views:
             return self.out
         if self.kind == "x0":
             return (p.d_sigma * self.x - p.wronskian * self.out) / p.sigma
+        if self.kind == "score":
+            return p.growth * self.x - p.spread * self.out
         return (p.d_alpha * self.x + p.wronskian * self.noise) / p.alpha
 
     @property

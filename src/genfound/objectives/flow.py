@@ -13,7 +13,7 @@ from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, kn
 from genfound.objectives.clock import ask, told
 from genfound.objectives.conversions import PREDICTIONS, Views
 from genfound.objectives.paths import PATHS, Path, PathPoint
-from genfound.objectives.times import TIME_LAWS, shift_factor, shifted, time_grid, windowed
+from genfound.objectives.times import TIME_LAWS, check_shift, shift_factor, shifted, time_grid, windowed
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
 from genfound.rng import Rng
 
@@ -42,7 +42,8 @@ class Flow:
         time_range: (data, noise) ends of the path.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones. A directional loss without velocity.
+        ValueError: an unknown name; the message lists the known ones. A number that is out of range. A directional
+            loss without velocity.
     """
 
     name = "flow"
@@ -74,7 +75,7 @@ class Flow:
         self.time_law = TIME_LAWS[known("objective.time", time, TIME_LAWS)](time_mean, time_std, self.path)
         if time_window is not None:
             self.time_law = windowed(time, self.time_law, time_window, time_window_share)
-        self.time_shift = time_shift
+        self.time_shift = check_shift("objective.time_shift", time_shift)
         self.weight = known("objective.weight", weight, EXPONENTS)
         self.time_range = (0.0, self.path.end)
         self.directional = directional
@@ -82,11 +83,14 @@ class Flow:
             raise ValueError(f"objective.directional={directional} needs objective.prediction=velocity")
         smooth = prediction == "velocity" and self.path.pure
         train = 0.0 if smooth and weighting != "likelihood" else 1e-3 if self.path.pure else 1e-5
-        self.train_interval = self._interval(train if train_eps is None else train_eps)
-        self.sample_interval = self._interval((0.0 if smooth else 1e-3) if sample_eps is None else sample_eps)
+        self.train_interval = self._interval("train_eps", train if train_eps is None else train_eps)
+        sample = 0.0 if smooth else 1e-3
+        self.sample_interval = self._interval("sample_eps", sample if sample_eps is None else sample_eps)
 
-    def _interval(self, eps: float) -> tuple[float, float]:
+    def _interval(self, key: str, eps: float) -> tuple[float, float]:
         """(nearest to data, nearest to noise)."""
+        if not 0 <= eps < self.path.end / 2:
+            raise ValueError(f"objective.{key}={eps} must be at least 0 and less than half of the path")
         return eps, self.path.end - (eps if self.path.pure else 0.0)
 
     def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
@@ -122,7 +126,7 @@ class Flow:
         """
         part = self.time_law(rng, len(batch.y), batch.x.device)
         if self.time_shift != 1:
-            part = shifted(part, shift_factor(self.time_shift, batch))
+            part = shifted(part, shift_factor("objective.time_shift", self.time_shift, batch))
         (low, high), end = self.train_interval, self.path.end
         t = end * part
         if (low, high) != self.time_range:

@@ -20,12 +20,18 @@ VP_SLOWEST, VP_FASTEST = 0.1, 20.0
 
 
 class PathPoint(NamedTuple):
-    """Coefficients and their time derivatives."""
+    """Coefficients and their time derivatives.
+
+    Attributes:
+        spread: sigma sigma' - sigma^2 alpha' / alpha, half the squared diffusion of the forward process; infinite
+            where alpha is 0.
+    """
 
     alpha: Tensor
     sigma: Tensor
     d_alpha: Tensor
     d_sigma: Tensor
+    spread: Tensor
 
     @property
     def wronskian(self) -> Tensor:
@@ -36,11 +42,6 @@ class PathPoint(NamedTuple):
     def growth(self) -> Tensor:
         """alpha' / alpha, the linear part of the drift; infinite at pure noise."""
         return self.d_alpha / self.alpha
-
-    @property
-    def spread(self) -> Tensor:
-        """sigma sigma' - sigma^2 alpha' / alpha, half the squared diffusion of the forward process."""
-        return self.sigma * self.wronskian / self.alpha
 
     def state(self, x: Tensor, noise: Tensor) -> Tensor:
         """x_t of data and noise."""
@@ -81,25 +82,29 @@ class Path:
 def linear(t: Tensor) -> PathPoint:
     """x_t = (1 - t) x + t noise (rectified flow; SiT's linear interpolant with time reversed)."""
     one = torch.ones_like(t)
-    return PathPoint(1 - t, t, -one, one)
+    return PathPoint(1 - t, t, -one, one, t / (1 - t))
 
 
 def triangle(t: Tensor) -> PathPoint:
     """alpha = cos t, sigma = sin t on [0, pi / 2] (NiT's loss.py)."""
-    return PathPoint(torch.cos(t), torch.sin(t), -torch.sin(t), torch.cos(t))
+    return _circle(torch.cos(t), torch.sin(t), 1.0)
 
 
 def cosine(t: Tensor) -> PathPoint:
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (NiT, REPA)."""
-    alpha, sigma = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
-    return PathPoint(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
+    return _circle(torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2), math.pi / 2)
 
 
 def gvp(t: Tensor) -> PathPoint:
     """The same path in SiT's arithmetic: float32 functions of u = 1 - t, coarse near data (path.py:GVPCPlan)."""
     u = (1 - t).float()
-    alpha, sigma = torch.sin(u * math.pi / 2), torch.cos(u * math.pi / 2)
-    return PathPoint(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
+    return _circle(torch.sin(u * math.pi / 2), torch.cos(u * math.pi / 2), math.pi / 2)
+
+
+def _circle(alpha: Tensor, sigma: Tensor, speed: float) -> PathPoint:
+    """alpha^2 + sigma^2 = 1, at constant speed; the sum stands for its rounding, which cancels near noise."""
+    spread = speed * sigma * (alpha**2 + sigma**2) / alpha
+    return PathPoint(alpha, sigma, -speed * sigma, speed * alpha, spread)
 
 
 def vp(t: Tensor) -> PathPoint:
@@ -113,7 +118,7 @@ def vp(t: Tensor) -> PathPoint:
     slope = 0.5 * (1 - u) * speed + 0.5 * VP_SLOWEST  # of the exponent over u
     alpha, squared = torch.exp(exponent), torch.exp(2 * exponent)
     sigma = torch.sqrt(1 - squared)
-    return PathPoint(alpha, sigma, -alpha * slope, squared * slope / sigma)
+    return PathPoint(alpha, sigma, -alpha * slope, squared * slope / sigma, slope)
 
 
 def _vp_time(ratio: Tensor) -> Tensor:

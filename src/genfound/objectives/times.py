@@ -77,20 +77,29 @@ def windowed(name: str, law: TimeLaw, window: Sequence[float], share: float) -> 
 
 def shifted(t: Tensor, factor: Tensor | float) -> Tensor:
     """s t / (1 + (s - 1) t): towards noise for s > 1 (Esser et al. 2024, eq. 23; LightningDiT's 0.3 is s = 1 / 0.3)."""
-    return factor * t / (1 + (factor - 1) * t)
+    return factor * t / (factor * t + (1 - t))
 
 
-def shift_factor(setting: float | str, batch: Batch) -> Tensor | float:
+def shift_factor(key: str, setting: float | str, batch: Batch) -> Tensor | float:
     """A number as it is; `auto` as (B,): sqrt(numbers in the latent / 4096), so larger latents see more noise.
 
     Raises:
-        ValueError: another word, or a number that is not positive.
+        ValueError: not a legal setting of this key.
     """
-    if setting == "auto":
+    if check_shift(key, setting) == "auto":
         return (latent_numbers(batch).double() / REFERENCE_SIZE).sqrt()
-    if isinstance(setting, str) or setting <= 0:
-        raise ValueError(f"a time shift must be a positive number or auto, not {setting}")
     return float(setting)
+
+
+def check_shift(key: str, setting: float | str) -> float | str:
+    """The setting of a shift.
+
+    Raises:
+        ValueError: it is neither `auto` nor a positive number.
+    """
+    if setting == "auto" or (not isinstance(setting, str) and setting > 0):
+        return setting
+    raise ValueError(f"{key}={setting} must be a positive number or auto")
 
 
 def latent_numbers(batch: Batch) -> Tensor:
@@ -106,7 +115,7 @@ def shifted_grid(times: Tensor, setting: float | str, batch: Batch) -> Tensor:
     Raises:
         ValueError: a bad setting, or `auto` for images of several sizes, which have one grid.
     """
-    factor = shift_factor(setting, batch)
+    factor = shift_factor("sampler.shift", setting, batch)
     if isinstance(factor, Tensor):
         factors = factor[batch.real].unique().tolist()
         if len(factors) != 1:

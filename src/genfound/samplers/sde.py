@@ -18,7 +18,7 @@ from genfound.batch import Batch
 from genfound.objectives.base import Field, known
 from genfound.objectives.conversions import Views
 from genfound.objectives.flow import FlowField
-from genfound.objectives.paths import Path
+from genfound.objectives.paths import Path, PathPoint
 from genfound.objectives.times import shifted_grid
 from genfound.samplers.base import Progress, StepRng
 
@@ -81,10 +81,10 @@ def sde(
         norm: factor of w.
         last: `mean`, a step along the drift; `euler`, one of the ODE; `tweedie`, the predicted data; all without
             noise. `none` takes every step with noise.
-        last_step_size: where the last step begins.
+        last_step_size: where the last step begins; 0 makes it as long as the others.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, a last step longer than the walk, or the score asked for where there is none.
     """
     assert isinstance(field, FlowField)
     known("sampler.method", method, STEPS)
@@ -98,6 +98,10 @@ def sde(
     if not math.isfinite(w(grid[0].item())):
         grid[0] -= POLE
     walk = shifted_grid(grid, shift, batch).tolist()
+    if method == "heun" and last == "none" and PathPoint.at(field.path, walk[-1]).sigma == 0:
+        raise ValueError(
+            "sampler.method=heun needs the score at pure data with sampler.last=none; set sampler.last=mean"
+        )
     state, noisy = replace(batch, x=batch.x.double()), len(walk) - 1 if last == "none" else len(walk) - 2
     for step, (t, t_next) in enumerate(pairwise(walk)):
         if step < noisy:
@@ -111,7 +115,13 @@ def sde(
 
 
 def sde_grid(times: Tensor, last_step_size: float) -> Tensor:
-    """As many times, equidistant from the first one to `last_step_size`, and then 0; 0 leaves them as they are."""
+    """As many times, equidistant from the first one to `last_step_size`, and then 0; 0 leaves them as they are.
+
+    Raises:
+        ValueError: the last step is longer than the walk.
+    """
+    if not 0 <= last_step_size < times[0]:
+        raise ValueError(f"sampler.last_step_size={last_step_size} must be at least 0 and less than {times[0]:g}")
     if last_step_size == 0:
         return times.clone()
     steps = torch.linspace(times[0].item(), last_step_size, len(times) - 1, dtype=torch.float64)

@@ -225,12 +225,15 @@ def solver(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stochastic(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Official arguments of an SDE sampler as ours; without a last step, num_steps counts times."""
+    """Official arguments of an SDE sampler as ours; where the last step is none or empty, num_steps counts times."""
     asked = {
         "sampling_method": "Euler", "diffusion_form": "SBDM", "diffusion_norm": 1.0, "last_step": "Mean",
         "last_step_size": 0.04, "num_steps": 250, **call,
     }  # fmt: skip
     last, form = asked.pop("last_step"), asked.pop("diffusion_form")
+    if asked["last_step_size"] == 0 and last == "Tweedie":
+        raise NotImplementedError("Tweedie's formula at the end of the walk")
+    last = last if asked["last_step_size"] else None
     ours = {
         "method": asked.pop("sampling_method").lower(),
         "diffusion": FORMS.get(form, form),
