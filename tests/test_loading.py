@@ -280,6 +280,7 @@ def test_only_the_named_parameters_are_trained(tmp_path: Path) -> None:
     after = genfound.load(tmp_path / "run", "raw").net.state_dict()
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert changed and all("adaln" in key or "bias" in key for key in changed)
+    assert genfound.load(tmp_path / "run").net.state_dict().keys() == after.keys()
 
 
 def test_samples_are_latents_where_the_autoencoder_is_absent(tmp_path: Path) -> None:
