@@ -120,10 +120,9 @@ def _of_run(folder: Path, path: Path, weights: str) -> Found:
     if file is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     state = checkpoints.read(file)
+    tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
     if weights == "ema" and state["ema"]:
-        tensors = next(iter(state["ema"].values()))
-    else:
-        tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+        tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
     data = state["run"]
     return Found(paths.read_config(folder), tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
 

@@ -31,7 +31,7 @@ class Ema(lightning.Callback):
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Copy the weights, unless a checkpoint is about to bring the averages."""
         for decay in self.decays:
-            self.averages[decay] = {name: p.detach().float().clone() for name, p in _weights(module)}
+            self.averages[decay] = {name: p.detach().float().clone() for name, p in _trained(module)}
         self._steps = trainer.global_step
 
     def on_load_checkpoint(
@@ -65,7 +65,7 @@ class Ema(lightning.Callback):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        live = [p.detach().float() for _, p in _weights(module)]
+        live = [p.detach().float() for _, p in _trained(module)]
         for decay, average in self.averages.items():
             torch._foreach_lerp_(list(average.values()), live, 1 - decay)
 
@@ -76,7 +76,7 @@ class Ema(lightning.Callback):
             yield
             return
         average = self.averages[self.decays[0]]
-        live = {name: p.detach().clone() for name, p in _weights(module)}
+        live = {name: p.detach().clone() for name, p in _trained(module)}
         _copy(module, average)
         try:
             yield
@@ -84,12 +84,12 @@ class Ema(lightning.Callback):
             _copy(module, live)
 
 
-def _weights(module: lightning.LightningModule) -> list[tuple[str, nn.Parameter]]:
+def _trained(module: lightning.LightningModule) -> list[tuple[str, nn.Parameter]]:
     assert isinstance(module, GenerativeModule)
-    return list(module.net.named_parameters())
+    return [(name, p) for name, p in module.net.named_parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def _copy(module: lightning.LightningModule, values: dict[str, Tensor]) -> None:
-    for name, parameter in _weights(module):
+    for name, parameter in _trained(module):
         parameter.copy_(values[name])
