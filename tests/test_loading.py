@@ -155,6 +155,12 @@ def test_what_shapes_do_not_tell_is_asked_for(tmp_path: Path) -> None:
         genfound.load(tmp_path / "weights.pt", family="sit", layers=3, **HEADS)
 
 
+def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    torch.save(official_state("nit"), tmp_path / "nit.pt")
+    with pytest.raises(ValueError, match=r"does not fit NiT: 1 of another shape .y_embedder"):
+        genfound.load(tmp_path / "nit.pt", num_classes=1000)
+
+
 def test_arguments_of_the_training_script_tell_the_family_and_the_path(tmp_path: Path) -> None:
     args = argparse.Namespace(path_type="GVP", prediction="noise")
     torch.save({"ema": official_state("sit"), "args": args}, tmp_path / "0050000.pt")
