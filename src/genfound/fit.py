@@ -15,6 +15,7 @@ import numpy as np
 
 from genfound import build, checkpoints, paths
 from genfound.callbacks.ema import Ema
+from genfound.callbacks.evaluation import Evaluation
 from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.nonfinite import NonFinite
 from genfound.callbacks.preview import Preview
@@ -134,11 +135,13 @@ def _callbacks(
         batches = parts.batches(parts.held_out)
         micros = validation_micros(parts, settings["val_images"])
         validation = [Validation(batches, micros, settings["val_every"], ema, metrics)]
+    evaluation = [Evaluation(folder, parts, ema, metrics)] if settings["eval_every"] else []
     return [
         ema,
         metrics,
         nonfinite,
         *validation,
+        *evaluation,
         Preview(folder / "samples", settings["preview_every"], sampling, requests, names, ema, metrics),
         Saving(folder / "checkpoints", settings["checkpoint_every"], settings["keep"], loader, facts),
     ]

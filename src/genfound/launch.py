@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genfound import paths
 
-SEVERAL_TYPES = ("model.learn_sigma", "objective.time_shift", "sampler.steps", "labels", "size", "rope.target")
+SEVERAL_TYPES = ("model.learn_sigma", "objective.time_shift", "sampler.steps", "labels", "size", "sizes", "rope.target")
 """Keys whose values may be of another type than their default."""
 
 

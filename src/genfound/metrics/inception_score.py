@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,9 +28,10 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def adm_score(logits: Tensor, split_size: int) -> Score:
-    """ADM's score of float32 logits (N, K): consecutive splits of `split_size` images, a shorter last one weighs as much.
+    """ADM's score of float32 logits (N, K): consecutive splits of `split_size` images.
 
-    It depends on the order of the images: they must be in random order of their classes.
+    A shorter last split weighs as much as the others. The score depends on the order of the images, which must be
+    a random one of their classes.
     """
     return _over_splits(probabilities(logits).split(split_size))
 
@@ -40,7 +42,7 @@ def torch_fidelity_score(logits: Tensor, splits: int = SPLITS, shuffle: bool = T
     order = np.random.RandomState(SHUFFLE_SEED).permutation(count) if shuffle else np.arange(count)
     p = logits.double()[torch.from_numpy(order).to(logits.device)].softmax(dim=1)
     bounds = [i * count // splits for i in range(splits + 1)]
-    return _over_splits([p[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)])
+    return _over_splits([p[start:stop] for start, stop in pairwise(bounds)])
 
 
 def _over_splits(parts: tuple[Tensor, ...] | list[Tensor]) -> Score:
@@ -50,5 +52,5 @@ def _over_splits(parts: tuple[Tensor, ...] | list[Tensor]) -> Score:
 
 def _score(p: Tensor) -> Tensor:
     """exp of the mean over rows of sum p (log p - log mean p)."""
-    divergence = torch.xlogy(p, p) - p * p.mean(dim=0).log()
+    divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(dim=0))
     return divergence.sum(dim=1).mean().exp()

@@ -47,7 +47,9 @@ def squared_distances(u: Tensor, v: Tensor, half: bool = False) -> Tensor:
     return _expanded(u, v)
 
 
-def manifold(features: Tensor, k: Sequence[int], half: bool = False, rows: int = BLOCK, columns: int = BLOCK) -> Manifold:
+def manifold(
+    features: Tensor, k: Sequence[int], half: bool = False, rows: int = BLOCK, columns: int = BLOCK
+) -> Manifold:
     """The balls around features (N, D); `rows` and `columns` bound a block.
 
     Raises:
@@ -75,11 +77,11 @@ def precision_recall(
     """How much of each set lies inside the balls of the other."""
     inside = samples.radii.new_zeros(samples.radii.shape, dtype=torch.bool)
     covered = reference.radii.new_zeros(reference.radii.shape, dtype=torch.bool)
-    for u, ru, cover in _blocks(reference, covered, rows):
-        for v, rv, within in _blocks(samples, inside, columns):
+    for u, ru, is_covered in _blocks(reference, covered, rows):
+        for v, rv, is_inside in _blocks(samples, inside, columns):
             distances = squared_distances(u, v, half)[..., None]
-            within |= (distances <= ru[:, None]).any(dim=0)
-            cover |= (distances <= rv).any(dim=1)
+            is_inside.logical_or_((distances <= ru[:, None]).any(dim=0))
+            is_covered.logical_or_((distances <= rv).any(dim=1))
     return Shares(inside.double().mean(dim=0).tolist(), covered.double().mean(dim=0).tolist())
 
 

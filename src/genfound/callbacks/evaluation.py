@@ -1,0 +1,166 @@
+"""Figures of the averaged weights every so many images, each with its protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from genfound import build, paths
+from genfound.callbacks.ema import Ema
+from genfound.callbacks.metrics import Metrics
+from genfound.callbacks.periodic import Periodic
+from genfound.drawing import DATA, Drawn, make_requests
+from genfound.evaluation import Asked, circumstances, drawing_of, pairs, protocol_of, remove, settings
+from genfound.extraction import shown
+from genfound.metrics.extractor import tensors_hash
+from genfound.metrics.features import Features
+from genfound.metrics.figures import check_count, measure
+from genfound.metrics.images import digest
+from genfound.metrics.protocol import Result
+from genfound.metrics.reference import Reference
+from genfound.module import GenerativeModule
+from genfound.references import DataSet, Place, Tool, prepare_extractor, prepare_reference
+from genfound.sampling import Request, Sampling, check_size
+from genfound.tokenizers import Tokenizer
+
+Size = tuple[int, int]
+
+
+class Evaluation(Periodic):
+    """Draws samples on every rank, measures them on the first; results go to the sinks and to evaluations/.
+
+    Nothing of it reaches the training: weights are swapped back bit by bit, and no random number is taken from it.
+
+    Args:
+        folder: the run; every rank must see it.
+        parts: of the run; `trainer.eval_*` say when, and under which protocol.
+        ema: holds the average.
+        metrics: whose sinks receive the figures.
+
+    Raises:
+        ValueError: a protocol that does not fit the run.
+    """
+
+    def __init__(self, folder: Path, parts: build.Parts, ema: Ema, metrics: Metrics) -> None:
+        trainer = parts.config["trainer"]
+        super().__init__(trainer["eval_every"])
+        self.folder, self.parts, self.ema, self.metrics = folder, parts, ema, metrics
+        self.asked = asked(folder, parts.config)
+        config = self.asked.config
+        references = Path(parts.config["runs"]) / ".references"
+        self.place = Place(folder / "evaluations", references, 1, trainer["accelerator"])
+        self.data = DataSet(parts.config, parts.tokenizer.spec, len(parts.images.class_names))
+        self.sizes: list[Size | str] = [DATA] if config["sizes"] in (None, DATA) else list(pairs(config["sizes"]))
+        unit = parts.tokenizer.spec.stride * parts.config["model"]["patch_size"]
+        for size in self.sizes:
+            if not isinstance(size, str):
+                check_size(size, unit)
+        self.tool: Tool | None = None
+        self.references: dict[Size | str, tuple[Reference, dict[str, Any]]] = {}
+        self.requests = {size: self._requests(size) for size in self.sizes}
+        self.samplings = {size: self._sampling(size) for size in self.sizes}
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Continue the rhythm; make probe and references, on the first rank, or find them."""
+        super().on_train_start(trainer, module)
+        if trainer.is_global_zero:
+            self._prepare()
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            self.tool = prepare_extractor(self.asked.config, self.data, self.place)
+
+    def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+        """Evaluate at every size."""
+        figures: dict[str, float] = {}
+        for size in self.sizes:
+            prefix = "eval" if len(self.sizes) == 1 else f"eval/{shown(size)}"
+            found = self._evaluate(trainer, module, size)
+            figures |= {f"{prefix}/{name}": value for name, value in found.items()}
+        for sink in self.metrics.sinks:
+            sink.log({"images_seen": module.images_seen, **figures}, trainer.global_step)
+
+    def _prepare(self) -> None:
+        config = self.asked.config
+        self.tool = prepare_extractor(config, self.data, self.place)
+        check_count(f"trainer.eval_protocol={self.asked.protocol}", config["n"], self.tool.extractor)
+        for size in self.sizes:
+            self.references[size] = prepare_reference(config, size, self.data, self.tool, self.place)
+
+    def _evaluate(self, trainer: lightning.Trainer, module: GenerativeModule, size: Size | str) -> dict[str, float]:
+        """Figures on the first rank; nothing on the others."""
+        share = trainer.global_rank, trainer.world_size
+        module.eval()
+        with self.ema.swapped(module):
+            weights = tensors_hash(module.net.state_dict())
+            drawn = Drawn(self.folder / "evaluations/work" / digest(weights, shown(size)), self.requests[size])
+            drawn.begin()
+            drawn.draw(module.net, self.samplings[size], self.asked.config["seed"], *share)
+        module.train()
+        trainer.strategy.barrier()
+        features = Features(drawn.folder / "features", len(drawn))
+        assert self.tool is not None
+        features.extract(drawn, self.tool.extractor, *share)
+        trainer.strategy.barrier()
+        figures: dict[str, float] = {}
+        if trainer.is_global_zero:
+            figures = self._measure(drawn, features, size, {"images_seen": module.images_seen, "hash": weights})
+            remove(drawn.folder)
+        trainer.strategy.barrier()
+        return figures
+
+    def _measure(self, drawn: Drawn, features: Features, size: Size | str, subject: dict[str, Any]) -> dict[str, float]:
+        assert self.tool is not None
+        config, (reference, facts) = self.asked.config, self.references[size]
+        device = self.samplings[size].device
+        figures = measure(features, reference, self.tool.extractor, config["convention"], drawn.labels, device)
+        how = settings(self.asked, self.parts.config, size)
+        drawing = drawing_of(config, how, self.samplings[size].tokenizer, device)
+        protocol = protocol_of(self.asked, len(drawn), size, drawing, self.tool, facts)
+        result = Result(figures, protocol, {"from": str(self.folder), **subject}, circumstances(device))
+        result.append_to(self.place.out)
+        return figures
+
+    def _requests(self, size: Size | str) -> Sequence[Request]:
+        config = self.asked.config
+        named = self.data.images("train") if DATA in (size, config["labels"]) else None
+        return make_requests(config["n"], config["labels"], size, self.data.classes, config["seed"], named)
+
+    def _sampling(self, size: Size | str) -> Sampling:
+        parts, config = self.parts, settings(self.asked, self.parts.config, size)
+        precision = self.asked.config["precision"]
+        tokenizer = _decoder(parts)
+        return Sampling.of(config, parts.objective, tokenizer, parts.device, config["sample"]["batch"], precision)
+
+
+def asked(folder: Path, run: Mapping[str, Any]) -> Asked:
+    """What conf/evaluate.yaml asks for under the protocol of `trainer.eval_protocol`.
+
+    Raises:
+        ValueError: there is no such protocol, or it does not say its reference.
+    """
+    trainer = run["trainer"]
+    name = trainer["eval_protocol"]
+    known = sorted(file.stem for file in (Path(paths.config_dir()) / "protocol").glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"trainer.eval_protocol={name} is unknown; choose one of {', '.join(known)}")
+    config = paths.compose("evaluate", [f"protocol={name}"])
+    own = {
+        "from": str(folder),
+        "extractor": trainer["eval_extractor"] or config["extractor"],
+        "extractor_weights": trainer["eval_extractor_weights"],
+        "reference": DATA if config["reference"] == "???" else config["reference"],
+        "weights": "raw" if run["ema"]["decays"] == [] else "ema",
+        "precision": trainer["precision"],
+        "batch": run["sample"]["batch"],
+    }
+    return Asked({**config, **own}, [], name)
+
+
+def _decoder(parts: build.Parts) -> Tokenizer:
+    """What decodes: also of a run on stored latents the tokenizer itself."""
+    return (
+        parts.tokenizer if parts.config["data"].get("source", "images") == "images" else build.tokenizer(parts.config)
+    )

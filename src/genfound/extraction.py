@@ -1,0 +1,285 @@
+"""Work on many images in several processes: drawing them, and computing their features.
+
+A task is a JSON file, which each process reads for itself. Processes share nothing but the folder of their
+results, in which each writes its own files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from genfound import build, launch
+from genfound.data.base import LatentSource, PictureSource
+from genfound.data.pictures import Normaliser, to_uint8
+from genfound.drawing import Drawn
+from genfound.loading import load
+from genfound.metrics.extractor import Extractor, Inception
+from genfound.metrics.features import Features, Progress
+from genfound.metrics.images import Chosen, Cropped, ImageSet, Sourced, digest, open_images
+from genfound.metrics.probe import Probe
+from genfound.rng import Rng
+from genfound.sampling import Sampling
+from genfound.tokenizers import Spec
+
+VIEWS = ("crop", "as_is", "same_size")
+QUIET = 10.0
+"""Seconds between two lines of progress."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Images that any process can open.
+
+    Attributes:
+        kind: `drawn`, `path` or `data`.
+        path: of the drawn images, or of an npz file or a folder.
+        config: of the run whose data set it is.
+        split: `train` or `val`, of the data set.
+        spec: channels and stride of the run's latents; stored latents are decoded, their means.
+        view: `crop` brings images to `size`, `same_size` takes only those that have it, `as_is` takes all.
+        size: (height, width).
+        shuffled: in a fixed random order.
+        limit: only so many of them, if shuffled.
+    """
+
+    kind: str
+    path: str | None = None
+    config: Mapping[str, Any] | None = None
+    split: str = "train"
+    spec: tuple[int, int] = (0, 0)
+    view: str = "as_is"
+    size: tuple[int, int] | None = None
+    shuffled: bool = False
+    limit: int | None = None
+
+    def open(self, device: torch.device | str = "cpu") -> ImageSet:
+        """The images; a device decodes stored latents.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: they are damaged, or none has the size.
+        """
+        if self.view not in VIEWS:
+            raise ValueError(f"reference_view={self.view} is unknown; choose one of {', '.join(VIEWS)}")
+        images = self._whole(torch.device(device))
+        if self.view == "same_size":
+            fitting = np.flatnonzero((images.sizes == np.array(self.size)).all(axis=1))
+            if not len(fitting):
+                raise ValueError(f"reference_view=same_size: no reference image is {shown(self.size)} pixels")
+            images = Chosen(images, fitting)
+        if self.shuffled:
+            order = Rng(0, "reference").permutation("order", len(images)).numpy()
+            images = Chosen(images, order[: self.limit])
+        if self.view == "crop" and self.size is not None:
+            images = Cropped(images, (int(self.size[0]), int(self.size[1])))
+        return images
+
+    def _whole(self, device: torch.device) -> ImageSet:
+        if self.kind == "data":
+            assert self.config is not None
+            return data_images(self.config, Spec(*self.spec), self.split, device)
+        assert self.path is not None
+        return Drawn.open(Path(self.path)) if self.kind == "drawn" else open_images(Path(self.path))
+
+
+def shown(size: Any) -> str:
+    """[256, 128] -> 256x128; a text as it is."""
+    return size if isinstance(size, str) else "x".join(map(str, size))
+
+
+class Decoded:
+    """Stored latents as images: the decoded means.
+
+    Args:
+        source: the latents.
+        config: of the run, whose tokenizer decodes and whose rule makes bytes.
+        device: decodes.
+
+    Raises:
+        FileNotFoundError: the tokenizer's weights are not there.
+    """
+
+    def __init__(self, source: LatentSource, config: Mapping[str, Any], device: torch.device) -> None:
+        self.source = source
+        self.sizes, self.labels = source.sizes, source.labels
+        self.rule = config["sample"]["uint8"]
+        self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes(), self.rule)
+        self.stored = build.training_tokenizer(config)
+        self.tokenizer = build.tokenizer(config)
+        self.device = device
+        self._one_at_a_time = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        moments = self.source.moments(number, mirrored=False)[None].float()
+        with self._one_at_a_time, torch.no_grad():
+            latent = cast(Normaliser, self.stored).normalise(moments).to(self.device)
+            return to_uint8(self.tokenizer.decode(latent)[0], self.rule)
+
+
+def data_images(
+    config: Mapping[str, Any], spec: Spec, split: str, device: torch.device | str = "cpu"
+) -> Sourced | Decoded:
+    """The data set of a run as images; `split` is `train` or `val`."""
+    source = build.source(config, spec, split)
+    if isinstance(source, LatentSource):
+        return Decoded(source, config, torch.device(device))
+    return Sourced(cast(PictureSource, source))
+
+
+@dataclass(frozen=True)
+class DrawTask:
+    """Drawing the requests of a folder.
+
+    Attributes:
+        folder: see `Drawn`.
+        source: what `loading.load` takes.
+        weights: ema or raw.
+        hints: for `loading.load`.
+        config: with the sampler, guidance and byte rule to use.
+        seed: of the noise.
+        batch: images per network call.
+        precision: `auto`, `bf16` or `fp32`.
+        accelerator: `auto`, `cpu` or `cuda`.
+    """
+
+    folder: str
+    source: str
+    weights: str
+    hints: Mapping[str, Any]
+    config: Mapping[str, Any]
+    seed: int
+    batch: int
+    precision: str
+    accelerator: str
+
+    def run(self, rank: int, ranks: int, device: torch.device, progress: Progress | None) -> None:
+        """Draw this process's share."""
+        loaded = load(self.source, weights=self.weights, **self.hints)
+        objective = build.objective(self.config)
+        sampling = Sampling.of(self.config, objective, loaded.tokenizer, device, self.batch, self.precision)
+        Drawn.open(Path(self.folder)).draw(loaded.net.to(device), sampling, self.seed, rank, ranks, progress)
+
+
+@dataclass(frozen=True)
+class ExtractTask:
+    """Computing features.
+
+    Attributes:
+        folder: of the features.
+        images: which.
+        count: how many of them, from the first.
+        extractor: `inception` or `probe`.
+        extractor_weights: its file.
+        accelerator: `auto`, `cpu` or `cuda`.
+    """
+
+    folder: str
+    images: Where
+    count: int
+    extractor: str
+    extractor_weights: str
+    accelerator: str
+
+    def run(self, rank: int, ranks: int, device: torch.device, progress: Progress | None) -> None:
+        """Compute this process's share."""
+        extractor = open_extractor(self.extractor, Path(self.extractor_weights), device)
+        Features(Path(self.folder), self.count).extract(self.images.open(device), extractor, rank, ranks, progress)
+
+
+Task = DrawTask | ExtractTask
+TASKS: dict[str, type[Task]] = {"draw": DrawTask, "extract": ExtractTask}
+
+
+def open_extractor(name: str, weights: Path, device: torch.device) -> Extractor:
+    """An extractor by name.
+
+    Raises:
+        FileNotFoundError: its weights are not there.
+        ValueError: an unknown name, or damaged weights.
+    """
+    if name == "inception":
+        return Inception(weights, device)
+    if name == "probe":
+        return Probe.load(weights, device)
+    raise ValueError(f"extractor={name} is unknown; choose inception or probe")
+
+
+def perform(task: Task, devices: int, file: Path) -> None:
+    """Do a task, in this process or in several.
+
+    Args:
+        task: what to do.
+        devices: number of processes.
+        file: where to write the task for them.
+
+    Raises:
+        launch.JobError: a process failed, and has said why.
+    """
+    if devices == 1:
+        task.run(0, 1, build.device(task.accelerator), spoken(type(task).__name__))
+        return
+    kind = next(name for name, cls in TASKS.items() if isinstance(task, cls))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"kind": kind, "task": asdict(task)}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    environment = dict(os.environ)
+    if build.device(task.accelerator).type == "cpu":  # kernels may sum in another order with other numbers of threads
+        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    code = subprocess.run([*command, "-m", "genfound.extraction", str(file)], env=environment, check=False).returncode
+    file.unlink(missing_ok=True)
+    if code:
+        raise launch.JobError
+
+
+def spoken(what: str) -> Progress:
+    """Prints how far the first process is, every ten seconds."""
+    doing = {"DrawTask": "drawn", "ExtractTask": "features"}.get(what, what)
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > QUIET or done == total:
+            last = time.monotonic()
+            print(f"  {doing}: {done:,} of {total:,}", flush=True)
+
+    return progress
+
+
+def _worker(file: Path) -> None:
+    """One process: `python -m genfound.extraction TASK_FILE`, under torchrun."""
+    stored = json.loads(file.read_text())
+    options = stored["task"]
+    if stored["kind"] == "extract":
+        options["images"] = Where(**options["images"])
+    task = TASKS[stored["kind"]](**options)
+    rank, ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = build.device(task.accelerator)
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    launch.keep_freed_memory()
+    try:
+        task.run(rank, ranks, device, spoken(type(task).__name__) if rank == 0 else None)
+    except launch.USER_ERRORS as error:
+        launch.complain(str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]))

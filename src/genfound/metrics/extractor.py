@@ -1,0 +1,104 @@
+"""What turns images into features: one interface, two extractors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genfound import checkpoints
+from genfound.metrics.inception import SIDE, InceptionV3
+from genfound.metrics.resize import tf1_resize
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+SOURCES = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+)
+COUNTED = "num_batches_tracked"
+
+
+class Extractor(Protocol):
+    """Images -> features, each image's own whatever the others are.
+
+    Attributes:
+        name: `inception` or `probe`.
+        hash: of its weights.
+        width: number of pool features.
+    """
+
+    name: str
+    hash: str
+    width: int
+
+    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Images (height, width, 3) uint8 of any sizes -> `pool`, `logits`, perhaps `spatial`; float32, on the CPU."""
+
+
+class Inception:
+    """InceptionV3 with the public weights, in full float32.
+
+    Args:
+        weights: path of the weights file.
+        device: where to compute.
+
+    Raises:
+        FileNotFoundError: the file is not there; the message says where to get it.
+        ValueError: the file is damaged or of another network.
+    """
+
+    name = "inception"
+    width = 2048
+
+    def __init__(self, weights: str | Path, device: torch.device) -> None:
+        file = Path(weights)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"extractor_weights={file} is not there; download {WEIGHTS} from {SOURCES[0]} "
+                f"(or {SOURCES[1]}, the same tensors) and give its path"
+            )
+        state = checkpoints.read(file)
+        with torch.random.fork_rng(devices=[]):  # training goes on with the numbers it would have drawn
+            net = InceptionV3()
+        own = {key: value for key, value in net.state_dict().items() if key.endswith(COUNTED)}
+        checkpoints.fill(net, {**own, **{k: v for k, v in state.items() if not k.endswith(COUNTED)}}, file)
+        self.hash = tensors_hash({k: v for k, v in net.state_dict().items() if not k.endswith(COUNTED)})
+        self.net = net.to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """See `Extractor`."""
+        resized = [tf1_resize(to_tensor(image).to(self.device), SIDE, SIDE) for image in images]
+        with full_precision(self.device):
+            outputs = self.net(torch.cat(resized))
+        return {name: value.float().cpu() for name, value in outputs._asdict().items()}
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Float32 as it says, also where training has switched to less."""
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with exact, torch.autocast(device.type, enabled=False):
+        yield
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(height, width, 3) uint8 -> (1, 3, height, width) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of the names, shapes and values of tensors."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hashed.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

@@ -1,0 +1,106 @@
+"""Features of a set of images on disk, a file for every 64 images, so that work goes on where it stopped.
+
+Files are the units that processes share out. A file depends on its images only, and is written whole or not at
+all; so neither the number of processes nor an interruption changes a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genfound.metrics.extractor import Extractor
+from genfound.metrics.frechet import ROWS, Gaussian, Moments
+from genfound.metrics.images import ImageSet
+from genfound.metrics.npz import write_npz
+
+BATCH = 64
+READERS = 4
+Progress = Callable[[int, int], None]
+"""Called with the number of images done by this process and of all that it has to do."""
+
+
+class Features:
+    """The features of `count` images in a folder."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder = folder
+        self.count = count
+
+    @property
+    def files(self) -> list[Path]:
+        """One for every 64 images."""
+        return [self.folder / f"{start // BATCH:06d}.npz" for start in range(0, self.count, BATCH)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every file is there."""
+        return all(file.is_file() for file in self.files)
+
+    def extract(
+        self, images: ImageSet, extractor: Extractor, rank: int = 0, ranks: int = 1, progress: Progress | None = None
+    ) -> None:
+        """Compute the files of this process that are not there yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = list(enumerate(self.files))[rank::ranks]
+        with ThreadPoolExecutor(READERS) as pool:
+            for done, (place, file) in enumerate(files, start=1):
+                if not file.is_file():
+                    numbers = range(place * BATCH, min((place + 1) * BATCH, self.count))
+                    columns = extractor(list(pool.map(images.__getitem__, numbers)))
+                    _check(columns, place)
+                    write_npz(file, {name: column.numpy() for name, column in columns.items()})
+                if progress is not None:
+                    progress(min(done * BATCH, self.count), min(len(files) * BATCH, self.count))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """A column in blocks of `ROWS` rows."""
+        waiting: list[Tensor] = []
+        for file in self.files:
+            with np.load(file) as arrays:
+                waiting.append(torch.from_numpy(arrays[name]))
+            if sum(map(len, waiting)) >= ROWS:
+                yield torch.cat(waiting)
+                waiting = []
+        if waiting:
+            yield torch.cat(waiting)
+
+    def has(self, name: str) -> bool:
+        """Whether the extractor computes this column."""
+        with np.load(self.files[0]) as arrays:
+            return name in arrays
+
+    def column(self, name: str, limit: int | None = None) -> Tensor:
+        """(count, D) float32, or only the first `limit` rows."""
+        rows = self.count if limit is None else min(limit, self.count)
+        out: Tensor | None = None
+        place = 0
+        for block in self.blocks(name):
+            out = block.new_empty(rows, block.shape[1]) if out is None else out
+            taken = block[: rows - place]
+            out[place : place + len(taken)] = taken
+            place += len(taken)
+            if place == rows:
+                break
+        assert out is not None
+        return out
+
+    def gaussian(self, name: str, device: torch.device) -> Gaussian:
+        """Mean and covariance of a column."""
+        moments: Moments | None = None
+        for block in self.blocks(name):
+            moments = Moments(block.shape[1], device) if moments is None else moments
+            moments.add(block)
+        assert moments is not None
+        return moments.gaussian()
+
+
+def _check(columns: dict[str, Tensor], place: int) -> None:
+    for name, column in columns.items():
+        if not column.isfinite().all():
+            raise ValueError(f"features {name} of the images from number {place * BATCH:,} on are not finite")

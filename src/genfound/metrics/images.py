@@ -1,0 +1,277 @@
+"""Sets of uint8 images: ADM's npz files, folders, and views of other sets."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from genfound.data.base import PictureSource
+from genfound.data.views import resize
+from genfound.metrics.npz import read_member
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
+MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
+"""Of files that become RGB without a choice: no transparency, no 16 bits."""
+
+LABELS, NOTE = "labels.txt", "protocol.json"
+"""Beside exported images: one label per image, and how the images were made."""
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order.
+
+    Attributes:
+        key: changes when the images do; a hexadecimal number.
+    """
+
+    key: str
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n, 2) int64, height and width in pixels."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(n,) int64, or `None` where they are unknown."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+
+
+class NpzImages:
+    """`arr_0` of an npz file, (N, H, W, 3) uint8, as ADM's evaluator reads; `arr_1` holds labels, if there is one.
+
+    An uncompressed file is mapped, a compressed one is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a damaged file, or one without such an array.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.array = read_member(file, "arr_0")
+        if self.array is None:
+            raise ValueError(f"{file} has no arr_0; a sample file holds uint8 images (N, H, W, 3) under this name")
+        shape, dtype = self.array.shape, self.array.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+            raise ValueError(f"{file}: arr_0 is {dtype} {list(shape)}; it must be uint8 (N, H, W, 3) in 0..255, RGB")
+        self.sizes = np.tile(np.array(shape[1:3], dtype=np.int64), (shape[0], 1))
+        labels = read_member(file, "arr_1")
+        fits = labels is not None and labels.shape == shape[:1] and labels.dtype.kind in "iu"
+        self.labels = np.array(labels, dtype=np.int64) if fits else None
+        self.key = stamp([file])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        assert self.array is not None
+        return np.asarray(self.array[number])
+
+
+class FolderImages:
+    """All images below a folder, in the order of their paths.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the labels beside them are of another number.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = image_files(folder)
+        if not self.files:
+            raise FileNotFoundError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        self.labels = _read_labels(folder / LABELS, len(self.files))
+        self.key = stamp(self.files)
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(n, 2) int64, from the headers of the files."""
+        found = np.empty((len(self.files), 2), dtype=np.int64)
+        for number, file in enumerate(self.files):
+            with _opened(file) as picture:
+                found[number] = picture.height, picture.width
+        return found
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8, not turned by EXIF.
+
+        Raises:
+            ValueError: the file cannot be decoded, or has transparency or more than 8 bits.
+        """
+        file = self.files[number]
+        with _opened(file) as picture:
+            if picture.mode not in MODES or "transparency" in picture.info:
+                raise ValueError(f"{file} is {picture.mode} with transparency or 16 bits; convert it to 8-bit RGB")
+            try:
+                return np.array(picture.convert("RGB"))
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"{file} cannot be decoded: {error}") from None
+
+
+class Sourced:
+    """The images of a data set, as a model is trained on them."""
+
+    def __init__(self, source: PictureSource) -> None:
+        self.source = source
+        self.sizes = source.sizes
+        self.labels = source.labels
+        self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        return self.source.image(number)
+
+
+class Chosen:
+    """Some images of a set, in a given order.
+
+    Args:
+        images: the set.
+        numbers: which of its images.
+    """
+
+    def __init__(self, images: ImageSet, numbers: Sequence[int] | np.ndarray) -> None:
+        self.images = images
+        self.numbers = np.asarray(numbers, dtype=np.int64)
+        self.sizes = images.sizes[self.numbers]
+        self.labels = None if images.labels is None else images.labels[self.numbers]
+        self.key = digest(images.key, self.numbers.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        return self.images[int(self.numbers[number])]
+
+
+class Cropped:
+    """A set brought to one size: as small as covers it, bicubic, then its centre.
+
+    Args:
+        images: the set.
+        size: height and width in pixels.
+    """
+
+    def __init__(self, images: ImageSet, size: tuple[int, int]) -> None:
+        self.images = images
+        self.size = size
+        self.labels = images.labels
+        self.key = digest(images.key, f"crop {size[0]} {size[1]}")
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(n, 2) int64, all the same."""
+        return np.tile(np.array(self.size, dtype=np.int64), (len(self), 1))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        return cover(self.images[number], *self.size)
+
+
+def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """ADM's centre crop for any size: box-halve while twice too large, bicubic to what covers it, crop."""
+    if image.shape[:2] == (height, width):
+        return image
+    picture = Image.fromarray(image)
+    while picture.height >= 2 * height and picture.width >= 2 * width:
+        picture = resize(picture, picture.height // 2, picture.width // 2, Image.Resampling.BOX)
+    scale = max(height / picture.height, width / picture.width)
+    sides = max(round(picture.height * scale), height), max(round(picture.width * scale), width)
+    picture = resize(picture, *sides, Image.Resampling.BICUBIC)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return np.array(picture.crop((left, top, left + width, top + height)))
+
+
+def open_images(path: Path) -> NpzImages | FolderImages:
+    """An npz file, or a folder of images.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the folder is empty.
+        ValueError: a file that is no npz, or one that does not hold images.
+    """
+    if path.is_dir():
+        return FolderImages(path)
+    if path.is_file() and path.suffix != ".npz":
+        raise ValueError(f"{path} is neither an .npz file nor a folder of images")
+    return NpzImages(path)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image file below a folder, hidden ones left out, sorted by path."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(visible, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def note_of(path: Path) -> dict[str, Any] | None:
+    """How exported images were made; `None` for images of other origin.
+
+    Raises:
+        ValueError: the note is damaged.
+    """
+    if path.is_dir():
+        text = (path / NOTE).read_text() if (path / NOTE).is_file() else None
+    else:
+        member = read_member(path, "protocol")
+        text = None if member is None else str(member)
+    try:
+        return None if text is None else dict(json.loads(text))
+    except ValueError:
+        raise ValueError(f"{path}: the protocol beside the images is damaged; remove it") from None
+
+
+def stamp(files: Sequence[Path]) -> str:
+    """A number that changes with the names, sizes and times of change of files."""
+    facts = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return digest(repr(facts))
+
+
+def digest(*parts: str | bytes) -> str:
+    """16 hexadecimal digits of some texts."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        hashed.update(part.encode() if isinstance(part, str) else part)
+    return hashed.hexdigest()
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        return Image.open(file)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+
+
+def _read_labels(file: Path, count: int) -> np.ndarray | None:
+    if not file.is_file():
+        return None
+    try:
+        labels = np.array([int(line) for line in file.read_text().split()], dtype=np.int64)
+    except ValueError:
+        raise ValueError(f"{file} must hold one whole number per image") from None
+    if len(labels) != count:
+        raise ValueError(f"{file} has {len(labels):,} labels for {count:,} images")
+    return labels

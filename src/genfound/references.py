@@ -1,0 +1,214 @@
+"""What samples are measured with and against, made once and kept: probes, and statistics of real images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genfound import build
+from genfound.data.store import MANIFEST, read_manifest
+from genfound.extraction import ExtractTask, Where, data_images, open_extractor, perform
+from genfound.metrics.extractor import WEIGHTS, Extractor
+from genfound.metrics.features import Features
+from genfound.metrics.figures import check_count
+from genfound.metrics.frechet import Gaussian
+from genfound.metrics.images import ImageSet, digest
+from genfound.metrics.npz import read_member
+from genfound.metrics.probe import probe_key, train_probe
+from genfound.metrics.reference import (
+    Reference,
+    choose_reference,
+    file_hash,
+    given_statistics,
+    read_reference,
+    reference_note,
+    write_reference,
+)
+from genfound.tokenizers import Spec
+
+Config = Mapping[str, Any]
+Size = tuple[int, int]
+GIVEN = "given"
+"""A reference that was chosen by name, or its images as a file has them."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The data set of a run.
+
+    Attributes:
+        config: of the run.
+        spec: shape of its latents.
+        classes: number of labels.
+    """
+
+    config: Config
+    spec: Spec
+    classes: int
+
+    def images(self, split: str) -> ImageSet:
+        """Its images; `split` is `train` or `val`."""
+        return data_images(self.config, self.spec, split)
+
+    def of_store(self, root: Path) -> DataSet:
+        """The latents of a store in the place of its own images."""
+        holdout = read_manifest(root)["source"]["holdout"]
+        own = {"max_image_tokens": None, **self.config["data"]}
+        data = {**own, "source": "store", "root": str(root), "holdout": holdout, "flip": False}
+        return replace(self, config={**self.config, "data": data})
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an evaluation works.
+
+    Attributes:
+        out: results.jsonl, and a folder of work for each set of samples until it is measured.
+        references: statistics and probes that other evaluations can use too.
+        devices: number of processes.
+        accelerator: `auto`, `cpu` or `cuda`.
+    """
+
+    out: Path
+    references: Path
+    devices: int
+    accelerator: str
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return build.device(self.accelerator)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """An extractor, and the file from which other processes can open it."""
+
+    extractor: Extractor
+    file: Path
+
+    def extract(self, features: Features, where: Where, place: Place) -> None:
+        """Compute what is not there yet."""
+        if not features.complete:
+            folder, file = str(features.folder), str(self.file)
+            task = ExtractTask(folder, where, features.count, self.extractor.name, file, place.accelerator)
+            perform(task, place.devices, features.folder.with_suffix(".task"))
+
+
+def prepare_extractor(config: Config, data: DataSet | None, place: Place) -> Tool:
+    """The extractor of a configuration; a probe is trained on the data set unless there is one already.
+
+    Raises:
+        FileNotFoundError: weights that are not there.
+        ValueError: an unknown extractor, or a probe without a data set.
+    """
+    name, weights = config["extractor"], config["extractor_weights"]
+    if name == "probe" and weights is None:
+        if data is None:
+            raise ValueError(
+                "extractor=probe: images alone tell no data set; give extractor_weights=probe-*.safetensors"
+            )
+        images = data.images("train")
+        file = place.references / f"probe-{probe_key(images.key, data.classes)}.safetensors"
+        if not file.is_file():
+            print("training a probe on the data set", flush=True)
+            probe = train_probe(images, data.images("val"), data.classes, place.device)
+            probe.save(file)
+            share = "" if probe.accuracy is None else f"; it recognises {probe.accuracy:.1%} of held-out images"
+            print(f"probe: {file}{share}", flush=True)
+    else:
+        file = Path(weights or WEIGHTS)
+    return Tool(open_extractor(name, file, place.device), file)
+
+
+def prepare_reference(
+    config: Config, size: Size | str, data: DataSet | None, tool: Tool, place: Place
+) -> tuple[Reference, dict[str, Any]]:
+    """The reference for samples of a size, and what the protocol says of it.
+
+    Args:
+        config: with reference, reference_view and reference_images.
+        size: (height, width) of the samples, `data`, or `mixed`.
+        data: of the run, for `reference=data`.
+        tool: the extractor.
+        place: where statistics are kept.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it does not fit the samples or the extractor.
+    """
+    asked = str(config["reference"])
+    rule, given, path = GIVEN, None, Path(asked)
+    if asked.partition(":")[0] == "data" or (path.is_dir() and not any(path.glob("*.npz"))):
+        where = _view(config, asked, size, data)
+        stored = where.config is not None and where.config["data"].get("source", "images") != "images"
+        view = f"{where.view} of decoded latents" if stored else where.view
+    else:
+        if path.is_dir():
+            if isinstance(size, str):
+                raise ValueError(f"reference={asked} holds one file for each size, and these samples have several")
+            path, rule = choose_reference(path, size)
+        if reference_note(path) is not None or read_member(path, "arr_0") is None:
+            reference = read_reference(path, tool.extractor)
+            return reference, _facts(reference, str(path), rule)
+        where, view, given = Where("path", str(path)), GIVEN, given_statistics(path)
+    file = _kept(where, view, given, tool, place)
+    reference = read_reference(file, tool.extractor)
+    if where.path == str(path) and path.is_file():
+        reference = replace(reference, hash=file_hash(path))
+    return reference, _facts(reference, asked if rule == GIVEN else str(path), rule)
+
+
+def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) -> Where:
+    """Images of a folder or of the data set, as samples of this size are compared with them."""
+    view = config["reference_view"]
+    fixed = None if isinstance(size, str) else size
+    if view != "as_is" and fixed is None:
+        raise ValueError(f"reference_view={view} needs samples of one size; these are of several: reference_view=as_is")
+    options: dict[str, Any] = {"view": view, "size": fixed, "limit": config["reference_images"], "shuffled": True}
+    root, named = Path(asked), asked.partition(":")[0] == "data"
+    if not named and not (root / MANIFEST).is_file():
+        return Where("path", asked, **options)
+    split = asked.partition(":")[2] or "train" if named else "train"
+    if split not in ("train", "val"):
+        raise ValueError(f"reference={asked} is unknown; choose data, data:train or data:val")
+    if data is None:
+        raise ValueError(f"reference={asked}: images alone tell no data set and no decoder; give an .npz or a folder")
+    data = data if named else data.of_store(root)
+    return Where("data", None, data.config, split, (data.spec.channels, data.spec.stride), **options)
+
+
+def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: Tool, place: Place) -> Path:
+    """The file of statistics of these images, computed unless it is there."""
+    images = where.open(place.device)
+    file = place.references / f"{digest(images.key, tool.extractor.hash)}.npz"
+    if not file.is_file():
+        if given is None:
+            check_count("reference", len(images), tool.extractor)
+        print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
+        features = Features(file.with_suffix(".parts"), len(images))
+        tool.extract(features, where, place)
+        origin = f"data:{where.split}" if where.kind == "data" else str(where.path)
+        note = {"from": origin, "view": view}
+        write_reference(file, features, images, tool.extractor, note, given, place.device)
+        shutil.rmtree(features.folder)
+    return file
+
+
+def _facts(reference: Reference, origin: str, rule: str) -> dict[str, Any]:
+    """What the protocol says of a reference."""
+    points = reference.points
+    return {
+        "from": origin,
+        "hash": reference.hash,
+        "rule": rule,
+        "view": reference.note.get("view", GIVEN),
+        "size": reference.note.get("size", "unknown"),
+        "images": reference.note.get("images"),
+        "points": 0 if points is None else len(points),
+    }

@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genfound import build, fit, paths
+from genfound.callbacks.ema import Ema
+from genfound.callbacks.evaluation import Evaluation
+from genfound.callbacks.metrics import Metrics
+from genfound.callbacks.nonfinite import NonFinite
+from genfound.callbacks.saving import Saving
+from genfound.metrics.protocol import read_results
+from genfound.reporting.sinks import JsonLines
+from tests.helpers import run_dir
+from tests.metrics.runs import TINY, evaluated
+
+EVALUATED = {"eval_every": 20, "eval_protocol": "quick", "eval_extractor": None, "eval_extractor_weights": None}
+FEW = {"n": 70, "reference_images": 100}
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol `quick` with fewer samples."""
+    compose = paths.compose
+    monkeypatch.setattr(
+        paths, "compose", lambda name, overrides: compose(name, overrides) | (FEW if name == "evaluate" else {})
+    )
+
+
+def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
+    """A run of a few steps, with or without evaluations; its checkpoint."""
+    run_dir(folder, *TINY, f"runs={folder.parent}", "trainer.precision=fp32", "trainer.max_steps=12")
+    config = paths.read_config(folder)
+    config["trainer"] |= EVALUATED | settings
+    parts = build.parts(config, 1)
+    loader = parts.loader(0)
+    ema, metrics = Ema([0.9]), Metrics([JsonLines(folder / "metrics.jsonl", 0)], 1, loader)
+    facts = {"class_names": parts.images.class_names, "sizes": [[16, 16]], "fingerprint": parts.images.fingerprint}
+    saving = Saving(folder / "checkpoints", 100, 1, loader, facts)
+    watching = [Evaluation(folder, parts, ema, metrics)] if evaluate else []
+    callbacks = [ema, metrics, NonFinite(folder / "bad", 5, 5), *watching, saving]
+    fit._trainer(folder, parts, callbacks).fit(fit._module(parts, 10_000, 0, new=True), loader)
+    return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
+
+
+def curve(folder: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def test_figures_are_logged_stored_and_do_not_disturb_the_training(tmp_path: Path) -> None:
+    watched, plain = trained(tmp_path / "watched", True), trained(tmp_path / "plain", False)
+    for key, tensor in plain["state_dict"].items():
+        assert torch.equal(watched["state_dict"][key], tensor), key
+    for key, tensor in plain["ema"]["0.9"].items():
+        assert torch.equal(watched["ema"]["0.9"][key], tensor), key
+    assert curve(tmp_path / "watched", "train/loss") == curve(tmp_path / "plain", "train/loss")
+    distances = curve(tmp_path / "watched", "eval/fd_probe")
+    assert len(distances) >= 2 and not curve(tmp_path / "plain", "eval/fd_probe")
+    results = read_results(tmp_path / "watched")
+    assert [result.figures["fd_probe"] for result in results] == distances
+    protocol = results[0].protocol
+    assert (protocol.name, protocol.count, protocol.size, protocol.drawing.weights) == ("quick", 70, "data", "ema")
+    assert results[0].subject["images_seen"] < results[1].subject["images_seen"]
+    assert results[0].subject["hash"] != results[1].subject["hash"]
+    assert not (tmp_path / "watched/evaluations/work").exists()
+
+
+def test_the_command_measures_the_same_weights_alike(tmp_path: Path) -> None:
+    state = trained(tmp_path / "run", True, eval_every=1)
+    last = read_results(tmp_path / "run")[-1]
+    assert last.subject["images_seen"] == state["images_seen"]
+    options = {"n": 70, "reference_images": 100, "out": str(tmp_path / "out")}
+    again = evaluated(
+        tmp_path / "run", tmp_path / ".references", protocol="quick", sizes="data", labels="data", **options
+    )[0]
+    assert again.subject["hash"] == last.subject["hash"]
+    assert again.protocol.facts() == last.protocol.facts()
+    assert again.figures == pytest.approx(last.figures, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_protocol": "fast"}, "trainer.eval_protocol=fast is unknown; choose one of adm_50k"),
+        ({"eval_extractor": "inception"}, "extractor_weights=weights-inception.* is not there"),
+    ],
+)
+def test_wrong_settings_stop_the_run_before_it_trains(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        trained(tmp_path / "run", True, **settings)
+    assert not curve(tmp_path / "run", "train/loss") and not list(tmp_path.rglob("*.ckpt"))

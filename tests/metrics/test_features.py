@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genfound.metrics.features import BATCH, Features
+from genfound.metrics.frechet import Moments
+from tests.metrics.sets import Averages, Pictures
+
+
+def test_they_are_whole_whoever_computes_them(tmp_path: Path) -> None:
+    images, extractor = Pictures([(5, 6)] * 150), Averages()
+    alone, shared = Features(tmp_path / "alone", 150), Features(tmp_path / "shared", 150)
+    alone.extract(images, extractor)
+    shared.extract(images, extractor, rank=1, ranks=2)
+    assert not shared.complete and alone.complete
+    shared.extract(images, extractor, rank=0, ranks=2)
+    assert torch.equal(alone.column("pool"), shared.column("pool"))
+    assert torch.equal(alone.column("pool", limit=70), alone.column("pool")[:70])
+    gaussian = Moments.of(alone.column("pool")).gaussian()
+    assert torch.equal(alone.gaussian("pool", torch.device("cpu")).covariance, gaussian.covariance)
+
+
+def test_only_what_is_missing_is_computed(tmp_path: Path) -> None:
+    images, extractor = Pictures([(5, 6)] * 200), Averages()
+    features = Features(tmp_path, 200)
+    features.extract(images, extractor)
+    before = features.column("logits")
+    features.files[2].unlink()
+    features.extract(images, extractor)
+    assert extractor.calls == -(-200 // BATCH) + 1
+    assert torch.equal(features.column("logits"), before)
+
+
+def test_sums_go_through_blocks_of_the_same_rows(tmp_path: Path) -> None:
+    features = Features(tmp_path, 4500)
+    features.extract(Pictures([(2, 2)] * 4500), Averages())
+    assert [len(block) for block in features.blocks("pool")] == [4096, 404]
+    rows = features.column("pool").double().numpy()
+    gaussian = features.gaussian("pool", torch.device("cpu"))
+    np.testing.assert_allclose(gaussian.covariance, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    class Broken(Averages):
+        def __call__(self, images: list[np.ndarray]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            return {name: value / 0 for name, value in super().__call__(images).items()}
+
+    with pytest.raises(ValueError, match="features pool of the images from number 0 on are not finite"):
+        Features(tmp_path, 10).extract(Pictures([(4, 4)] * 10), Broken())
+    assert not list(tmp_path.iterdir())

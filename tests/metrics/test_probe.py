@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genfound.data.shapes import Shapes
+from genfound.metrics.images import Chosen, Sourced
+from genfound.metrics.probe import Probe, probe_key, train_probe
+
+CPU = torch.device("cpu")
+
+
+def shapes(split: str, images: int = 1500) -> Sourced:
+    options = {"images": images, "holdout": 100, "sides": [12, 16, 20], "view": "native", "size": 16, "max_tokens": 256}
+    return Sourced(Shapes(**options, unit=2, split=split, seed=0))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    torch.set_num_threads(1)
+    return train_probe(shapes("train"), shapes("val"), 10, CPU)
+
+
+def test_it_learns_the_classes_from_few_images(probe: Probe) -> None:
+    assert probe.accuracy is not None and probe.accuracy > 0.6
+
+
+def test_the_same_images_give_the_same_probe_and_take_no_random_number() -> None:
+    before = torch.get_rng_state()
+    few = Chosen(shapes("train"), np.arange(128))
+    hashes = {train_probe(few, shapes("val"), 10, CPU).hash for _ in range(2)}
+    assert len(hashes) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_features_are_each_images_own(probe: Probe) -> None:
+    images = [shapes("val")[k] for k in range(5)]
+    together = probe(images)
+    assert together["pool"].shape == (5, probe.width) and together["logits"].shape == (5, 10)
+    torch.testing.assert_close(probe(images[3:4])["pool"][0], together["pool"][3], rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_saved_and_loaded(probe: Probe, tmp_path: Path) -> None:
+    probe.save(tmp_path / "p.safetensors")
+    again = Probe.load(tmp_path / "p.safetensors", CPU)
+    assert (again.hash, again.accuracy) == (probe.hash, probe.accuracy)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_other_files_are_refused(probe: Probe, tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    with pytest.raises(FileNotFoundError, match="extractor_weights="):
+        Probe.load(file, CPU)
+    probe.save(file)
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"p.safetensors is damaged or is not a probe"):
+        Probe.load(file, CPU)
+
+
+def test_its_name_follows_the_data(probe: Probe) -> None:
+    keys = {probe_key(shapes("train", n).key, 10) for n in (100, 101)} | {probe_key(shapes("train", 100).key, 11)}
+    assert len(keys) == 3
