@@ -5,6 +5,7 @@ Nothing here trains or samples; `fit` and `sampling` use what is built here. Lig
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from genfound.backbones.base import Backbone
+from genfound.data import latents
 from genfound.data.base import ImageSource
 from genfound.data.loader import MicroBatches, TrainLoader
 from genfound.data.order import Order
@@ -93,7 +95,7 @@ def parts(config: Config, ranks: int) -> Parts:
     Raises:
         ValueError: something does not fit together.
     """
-    codec = tokenizer(config)
+    codec = training_tokenizer(config)
     images, held_out = (source(config, codec.spec, split) for split in ("train", "val"))
     backbone = net(config, codec.spec, len(images.class_names))
     goal = objective(config)
@@ -117,13 +119,24 @@ def tokenizer(config: Config) -> Tokenizer:
     return built
 
 
+def training_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a training run; its weights are not loaded where latents are read."""
+    if config["data"].get("source", "images") == "images":
+        return tokenizer(config)
+    load = functools.partial(tokenizer, {"tokenizer": config["tokenizer"]})
+    return latents.stored_tokenizer(config["data"], config["tokenizer"], load)
+
+
 def source(config: Config, spec: Spec, split: str) -> ImageSource:
-    """The images of a configuration; `split` is `train` or `val`."""
+    """The images or latents of a configuration; `split` is `train` or `val`."""
     options = {key: value for key, value in config["data"].items() if key not in LOADER_KEYS}
     options["view"] = options["view"] or ("square" if config["layout"]["name"] == "dense" else "native")
-    built: ImageSource = construct(
-        "data", options, unit=spec.stride * config["model"]["patch_size"], split=split, seed=config["seed"]
-    )
+    patch, kind = config["model"]["patch_size"], options.pop("source", "images")
+    built: ImageSource
+    if kind == "images":
+        built = construct("data", options, unit=spec.stride * patch, split=split, seed=config["seed"])
+    else:
+        built = latents.source(kind, options, spec, patch, split, config["data"]["flip"] and split == "train")
     if split == "train" and not len(built.labels):
         raise ValueError("data: there is no image to train on")
     return built

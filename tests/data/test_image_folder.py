@@ -267,7 +267,7 @@ def test_the_square_view_is_the_centre_crop(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"view": "round"}, r"data\.view=round is unknown; choose native or square"),
+        ({"view": "round"}, r"data\.view=round is unknown; choose native, square, mixed or flexible"),
         ({"view": "square", "size": 20}, r"data\.size=20 must be a multiple of 8 pixels"),
     ],
 )

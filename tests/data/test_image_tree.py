@@ -119,6 +119,32 @@ def test_the_square_view_is_the_centre_crop(tmp_path: Path) -> None:
     assert np.array_equal(source.image(0), np.asarray(center_crop(Image.open(file), 24)))
 
 
+def test_mixed_images_are_shown_in_three_ways(tmp_path: Path) -> None:
+    file = noisy(tmp_path / "images/train/a/a.png", 61, 99)
+    noisy(tmp_path / "images/train/b/b.png", 40, 30)
+    source = tree(tmp_path / "images", view="mixed", size=24, max_tokens=1000)
+    assert source.sizes.tolist() == [[56, 96], [40, 24], *[[24, 24]] * 2, *[[48, 48]] * 2]
+    assert source.labels.tolist() == [0, 1] * 3
+    assert source.files == ["a/a.png", "b/b.png"]
+    assert np.array_equal(source.image(4), np.asarray(center_crop(Image.open(file), 48)))
+    assert any("6 shown in a pass, as native and 24 and 48" in line for line in source.report())
+
+
+def test_flexible_images_are_cropped_half_of_the_times_if_they_are_large(tmp_path: Path) -> None:
+    large = noisy(tmp_path / "images/train/a/a.png", 61, 99)
+    small = noisy(tmp_path / "images/train/a/b.png", 40, 32)
+    noisy(tmp_path / "images/train/a/c.png", 16, 16)
+    source = tree(tmp_path / "images", view="flexible", size=48)
+    assert source.sizes.tolist() == [[32, 56], [40, 32], [48, 48], [40, 32]]
+    expected = resize(Image.open(large), 32, 56, Image.Resampling.BICUBIC)
+    assert np.array_equal(source.image(0), np.asarray(expected))
+    assert np.array_equal(source.image(2), np.asarray(center_crop(Image.open(large), 48)))
+    assert np.array_equal(source.image(3), np.asarray(Image.open(small)))
+    report = "\n".join(source.report())
+    assert "1 left out, they have too few tokens" in report
+    assert "4 shown in a pass, as resized-48 and 48" in report
+
+
 def test_val_validates_where_there_is_one(images: Path) -> None:
     plain(images / "val/n01/v.png")
     plain(images / "val/n03/w.png")
@@ -266,7 +292,7 @@ def test_a_wrong_root_is_named(tmp_path: Path, make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"view": "round"}, r"data\.view=round is unknown; choose native or square"),
+        ({"view": "round"}, r"data\.view=round is unknown; choose native, square, mixed or flexible"),
         ({"check": "none"}, r"data\.check=none is unknown; choose header or full"),
         ({"view": "square", "size": 20}, r"data\.size=20 must be a multiple of 8 pixels"),
     ],
@@ -282,6 +308,8 @@ def test_wrong_options_are_named(images: Path, options: dict[str, Any], message:
         ("imagenet_native", "native", None, 4096),
         ("imagenet_256", "square", 256, None),
         ("imagenet_512", "square", 512, None),
+        ("imagenet_mixed", "mixed", 256, 4096),
+        ("imagenet_flexible", "flexible", 256, None),
     ],
 )
 def test_the_configurations_have_the_published_views(
@@ -294,7 +322,8 @@ def test_the_configurations_have_the_published_views(
     assert data["max_image_tokens"] == tokens
     assert data["max_tokens"] == 16384
     assert data["holdout"] is None
-    assert set(data) - {"_target_", "batch_size", "num_workers", "flip"} == {"root", "index", *DEFAULTS} - {
+    assert data["source"] == "images"
+    assert set(data) - {"_target_", "source", "batch_size", "num_workers", "flip"} == {"root", "index", *DEFAULTS} - {
         "unit", "split", "seed"
     }  # fmt: skip
 

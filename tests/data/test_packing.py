@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections import Counter
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genfound.data.packing import Chunker, Packer
+from genfound.data.sizes import token_counts
 
 TOKENS = st.lists(st.integers(1, 40), min_size=1, max_size=50)
 
@@ -13,15 +17,6 @@ TOKENS = st.lists(st.integers(1, 40), min_size=1, max_size=50)
 def packer(tokens: list[int] | np.ndarray, budget: int, max_images: int = 10_000, lookahead: int = 256) -> Packer:
     """Over an endless repetition of these token counts."""
     return Packer(lambda k: int(tokens[k % len(tokens)]), budget, max_images, lookahead)
-
-
-def lognormal_sizes(images: int) -> np.ndarray:
-    """Token counts like those of photographs on a 32-pixel grid."""
-    rng = np.random.default_rng(0)
-    area = np.exp(rng.normal(np.log(80), 1.1, images))
-    aspect = np.exp(rng.normal(0, 0.3, images))
-    rows, columns = np.sqrt(area / aspect), np.sqrt(area * aspect)
-    return np.clip(rows.round(), 1, 64).astype(int) * np.clip(columns.round(), 1, 64).astype(int)
 
 
 @settings(max_examples=60)
@@ -58,12 +53,25 @@ def test_no_image_waits_for_ever() -> None:
         assert max(pack) - min([*pack, *source.state()["waiting"]]) <= 16 * (1 + 40 // 3), number
 
 
-def test_fill_of_photograph_sizes_at_16384_tokens() -> None:
-    tokens, budget = lognormal_sizes(60_000), 16_384
-    source = packer(tokens, budget)
-    fills = [sum(tokens[k] for k in source.take()) / budget for _ in range(400)]
-    assert np.mean(fills) >= 0.999
-    assert min(fills) >= 0.99
+@pytest.mark.parametrize("view", ["native", "mixed"])
+def test_fill_of_imagenets_sizes_at_16384_tokens(view: str) -> None:
+    tokens, budget = token_counts(30_000, view), 16_384
+    source = packer(np.random.default_rng(0).permutation(tokens).tolist(), budget)
+    fills = [sum(source.tokens_at(k) for k in source.take()) / budget for _ in range(250)]
+    assert np.mean(fills) >= 0.9999
+    assert min(fills) >= 0.999
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(1, 60))
+def test_a_gap_is_closed_as_far_as_any_images_together_can(waiting: list[int], gap: int) -> None:
+    source = packer(waiting, 1000, lookahead=len(waiting))
+    source._refill()
+    best = max(sum(some) for n in range(len(waiting) + 1) for some in combinations(waiting, n) if sum(some) <= gap)
+    chosen = source._closing(gap)
+    assert sum(chosen) == best
+    assert not Counter(chosen) - Counter(waiting)
+    assert chosen == sorted(chosen, reverse=True)
 
 
 def test_arrival_order_is_kept_where_everything_fits() -> None:
@@ -72,8 +80,13 @@ def test_arrival_order_is_kept_where_everything_fits() -> None:
 
 
 def test_the_gap_gets_the_best_fitting_image() -> None:
-    source = packer([30, 25, 4, 9, 10, 11], 40)
+    source = packer([30, 25, 4, 9, 10, 11], 40, lookahead=6)
     assert source.take() == [0, 4]  # 10 of the remaining 10
+
+
+def test_several_images_close_a_gap_together() -> None:
+    source = packer([30, 25, 3, 9, 7, 8], 40, lookahead=6)
+    assert source.take() == [0, 4, 2]  # 7 + 3, where the largest alone would leave one token
 
 
 @settings(max_examples=30)

@@ -8,7 +8,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from genfound.data.views import center_crop, native_size, resize
+from genfound.data.views import (
+    FEWEST_TOKENS,
+    Entries,
+    Views,
+    center_crop,
+    flexible_size,
+    native_size,
+    published_flexible_size,
+    published_size,
+    resize,
+)
 
 SIDES = st.integers(1, 3000)
 UNITS = st.sampled_from([1, 2, 8, 16, 32])
@@ -94,3 +104,63 @@ def test_a_centre_crop_takes_the_middle() -> None:
 def test_a_square_of_the_wanted_size_is_unchanged(size: int) -> None:
     image = picture(size, size)
     assert np.array_equal(np.asarray(center_crop(image, size)), np.asarray(image))
+
+
+@settings(max_examples=200)
+@given(SIDES, SIDES, st.sampled_from([8, 16]), st.integers(2, 20))
+@example(17, 8192, 16, 16)
+@example(16, 4096, 16, 16)
+def test_a_flexible_size_is_whole_tokens_of_at_most_the_square(height: int, width: int, unit: int, side: int) -> None:
+    ours = flexible_size(height, width, unit, unit * side)
+    assert all(s >= unit and s % unit == 0 for s in ours)
+    assert (ours[0] // unit) * (ours[1] // unit) <= side**2
+    published = published_flexible_size(height, width, unit, unit * side)
+    if min(published) and published[0] * published[1] <= (unit * side) ** 2:
+        assert ours == published
+
+
+def test_published_sizes_may_lose_a_side() -> None:
+    assert published_size(25, 200_000, 32, 2048) == (0, 183_168)
+    assert published_flexible_size(17, 8192, 16, 256) == (0, 5616)
+
+
+VIEWS = ("native", "square", "mixed", "flexible")
+MANY = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(VIEWS), MANY)
+def test_a_pass_shows_every_image_equally_often(view: str, sizes: list[tuple[int, int]]) -> None:
+    views = Views(view, 64, 8, 500)
+    entries = views.entries(*zip(*sizes, strict=True))
+    items = views.items(entries)
+    shown = np.bincount(entries.images[items], minlength=len(sizes))
+    assert set(shown.tolist()) <= {0, len(views.slots)}
+    assert view == "flexible" or (shown > 0).all()
+    tokens = (entries.sizes // 8).prod(axis=1)
+    assert (entries.sizes % 8 == 0).all() and tokens.min(initial=500) >= 1
+    if view == "flexible":
+        assert tokens.min(initial=FEWEST_TOKENS) >= FEWEST_TOKENS
+        assert tokens.max(initial=0) <= 64
+        crops = entries.images[items[len(items) // 2 :]][entries.rules[items[len(items) // 2 :]] == 1]
+        assert set(crops.tolist()) == {i for i, size in enumerate(sizes) if min(size) > 64}
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(VIEWS), MANY)
+def test_what_is_shown_has_the_planned_size(view: str, sizes: list[tuple[int, int]]) -> None:
+    views = Views(view, 32, 8, 60)
+    entries = views.entries(*zip(*sizes, strict=True))
+    for image, rule, size in zip(*entries, strict=True):
+        assert views.show(picture(*sizes[image]), int(rule), size).shape == (*size, 3)
+
+
+def test_entries_of_more_rules_than_a_view_needs_are_chosen_by_name() -> None:
+    mixed = Views("mixed", 32, 8, 500)
+    entries = mixed.entries([50, 70], [60, 80])
+    assert entries.images.tolist() == [0, 0, 0, 1, 1, 1]
+    assert mixed.items(entries).tolist() == [0, 3, 1, 4, 2, 5]
+    square = Views("square", 64, 8, 500)
+    assert square.items(entries, list(mixed.rules)).tolist() == [2, 5]
+    none = Entries(*(column[:0] for column in entries))
+    assert mixed.items(none).tolist() == []

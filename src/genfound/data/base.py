@@ -1,10 +1,11 @@
-"""What a source of images is."""
+"""What a source of training data is: labelled images, or latents that were encoded before."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 
 class ImageSource(Protocol):
@@ -13,7 +14,7 @@ class ImageSource(Protocol):
     Attributes:
         class_names: one name per class; the label is the position in this list.
         labels: (n,) int64.
-        sizes: (n, 2) int64, height and width in pixels of what `image` returns.
+        sizes: (n, 2) int64, height and width in pixels.
         fingerprint: changes whenever the images or their order change.
     """
 
@@ -22,8 +23,20 @@ class ImageSource(Protocol):
     sizes: np.ndarray
     fingerprint: str
 
+    def report(self) -> list[str]:
+        """Lines for the user: what was found, skipped or converted."""
+
+
+class PictureSource(ImageSource, Protocol):
+    """Images as pixels, of the given sizes."""
+
     def image(self, index: int) -> np.ndarray:
         """(height, width, 3) uint8."""
 
-    def report(self) -> list[str]:
-        """Lines for the user: what was found, skipped or converted."""
+
+@runtime_checkable
+class LatentSource(ImageSource, Protocol):
+    """Images as an encoder left them: unscaled mean and, where it is stochastic, log-variance."""
+
+    def moments(self, index: int, mirrored: bool) -> Tensor:
+        """(C, h, w), or (2 C, h, w) with log-variance, of the image or of its mirror image."""

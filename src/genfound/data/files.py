@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from genfound.data.views import center_crop, native_size, resize
+from genfound.data.views import Views
 
 MANY = 20_000
 """So many new files are announced, because looking into them takes a while."""
@@ -92,55 +92,6 @@ class Files:
         temporary.replace(file)
 
 
-@dataclass(frozen=True)
-class View:
-    """How an image is brought to a size that divides into tokens.
-
-    Attributes:
-        name: `native` or `square`.
-        size: side of the square view in pixels.
-        unit: pixels per token side.
-        max_tokens: larger native images are reduced to it.
-
-    Raises:
-        ValueError: unknown view, or a square that does not divide into tokens.
-    """
-
-    name: str
-    size: int
-    unit: int
-    max_tokens: int
-
-    def __post_init__(self) -> None:
-        if self.name not in ("native", "square"):
-            raise ValueError(f"data.view={self.name} is unknown; choose native or square")
-        if self.name == "square" and self.size % self.unit:
-            raise ValueError(
-                f"data.size={self.size} must be a multiple of {self.unit} pixels (tokenizer stride x patch)"
-            )
-
-    def sizes(self, files: Files, places: list[int]) -> np.ndarray:
-        """(n, 2) int64, height and width in pixels of what is shown of the files at these places."""
-        if self.name == "square":
-            return np.full((len(places), 2), self.size, dtype=np.int64)
-        planned = functools.cache(lambda height, width: native_size(height, width, self.unit, self.max_tokens))
-        sizes = [planned(files.heights[i], files.widths[i]) for i in places]
-        return np.array(sizes, dtype=np.int64).reshape(-1, 2)
-
-    def show(self, picture: Image.Image, size: np.ndarray) -> np.ndarray:
-        """(height, width, 3) uint8 of a planned size."""
-        if self.name == "square":
-            return np.array(center_crop(picture, self.size))
-        return np.array(resize(picture, int(size[0]), int(size[1]), Image.Resampling.BICUBIC))
-
-    def reduced(self, files: Files) -> int:
-        """How many files are reduced because they have too many tokens."""
-        if self.name == "square":
-            return 0
-        sides = zip(files.heights, files.widths, strict=True)
-        return sum((h // self.unit) * (w // self.unit) > self.max_tokens for h, w in sides)
-
-
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
     """Turn whatever Pillow stumbles over into an OSError, and be quiet about damaged EXIF data and large images."""
@@ -184,23 +135,74 @@ def labels(names: list[str], class_names: list[str]) -> np.ndarray:
     return np.array([numbers[name.split("/", 1)[0]] for name in names], dtype=np.int64)
 
 
-def report(root: Path, files: Files, class_names: list[str], view: View, sizes: np.ndarray) -> list[str]:
-    """Counts of classes and sizes, and what was converted, reduced or skipped."""
-    low, high = sizes.min(0), sizes.max(0)
-    lines = [
-        f"{root}: {len(files.good):,} images of {len(class_names)} classes, "
-        f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels after rounding (height x width)"
-    ]
-    notes = Counter(note for found in files.notes.values() for note in found)
-    notes[f"reduced to {view.max_tokens:,} tokens"] = view.reduced(files)
-    lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
-    bad = list(files.errors.items())
-    if bad:
-        lines.append(f"  {len(bad):,} skipped, they cannot be read as images:")
-        lines += [f"    {root / file}: {why}" for file, why in bad[:10]]
-    if len(bad) > 10:
-        lines.append(f"    and {len(bad) - 10:,} more")
-    return lines
+class Viewed(ABC):
+    """Image files in the views that are wanted of them: what image sources have in common.
+
+    Args:
+        root: of the class folders.
+        found: all files.
+        places: of those that are taken.
+        class_names: one name per class.
+        views: what is shown of each.
+
+    Attributes:
+        files: names of the taken images, `class/file`.
+        classes: (images,) int64, their labels.
+        entries: everything that is shown of them.
+        items: (n,) int64, the entries of a pass; `labels`, `sizes` and `image` go by items.
+    """
+
+    def __init__(self, root: Path, found: Files, places: list[int], class_names: list[str], views: Views) -> None:
+        self.root = root
+        self.found = found
+        self.places = places
+        self.class_names = class_names
+        self.views = views
+        self.files = [found.names[i] for i in places]
+        self.classes = labels(self.files, class_names)
+        self.entries = views.entries([found.heights[i] for i in places], [found.widths[i] for i in places])
+        self.items = views.items(self.entries)
+        self.labels = self.classes[self.entries.images[self.items]]
+        self.sizes = self.entries.sizes[self.items]
+        self.fingerprint = found.fingerprint
+
+    @abstractmethod
+    def picture(self, number: int) -> Image.Image:
+        """One of the taken images, RGB."""
+
+    def image(self, index: int) -> np.ndarray:
+        """(height, width, 3) uint8, an item of the pass.
+
+        Raises:
+            ValueError: the file has become unreadable since it was indexed.
+        """
+        return self.entry(int(self.items[index]))
+
+    def entry(self, entry: int) -> np.ndarray:
+        """(height, width, 3) uint8, see `image`."""
+        images, rules, sizes = self.entries
+        return self.views.show(self.picture(int(images[entry])), int(rules[entry]), sizes[entry])
+
+    def report(self) -> list[str]:
+        """Counts of classes and sizes, and what was converted, reduced, left out or skipped."""
+        found, views = self.found, self.views
+        low, high = self.entries.sizes.min(0), self.entries.sizes.max(0)
+        lines = [
+            f"{self.root}: {len(found.good):,} images of {len(self.class_names)} classes, "
+            f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels after rounding (height x width)"
+        ]
+        notes = Counter(note for notes in found.notes.values() for note in notes)
+        notes[f"reduced to {views.max_tokens:,} tokens"] = views.reduced(found.heights, found.widths)
+        notes["left out, they have too few tokens"] = len(self.files) - len(np.unique(self.entries.images))
+        notes[f"shown in a pass, as {' and '.join(views.rules)}"] = len(self.items) if len(views.rules) > 1 else 0
+        lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
+        bad = list(found.errors.items())
+        if bad:
+            lines.append(f"  {len(bad):,} skipped, they cannot be read as images:")
+            lines += [f"    {self.root / file}: {why}" for file, why in bad[:10]]
+        if len(bad) > 10:
+            lines.append(f"    and {len(bad) - 10:,} more")
+        return lines
 
 
 def index_file(index: Path, root: Path, purpose: str) -> Path:

@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from genfound.data import files
-from genfound.data.files import Look, View
+from genfound.data.files import Look, Viewed
+from genfound.data.views import Views
 
 ORIENTATION = 0x0112
 
 
-class ImageFolder:
-    """Real images at their native sizes, or centre-cropped.
+class ImageFolder(Viewed):
+    """Real images at their native sizes, centre-cropped, or in several views.
 
     EXIF rotation is applied; palettes, grey, 16-bit and CMYK images are converted to RGB; transparency is
     laid on white; of an animation the first frame is used.
@@ -27,8 +28,8 @@ class ImageFolder:
     Args:
         root: folder with one folder per class.
         holdout: of each class every holdout-th image validates; `None` holds none out.
-        view: `native` or `square`.
-        size: side of the square view in pixels.
+        view: see `Views`.
+        size: side of square views in pixels.
         max_tokens: of one pack.
         max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
         unit: pixels per token side.
@@ -54,33 +55,23 @@ class ImageFolder:
         seed: int,
         index: str,
     ) -> None:
-        self.view = View(view, size, unit, min(max_image_tokens or max_tokens, max_tokens))
-        self.root = Path(root)
-        self.class_names = files.class_folders(self.root)
-        cache = files.index_file(Path(index), self.root, "image_folder")
-        self.found = files.known(self.root, self.class_names, cache, _examine)
-        chosen = self.found.split(holdout, split)
-        self.files = [self.found.names[i] for i in chosen]
-        self.labels = files.labels(self.files, self.class_names)
-        self.sizes = self.view.sizes(self.found, chosen)
-        self.fingerprint = self.found.fingerprint
+        views = Views(view, size, unit, min(max_image_tokens or max_tokens, max_tokens))
+        class_names = files.class_folders(Path(root))
+        cache = files.index_file(Path(index), Path(root), "image_folder")
+        found = files.known(Path(root), class_names, cache, _examine)
+        super().__init__(Path(root), found, found.split(holdout, split), class_names, views)
 
-    def image(self, index: int) -> np.ndarray:
-        """(height, width, 3) uint8.
+    def picture(self, number: int) -> Image.Image:
+        """One of the images, RGB.
 
         Raises:
             ValueError: the file has become unreadable since the folder was indexed.
         """
-        file = self.root / self.files[index]
+        file = self.root / self.files[number]
         try:
-            picture = open_rgb(file)
+            return open_rgb(file)
         except OSError as error:
             raise ValueError(f"{file} could be read when training began and cannot now: {error}") from None
-        return self.view.show(picture, self.sizes[index])
-
-    def report(self) -> list[str]:
-        """Counts of classes, sizes, and what was skipped, converted, rotated or reduced."""
-        return files.report(self.root, self.found, self.class_names, self.view, self.sizes)
 
 
 def open_rgb(file: Path) -> Image.Image:

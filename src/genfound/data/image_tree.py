@@ -22,21 +22,22 @@ import numpy as np
 from PIL import Image
 
 from genfound.data import files
-from genfound.data.files import Look, View
+from genfound.data.files import Look, Viewed
+from genfound.data.views import Views
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 TRIES = 10
 """So many files in a row that cannot be read are no longer damage but a missing disk."""
 
 
-class ImageTree:
-    """Images at their native sizes, or centre-cropped.
+class ImageTree(Viewed):
+    """Images at their native sizes, centre-cropped, or in several views.
 
     Args:
         root: folder with the folders `train` and, for validation, `val`, each with one folder per class.
         holdout: without `val`, every holdout-th image of a class validates; `None` holds none out.
-        view: `native` or `square`.
-        size: side of the square view in pixels.
+        view: see `Views`.
+        size: side of square views in pixels.
         max_tokens: of one pack.
         max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
         check: `header` or `full`: how far a file is read when it is first seen.
@@ -66,41 +67,36 @@ class ImageTree:
     ) -> None:
         if check not in ("header", "full"):
             raise ValueError(f"data.check={check} is unknown; choose header or full")
-        self.view = View(view, size, unit, min(max_image_tokens or max_tokens, max_tokens))
-        self.class_names = _train_classes(Path(root))
-        val_classes = _val_classes(Path(root), self.class_names)
+        views = Views(view, size, unit, min(max_image_tokens or max_tokens, max_tokens))
+        class_names = _train_classes(Path(root))
+        val_classes = _val_classes(Path(root), class_names)
         apart = split == "val" and bool(val_classes)
-        self.root = Path(root) / ("val" if apart else "train")
-        cache = files.index_file(Path(index), self.root, f"image_tree {check}")
+        folder = Path(root) / ("val" if apart else "train")
+        cache = files.index_file(Path(index), folder, f"image_tree {check}")
         examine = functools.partial(_examine, whole=check == "full")
-        self.found = files.known(self.root, val_classes if apart else self.class_names, cache, examine, SUFFIXES)
-        self._places = self.found.good if val_classes else self.found.split(holdout, split)
-        self.files = [self.found.names[i] for i in self._places]
-        self.labels = files.labels(self.files, self.class_names)
-        self.sizes = self.view.sizes(self.found, self._places)
-        self.fingerprint = self.found.fingerprint
+        found = files.known(folder, val_classes if apart else class_names, cache, examine, SUFFIXES)
+        places = found.good if val_classes else found.split(holdout, split)
+        super().__init__(folder, found, places, class_names, views)
         self._unreadable = cache.with_suffix(".unreadable")
 
-    def image(self, index: int) -> np.ndarray:
-        """(height, width, 3) uint8, of this file or of the one that takes its place.
+    def picture(self, number: int) -> Image.Image:
+        """One of the images, RGB, or the one that takes its place.
 
         Raises:
             ValueError: nor can the files after it be read.
         """
-        for place in itertools.islice(self._class_from(index), TRIES):
+        for place in itertools.islice(self._class_from(number), TRIES):
             try:
-                picture = decode(self.root / self.files[place])
+                return decode(self.root / self.files[place])
             except OSError as error:
                 self._remark(place, error)
-            else:
-                return self.view.show(picture, self.sizes[index])
         raise ValueError(
-            f"{self.root / self.files[index]} and the files after it could be read when training began and cannot now"
+            f"{self.root / self.files[number]} and the files after it could be read when training began and cannot now"
         )
 
     def report(self) -> list[str]:
         """Counts of classes, sizes, and what was skipped, converted, reduced or replaced."""
-        lines = files.report(self.root, self.found, self.class_names, self.view, self.sizes)
+        lines = super().report()
         remarked = self._unreadable.read_text().splitlines() if self._unreadable.is_file() else []
         known = set(zip(self.found.names, map(str, self.found.stamps), strict=True)) if remarked else set()
         count = sum(tuple(line.split("\t")[:2]) in known for line in remarked)
@@ -108,23 +104,23 @@ class ImageTree:
             lines.append(f"  {count:,} replaced by others of their class when they were read; see {self._unreadable}")
         return lines
 
-    def _class_from(self, index: int) -> Iterator[int]:
+    def _class_from(self, number: int) -> Iterator[int]:
         """An image, and after it the others of its class."""
-        yield index
-        same = np.flatnonzero(self.labels == self.labels[index])
-        yield from np.roll(same, -int(np.searchsorted(same, index)))[1:].tolist()
+        yield number
+        same = np.flatnonzero(self.classes == self.classes[number])
+        yield from np.roll(same, -int(np.searchsorted(same, number)))[1:].tolist()
 
-    def _remark(self, index: int, error: OSError) -> None:
+    def _remark(self, number: int, error: OSError) -> None:
         """Report a file that cannot be read, unless this or another process has."""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        key = f"{self.files[index]}\t{self.found.stamps[self._places[index]]}\t"
+        key = f"{self.files[number]}\t{self.found.stamps[self.places[number]]}\t"
         with contextlib.suppress(OSError), open(self._unreadable, "a+") as log:
             fcntl.flock(log, fcntl.LOCK_EX)
             log.seek(0)
             if any(line.startswith(key) for line in log):
                 return
             log.write(f"{key}{reason}\n")
-        file = self.root / self.files[index]
+        file = self.root / self.files[number]
         print(f"warning: {file} cannot be read, an image of its class takes its place: {reason}", file=sys.stderr)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from genfound.batch import Batch
-from genfound.data.base import ImageSource
-from genfound.data.pictures import Assembly, Pictures, to_picture
+from genfound.data.base import ImageSource, LatentSource, PictureSource
+from genfound.data.pictures import Assembly, Moments, Pictures, to_picture
 from genfound.data.plan import Micro, Plan
 from genfound.rng import Rng
 
@@ -22,7 +22,7 @@ class MicroBatches(Dataset[Item]):
     """A micro-batch of the plan -> its images, as a `Batch` unless they are still to be encoded; runs in the workers.
 
     Args:
-        source: images.
+        source: images, or latents that were encoded before.
         assembly: encodes and lays them out; `None` leaves that to the training device.
         flips: decides which images of a micro-batch are mirrored; `None` mirrors none.
     """
@@ -37,11 +37,19 @@ class MicroBatches(Dataset[Item]):
         coins = [False] * count
         if self.flips is not None:
             coins = (self.flips.at(micro.number).uniform("flip", (count,)) < 0.5).tolist()
-        images = [to_picture(self.source.image(i), coin) for i, coin in zip(micro.indices, coins, strict=True)]
-        pictures = Pictures(images, torch.from_numpy(self.source.labels[list(micro.indices)]))
+        images = self._read(list(zip(micro.indices, coins, strict=True)))
         if self.assembly is None:
-            return pictures, micro
-        return self.assembly(pictures, micro.number, torch.device("cpu")), micro
+            assert isinstance(images, Pictures)
+            return images, micro
+        return self.assembly(images, micro.number, torch.device("cpu")), micro
+
+    def _read(self, wanted: list[tuple[int, bool]]) -> Pictures | Moments:
+        """The images of these indices, mirrored or not."""
+        labels = torch.from_numpy(self.source.labels[[index for index, _ in wanted]])
+        if isinstance(self.source, LatentSource):
+            return Moments([self.source.moments(index, mirrored) for index, mirrored in wanted], labels)
+        images = cast(PictureSource, self.source)
+        return Pictures([to_picture(images.image(index), mirrored) for index, mirrored in wanted], labels)
 
 
 class TrainLoader(IterableDataset[Item]):

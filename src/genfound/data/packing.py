@@ -1,8 +1,8 @@
 """Grouping of a stream of positions into micro-batches.
 
-`Packer` fills packs of a token budget in arrival order and closes each pack's gap with the best-fitting of
-the next images; what does not fit is carried over, so that no token budget is lost. `Chunker` takes a fixed
-number of images. Both are deterministic, see sizes only, and can be put back to a recorded state.
+`Packer` fills packs of a token budget in arrival order and closes each pack's gap with those of the next images
+that fit best together; what does not fit is carried over, so that no token budget is lost. `Chunker` takes a
+fixed number of images. Both are deterministic, see sizes only, and can be put back to a recorded state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ TokensAt = Callable[[int], int]
 """Tokens of the image at a position of the run."""
 
 LOOKAHEAD = 256
+
+RESERVE = 64
+"""The last 1/64 of a budget is not filled in arrival order: a gap of a few images can nearly always be closed."""
 
 
 class Grouper(Protocol):
@@ -34,7 +37,9 @@ class Grouper(Protocol):
 
 
 class Packer:
-    """Arrival order with best-fit gaps.
+    """Arrival order with gaps that are closed as far as possible.
+
+    The oldest image that waits always opens a pack, so that none waits for ever.
 
     Args:
         tokens_at: tokens of the image at a position.
@@ -50,6 +55,7 @@ class Packer:
         self.max_tokens = max_tokens
         self.max_images = max_images
         self.lookahead = lookahead
+        self.reserve = max_tokens // RESERVE
         self._clear()
 
     def _clear(self) -> None:
@@ -63,23 +69,46 @@ class Packer:
         pack: list[int] = []
         gap = self.max_tokens
         while len(pack) < self.max_images:
-            while len(self._waiting) < self.lookahead:
-                self._admit(self._next, self.tokens_at(self._next))
-                self._next += 1
-            position = self._choose(gap)
-            if position is None:
+            self._refill()
+            oldest = next(iter(self._waiting))
+            if pack and self._waiting[oldest] > gap - self.reserve:
                 break
-            gap -= self._remove(position)
-            pack.append(position)
+            gap -= self._remove(oldest)
+            pack.append(oldest)
+        self._close(pack, gap)
         return pack
 
-    def _choose(self, gap: int) -> int | None:
-        """The oldest waiting image if it fits, else the largest that does (the oldest of equals)."""
-        oldest = next(iter(self._waiting))
-        if self._waiting[oldest] <= gap:
-            return oldest
-        fitting = bisect.bisect_right(self._lengths, gap)
-        return next(iter(self._by_tokens[self._lengths[fitting - 1]])) if fitting else None
+    def _refill(self) -> None:
+        """Let so many images wait as the gap search sees."""
+        while len(self._waiting) < self.lookahead:
+            self._admit(self._next, self.tokens_at(self._next))
+            self._next += 1
+
+    def _close(self, pack: list[int], gap: int) -> None:
+        """Fill the gap of a pack."""
+        for tokens in self._closing(gap)[: self.max_images - len(pack)]:
+            pack.append(self._take_of(tokens))
+
+    def _take_of(self, tokens: int) -> int:
+        """The position of the oldest image with so many tokens."""
+        position = next(iter(self._by_tokens[tokens]))
+        self._remove(position)
+        return position
+
+    def _closing(self, gap: int) -> list[int]:
+        """Tokens of the waiting images that fill a gap as far as any of them can, large ones first.
+
+        Bit s of `reach[i]` says that some of the first i candidates have s tokens together.
+        """
+        reach, candidates = [1], list[int]()
+        below = (1 << (gap + 1)) - 1
+        for tokens in reversed(self._lengths[: bisect.bisect_right(self._lengths, gap)]):
+            for _ in range(min(len(self._by_tokens[tokens]), gap // tokens)):
+                reach.append(reach[-1] | reach[-1] << tokens & below)
+                candidates.append(tokens)
+                if reach[-1] >> gap:
+                    return _sum_to(gap, reach, candidates)
+        return _sum_to(reach[-1].bit_length() - 1, reach, candidates)
 
     def _admit(self, position: int, tokens: int) -> None:
         self._waiting[position] = tokens
@@ -107,6 +136,16 @@ class Packer:
         self._next = state["next"]
         for position in state["waiting"]:
             self._admit(position, self.tokens_at(position))
+
+
+def _sum_to(total: int, reach: list[int], candidates: list[int]) -> list[int]:
+    """The candidates that add up to a total that can be reached."""
+    chosen = []
+    for i, tokens in reversed(list(enumerate(candidates))):
+        if not reach[i] >> total & 1:
+            chosen.append(tokens)
+            total -= tokens
+    return chosen[::-1]
 
 
 class Chunker:

@@ -1,15 +1,16 @@
 """Decoded images on their way to a batch: mirrored, encoded by the tokenizer, laid out.
 
 A cheap tokenizer does this in the worker that read the images. One that is a network does it on the training
-device, a group of equal sizes at a time, outside of the checkpoint and without gradients.
+device, a group of equal sizes at a time, outside of the checkpoint and without gradients. What was encoded
+before is only normalised.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -39,11 +40,31 @@ class Pictures:
         return replace(self, images=[image.pin_memory() for image in self.images])
 
 
+@dataclass(frozen=True)
+class Moments:
+    """The images of a micro-batch as an encoder left them.
+
+    Attributes:
+        values: each (C, h, w) or (2 C, h, w), see `LatentSource.moments`.
+        labels: (B,) int64.
+    """
+
+    values: list[Tensor]
+    labels: Tensor
+
+
+class Normaliser(Protocol):
+    """A tokenizer of stored moments."""
+
+    def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, ...) moments -> (B, C, h, w) latents of about unit variance."""
+
+
 class Assembly:
-    """Pictures -> batch.
+    """Pictures or moments -> batch.
 
     Args:
-        tokenizer: encodes images.
+        tokenizer: encodes images; one for stored moments also normalises these.
         layout: lays latents out.
         rng: noise of a stochastic tokenizer, by number of the micro-batch.
     """
@@ -53,29 +74,31 @@ class Assembly:
         self.layout = layout
         self.rng = rng
 
-    def __call__(self, pictures: Pictures, number: int, device: torch.device) -> Batch:
-        """Encode the images of a micro-batch on a device and lay them out there.
-
-        Raises:
-            ValueError: a latent is not finite.
-        """
+    def __call__(self, images: Pictures | Moments, number: int, device: torch.device) -> Batch:
+        """Encode the images of a micro-batch on a device, or normalise their moments, and lay them out there."""
+        known = isinstance(images, Moments)
+        tensors = images.values if isinstance(images, Moments) else images.images
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, image in enumerate(pictures.images):
-            by_size[tuple(image.shape)].append(place)
+        for place, tensor in enumerate(tensors):
+            by_size[tuple(tensor.shape)].append(place)
         latents: dict[int, Tensor] = {}
         for places in by_size.values():
-            images = torch.stack([pictures.images[place] for place in places]).to(device, non_blocking=True)
-            noise = self._noise(images.shape, places, number, device) if self.tokenizer.stochastic else None
-            latents |= zip(places, self.tokenizer.encode(normalised(images), noise), strict=True)
+            group = torch.stack([tensors[place] for place in places]).to(device, non_blocking=True)
+            height, width = (side // (1 if known else self.tokenizer.spec.stride) for side in group.shape[-2:])
+            noise = self._noise((height, width), places, number, device) if self.tokenizer.stochastic else None
+            encoded = self._normalise(group, noise) if known else self.tokenizer.encode(normalised(group), noise)
+            latents |= zip(places, encoded, strict=True)
         ordered = [latents[place] for place in range(len(latents))]
-        return self.layout.to_batch(ordered, pictures.labels.to(device, non_blocking=True))
+        return self.layout.to_batch(ordered, images.labels.to(device, non_blocking=True))
 
-    def _noise(self, shape: Sequence[int], places: list[int], number: int, device: torch.device) -> Tensor:
-        """Standard normal numbers shaped like the latents of images of this shape; each image has its own."""
-        channels, stride = self.tokenizer.spec
-        latent = (channels, shape[-2] // stride, shape[-1] // stride)
+    def _normalise(self, moments: Tensor, noise: Tensor | None) -> Tensor:
+        return cast(Normaliser, self.tokenizer).normalise(moments.float(), noise)
+
+    def _noise(self, size: tuple[int, int], places: list[int], number: int, device: torch.device) -> Tensor:
+        """Standard normal numbers shaped like latents of this size; each image has its own."""
         streams = [self.rng.at(number, place) for place in places]
-        return torch.stack([stream.normal("posterior", latent, device) for stream in streams])
+        shape = (self.tokenizer.spec.channels, *size)
+        return torch.stack([stream.normal("posterior", shape, device) for stream in streams])
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""NiT: loss, samplers and image sizes of the official code, around the backbone of `nit`."""
+"""NiT: loss and samplers of the official code, around the backbone of `nit`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.data.views import center_crop, native_size, resize
 from genfound.objectives.base import GuidedNet
 from genfound.objectives.conversions import Views
 from genfound.objectives.flow import Flow
@@ -228,42 +225,3 @@ def times(fixture: Fixture) -> Results:
         steps[str(interval)] = {"first": on[0], "last": on[-1], "count": len(on)}
     walk = sde_grid(grid, options["last_step_size"]) if options else grid
     return {"t_steps": walk, "guided_steps": steps}
-
-
-@adapter("nit", "nr_resize")
-def native_sizes(fixture: Fixture) -> Results:
-    """The size to which an image of any size is brought, and that of its latent (stride 32)."""
-    smallest, largest = fixture["config"]["min_image_size"], fixture["config"]["max_image_size"]
-    rows = []
-    for width, height in inputs(fixture)["wh"].tolist():
-        new_height, new_width = native_size(height, width, smallest, (largest // smallest) ** 2)
-        rows.append([width, height, new_width, new_height, new_width // 32, new_height // 32])
-    return {"w_h_neww_newh_latentw_latenth": rows}
-
-
-def picture(name: str, height: int, width: int) -> Image.Image:
-    """The image of a fixture of pixels."""
-    y, x = np.mgrid[:height, :width].astype(np.float64)
-    ramp = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 255 * (x + y) / (width + height)], -1)
-    noise = unit(name, (height, width, 3)) / math.sqrt(3)
-    return Image.fromarray(np.clip(0.7 * ramp + 38 * (noise + 1.0), 0, 255).astype(np.uint8))
-
-
-@adapter("nit", "resize_pixels")
-def pixels(fixture: Fixture) -> Results:
-    """Pixels of the native resize, of the centre crop, and of a plain resize."""
-    config, asked = fixture["config"], dict(fixture["config"]["args"])
-    image = picture(config["image"], config["h"], config["w"])
-    if config["op"] == "center_crop_arr":
-        out = center_crop(image, asked.pop("image_size"))
-    elif config["op"] == "resize_arr":
-        out = resize(image, asked.pop("height"), asked.pop("width"), Image.Resampling.BICUBIC)
-    elif config["op"] == "native_resolution_resize":
-        smallest, largest = asked.pop("min_image_size"), asked.pop("max_image_size")
-        size = native_size(image.height, image.width, smallest, (largest // smallest) ** 2)
-        out = resize(image, *size, Image.Resampling.BICUBIC)
-    else:
-        raise NotImplementedError(f"unknown operation {config['op']}")
-    if asked:
-        raise NotImplementedError(f"unknown arguments {sorted(asked)}")
-    return {"pixels_hwc_uint8": np.asarray(out), "size_w_h": list(out.size)}

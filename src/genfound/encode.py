@@ -1,0 +1,45 @@
+"""`python -m genfound.encode data=... data.root=... tokenizer=... out=STORE`: images to latents; resumable."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from genfound import launch
+
+
+def _task(cfg: DictConfig) -> None:
+    import torch
+
+    from genfound import build
+    from genfound.encoding import encode, run_group
+
+    launch.keep_freed_memory()
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in _PLACE.items())
+    device = build.device(config["accelerator"])
+    wanted = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    if ranks == 1 and wanted > 1:
+        if not run_group([sys.executable, "-m", "genfound.encode", *sys.argv[1:]], wanted):
+            raise launch.JobError
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    encode(config, rank, ranks, device)
+
+
+_PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What torchrun says of a process, also across machines."""
+
+
+def main() -> None:
+    """Console entry point."""
+    launch.entry(_task, "encode")
+
+
+if __name__ == "__main__":
+    main()

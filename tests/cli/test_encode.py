@@ -1,0 +1,139 @@
+"""Encoding from the command line: killed, cut short, on several processes; and training on what came of it."""
+
+from __future__ import annotations
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.cli.commands import TINY, genfound, one_error, variables
+from tests.photographs import write_tree
+from tests.stores import contents
+
+PIXEL = ["tokenizer=pixel", "patch_size=2"]
+DC_AE = ["tokenizer=dc_ae", "tokenizer.weights=random_tiny", "data=imagenet_native"]
+COMMON = [
+    "data=imagenet_mixed", "data.size=32", "data.root=images", "data.holdout=9", "data.num_workers=0",
+    "shard_images=12",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("encode")
+    write_tree(root / "images", count=110, shrink=4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> Path:
+    """A store of pixels that was encoded without a break."""
+    assert genfound("encode", *COMMON, *PIXEL, "out=straight", cwd=folder).returncode == 0
+    return folder / "straight"
+
+
+def shards(store: Path) -> int:
+    return len(list(store.glob("*.safetensors")))
+
+
+def kill_somewhere(command: list[str], store: Path, chance: random.Random) -> None:
+    """Start encoding and kill it at a random moment after its next shard."""
+    before = shards(store)
+    process = subprocess.Popen(command, cwd=store.parent, env=variables(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while shards(store) == before and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(chance.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def killed(store: Path, options: list[str]) -> str:
+    """What the last of four attempts says; the others are killed."""
+    chance = random.Random(0)
+    command = [sys.executable, "-m", "genfound.encode", *options, f"out={store}"]
+    for _ in range(3):
+        kill_somewhere(command, store, chance)
+    times = {file.name: file.stat().st_mtime_ns for file in store.glob("*.safetensors")}
+    result = genfound("encode", *options, f"out={store}", cwd=store.parent)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(times)} of {shards(store)} shards are there and intact" in result.stdout
+    assert {name: (store / name).stat().st_mtime_ns for name in times} == times  # none was encoded again
+    return result.stdout
+
+
+def test_killed_three_times_it_ends_in_the_same_bytes(folder: Path, straight: Path) -> None:
+    output = killed(folder / "killed", [*COMMON, *PIXEL])
+    assert contents(folder / "killed") == contents(straight)
+    assert "images/s" in output and " left" in output
+
+
+@pytest.mark.slow
+def test_so_does_a_network(folder: Path) -> None:
+    assert genfound("encode", *COMMON, *DC_AE, "out=network", cwd=folder).returncode == 0
+    killed(folder / "killed_network", [*COMMON, *DC_AE])
+    assert contents(folder / "killed_network") == contents(folder / "network")
+
+
+def test_two_processes_make_the_same_store(folder: Path, straight: Path) -> None:
+    both = genfound("encode", *COMMON, *PIXEL, "out=both", "devices=2", cwd=folder)
+    assert both.returncode == 0, both.stderr
+    assert contents(folder / "both") == contents(straight)
+    error = one_error(genfound("encode", *COMMON, *PIXEL, "out=both", "devices=2", "data.flip=false", cwd=folder))
+    assert "out=both was begun with other settings or images (mirrored: True there, False now)" in error
+
+
+def test_a_full_disk_loses_nothing(folder: Path, straight: Path) -> None:
+    options = [*COMMON, *PIXEL]
+    largest = 300_000  # bytes of a file; the first shards are larger
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    command = [sys.executable, "-m", "genfound.encode", *options, "out=full"]
+    result = subprocess.run(
+        command, cwd=folder, env=variables(), preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+    assert "full/train-00000.safetensors cannot be written: " in one_error(result)
+    assert "make room and give the same command again" in result.stderr
+    assert list((folder / "full/.partial").iterdir()) == []
+    assert genfound("encode", *options, "out=full", cwd=folder).returncode == 0
+    assert contents(folder / "full") == contents(straight)
+
+
+def test_a_run_trains_from_a_store_resumes_and_samples(folder: Path) -> None:
+    encoding = ["data=imagenet_native", "data.root=images", "data.holdout=9", "data.max_image_tokens=64", *PIXEL]
+    assert genfound("encode", *encoding, "out=store", cwd=folder).returncode == 0
+    shown = Image.open(folder / "store/train-00000.png")
+    assert shown.width == 2 * (shown.width // 2)
+    halves = [shown.crop((side * shown.width // 2, 0, (side + 1) * shown.width // 2, shown.height)) for side in (0, 1)]
+    assert halves[0].tobytes() == halves[1].tobytes()  # pixels are decoded as they were
+    data = ["data=imagenet_native", "data.holdout=9", "data.max_image_tokens=64", "data.num_workers=1"]
+    losses = {}
+    for source, root in (("images", "images"), ("store", "store")):
+        options = [*TINY, *data, f"data.source={source}", f"data.root={root}", f"name={source}"]
+        result = genfound("train", *options, "tokenizer=pixel", "trainer.max_steps=3", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        losses[source] = [
+            float(line.split("loss ")[1].split()[0]) for line in result.stdout.splitlines() if "  loss " in line
+        ]
+    assert len(losses["store"]) == 3
+    assert losses["store"] == pytest.approx(losses["images"], rel=2e-3)
+    again = genfound("train", *options, "tokenizer=pixel", "trainer.max_steps=4", cwd=folder)
+    assert again.returncode == 0 and "continuing from" in again.stdout, again.stderr
+    sampled = genfound("sample", "from=runs/default/store", "labels=[n03000684]", "out=drawn", cwd=folder)
+    assert sampled.returncode == 0, sampled.stderr
+
+
+def test_wrong_options_are_one_clear_line(folder: Path) -> None:
+    assert "out is missing; give out=..." in one_error(genfound("encode", *COMMON, *PIXEL, cwd=folder))
+    error = one_error(genfound("encode", *COMMON, *PIXEL, "out=images", cwd=folder))
+    assert "out=images holds train and is no latent store; choose another out=" in error
