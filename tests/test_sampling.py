@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from genfound.layouts import Packed
 from genfound.sampling import Request, Sampling, check_size, label_number, make_requests
 from genfound.tokenizers import Pixel
-from tests.helpers import linear_flow, small_nit
+from tests.helpers import composed, linear_flow, small_nit
 
 NAMES = ["circle", "square", "star"]
 
@@ -37,6 +39,13 @@ def test_an_image_does_not_depend_on_the_others() -> None:
         alone = sampling().draw(NET, [REQUESTS[n] for n in subset], seed=0)
         for n, image in zip(subset, alone, strict=True):
             assert np.array_equal(image, together[n])
+
+
+def test_adaptive_steps_couple_no_images_where_each_goes_alone() -> None:
+    adaptive = {**composed("sampler=dopri5", "sampler.norm=image")["sampler"], "rtol": 1e-2}
+    together = replace(sampling(), sampler=adaptive).latents(NET, REQUESTS[:4], seed=0)
+    alone = replace(sampling(16), sampler=adaptive).latents(NET, REQUESTS[2:3], seed=0)
+    assert torch.equal(alone[0], together[2])
 
 
 def test_the_network_always_sees_full_micro_batches() -> None:

@@ -315,6 +315,8 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
     """
     encoding = Encoding(config, device)
     mine = encoding.shards[rank::ranks]
+    if rank == 0 and any(encoding.out.glob("*.safetensors")):
+        print(f"checking the shards that are in {encoding.out}", flush=True)
     missing = [shard for shard in mine if not encoding.finished(shard)]
     counts = [sum(shard.end - shard.first for shard in shards) for shards in (encoding.shards, mine, missing)]
     total, own, left = counts

@@ -94,6 +94,11 @@ class Sampling:
             weak=load(config["guidance"]["weights"]).net.to(device) if "weights" in config["guidance"] else None,
         )
 
+    @property
+    def rows(self) -> int:
+        """Images of a network call: one where the steps of an adaptive sampler would couple them."""
+        return 1 if self.sampler.get("norm") == "image" else self.micro_batch
+
     def draw(
         self, net: Backbone, requests: Sequence[Request], seed: int, progress: Callable[[int], None] | None = None
     ) -> list[np.ndarray]:
@@ -131,7 +136,7 @@ class Sampling:
         images: dict[int, Drawn] = {}
         by_size = sorted(enumerate(requests), key=lambda pair: pair[1].size)
         for _, same in itertools.groupby(by_size, key=lambda pair: pair[1].size):
-            for chunk in _chunks(list(same), self.micro_batch):
+            for chunk in _chunks(list(same), self.rows):
                 for (place, _), z in zip(chunk, self._latents(net, [r for _, r in chunk], seed), strict=True):
                     images[place] = finish(z)
                 if progress is not None:
@@ -146,7 +151,7 @@ class Sampling:
     def _latents(self, net: Backbone, requests: list[Request], seed: int) -> list[Tensor]:
         """Latents (C, h, w) of up to `micro_batch` images of one size."""
         channels, stride = self.tokenizer.spec
-        padded = requests + [requests[-1]] * (self.micro_batch - len(requests))
+        padded = requests + [requests[-1]] * (self.rows - len(requests))
         noise = [
             Rng(seed, "sample", r.number).normal("noise", (channels, r.size[0] // stride, r.size[1] // stride))
             for r in padded

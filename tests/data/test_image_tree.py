@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -357,3 +358,18 @@ def test_many_new_files_are_announced(
     assert "looking into 15 new files; this is done once" in capsys.readouterr().out
     tree(images)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("folder", ["", "n02"])
+def test_a_folder_that_may_not_be_read_is_named(images: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """As the superuser, who may read everything, the refusal has to be made up."""
+    closed, scandir, iterdir = images / "train" / folder, os.scandir, Path.iterdir
+
+    def refuse(path: Any) -> None:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: (refuse(path), scandir(path))[1])
+    monkeypatch.setattr(Path, "iterdir", lambda path: (refuse(path), iterdir(path))[1])
+    with pytest.raises(PermissionError, match=f"Permission denied: '{closed}'"):
+        tree(images)
