@@ -39,6 +39,8 @@ type: install  ## types
 
 bench: install  ## speed, written to benchmarks/results/
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/store.py
 
 clean:  ## remove what the tasks made, but not the runs
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from genfound import build, paths
 from genfound.callbacks.speed import matmul_rate
-from genfound.data.packing import Packer
 from genfound.layers.attention import available_backends, packed_attention
 from genfound.layouts import Packed
 from genfound.objectives.weighting import image_weight
@@ -45,7 +44,6 @@ def main() -> None:
         "# Throughput\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()),
         attention_table(device),
         training_table(device, arguments.models.split(","), arguments.tokens),
-        packing_table(),
     ]
     report = "\n\n".join(sections) + "\n"
     date = datetime.datetime.now(datetime.UTC).date()
@@ -123,30 +121,6 @@ def training_row(device: torch.device, model: str, tokens: int, precision: str) 
     share = 3 * (counter.get_total_flops() - 5 * 2 * (8192 if device.type == "cuda" else 1024) ** 3) / seconds / rate
     size = int(batch.slots)
     return f"| {model} | {parameters:,} | {precision} | {1e3 * seconds:.0f} | {size / seconds:,.0f} | {share:.0%} |"
-
-
-def packing_table(images: int = 200_000) -> str:
-    """Arrival order with best-fit gaps on sizes like ImageNet's at stride 32."""
-    draw = np.random.default_rng(0)
-    sides = np.clip(np.exp(draw.normal(2.42, 0.38, (images, 2))), 1, 64).astype(int)
-    tokens = sides.prod(axis=1)
-    lines = [
-        "## Packing",
-        "",
-        f"{images:,} images, {tokens.mean():.0f} tokens on average, longest {tokens.max():,}.",
-        "",
-    ]
-    lines += ["| budget | fill | emptiest pack | images/s |", "|---|---|---|---|"]
-    for budget in (8192, 16384, 65536):
-        packer = Packer(lambda k: int(tokens[k % images]), budget, int(2 * budget / tokens.mean()) + 1)
-        begin, fills, count = time.perf_counter(), [], 0
-        while count < images:
-            pack = packer.take()
-            fills.append(sum(int(tokens[k % images]) for k in pack) / budget)
-            count += len(pack)
-        speed = count / (time.perf_counter() - begin)
-        lines.append(f"| {budget:,} | {np.mean(fills):.3%} | {min(fills):.2%} | {speed:,.0f} |")
-    return "\n".join(lines)
 
 
 def best(function: Callable[[], object], device: torch.device) -> float:

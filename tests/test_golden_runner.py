@@ -51,7 +51,12 @@ def test_one_number_that_is_off_by_one_percent_of_the_largest_fails(name: str) -
                 wrong["values"][len(wrong["values"]) // 2] += 0.01 * entry["abs_max"]
             else:
                 wrong[part] += 0.01 * entry["abs_max"]
-            assert any(line.startswith(f"{output}: ") for line in differences(changed, results, adapter.notes)), output
+            if output not in adapter.notes:
+                found = differences(changed, results, adapter.notes)
+                assert any(line.startswith(f"{output}: ") for line in found), output
+            elif part == "values":  # the adapter itself compares it
+                with pytest.raises(AssertionError):
+                    adapter.run(changed)
 
 
 def test_such_a_fixture_fails_in_the_runner() -> None:
