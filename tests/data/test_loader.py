@@ -85,3 +85,26 @@ def test_workers_change_nothing_and_state_continues() -> None:
     resumed.restore(first.state(2))
     assert [m for _, m in islice(resumed, 4)] == [m for _, m in alone[8:12]]
     assert first.waited > 0
+
+
+def test_two_passes_through_kills_other_ranks_and_other_workers_show_every_image_twice() -> None:
+    """Killed four times, on 1, 2, then 1 ranks with 0, 2 and 4 workers: the steps of an untouched run."""
+    per_step, both_passes = 4, 2 * len(shapes().labels)
+    untouched = list(islice(loader(0).plan.steps(), 60))
+    steps: list[list[Micro]] = []
+    state, done = None, 0
+    for ranks, workers, wanted in ((1, 0, 3), (2, 2, 4), (2, 0, 1), (1, 4, 2), (1, 2, len(untouched))):
+        loaders = [loader(workers, rank, ranks) for rank in range(ranks)]
+        for one in loaders:
+            if state is not None:
+                one.restore(state)
+        count = min(wanted, len(untouched) - done)
+        shares = [[micro for _, micro in islice(one, count * per_step // ranks)] for one in loaders]
+        for step in range(count):
+            own = [share[step * per_step // ranks : (step + 1) * per_step // ranks] for share in shares]
+            steps.append(sorted((m for part in own for m in part), key=lambda m: m.number))
+        done += count
+        state = loaders[0].state(done)
+    assert [[m.indices for m in step] for step in steps] == [[m.indices for m in step] for step in untouched]
+    positions = sorted(place for step in steps for micro in step for place in micro.positions)
+    assert positions[:both_passes] == list(range(both_passes))

@@ -283,7 +283,7 @@ def test_networks_must_count_time_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "choices"), [("ends", "inclusive or strict"), ("schedule", "constant or power_cosine")]
+    ("key", "choices"), [("ends", "inclusive or strict"), ("schedule", "constant or linear or power_cosine")]
 )
 def test_unknown_options_are_refused(key: str, choices: str) -> None:
     with pytest.raises(ValueError, match=rf"guidance\.{key}=wrong is unknown; choose {choices}"):
@@ -300,3 +300,8 @@ def test_integer_steps_have_one_direction_whatever_the_network_declares() -> Non
         field.velocity(batches()["packed"], 100.0)
         doubled_calls[time] = [(t[0], len(y)) for y, t in net.calls]
     assert doubled_calls["index"] == doubled_calls["data1"] == [(900.0, 3), (100.0, 6)]
+
+
+def test_the_linear_schedule() -> None:
+    guided = cfg(Toy(), scale=3.0, schedule="linear")
+    assert [guided.scale_at(level) for level in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]

@@ -59,8 +59,8 @@ class Guided(ABC):
             three latent channels, by oversight). A predicted variance is never guided.
         time_range: the objective's (data, noise) times.
         ends: `inclusive`, or `strict` as in DDT and PixNerd.
-        schedule: `constant`, or `power_cosine`: 1 + (scale - 1) (1 - cos(pi level^power)) / 2, all of the scale at
-            noise and none at data (FiT's scale_pow).
+        schedule: `constant`; `linear`, 1 + (scale - 1) level; or `power_cosine`, 1 + (scale - 1)
+            (1 - cos(pi level^power)) / 2 (FiT's scale_pow): all of the scale at noise and none at data.
         power: of `power_cosine`.
 
     Raises:
@@ -80,7 +80,7 @@ class Guided(ABC):
     ) -> None:
         _choice("channels", channels, "all", "first3")
         _choice("ends", ends, "inclusive", "strict")
-        _choice("schedule", schedule, "constant", "power_cosine")
+        _choice("schedule", schedule, "constant", "linear", "power_cosine")
         if len(interval) != 2 or interval[0] > interval[1]:
             raise ValueError(f"guidance.interval={list(interval)} must be [low, high] with low <= high")
         self.net = net
@@ -130,6 +130,8 @@ class Guided(ABC):
         first, last = self.time_range
         place = (t - first) / (last - first)
         level = max(1 - place if self.time == "data1" else place, 0.0)
+        if self.schedule == "linear":
+            return 1 + (self.scale - 1) * level
         return 1 + (self.scale - 1) * (1 - math.cos(math.pi * level**self.power)) / 2
 
     def mix(self, batch: Batch, conditional: Tensor, reference: Tensor, scale: float) -> Tensor:
