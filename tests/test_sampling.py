@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -112,3 +114,8 @@ def test_a_label_that_does_not_exist_lists_the_classes(label: int | str) -> None
 def test_there_must_be_something_to_draw() -> None:
     with pytest.raises(ValueError, match="n=0 must be at least 1"):
         make_requests([0], [(8, 8)], 0, NAMES)
+
+
+def test_the_public_function_is_not_hidden_by_the_command_of_its_name() -> None:
+    code = "import genfound, genfound.fit, genfound.evaluation; assert callable(genfound.sample)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

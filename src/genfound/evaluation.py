@@ -32,8 +32,7 @@ from genfound.metrics.protocol import UNKNOWN, Drawing, Protocol, Result
 from genfound.metrics.reference import common_size, file_hash
 from genfound.references import GIVEN, DataSet, Place, Tool, prepare_extractor, prepare_reference
 from genfound.reporting.provenance import provenance
-from genfound.sample import run_or_chosen
-from genfound.sampling import check_size
+from genfound.sampling import check_size, run_or_chosen
 from genfound.tokenizers import Absent, Tokenizer
 
 Config = Mapping[str, Any]

@@ -24,7 +24,7 @@ def _task(cfg: DictConfig) -> None:
     from genfound.data.pictures import save_png
     from genfound.loading import load
     from genfound.reporting.grid import save_grid
-    from genfound.sampling import Sampling, make_requests
+    from genfound.sampling import Sampling, make_requests, run_or_chosen
     from genfound.tokenizers import Absent
 
     launch.keep_freed_memory()
@@ -67,15 +67,6 @@ def reposition(net: Backbone, rope: Mapping[str, Any]) -> None:
         raise ValueError(f"rope.{next(iter(given))}: {type(net).__name__} has no rotary positions")
     if given:
         net.rope = replace(net.rope, **given)  # type: ignore[assignment,type-var]
-
-
-def run_or_chosen(group: str, run: Mapping[str, Any], config: Mapping[str, Any], chosen: list[str]) -> dict[str, Any]:
-    """The run's own sampler or guidance, unless an option is chosen; single keys that were set always win."""
-    values = [override.partition("=")[0] for override in chosen]
-    base = dict(config[group] if group in values else run[group])
-    for key in (value.removeprefix(f"{group}.") for value in values if value.startswith(f"{group}.")):
-        base[key] = config[group][key]
-    return base
 
 
 def _sizes(size: Any) -> list[tuple[int, int]]:

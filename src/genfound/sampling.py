@@ -275,6 +275,17 @@ def _option(group: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return paths.read_yaml(file)
 
 
+def run_or_chosen(
+    group: str, run: Mapping[str, Any], config: Mapping[str, Any], chosen: Sequence[str]
+) -> dict[str, Any]:
+    """The run's own sampler or guidance, unless an option is chosen; single keys that were set always win."""
+    values = [override.partition("=")[0] for override in chosen]
+    base = dict(config[group] if group in values else run[group])
+    for key in (value.removeprefix(f"{group}.") for value in values if value.startswith(f"{group}.")):
+        base[key] = config[group][key]
+    return base
+
+
 def make_requests(
     labels: Sequence[int | str], sizes: Sequence[tuple[int, int]], n: int, class_names: Sequence[str]
 ) -> list[Request]:
