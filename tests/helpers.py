@@ -9,7 +9,7 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from genfound import build, paths
@@ -89,6 +89,22 @@ def randomise(net: NiT, seed: int = 0) -> NiT:
     return net
 
 
+def loss_and_gradients(net: Backbone, batch: Batch, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of squares of the output, with the network's own losses, and its gradient for every parameter."""
+    net.zero_grad()
+    loss = batch.per_image(net(batch, t) ** 2).sum() + sum(net.extra_losses().values())
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Equal to a tolerance that is relative to the largest value of each parameter's gradient."""
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected[name], atol=tolerance * scale, rtol=0, msg=name)
+
+
 @functools.cache
 def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
     with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
@@ -97,15 +113,10 @@ def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
 
 def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
     """A resolved configuration, as the command line would compose it."""
-    config = OmegaConf.to_container(_composed(name, overrides), resolve=True)
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return paths.plain(_composed(name, overrides))
 
 
 def run_dir(folder: Path, *overrides: str) -> Path:
     """A run directory that `genfound.fit.fit` can train."""
-    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True)
-    assert isinstance(config, dict)
-    paths.claim(folder, {str(key): value for key, value in config.items()}, allow_changes=False)
+    paths.claim(folder, paths.compose("train", overrides), allow_changes=False)
     return folder

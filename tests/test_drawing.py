@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from genfound.drawing import PART, Drawn, make_requests
+from genfound.reporting.progress import Progress
 from genfound.sampling import Request
 from tests.metrics.sets import Pictures
 
@@ -16,7 +17,7 @@ class Sampler:
     def __init__(self) -> None:
         self.drawn = 0
 
-    def draw(self, net: Any, requests: list[Request], seed: int) -> list[np.ndarray]:
+    def draw(self, net: Any, requests: list[Request], seed: int, progress: Progress) -> list[np.ndarray]:
         assert len({request.size for request in requests}) == 1 and len(requests) <= PART
         self.drawn += len(requests)
         return [np.full((*r.size, 3), (r.number + r.label + seed) % 256, dtype=np.uint8) for r in requests]

@@ -15,7 +15,7 @@ from torch import Tensor
 from genfound import encoding
 from genfound.data.store import MANIFEST, Store, read_manifest
 from genfound.data.views import resize
-from genfound.encoding import Encoding, Progress, run_group
+from genfound.encoding import Encoding, run_group
 from genfound.tokenizers import Pixel
 from tests.helpers import composed
 from tests.stores import contents, encoded, native, tree
@@ -197,15 +197,6 @@ def test_drawn_images_can_be_encoded(tmp_path: Path) -> None:
     source = Store(tmp_path / "store", native(2), 3, "val", False)
     drawn = Encoding(config, torch.device("cpu")).parts["val"]
     assert torch.equal(source.moments(1, False), drawn.read(1).float() / 127.5 - 1)
-
-
-def test_progress_counts_what_was_there_and_what_the_others_do() -> None:
-    progress = Progress(total=1000, done=200, mine=400, every=0)
-    progress.encoded = 100
-    assert progress.line(10.0) == "400/1,000 latents  20 images/s  0:00:30 left"
-    progress.encoded = 400
-    assert progress.line(40.0) == "1,000/1,000 latents  20 images/s  0:00:00 left"
-    assert Progress(10, 10, 0, 0).line(1.0).startswith("10/10")
 
 
 def test_what_several_processes_say_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:

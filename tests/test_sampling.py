@@ -28,11 +28,12 @@ NET = small_nit(channels=3, patch_size=2).eval()
 
 
 def test_images_have_the_requested_sizes_in_the_requested_order() -> None:
-    finished: list[int] = []
-    images = sampling().draw(NET, REQUESTS, seed=0, progress=finished.append)
+    finished: list[float] = []
+    images = sampling().draw(NET, REQUESTS, seed=0, progress=lambda done, _: finished.append(done))
     assert [image.shape for image in images] == [(*request.size, 3) for request in REQUESTS]
     assert all(image.dtype == np.uint8 for image in images)
-    assert finished == [3, 7, 9]
+    assert [done for done in finished if done == int(done)] == [0, 3, 7, 9]
+    assert sorted(set(finished)) == finished and len(finished) == 4 + 3 * 3  # and after each step
 
 
 def test_an_image_does_not_depend_on_the_others() -> None:
@@ -90,9 +91,9 @@ def test_a_size_that_does_not_divide_names_the_nearest(size: tuple[int, int], le
 
 
 def test_a_wrong_size_stops_before_any_image() -> None:
-    finished: list[int] = []
+    finished: list[float] = []
     with pytest.raises(ValueError, match=r"size=\[9,8\]"):
-        sampling().draw(NET, [*REQUESTS, Request(0, (9, 8), 9)], 0, finished.append)
+        sampling().draw(NET, [*REQUESTS, Request(0, (9, 8), 9)], 0, lambda done, _: finished.append(done))
     assert finished == []
 
 

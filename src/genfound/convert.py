@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from genfound import launch
+from genfound import launch, paths
 
 
 def _task(cfg: DictConfig) -> None:
     from genfound.loading import convert
 
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    config = paths.plain(cfg)
     hints = {key: value for key, value in config["hints"].items() if value is not None}
     written = convert(Path(config["from"]), config["to"], config["format"], config["weights"], **hints)
     print(f"{written.tensors:,} tensors, {written.parameters:,} parameters: {written.file} ({written.format})")

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from genfound.backbones.base import Backbone
-from genfound.metrics.features import Progress
 from genfound.metrics.images import ImageSet, digest
+from genfound.reporting.progress import Progress, silent
 from genfound.rng import Rng
 from genfound.sampling import Request, Sampling
 
@@ -113,7 +113,7 @@ class Drawn:
         seed: int,
         rank: int = 0,
         ranks: int = 1,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Draw the files of this process that are not there yet.
 
@@ -122,20 +122,23 @@ class Drawn:
             sampling: how to draw.
             seed: of the noise.
             rank, ranks: which share of the files.
-            progress: called after each file.
+            progress: see `reporting.progress`.
         """
         mine = list(range(len(self.parts)))[rank::ranks]
-        done, total = 0, sum(len(self.parts[part]) for part in mine)
-        for part in mine:
+        total = sum(len(self.parts[part]) for part in mine)
+        missing = [part for part in mine if not self._file(part).is_file()]
+        done = total - sum(len(self.parts[part]) for part in missing)
+
+        def within(drawn: float, _: int) -> None:
+            progress(done + drawn, total)
+
+        for part in missing:
+            images = sampling.draw(net, [self.requests[k] for k in self.parts[part]], seed, within)
             file = self._file(part)
-            if not file.is_file():
-                images = sampling.draw(net, [self.requests[k] for k in self.parts[part]], seed)
-                temporary = file.with_name(f".{file.stem}.{os.getpid()}.npy")
-                np.save(temporary, np.stack(images))
-                temporary.replace(file)
-            done += len(self.parts[part])
-            if progress is not None:
-                progress(done, total)
+            temporary = file.with_name(f".{file.stem}.{os.getpid()}.npy")
+            np.save(temporary, np.stack(images))
+            temporary.replace(file)
+            done += len(images)
 
     def __len__(self) -> int:
         return len(self.requests)

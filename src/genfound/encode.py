@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from genfound import launch
+from genfound import launch, paths
 
 
 def _task(cfg: DictConfig) -> None:
@@ -18,7 +17,7 @@ def _task(cfg: DictConfig) -> None:
     from genfound.encoding import encode, run_group
 
     launch.keep_freed_memory()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    config = paths.plain(cfg)
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in _PLACE.items())
     device = build.device(config["accelerator"])
     wanted = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)

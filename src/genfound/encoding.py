@@ -11,14 +11,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
@@ -38,6 +36,7 @@ from genfound.data.pictures import normalised, to_uint8
 from genfound.data.shards import PARTIAL, write_whole
 from genfound.data.work import Call, Calls, Part, Shard
 from genfound.paths import flatten
+from genfound.reporting.progress import Counter
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 
@@ -193,8 +192,8 @@ class Encoding:
             raise ValueError(f"{file} belongs to another store; choose another out=...")
         return file.with_suffix(".png").exists()
 
-    def run(self, shards: list[Shard], workers: int, progress: Progress) -> None:
-        """Encode shards one after another.
+    def run(self, shards: list[Shard], workers: int, encoded: Callable[[int], None]) -> None:
+        """Encode shards one after another; `encoded` is called with the number of latents so far.
 
         Raises:
             ValueError: latents that are not finite, or a disk that is full.
@@ -211,11 +210,14 @@ class Encoding:
             prefetch_factor=4 if workers else None,
         )
         filling: store.Filling | None = None
+        count = 0
+        encoded(count)
         for call, pictures in loader:
             shard = call.shard
             filling = filling or self._filling(shard)
             filling.put([entry - shard.first for entry in call.entries], self._encoded(call, pictures))
-            progress.add(len(call.entries))
+            count += len(call.entries)
+            encoded(count)
             if not filling.missing:
                 self._keep(shard, filling)
                 filling = None
@@ -273,39 +275,6 @@ class Encoding:
         return True
 
 
-class Progress:
-    """Lines with images, images/s and the time that is left.
-
-    Args:
-        total: entries of the store.
-        done: those that were there before.
-        mine: those that this process encodes.
-        every: seconds between two lines; infinity: none at all.
-    """
-
-    def __init__(self, total: int, done: int, mine: int, every: float) -> None:
-        self.total, self.done, self.mine, self.every = total, done, mine, every
-        self.encoded = 0
-        self._begin = self._said = time.monotonic()
-
-    def add(self, count: int) -> None:
-        """Count entries; a line when it is time, and at the end."""
-        self.encoded += count
-        now = time.monotonic()
-        if now - self._said >= self.every or (self.encoded == self.mine and self.every < math.inf):
-            self._said = now
-            print(self.line(now - self._begin), flush=True)
-
-    def line(self, seconds: float) -> str:
-        """What to say after so many seconds; other processes are taken to be as fast as this one."""
-        share = self.encoded / max(self.mine, 1)
-        done = self.done + round(share * (self.total - self.done))
-        rate = (done - self.done) / max(seconds, 1e-9)
-        left = round((self.total - done) / rate) if rate else 0
-        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        return f"{done:,}/{self.total:,} latents  {rate:,.0f} images/s  {clock} left"
-
-
 def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.device) -> None:
     """Encode this process's share of a store; the last one to finish writes the manifest.
 
@@ -329,8 +298,13 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
             "\n".join([*lines, f"{encoding.out}: {total:,} latents in {len(encoding.shards)} shards; {there}{share}"])
         )
     workers = min(config["data"]["num_workers"], os.cpu_count() or 1)
-    every = config["log_every"] if rank == 0 else math.inf
-    encoding.run(missing, workers, Progress(total, round(total * (1 - left / max(own, 1))), left, every))
+    counter = Counter("latents", config["log_every"])
+
+    def encoded(count: int) -> None:
+        if rank == 0:  # the other processes are taken to be as far
+            counter(round(total * (own - left + count) / own), total)
+
+    encoding.run(missing, workers, encoded)
     if encoding.complete():
         print(f"done: {total:,} latents in {len(encoding.shards)} shards, {encoding.out / store.MANIFEST}", flush=True)
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from genfound import launch
+from genfound import launch, paths
 
 
 def _task(cfg: DictConfig) -> None:
     from genfound.evaluation import Asked, evaluate
 
     launch.keep_freed_memory()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    config = paths.plain(cfg)
     hydra_cfg = HydraConfig.get()
     evaluate(Asked(config, list(hydra_cfg.overrides.task), str(hydra_cfg.runtime.choices["protocol"])))
 

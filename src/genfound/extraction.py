@@ -11,11 +11,10 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -26,16 +25,15 @@ from genfound.data.pictures import Normaliser, to_uint8
 from genfound.drawing import Drawn
 from genfound.loading import load
 from genfound.metrics.extractor import Extractor, Inception
-from genfound.metrics.features import Features, Progress
+from genfound.metrics.features import Features
 from genfound.metrics.images import Chosen, Cropped, ImageSet, Sourced, digest, open_images
 from genfound.metrics.probe import Probe
+from genfound.reporting.progress import Counter, Progress, silent
 from genfound.rng import Rng
 from genfound.sampling import Sampling
 from genfound.tokenizers import Spec
 
 VIEWS = ("crop", "as_is", "same_size")
-QUIET = 10.0
-"""Seconds between two lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +165,9 @@ class DrawTask:
     batch: int
     precision: str
     accelerator: str
+    makes: ClassVar = "samples"
 
-    def run(self, rank: int, ranks: int, device: torch.device, progress: Progress | None) -> None:
+    def run(self, rank: int, ranks: int, device: torch.device, progress: Progress) -> None:
         """Draw this process's share."""
         loaded = load(self.source, weights=self.weights, **self.hints)
         objective = build.objective(self.config)
@@ -195,8 +194,9 @@ class ExtractTask:
     extractor: str
     extractor_weights: str
     accelerator: str
+    makes: ClassVar = "features"
 
-    def run(self, rank: int, ranks: int, device: torch.device, progress: Progress | None) -> None:
+    def run(self, rank: int, ranks: int, device: torch.device, progress: Progress) -> None:
         """Compute this process's share."""
         extractor = open_extractor(self.extractor, Path(self.extractor_weights), device)
         Features(Path(self.folder), self.count).extract(self.images.open(device), extractor, rank, ranks, progress)
@@ -232,7 +232,7 @@ def perform(task: Task, devices: int, file: Path) -> None:
         launch.JobError: a process failed, and has said why.
     """
     if devices == 1:
-        task.run(0, 1, build.device(task.accelerator), spoken(type(task).__name__))
+        task.run(0, 1, build.device(task.accelerator), Counter(task.makes))
         return
     kind = next(name for name, cls in TASKS.items() if isinstance(task, cls))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -245,20 +245,6 @@ def perform(task: Task, devices: int, file: Path) -> None:
     file.unlink(missing_ok=True)
     if code:
         raise launch.JobError
-
-
-def spoken(what: str) -> Progress:
-    """Prints how far the first process is, every ten seconds."""
-    doing = {"DrawTask": "drawn", "ExtractTask": "features"}.get(what, what)
-    last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > QUIET or done == total:
-            last = time.monotonic()
-            print(f"  {doing}: {done:,} of {total:,}", flush=True)
-
-    return progress
 
 
 def _worker(file: Path) -> None:
@@ -275,7 +261,8 @@ def _worker(file: Path) -> None:
         torch.cuda.set_device(device)
     launch.keep_freed_memory()
     try:
-        task.run(rank, ranks, device, spoken(type(task).__name__) if rank == 0 else None)
+        counter = Counter(f"{task.makes} on the first of {ranks} processes")
+        task.run(rank, ranks, device, counter if rank == 0 else silent)
     except launch.USER_ERRORS as error:
         launch.complain(str(error))
         sys.exit(1)

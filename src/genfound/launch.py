@@ -82,10 +82,8 @@ def train(cfg: DictConfig) -> None:
     """
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    paths.claim(folder, {str(k): v for k, v in config.items()}, cfg.allow_changes)
+    paths.claim(folder, paths.plain(cfg), cfg.allow_changes)
     result = paths.finished(folder)
     if result and _reached(cfg, result):
         print(f"[done before] {folder}  {_summary(result)}", flush=True)
@@ -153,7 +151,7 @@ def _check(cfg: DictConfig, config_name: str) -> None:
     if missing:
         raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
     choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
-    default, given = (paths.flatten(_plain(c)) for c in (hydra.compose(config_name, choices), cfg))
+    default, given = (paths.flatten(paths.plain(c, resolve=False)) for c in (hydra.compose(config_name, choices), cfg))
     for key, value in given.items():
         if key in SEVERAL_TYPES:
             continue
@@ -163,12 +161,6 @@ def _check(cfg: DictConfig, config_name: str) -> None:
         if allowed and default[key] != "???" and (wrong_bool or not isinstance(value, (*allowed, type(None)))):
             names = {float: "a number", int: "a whole number", bool: "true or false", list: "a list", str: "a text"}
             raise ValueError(f"{key}={value} must be {names[kind]}, such as {default[key]}")
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    container = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
 
 
 def _refuse_new_keys(arguments: list[str]) -> None:
@@ -195,7 +187,7 @@ def _composition_error(error: Exception, config_name: str) -> str:
 
 def _known_keys(config_name: str) -> list[str]:
     with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
-        flat = paths.flatten(_plain(hydra.compose(config_name)))
+        flat = paths.flatten(paths.plain(hydra.compose(config_name), resolve=False))
     return sorted(flat.keys() | {key.rpartition(".")[0] for key in flat})
 
 

@@ -16,7 +16,7 @@ from genfound.backbones import dit_moe
 from genfound.backbones.base import Backbone
 from genfound.backbones.official import FAMILIES, family_of
 from genfound.objectives.base import Objective
-from genfound.tokenizers import Absent, Tokenizer
+from genfound.tokenizers import Absent, Spec, Tokenizer
 
 Config = dict[str, Any]
 
@@ -109,7 +109,7 @@ def _ours(path: Path, weights: str) -> Found | None:
     note = weight_files.ours(path)
     if note is None:
         return None
-    tensors, _ = weight_files.read_safetensors(path)
+    tensors = weight_files.read_safetensors(path)
     own = {key: value for key, value in tensors.items() if not key.startswith(weight_files.KEPT)}
     kept = {key.removeprefix(weight_files.KEPT): tensors[key] for key in tensors.keys() - own.keys()}
     return Found(note["config"], own, note["class_names"], _pairs(note["sizes"]), kept)
@@ -232,6 +232,12 @@ def _tokenizer(config: Config) -> Tokenizer:
     return Absent(spec, f"the tokenizer has {codec.spec.channels} channels, and this model {channels}")
 
 
+def _shape(found: Found) -> Spec:
+    """The shape of the latents that the weights are for; no tokenizer is built."""
+    channels = found.state["x_embedder.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
+    return build.published_spec(found.config)._replace(channels=channels)
+
+
 def _pairs(sizes: Any) -> list[tuple[int, int]]:
     return [(int(h), int(w)) for h, w in sizes]
 
@@ -265,7 +271,7 @@ def convert(path: Path, to: str, file_format: str | None, weights: str = "ema", 
         raise ValueError(f"format={file_format} is unknown; choose official or genfound")
     found = find(path, weights, **hints)
     with torch.device("meta"):
-        net = build.net(found.config, _tokenizer(found.config).spec, len(found.class_names))
+        net = build.net(found.config, _shape(found), len(found.class_names))
     checkpoints.check(net, found.state, path)
     chosen = file_format or ("official" if found.official is None else "genfound")
     file = _destination(path, to, chosen)

@@ -16,7 +16,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 NOT_IDENTITY = (
     "runs", "study", "name", "allow_changes", "trainer", "logger", "launcher",
@@ -94,16 +94,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
-    loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-    assert isinstance(loaded, dict)
-    return {str(key): value for key, value in loaded.items()}
+    return plain(OmegaConf.load(file))
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """One file of conf/ alone, without what it inherits."""
-    loaded = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(loaded, dict)
-    return {str(key): value for key, value in loaded.items()}
+    return plain(OmegaConf.load(file), resolve=False)
 
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -113,9 +109,14 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     else:
         with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
             composed = hydra.compose(name, list(overrides))
-    config = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return plain(composed)
+
+
+def plain(cfg: DictConfig | ListConfig, resolve: bool = True) -> dict[str, Any]:
+    """A composed configuration as dicts and lists, its interpolations resolved or as they are written."""
+    container = OmegaConf.to_container(cfg, resolve=resolve)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

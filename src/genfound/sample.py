@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from genfound import launch
+from genfound import launch, paths
 
 if TYPE_CHECKING:
     from genfound.backbones.base import Backbone
@@ -24,11 +24,12 @@ def _task(cfg: DictConfig) -> None:
     from genfound.data.pictures import save_png
     from genfound.loading import load
     from genfound.reporting.grid import save_grid
+    from genfound.reporting.progress import Counter
     from genfound.sampling import Sampling, make_requests, run_or_chosen
     from genfound.tokenizers import Absent
 
     launch.keep_freed_memory()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    config = paths.plain(cfg)
     hints = {key: value for key, value in config["hints"].items() if value is not None}
     loaded = load(config["from"], weights=config["weights"], **hints)
     if isinstance(loaded.tokenizer, Absent):
@@ -45,8 +46,7 @@ def _task(cfg: DictConfig) -> None:
     sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"], config["precision"])
 
     out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
-    total = len(requests)
-    images = sampling.draw(loaded.net.to(device), requests, config["seed"], lambda done: print(f"{done}/{total}"))
+    images = sampling.draw(loaded.net.to(device), requests, config["seed"], Counter("images"))
     for image, request in zip(images, requests, strict=True):
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", loaded.class_names[request.label])
         save_png(out / f"{request.number:05d}_{name}_{request.size[0]}x{request.size[1]}.png", image)
@@ -85,8 +85,6 @@ def _sizes(size: Any) -> list[tuple[int, int]]:
 
 def _default_out(origin: Path, chosen: list[str]) -> Path:
     """In the run that is sampled from, or beside the file."""
-    from genfound import paths
-
     settings = [c for c in chosen if not c.startswith(("from=", "out="))]
     run = origin if origin.is_dir() else origin.parent.parent
     folder = run / "samples" if (run / "config.yaml").is_file() else origin.parent / f"{origin.stem}_samples"

@@ -25,6 +25,7 @@ from genfound.data.pictures import to_uint8
 from genfound.layouts import Layout
 from genfound.loading import Loaded, load
 from genfound.objectives.base import GuidedNet, Objective
+from genfound.reporting.progress import Progress, silent
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from genfound.samplers.guidance import AutoGuidance, ClassifierFree, unguided
@@ -100,9 +101,11 @@ class Sampling:
         return 1 if self.sampler.get("norm") == "image" else self.micro_batch
 
     def draw(
-        self, net: Backbone, requests: Sequence[Request], seed: int, progress: Callable[[int], None] | None = None
+        self, net: Backbone, requests: Sequence[Request], seed: int, progress: Progress = silent
     ) -> list[np.ndarray]:
         """Images (height, width, 3) uint8 in the order of the requests; see `latents`.
+
+        `progress` is called after each step too, with a share of the images that are under way.
 
         Raises:
             ValueError: a size that does not divide into tokens, or a tokenizer that cannot decode.
@@ -120,7 +123,7 @@ class Sampling:
         Raises:
             ValueError: a size that does not divide into tokens.
         """
-        return self._each(net, requests, seed, lambda z: z, None)
+        return self._each(net, requests, seed, lambda z: z, silent)
 
     def _each(
         self,
@@ -128,19 +131,25 @@ class Sampling:
         requests: Sequence[Request],
         seed: int,
         finish: Callable[[Tensor], Drawn],
-        progress: Callable[[int], None] | None,
+        progress: Progress,
     ) -> list[Drawn]:
-        """What `finish` makes of each latent; `progress` is called with the number of images finished so far."""
+        """What `finish` makes of each latent."""
         for size in {request.size for request in requests}:
             check_size(size, self.tokenizer.spec.stride * self.layout.patch_size)
+        progress(0, len(requests))
         images: dict[int, Drawn] = {}
         by_size = sorted(enumerate(requests), key=lambda pair: pair[1].size)
         for _, same in itertools.groupby(by_size, key=lambda pair: pair[1].size):
             for chunk in _chunks(list(same), self.rows):
-                for (place, _), z in zip(chunk, self._latents(net, [r for _, r in chunk], seed), strict=True):
+                before, count = len(images), len(chunk)
+
+                def under_way(share: float, before: int = before, count: int = count) -> None:
+                    progress(before + count * share, len(requests))
+
+                latents = self._latents(net, [request for _, request in chunk], seed, under_way)
+                for (place, _), z in zip(chunk, latents, strict=True):
                     images[place] = finish(z)
-                if progress is not None:
-                    progress(len(images))
+                progress(len(images), len(requests))
         return [images[place] for place in range(len(requests))]
 
     @torch.no_grad()
@@ -148,7 +157,9 @@ class Sampling:
         return to_uint8(self.tokenizer.decode(latent[None])[0], self.uint8)
 
     @torch.no_grad()
-    def _latents(self, net: Backbone, requests: list[Request], seed: int) -> list[Tensor]:
+    def _latents(
+        self, net: Backbone, requests: list[Request], seed: int, under_way: Callable[[float], None]
+    ) -> list[Tensor]:
         """Latents (C, h, w) of up to `micro_batch` images of one size."""
         channels, stride = self.tokenizer.spec
         padded = requests + [requests[-1]] * (self.rows - len(requests))
@@ -167,7 +178,7 @@ class Sampling:
         options = {key: value for key, value in self.sampler.items() if key not in ("name", "steps")}
         sampler: Callable[..., Batch] = functools.partial(SAMPLERS[self.sampler["name"]], **options)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            batch = sampler(field, batch, times, rng)
+            batch = sampler(field, batch, times, rng, lambda step, _: under_way((step + 1) / (len(times) + 1)))
         real = torch.arange(len(labels), device=self.device) < len(requests)
         return self.layout.to_latents(batch.x, replace(batch, real=real))
 

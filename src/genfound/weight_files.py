@@ -70,7 +70,7 @@ def read(path: Path) -> Stored:
     if not path.is_file():
         raise FileNotFoundError(f"there is no run {path}, nor a file of that name")
     if _is_safetensors(path):
-        return Stored({"": unwrapped(read_safetensors(path)[0], path)}, {})
+        return Stored({"": unwrapped(read_safetensors(path), path)}, {})
     content = _unpickled(path)
     args = content.get("args", {})
     outer = {key: content[key] for key in OUTER if isinstance(content.get(key), Mapping)}
@@ -78,16 +78,22 @@ def read(path: Path) -> Stored:
     return Stored(states, dict(vars(args)) if isinstance(args, argparse.Namespace) else {})
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata.
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file.
 
     Raises:
         ValueError: the file is damaged.
     """
     try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-        return safetensors.torch.load_file(path), metadata
+            return dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -96,7 +102,7 @@ def ours(path: Path) -> dict[str, Any] | None:
     """What `write` noted in a file of ours; `None` for any other file."""
     if not path.is_file() or not _is_safetensors(path):
         return None
-    note = read_safetensors(path)[1].get(OURS)
+    note = _metadata(path).get(OURS)
     return None if note is None else dict(json.loads(note))
 
 

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from genfound import checkpoints
 from genfound.backbones.dit import DiT, from_official, position_table, to_official
 from genfound.batch import Batch
 from genfound.layouts import Dense
-from tests.helpers import composed, latents
+from tests.helpers import assert_equal_gradients, composed, latents, loss_and_gradients
 
 SMALL_DIT: dict[str, Any] = {
     "channels": 4,
@@ -37,13 +36,6 @@ TRAINABLE = {
 TIMES = torch.tensor([0.0, 417.0, 999.0])
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def small_dit(**options: Any) -> DiT:
     """A DiT of two blocks whose weights are all random, also those that start at zero."""
     net = DiT(**{**SMALL_DIT, **options})
@@ -55,20 +47,6 @@ def small_dit(**options: Any) -> DiT:
 
 def dense(size: tuple[int, int] = (8, 8), count: int = 3, patch_size: int = 2) -> Batch:
     return Dense(patch_size).to_batch(latents([size] * count), torch.arange(count))
-
-
-def loss_and_gradients(net: DiT, batch: Batch, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    net.zero_grad()
-    loss = batch.per_image(net(batch, t) ** 2).sum()
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-def assert_equal_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == expected.keys()
-    for name, gradient in ours.items():
-        scale = expected[name].abs().max().item()
-        torch.testing.assert_close(gradient, expected[name], atol=tolerance * scale, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(("learn_sigma", "outputs"), [(True, 8), (False, 4)])

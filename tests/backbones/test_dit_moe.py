@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from genfound.sampling import guided
 from genfound.tokenizers import Spec
-from tests.helpers import composed, latents, linear_flow
+from tests.helpers import assert_equal_gradients, composed, latents, linear_flow, loss_and_gradients
 
 SMALL: dict[str, Any] = {
     "channels": 4, "num_classes": 10, "patch_size": 2, "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2,
@@ -43,13 +42,6 @@ SIZES = {  # parameters without the position table, and those that a token passe
 TIMES = torch.tensor([0.0, 417.0, 999.0])
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def small(**options: Any) -> DiTMoE:
     """A DiT-MoE of two blocks whose weights are all random, also those that start at zero."""
     net = DiTMoE(**{**SMALL, **options})
@@ -62,20 +54,6 @@ def small(**options: Any) -> DiTMoE:
 
 def dense(size: tuple[int, int] = (8, 8), count: int = 3) -> Batch:
     return Dense(2).to_batch(latents([size] * count), torch.arange(count))
-
-
-def loss_and_gradients(net: DiTMoE, batch: Batch, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    net.zero_grad()
-    loss = batch.per_image(net(batch, t) ** 2).sum() + sum(net.extra_losses().values())
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-def assert_equal_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == expected.keys()
-    for name, gradient in ours.items():
-        scale = expected[name].abs().max().item()
-        torch.testing.assert_close(gradient, expected[name], atol=tolerance * scale, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from genfound.backbones.fit import (
     our_key,
     to_official,
 )
-from genfound.batch import Batch
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.tokenizers import Spec
-from tests.helpers import composed, latents
+from tests.helpers import assert_equal_gradients, composed, latents, loss_and_gradients
 
 SIZES = [(6, 10), (8, 8), (2, 14), (4, 2)]
 TIMES = torch.tensor([0.1, 0.5, 0.9, 1.0])
@@ -41,13 +39,6 @@ NETWORKS: list[dict[str, Any]] = [
     {"norm": "w_layernorm", "q_norm": "w_layernorm", "k_norm": "w_layernorm"},
     {"adaln": "swiglu", "adaln_rank": None, "ffn": "swiglu_large", "mlp_ratio": 2.7, "channels": 3, "patch_size": 1},
 ]
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def fresh_fit(**options: Any) -> FiT:
@@ -86,20 +77,6 @@ def images(net: FiT, layout: Layout, z: list[Tensor], t: Tensor) -> list[Tensor]
     out = net(batch, nn.functional.pad(t, (0, len(batch.y) - len(t))))
     assert out.shape[-1 if layout.name != "dense" else 1] == batch.x.shape[-1 if layout.name != "dense" else 1]
     return layout.to_latents(out, batch)
-
-
-def loss_and_gradients(net: FiT, batch: Batch, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    net.zero_grad()
-    loss = batch.per_image(net(batch, t) ** 2).sum()
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-def assert_equal_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == expected.keys()
-    for name, gradient in ours.items():
-        scale = expected[name].abs().max().item()
-        torch.testing.assert_close(gradient, expected[name], atol=tolerance * scale, rtol=0, msg=name)
 
 
 SCALINGS = {

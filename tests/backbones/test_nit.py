@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -8,40 +7,19 @@ import torch
 from torch import Tensor
 
 from genfound import build
-from genfound.backbones.nit import NiT, coordinates
+from genfound.backbones.nit import coordinates
 from genfound.batch import Batch
 from genfound.tokenizers import Spec
-from tests.helpers import composed, fresh_nit, packed, small_nit
+from tests.helpers import assert_equal_gradients, composed, fresh_nit, loss_and_gradients, packed, small_nit
 
 SIZES = [(3, 5), (4, 4), (1, 7), (2, 1)]
 TIMES = torch.tensor([0.1, 0.5, 0.9, 1.0])
 PARAMETERS = {"s": 32_874_272, "b": 130_331_168, "l": 457_863_200, "xl": 674_861_216, "xxl": 1_362_730_016}
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def static_pack(sizes: list[tuple[int, int]]) -> tuple[Batch, Tensor]:
     batch = packed(sizes, max_tokens=64, max_images=6, filler_label=10)
     return batch, torch.linspace(0, 1, len(batch.y))
-
-
-def loss_and_gradients(net: NiT, batch: Batch, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    net.zero_grad()
-    loss = batch.per_image(net(batch, t) ** 2).sum()
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-def assert_equal_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == expected.keys()
-    for name, gradient in ours.items():
-        scale = expected[name].abs().max().item()
-        torch.testing.assert_close(gradient, expected[name], atol=tolerance * scale, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("rope_coords", ["row_major", "official"])

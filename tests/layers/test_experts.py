@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,13 +25,6 @@ LENGTHS = {
     "one_takes_all": [0, 0, 9, 0],
     "one_each": [1, 1, 1, 1],
 }
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def inputs(lengths: list[int], device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

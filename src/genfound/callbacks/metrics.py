@@ -84,7 +84,7 @@ class Metrics(lightning.Callback):
         steps = trainer.global_step - self._logged
         packed = torch.cat([self._loss[None] / steps, self._bins.flatten(), self.speed.sums(module.device)])
         total = trainer.strategy.reduce(packed, reduce_op="sum")
-        assert isinstance(total, Tensor) and module.grad_norm is not None
+        assert isinstance(total, Tensor) and module.grad_norm is not None and module.losses is not None
         numbers = total.tolist()
         metrics = {"images_seen": module.images_seen, "train/loss": numbers[0]}
         sums, counts = numbers[1 : 1 + BINS], numbers[1 + BINS : 1 + 2 * BINS]
@@ -93,7 +93,7 @@ class Metrics(lightning.Callback):
                 metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
         metrics["train/grad_norm"] = float(module.grad_norm)
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
-        named = module.losses.terms | module.net.extra_losses() | module.net.diagnostics()  # type: ignore[union-attr]
+        named = module.losses.terms | module.net.extra_losses() | module.net.diagnostics()
         metrics |= {f"train/{name}": float(value.detach().mean()) for name, value in named.items()}
         metrics |= self.speed.metrics(numbers[1 + 2 * BINS :], trainer.world_size)
         for sink in self.sinks:

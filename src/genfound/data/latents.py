@@ -23,8 +23,7 @@ from genfound.data.store import Store, read_manifest
 from genfound.data.views import Views
 from genfound.tokenizers import Spec, Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.weights import CONFIG, WEIGHTS, locate
-from genfound.tokenizers.weights import _check_class as check_class
+from genfound.tokenizers.weights import CONFIG, WEIGHTS, check_class, locate
 
 SOURCES = ("images", "store", "nit", "lightningdit")
 

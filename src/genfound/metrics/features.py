@@ -6,7 +6,7 @@ all; so neither the number of processes nor an interruption changes a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from genfound.metrics.extractor import Extractor
 from genfound.metrics.frechet import ROWS, Gaussian, Moments
 from genfound.metrics.images import ImageSet
 from genfound.metrics.npz import write_npz
+from genfound.reporting.progress import Progress, silent
 
 BATCH = 64
 READERS = 4
-Progress = Callable[[int, int], None]
 """Called with the number of images done by this process and of all that it has to do."""
 
 
@@ -43,20 +43,21 @@ class Features:
         return all(file.is_file() for file in self.files)
 
     def extract(
-        self, images: ImageSet, extractor: Extractor, rank: int = 0, ranks: int = 1, progress: Progress | None = None
+        self, images: ImageSet, extractor: Extractor, rank: int = 0, ranks: int = 1, progress: Progress = silent
     ) -> None:
         """Compute the files of this process that are not there yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files = list(enumerate(self.files))[rank::ranks]
+        sizes = [min(BATCH, self.count - place * BATCH) for place, _ in files]
         with ThreadPoolExecutor(READERS) as pool:
-            for done, (place, file) in enumerate(files, start=1):
+            for number, (place, file) in enumerate(files):
+                progress(sum(sizes[:number]), sum(sizes))
                 if not file.is_file():
                     numbers = range(place * BATCH, min((place + 1) * BATCH, self.count))
                     columns = extractor(list(pool.map(images.__getitem__, numbers)))
                     _check(columns, place)
                     write_npz(file, {name: column.numpy() for name, column in columns.items()})
-                if progress is not None:
-                    progress(min(done * BATCH, self.count), min(len(files) * BATCH, self.count))
+        progress(sum(sizes), sum(sizes))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """A column in blocks of `ROWS` rows."""

@@ -50,7 +50,7 @@ def load(kind: Kind, weights: str) -> Any:
             model = model_class(**arguments)
     else:
         folder = locate(weights)
-        _check_class(folder / CONFIG, kind.name)
+        check_class(folder / CONFIG, kind.name)
         model = _from_folder(model_class, folder)
     return model.eval().requires_grad_(False)
 
@@ -112,7 +112,7 @@ def _download(name: str) -> Path:
     )
 
 
-def _check_class(file: Path, wanted: str) -> None:
+def check_class(file: Path, wanted: str) -> None:
     """Raise a ValueError unless a config is of the wanted class."""
     try:
         found = json.loads(file.read_text())["_class_name"]
