@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfound import checkpoints
-from genfound.backbones.sit import SiT, from_official, to_official
+from genfound.backbones.sit import to_official
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
 from genfound.layouts import Dense
@@ -25,8 +24,8 @@ from genfound.samplers.guidance import ClassifierFree, unguided
 from genfound.samplers.likelihood import log_likelihood
 from genfound.samplers.sde import DIFFUSIONS, sde_grid
 from tests.golden.adapters import Results, adapter
-from tests.golden.adapters.dit import DEFAULTS, SOURCE, Draws, module_of
-from tests.golden.fill import inputs, parameters, unit
+from tests.golden.adapters.dit import Draws, module_of, official
+from tests.golden.fill import inputs, unit
 from tests.helpers import linear_flow
 
 Fixture = Mapping[str, Any]
@@ -289,34 +288,10 @@ def likelihood(fixture: Fixture) -> Results:
     return {"logp": logp, "latent": latent.x}
 
 
-def network(fixture: Fixture) -> SiT:
-    """The backbone that official constructor arguments ask for, with the official weights of a fixture."""
-    config = fixture["config"]["model"]
-    unknown = config.keys() - DEFAULTS.keys()
-    if unknown:
-        raise NotImplementedError(f"unknown arguments {sorted(unknown)}")
-    asked = DEFAULTS | dict(config)
-    net = SiT(
-        channels=asked["in_channels"],
-        num_classes=asked["num_classes"],
-        patch_size=asked["patch_size"],
-        width=asked["hidden_size"],
-        depth=asked["depth"],
-        heads=asked["num_heads"],
-        mlp_ratio=asked["mlp_ratio"],
-        label_drop=asked["class_dropout_prob"],
-        learn_sigma=False,
-        unused_half=asked["learn_sigma"],
-        activation_checkpointing=False,
-    )
-    checkpoints.fill(net, from_official(parameters(fixture)), SOURCE)
-    return net
-
-
 @adapter("sit", "sit.sample")
 def sample(fixture: Fixture) -> Results:
     """The official sampling procedure on a small network; guided, its state holds every image twice."""
-    call, given, net = dict(fixture["call"]), inputs(fixture), network(fixture).eval()
+    call, given, net = dict(fixture["call"]), inputs(fixture), official(fixture, fixture["config"]["model"])
     objective, mode, scale = flow(fixture["config"]["transport"]), call.pop("mode"), call.pop("cfg_scale")
     options = {"ODE": solver, "SDE": stochastic}[mode](call.pop("sampler"))
     if call or options.pop("reverse", False):
@@ -336,7 +311,7 @@ def sample(fixture: Fixture) -> Results:
 @adapter("sit", "sit.train_steps")
 def train(fixture: Fixture) -> Results:
     """Optimizer steps of the training module and its moving average; weights go out in official names."""
-    call, given, net = fixture["call"], inputs(fixture), network(fixture).train()
+    call, given, net = fixture["call"], inputs(fixture), official(fixture, fixture["config"]["model"]).train()
     objective = flow(fixture["config"]["transport"])
     module = module_of(net, objective, fixture["config"]["model"], call["lr"])
     optimizer, ema = module.configure_optimizers(), Ema([call["ema_decay"]])
