@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from genfound import build
 from genfound.data import store
@@ -35,6 +34,7 @@ from genfound.data.latents import describe, encoder_digest
 from genfound.data.pictures import normalised, to_uint8
 from genfound.data.shards import PARTIAL, write_whole
 from genfound.data.work import Call, Calls, Part, Shard
+from genfound.data.workers import read_ahead
 from genfound.paths import flatten
 from genfound.reporting.progress import Counter
 from genfound.tokenizers import Tokenizer
@@ -201,18 +201,11 @@ class Encoding:
         if not shards:
             return
         pixels = self.config["tokenizer"].get("pixels_per_call", PIXELS)
-        loader = DataLoader(
-            Calls(self.parts),
-            batch_size=None,
-            sampler=[call for shard in shards for call in self.parts[shard.split].calls(shard, pixels)],  # type: ignore[arg-type]
-            num_workers=workers,
-            multiprocessing_context="forkserver" if workers else None,
-            prefetch_factor=4 if workers else None,
-        )
+        calls = [call for shard in shards for call in self.parts[shard.split].calls(shard, pixels)]
         filling: store.Filling | None = None
         count = 0
         encoded(count)
-        for call, pictures in loader:
+        for call, pictures in read_ahead(Calls(self.parts), calls, workers):
             shard = call.shard
             filling = filling or self._filling(shard)
             filling.put([entry - shard.first for entry in call.entries], self._encoded(call, pictures))

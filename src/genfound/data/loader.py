@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from genfound.batch import Batch
 from genfound.data.base import ImageSource, LatentSource, PictureSource
 from genfound.data.pictures import Assembly, Moments, Pictures, to_picture
 from genfound.data.plan import Micro, Plan
+from genfound.data.workers import read_ahead
 from genfound.rng import Rng
 
 Item = tuple[Batch | Pictures, Micro]
@@ -75,17 +76,7 @@ class TrainLoader(IterableDataset[Item]):
         self.waited = 0.0  # seconds that the training process spent in here
 
     def __iter__(self) -> Iterator[Item]:
-        loader = DataLoader(
-            self.batches,
-            batch_size=None,
-            sampler=_Share(self),
-            num_workers=self.workers,
-            # A forked worker would keep a second copy of every weight that training changes.
-            multiprocessing_context="forkserver" if self.workers else None,
-            pin_memory=self.pin_memory,
-            prefetch_factor=4 if self.workers else None,
-        )
-        items = iter(loader)
+        items = read_ahead(self.batches, self.share(), self.workers, self.pin_memory)
         while True:
             begin = time.perf_counter()
             item = next(items)
@@ -104,13 +95,3 @@ class TrainLoader(IterableDataset[Item]):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue at a recorded position."""
         self.plan.restore(state)
-
-
-class _Share(torch.utils.data.Sampler[Micro]):
-    """The DataLoader's view of `TrainLoader.share`; iterated in the main process."""
-
-    def __init__(self, loader: TrainLoader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Micro]:
-        return self.loader.share()
