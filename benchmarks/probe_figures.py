@@ -6,6 +6,7 @@ scales of guidance. Prints the tables of docs/evaluation.md and draws the plot. 
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from genfound.rng import Rng
 SIZE = (16, 16)
 SEEN, UNSEEN = ((12, 20), (20, 12), (20, 20)), ((22, 22), (24, 24), (12, 24), (32, 32))
 SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-REFERENCE, SAMPLES = 1000, 1000
+REFERENCE, SAMPLES, STEPS = 1000, 500, 8
 FIGURES = ("fd_probe", "accuracy_probe", "precision_probe", "recall_probe")
 
 
@@ -51,12 +52,12 @@ def write_shuffled(run: Path, folder: Path) -> None:
         Image.fromarray(images[number]).save(folder / f"{label}_{loaded.class_names[label]}" / f"{number:06d}.png")
 
 
-def measure(run: Path, size: Sequence[int], scale: float, work: Path, probe: Path) -> Mapping[str, float]:
+@functools.cache
+def measure(run: Path, size: tuple[int, int], scale: float, work: Path, probe: Path) -> Mapping[str, float]:
     """The figures of a run, by the probe and the reference of the first one."""
-    command(
-        "evaluate", f"from={run}", "extractor=probe", f"extractor_weights={probe}", f"reference={work}/reference.npz",
-        f"sizes=[{size[0]},{size[1]}]", "labels=balanced", f"n={SAMPLES}", f"guidance.scale={scale}", f"out={work}",
-    )  # fmt: skip
+    how = ("labels=balanced", f"n={SAMPLES}", "sampler=heun", f"sampler.steps={STEPS}", f"guidance.scale={scale}")
+    by = ("extractor=probe", f"extractor_weights={probe}", f"reference={work}/reference.npz")
+    command("evaluate", f"from={run}", f"sizes=[{size[0]},{size[1]}]", *how, *by, f"out={work}")
     return read_results(work / RESULTS)[-1].figures
 
 

@@ -77,20 +77,21 @@ def train(cfg: DictConfig) -> None:
     """Launch one job of `genfound.train`.
 
     Raises:
-        ValueError: the run directory belongs to another configuration.
+        ValueError: the run directory belongs to another configuration, or another process trains there.
         JobError: the job ran in a process of its own and failed.
     """
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    paths.claim(folder, paths.plain(cfg), cfg.allow_changes)
-    result = paths.finished(folder)
-    if result and _reached(cfg, result):
-        print(f"[done before] {folder}  {_summary(result)}", flush=True)
-    elif sweeping or cfg.trainer.devices > 1:
-        _run_apart(folder, cfg.trainer.devices)
-    else:
-        run(folder)
+    with paths.held(folder) as lock:
+        paths.claim(folder, paths.plain(cfg), cfg.allow_changes)
+        result = paths.finished(folder)
+        if result and _reached(cfg, result):
+            print(f"[done before] {folder}  {_summary(result)}", flush=True)
+        elif sweeping or cfg.trainer.devices > 1:
+            _run_apart(folder, cfg.trainer.devices, lock)
+        else:
+            run(folder)
 
 
 def run(folder: Path) -> None:
@@ -117,13 +118,13 @@ def keep_freed_memory() -> None:
             libc.mallopt(top_pad, 2**26)
 
 
-def _run_apart(folder: Path, devices: int) -> None:
-    """Train in a process group of its own and print one summary line."""
+def _run_apart(folder: Path, devices: int, lock: int) -> None:
+    """Train in a process group of its own, which holds the lock as well, and print one summary line."""
     begin = time.monotonic()
     command = [sys.executable]
     if devices > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    code = subprocess.run([*command, "-m", "genfound.launch", str(folder)], check=False).returncode
+    code = subprocess.run([*command, "-m", "genfound.launch", str(folder)], check=False, pass_fds=[lock]).returncode
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     summary = "" if code else _summary(paths.finished(folder) or {})
     print(f"[{'failed' if code else 'done'}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)

@@ -6,11 +6,13 @@ DONE or FAILED. Its name is made of the overrides that identify the run, so the 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,24 @@ def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """Keep other processes out of a run directory; the lock ends with the processes that have its descriptor.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being trained by another process; wait for it, or choose name=...") from None
+        except OSError:
+            pass  # a file system without locks
+        yield file.fileno()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
