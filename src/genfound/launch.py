@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,32 @@ USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointErro
 """What a user can mend; said in one line, with the traceback in the run's FAILED."""
 
 
+LESS = {
+    "train": "a smaller data.max_tokens (dense layouts: data.batch_size; the global step stays what it is), "
+    "model.activation_checkpointing=true, or a smaller sample.batch for previews",
+    "sample": "a smaller batch or size",
+    "evaluate": "a smaller batch or sizes",
+    "encode": "a smaller tokenizer.pixels_per_call, data.max_image_tokens, or tokenizer.precision=bf16",
+}
+"""What a command needs less memory with."""
+
+
+@contextmanager
+def frugal(command: str) -> Iterator[None]:
+    """Name the way out where a device has no more memory.
+
+    Raises:
+        ValueError: that was so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or command not in LESS:
+            raise
+        reason = str(error).partition(". See documentation")[0].splitlines()[0]
+        raise ValueError(f"{reason} -- it needs less with {LESS[command]}") from error
+
+
 def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
 
@@ -52,7 +79,8 @@ def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
     def job(cfg: DictConfig) -> None:
         try:
             _check(cfg, config_name)
-            task(cfg)
+            with frugal(config_name):
+                task(cfg)
         except USER_ERRORS as error:
             errors.append(str(error))
             complain(str(error))
@@ -100,7 +128,8 @@ def run(folder: Path) -> None:
     from genfound.fit import fit
 
     try:
-        fit(folder)
+        with frugal("train"):
+            fit(folder)
     except BaseException:
         if os.environ.get("RANK", "0") == "0":
             paths.mark_failed(folder, traceback.format_exc())
