@@ -40,5 +40,12 @@ def adapter(topic: str, kind: str, notes: tuple[str, ...] = ()) -> Callable[[Run
     return register
 
 
+def sizes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Our options for the sizes among the official constructor arguments that DiT and its descendants share."""
+    names = {"channels": "in_channels", "width": "hidden_size", "heads": "num_heads"}
+    same = ("num_classes", "patch_size", "depth", "mlp_ratio")
+    return {ours: arguments[theirs] for ours, theirs in {**names, **{name: name for name in same}}.items()}
+
+
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -27,7 +27,7 @@ from genfound.objectives.base import Losses, Net
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from genfound.sampling import guided
-from tests.golden.adapters import Results, adapter
+from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.gaussian import StepNoise, diffusion, sections
 from tests.golden.fill import inputs, parameters, unit
 
@@ -57,13 +57,7 @@ def build(config: Mapping[str, Any], kind: type[DiT] = DiT) -> DiT:
     asked = DEFAULTS | dict(config)
     unused = kind is SiT and asked["learn_sigma"]
     return kind(
-        channels=asked["in_channels"],
-        num_classes=asked["num_classes"],
-        patch_size=asked["patch_size"],
-        width=asked["hidden_size"],
-        depth=asked["depth"],
-        heads=asked["num_heads"],
-        mlp_ratio=asked["mlp_ratio"],
+        **sizes_of(asked),
         label_drop=asked["class_dropout_prob"],
         learn_sigma=asked["learn_sigma"] and not unused,
         activation_checkpointing=False,

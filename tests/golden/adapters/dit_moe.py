@@ -21,7 +21,7 @@ from genfound.module import GenerativeModule
 from genfound.sampling import guided
 from genfound.tokenizers import Spec
 from tests.golden import fill
-from tests.golden.adapters import Results, adapter
+from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.dit import dense
 from tests.helpers import composed
 
@@ -55,13 +55,7 @@ def construct(config: Mapping[str, Any], flow: bool) -> DiTMoE:
     """The backbone for official constructor arguments; of `pretraining_tp` the result does not depend."""
     asked = settings(config, DEFAULTS, *RECIPE)
     return DiTMoE(
-        channels=asked["in_channels"],
-        num_classes=asked["num_classes"],
-        patch_size=asked["patch_size"],
-        width=asked["hidden_size"],
-        depth=asked["depth"],
-        heads=asked["num_heads"],
-        mlp_ratio=asked["mlp_ratio"],
+        **sizes_of(asked),
         label_drop=asked["class_dropout_prob"],
         activation_checkpointing=False,
         qk_norm="layernorm" if asked["use_flash_attn"] else "none",

@@ -26,7 +26,7 @@ from genfound.batch import Batch
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
 from genfound.sampling import guided
-from tests.golden.adapters import Results, adapter
+from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.fill import inputs, parameters, tensor
 
 Fixture = Mapping[str, Any]
@@ -59,13 +59,7 @@ def build(config: Mapping[str, Any], clamp_time: bool) -> FiT:
     if asked["adaln_type"] != "lora":
         asked["adaln_lora_dim"] = None
     return FiT(
-        channels=asked["in_channels"],
-        num_classes=asked["num_classes"],
-        patch_size=asked["patch_size"],
-        width=asked["hidden_size"],
-        depth=asked["depth"],
-        heads=asked["num_heads"],
-        mlp_ratio=asked["mlp_ratio"],
+        **sizes_of(asked),
         ffn=ffn_kind(asked),
         norm=norm_name(asked["norm_type"]),
         q_norm=norm_name(asked["q_norm"], asked["qk_norm_weight"]),
