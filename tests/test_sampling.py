@@ -3,13 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from genfound.layouts import Packed
-from genfound.sampling import Request, Sampling, check_size, label_number, make_requests
+from genfound.sampling import Request, Sampling, check_size, complete, label_number, make_requests
 from genfound.tokenizers import Pixel
 from tests.helpers import composed, linear_flow, small_nit
 
@@ -120,3 +121,32 @@ def test_there_must_be_something_to_draw() -> None:
 def test_the_public_function_is_not_hidden_by_the_command_of_its_name() -> None:
     code = "import genfound, genfound.fit, genfound.evaluation; assert callable(genfound.sample)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_an_option_does_not_say_is_filled_in_and_what_it_does_not_have_is_refused() -> None:
+    assert complete("sampler", {"name": "euler", "steps": 3}) == {"name": "euler", "steps": 3, "shift": 1.0}
+    assert complete("guidance", {"name": "cfg", "scale": 3.0})["interval"] == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"sampler\.eta is not an option of sampler=euler; its options: steps, shift"):
+        complete("sampler", {"name": "euler", "eta": 1})
+    with pytest.raises(ValueError, match="guidance=foo is unknown; choose one of autoguidance, cfg"):
+        complete("guidance", {"name": "foo"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": {"name": "heun", "steps": 0}}, r"sampler\.steps=0"),
+        ({"sampler": {"name": "heun", "steps": 2, "shift": -1}}, r"sampler\.shift=-1"),
+        ({"guidance": {"name": "cfg", "scale": 2.0, "interval": [1, 0], "channels": "all"}}, r"guidance\.interval"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_drawn(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(sampling(), **options).check(NET)
+
+
+def test_an_image_that_is_not_finite_is_never_shown() -> None:
+    broken = small_nit(channels=3, patch_size=2).eval()
+    torch.nn.init.constant_(broken.final_layer.linear.bias, float("inf"))
+    with pytest.raises(FloatingPointError, match="an image is not finite"):
+        sampling().draw(broken, REQUESTS[:1], seed=0)

@@ -128,6 +128,7 @@ def _callbacks(
     sizes = typical_sizes(parts.images.sizes)
     batch = parts.config["sample"]["batch"]
     sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch, settings["precision"])
+    sampling.check(parts.net)
     requests = preview_requests(names, sizes)
     facts = {"class_names": names, "sizes": sizes, "fingerprint": parts.images.fingerprint}
     validation: list[lightning.Callback] = []

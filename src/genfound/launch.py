@@ -31,15 +31,24 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genfound import paths
 
-SEVERAL_TYPES = ("model.learn_sigma", "objective.time_shift", "sampler.steps", "labels", "size", "sizes", "rope.target")
+SEVERAL_TYPES = (
+    "model.learn_sigma", "objective.time_shift", "sampler.shift", "sampler.steps",
+    "labels", "size", "sizes", "rope.target",
+)  # fmt: skip
 """Keys whose values may be of another type than their default."""
+
+ALWAYS_SET = ("objective.", "sampler.", "guidance.")
+"""Groups of which only keys that are null may be null."""
+
+OF_THE_RUN = ("sampler", "guidance")
+"""Groups that a command with `from=RUN` takes from the run, unless they are chosen."""
 
 
 class JobError(ValueError):
     """A job failed in a process of its own, where it has said why."""
 
 
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 """What a user can mend; said in one line, with the traceback in the run's FAILED."""
 
 
@@ -88,6 +97,8 @@ def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _refuse_new_keys(sys.argv[1:])
+        _added[:] = _choices_of_the_run(config_name, sys.argv[1:])
+        sys.argv[1:] = [*_added, *sys.argv[1:]]
         hydra.main(version_base="1.3", config_path=paths.config_dir(), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         errors.append(str(error))
@@ -183,14 +194,42 @@ def _check(cfg: DictConfig, config_name: str) -> None:
     choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
     default, given = (paths.flatten(paths.plain(c, resolve=False)) for c in (hydra.compose(config_name, choices), cfg))
     for key, value in given.items():
-        if key in SEVERAL_TYPES:
+        usual = default.get(key)
+        if usual is None or usual == "???" or (value is None and not key.startswith(ALWAYS_SET)):
             continue
-        kind = type(default.get(key))
-        allowed = {float: (float, int), int: (int,), bool: (bool,), list: (list,), str: (str,)}.get(kind)
-        wrong_bool = isinstance(value, bool) and kind in (int, float)
-        if allowed and default[key] != "???" and (wrong_bool or not isinstance(value, (*allowed, type(None)))):
-            names = {float: "a number", int: "a whole number", bool: "true or false", list: "a list", str: "a text"}
-            raise ValueError(f"{key}={value} must be {names[kind]}, such as {default[key]}")
+        if not (_alike(value, usual) or (key in SEVERAL_TYPES and value is not None)):
+            raise ValueError(f"{key}={value} must be {TYPES[type(usual)]}, such as {usual}")
+
+
+TYPES = {float: "a number", int: "a whole number", bool: "true or false", list: "a list", str: "a text"}
+
+
+def _alike(value: Any, usual: Any) -> bool:
+    """Whether a value is of the type of another one; whole numbers are numbers, truth values are not."""
+    if isinstance(usual, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(usual, list) and usual and isinstance(value, list):
+        return all(_alike(item, usual[0]) for item in value)
+    return type(value) is type(usual) or type(usual) not in TYPES
+
+
+_added: list[str] = []
+
+
+def _choices_of_the_run(config_name: str, arguments: list[str]) -> list[str]:
+    """`sampler=NAME guidance=NAME` of the run in `from=`, so that single keys of them can be set."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    origin = Path(given.get("from", ""))
+    folder = origin.parent.parent if origin.suffix == ".ckpt" else origin
+    if config_name not in ("sample", "evaluate") or "from" not in given or not (folder / "config.yaml").is_file():
+        return []
+    config = paths.read_config(folder)
+    return [f"{group}={config[group]['name']}" for group in OF_THE_RUN if group not in given]
+
+
+def chosen() -> list[str]:
+    """The overrides of the command line, without the choices that were added for the run."""
+    return [override for override in HydraConfig.get().overrides.task if override not in _added]
 
 
 def _refuse_new_keys(arguments: list[str]) -> None:
@@ -206,8 +245,11 @@ def _composition_error(error: Exception, config_name: str) -> str:
     text = f"{error} {error.__cause__ or ''}"
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
     if key and ("not in struct" in text or "Could not override" in text):
-        near = difflib.get_close_matches(key[1], _known_keys(config_name), n=1)
-        return f"unknown key {key[1]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        groups = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+        group = key[1].partition(".")[0]
+        foreign = f": it is not an option of {group}={groups[group]}" if group in groups else ""
+        near = difflib.get_close_matches(key[1], _known_keys(config_name, sys.argv[1:]), 1, 0.85 if foreign else 0.6)
+        return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
     listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"
     option = re.search(listed, text, re.DOTALL)
     if option:
@@ -215,9 +257,16 @@ def _composition_error(error: Exception, config_name: str) -> str:
     return text
 
 
-def _known_keys(config_name: str) -> list[str]:
+def _known_keys(config_name: str, arguments: list[str]) -> list[str]:
+    """The keys of a configuration with these choices of options."""
+    groups = [path.name for path in Path(paths.config_dir()).iterdir() if path.is_dir()]
+    choices = [argument for argument in arguments if argument.partition("=")[0] in groups]
     with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
-        flat = paths.flatten(paths.plain(hydra.compose(config_name), resolve=False))
+        try:
+            composed = hydra.compose(config_name, choices)
+        except HydraException:
+            composed = hydra.compose(config_name)
+        flat = paths.flatten(paths.plain(composed, resolve=False))
     return sorted(flat.keys() | {key.rpartition(".")[0] for key in flat})
 
 

@@ -122,6 +122,19 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return plain(OmegaConf.load(file), resolve=False)
 
 
+def read_option(group: str, name: str) -> dict[str, Any]:
+    """conf/<group>/<name>.yaml.
+
+    Raises:
+        ValueError: there is no such option; the message lists them.
+    """
+    file = Path(config_dir()) / group / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(option.stem for option in file.parent.glob("*.yaml")))
+        raise ValueError(f"{group}={name} is unknown; choose one of {known}")
+    return read_yaml(file)
+
+
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """conf/<name>.yaml with overrides, as the command line would compose it; missing values stay `???`."""
     if GlobalHydra.instance().is_initialized():

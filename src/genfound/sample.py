@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from genfound import launch, paths
@@ -35,7 +34,7 @@ def _task(cfg: DictConfig) -> None:
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])
-    chosen = list(HydraConfig.get().overrides.task)
+    chosen = launch.chosen()
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
     labels = list(range(min(len(loaded.class_names), FEW))) if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else _sizes(config["size"])

@@ -11,20 +11,19 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genfound import build, paths
+from genfound import build, paths, samplers
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.data.pictures import to_uint8
 from genfound.layouts import Layout
 from genfound.loading import Loaded, load
-from genfound.objectives.base import GuidedNet, Objective
+from genfound.objectives.base import GuidedNet, Objective, known
 from genfound.reporting.progress import Progress, silent
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
@@ -81,19 +80,30 @@ class Sampling:
         micro_batch: int,
         precision: str = "auto",
     ) -> Sampling:
-        """Layout, sampler and guidance of a configuration."""
+        """Layout, sampler and guidance of a configuration.
+
+        Raises:
+            ValueError: an option that does not exist, or a weaker network that does not fit.
+        """
+        guidance = complete("guidance", config["guidance"])
         return cls(
             objective=objective,
             tokenizer=tokenizer,
             layout=build.sampling_layout(config),
-            sampler=config["sampler"],
-            guidance=config["guidance"],
+            sampler=complete("sampler", config["sampler"]),
+            guidance=guidance,
             micro_batch=micro_batch,
             precision=build.precision(precision, device),
             uint8=config["sample"]["uint8"],
             device=device,
-            weak=load(config["guidance"]["weights"]).net.to(device) if "weights" in config["guidance"] else None,
+            weak=_weaker(guidance["weights"], objective).to(device) if "weights" in guidance else None,
         )
+
+    def check(self, net: Backbone) -> None:
+        """Raise a ValueError if this network cannot be sampled from so; costs nothing."""
+        samplers.check(self.sampler)
+        self.objective.times(self.sampler["name"], self.sampler["steps"])
+        guided(net, self.guidance, self.objective.time_range, self.weak)
 
     @property
     def rows(self) -> int:
@@ -136,6 +146,7 @@ class Sampling:
         """What `finish` makes of each latent."""
         for size in {request.size for request in requests}:
             check_size(size, self.tokenizer.spec.stride * self.layout.patch_size)
+        self.check(net)
         progress(0, len(requests))
         images: dict[int, Drawn] = {}
         by_size = sorted(enumerate(requests), key=lambda pair: pair[1].size)
@@ -180,6 +191,11 @@ class Sampling:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             batch = sampler(field, batch, times, rng, lambda step, _: under_way((step + 1) / (len(times) + 1)))
         real = torch.arange(len(labels), device=self.device) < len(requests)
+        if not batch.x.isfinite().all():
+            raise FloatingPointError(
+                "an image is not finite: the network or its steps diverge; try guidance=none, more sampler.steps "
+                "or precision=fp32"
+            )
         return self.layout.to_latents(batch.x, replace(batch, real=real))
 
 
@@ -197,6 +213,20 @@ class _RequestRng:
         return self.layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
 
 
+def _weaker(weights: str, objective: Objective) -> Backbone:
+    """The other network of autoguidance.
+
+    Raises:
+        ValueError: it was trained to predict something else.
+    """
+    other = load(weights)
+    for key, value in objective.outputs.items():
+        found = other.objective.outputs.get(key, f"that of {other.objective.name}")
+        if found != value:
+            raise ValueError(f"guidance.weights={weights} has another {key}: {found} there, {value} here")
+    return other.net
+
+
 def guided(
     net: Backbone,
     guidance: Mapping[str, Any],
@@ -205,7 +235,7 @@ def guided(
 ) -> GuidedNet:
     """The network with its guidance, at times of an objective; `weak` is the other network of autoguidance."""
     options = {key: value for key, value in guidance.items() if key not in ("name", "weights")}
-    if guidance["name"] == "none":
+    if known("guidance", guidance["name"], ("none", "cfg", "autoguidance")) == "none":
         return unguided(net)
     if weak is not None:
         return AutoGuidance(net, weak, **options, time_range=time_range)
@@ -258,10 +288,10 @@ def sample(
     """
     config = dict(loaded.config)
     if sampler is not None:
-        config["sampler"] = _option("sampler", sampler, config) if isinstance(sampler, str) else sampler
+        config["sampler"] = _own("sampler", sampler, config) if isinstance(sampler, str) else sampler
     if guidance is not None:
         scaled = isinstance(guidance, int | float)
-        config["guidance"] = {**_option("guidance", "cfg", config), "scale": guidance} if scaled else guidance
+        config["guidance"] = {**_own("guidance", "cfg", config), "scale": guidance} if scaled else guidance
     build.objective(config)  # refuses a sampler that does not fit
     requests = make_requests(labels, [size or loaded.sizes[0]], n, loaded.class_names)
     device = next(loaded.net.parameters()).device
@@ -271,30 +301,39 @@ def sample(
     return np.stack(sampling.draw(loaded.net, requests, seed))
 
 
-def _option(group: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's own option of a group if that is its name, otherwise the one of conf/.
+def _own(group: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's own option of a group if that is its name, otherwise only the name."""
+    return dict(config[group]) if config[group]["name"] == name else {"name": name}
+
+
+def complete(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A sampler or guidance, what it does not say filled in from conf/<group>/<name>.yaml.
 
     Raises:
-        ValueError: there is no such option.
+        ValueError: an unknown name, or an option that it does not have.
     """
-    if config[group]["name"] == name:
-        return dict(config[group])
-    file = Path(paths.config_dir()) / group / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(option.stem for option in file.parent.glob("*.yaml")))
-        raise ValueError(f"{group}={name} is unknown; choose one of {known}")
-    return paths.read_yaml(file)
+    name = given.get("name", "null")
+    options = paths.read_option(group, name)
+    foreign = sorted(given.keys() - options.keys())
+    if foreign:
+        others = ", ".join(key for key in options if key != "name")
+        raise ValueError(f"{group}.{foreign[0]} is not an option of {group}={name}; its options: {others or 'none'}")
+    return {**options, **given}
 
 
 def run_or_chosen(
     group: str, run: Mapping[str, Any], config: Mapping[str, Any], chosen: Sequence[str]
 ) -> dict[str, Any]:
-    """The run's own sampler or guidance, unless an option is chosen; single keys that were set always win."""
+    """The run's own sampler or guidance, unless an option is chosen; single keys that were set always win.
+
+    Raises:
+        ValueError: a key was set that the option does not have.
+    """
     values = [override.partition("=")[0] for override in chosen]
     base = dict(config[group] if group in values else run[group])
     for key in (value.removeprefix(f"{group}.") for value in values if value.startswith(f"{group}.")):
         base[key] = config[group][key]
-    return base
+    return complete(group, base)
 
 
 def make_requests(

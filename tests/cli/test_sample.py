@@ -45,6 +45,26 @@ def test_an_image_depends_on_its_own_request_only(run: Path, tmp_path: Path) -> 
     assert np.array_equal(alone, among)
 
 
+def test_single_keys_are_those_of_the_sampler_of_the_run(tmp_path: Path) -> None:
+    trained = genfound(
+        "train", *TINY, "objective=gaussian_x0", "sampler=ddim", "trainer.max_steps=1", "name=run", cwd=tmp_path
+    )
+    assert trained.returncode == 0, trained.stderr
+    arguments = ["from=runs/default/run", "labels=[1]", "size=[16,16]", "batch=1", "sampler.steps=3"]
+    for eta in (0, 1):
+        drawn = genfound("sample", *arguments, f"sampler.eta={eta}", f"out=eta{eta}", cwd=tmp_path)
+        assert drawn.returncode == 0, drawn.stderr
+    images = [pixels(tmp_path / f"eta{eta}/00000_square_16x16.png") for eta in (0, 1)]
+    assert not np.array_equal(*images)
+    error = one_error(genfound("sample", *arguments, "sampler.shift=2", "out=shift", cwd=tmp_path))
+    assert "sampler.shift: it is not an option of sampler=ddim" in error
+
+
+def test_shifted_times_may_follow_the_size(run: Path, tmp_path: Path) -> None:
+    arguments = [f"from={run}", "labels=[1]", "size=[16,16]", "batch=1", "sampler.steps=2", "sampler.shift=auto"]
+    assert genfound("sample", *arguments, "out=out", cwd=tmp_path).returncode == 0
+
+
 WRONG = {
     "labels=[10]": "labels: 10 is not one of the 10 classes 0..9 (circle, square",
     "labels=[cow]": "labels: cow is not one of the 10 classes",
@@ -53,7 +73,16 @@ WRONG = {
     "size=16": "size=16 must be [height,width]",
     "n=0": "n=0 must be at least 1",
     "weights=best": "weights=best is unknown",
-    "sampler.steps=0": "sampler.steps=0 must be at least 1",
+    "sampler.steps=0": "sampler.steps=0 must be a whole number of at least 1",
+    "sampler.steps=2.5": "sampler.steps=2.5 must be a whole number",
+    "sampler.steps=null": "sampler.steps=None must be a whole number",
+    "sampler.shift=wide": "sampler.shift=wide must be a positive number or auto",
+    "sampler.eta=1": "unknown key sampler.eta: it is not an option of sampler=euler",
+    "sampler.step=3": "did you mean sampler.steps?",
+    "guidance.scale=nan": "guidance.scale=nan must be a finite number",
+    "guidance.scale=null": "guidance.scale=None must be a number",
+    "guidance.interval=[a,b]": "guidance.interval=['a', 'b'] must be a list",
+    "guidance.power=-1": "guidance.power=-1 must be a finite number above 0",
     "guidance.channels=two": "guidance.channels=two is unknown",
     "smapler=heun": "unknown key smapler",
     "from=nowhere": "there is no run nowhere",

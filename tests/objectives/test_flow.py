@@ -242,3 +242,23 @@ def test_a_directional_loss_needs_a_velocity_and_channels() -> None:
         linear_flow(directional=1.0, prediction="noise")
     with pytest.raises(ValueError, match=r"objective\.directional needs a network with a token_spec"):
         linear_flow(directional=1.0).loss(toy, three_layouts(SIZES)["packed2"], Rng(0))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("min_snr_gamma", 0), ("min_snr_gamma", None), ("directional", -1), ("time_std", -1), ("time_mean", None)],
+        *[("train_eps", "abc"), ("sample_eps", True)],
+    ],
+)
+def test_numbers_out_of_range_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"objective\.{key}={value} must be a finite number"):
+        linear_flow(**{key: value})
+
+
+@pytest.mark.parametrize("share", [-1, 2, None])
+def test_the_share_of_a_window_is_one(share: Any) -> None:
+    with pytest.raises(ValueError, match=r"objective\.time_window_share=.* at least 0 and at most 1"):
+        linear_flow(time_window=[0.2, 0.5], time_window_share=share)
+    with pytest.raises(ValueError, match=r"objective\.time_window=0\.5 must be \[low, high\]"):
+        linear_flow(time_window=0.5)

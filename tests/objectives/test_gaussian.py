@@ -98,7 +98,7 @@ def test_filler_has_no_gradient() -> None:
 
 def test_times_are_whole_and_uniform() -> None:
     batch = Dense(1).to_batch(list(torch.zeros(20_000, 1, 1, 1)), torch.zeros(20_000))
-    found = gaussian(variance="fixed_large", timesteps=10).loss(lambda b, t: b.x, batch, Rng(0))
+    found = gaussian(variance="fixed_large", timesteps=10, schedule="cosine").loss(lambda b, t: b.x, batch, Rng(0))
     counts = torch.bincount(found.t.long(), minlength=10)
     assert torch.equal(found.t, found.t.round())
     assert len(counts) == 10
@@ -290,3 +290,12 @@ def test_velocity_is_the_slope_of_the_path_of_fixed_data_and_noise(prediction: s
     slope = (state(t) - state(t - 1e-4)) / 1e-4
     ours = objective.field(lambda b, t: oracle).velocity(batch, t)
     torch.testing.assert_close(ours.float(), slope.float(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("timesteps", [2, 10, 20])
+def test_a_schedule_that_needs_more_timesteps_is_refused(timesteps: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"objective\.timesteps={timesteps} is too few for objective\.schedule=linear"
+    ):
+        gaussian(timesteps=timesteps)
+    assert gaussian(timesteps=21).process.tables.alphas_cumprod.min() > 0

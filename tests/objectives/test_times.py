@@ -118,7 +118,7 @@ def test_a_window_in_a_share_of_the_micro_batches() -> None:
 
 @pytest.mark.parametrize("window", [[0.5], [0.6, 0.4], [-0.1, 0.5], [0.5, 1.1]])
 def test_a_window_is_two_ordered_times(window: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"objective\.time_window=.* 0 <= low < high <= 1"):
+    with pytest.raises(ValueError, match=r"objective\.time_window=.* low <=? high"):
         windowed("uniform", TIME_LAWS["uniform"](0, 1, PATHS["linear"]), window, 1.0)
 
 
@@ -137,7 +137,7 @@ def test_time_grid() -> None:
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_a_grid_needs_a_step(steps: int) -> None:
-    with pytest.raises(ValueError, match=rf"sampler\.steps={steps} must be at least 1"):
+    with pytest.raises(ValueError, match=rf"sampler\.steps={steps} must be a whole number of at least 1"):
         time_grid(steps, 1.0, 0.0)
 
 

@@ -12,6 +12,7 @@ from genfound.objectives.gaussian import Gaussian
 from genfound.samplers import SAMPLERS
 from genfound.samplers.adaptive import ADAPTIVE, FIXED
 from tests.helpers import linear_flow, packed
+from tests.samplers import test_gaussian, toys
 from tests.samplers.test_gaussian import exact as exact_noise
 from tests.samplers.test_gaussian import objective as gaussian
 from tests.samplers.test_gaussian import solution as gaussian_solution
@@ -110,3 +111,47 @@ def test_a_field_without_end_is_reported() -> None:
 def test_an_unknown_name_lists_the_choices(key: str) -> None:
     with pytest.raises(ValueError, match=rf"sampler\.{key}=wrong is unknown; choose one of \w+"):
         solve(**{key: "wrong"})
+
+
+@pytest.mark.parametrize(("path", "prediction"), [("vp", "velocity"), ("vp", "score"), ("triangle", "velocity")])
+def test_clipped_steps_and_their_trials_stay_within_the_path(
+    path: str, prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial of the first step is long where the velocity at noise is small, as for data of mean 0."""
+    monkeypatch.setattr(toys, "MEAN", 0.0)
+    flow, field, net = exact(path=path, prediction=prediction)
+    batch = packed(SIZES)
+    times = flow.times("dopri5", 4)
+    out = SAMPLERS["dopri5"](field, batch, times, SeededNoise(batch), rtol=1e-5, clip=True).x
+    assert min(net.asked) > times[-1].item() - 1e-6
+    wanted = solution(flow, batch.x, times[0].item(), times[-1].item())
+    torch.testing.assert_close(out, wanted.float(), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+def test_a_path_that_ends_is_not_left(prediction: str) -> None:
+    flow, field, net = exact(path="vp", prediction=prediction)
+    batch = packed(SIZES)
+    out = SAMPLERS["dopri5"](field, batch, flow.times("dopri5", 4), SeededNoise(batch), rtol=1e-4).x
+    assert min(net.asked) >= flow.sample_interval[0] - 1e-6 and out.isfinite().all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0"])
+def test_gaussian_diffusion_of_centred_data(prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_gaussian, "MEAN", 0.0)
+    diffusion, batch = gaussian(prediction=prediction), packed(SIZES)
+
+    def net(b: Batch, t: float) -> Tensor:
+        a = test_gaussian.signal(t)
+        noise = exact_noise(b, t).double()
+        return (noise if prediction == "epsilon" else (b.x - (1 - a).sqrt() * noise) / a.sqrt()).float()
+
+    times = diffusion.times("dopri5", 5)
+    out = SAMPLERS["dopri5"](diffusion.field(net), batch, times, SeededNoise(batch), rtol=1e-5).x
+    torch.testing.assert_close(out, gaussian_solution(batch.x).float(), atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("options", [{"rtol": -1}, {"atol": float("nan")}, {"rtol": "small"}])
+def test_tolerances_are_numbers(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"sampler\.{next(iter(options))}=.* must be a finite number of at least 0"):
+        solve(**options)

@@ -202,3 +202,9 @@ def test_the_input_is_left_alone_and_has_no_gradient(name: str) -> None:
     assert torch.equal(batch.x, before)
     assert not out.x.requires_grad
     assert torch.equal(replace(out, x=before).y, batch.y)
+
+
+@pytest.mark.parametrize("eta", [-1, 2, float("nan"), None])
+def test_eta_is_a_share(eta: float) -> None:
+    with pytest.raises(ValueError, match=r"sampler\.eta=.* must be a finite number of at least 0 and at most 1"):
+        walk("ddim", 5, eta=eta)

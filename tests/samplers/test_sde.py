@@ -11,7 +11,7 @@ from genfound.layouts import Packed
 from genfound.samplers import SAMPLERS
 from genfound.samplers.sde import DIFFUSIONS, sde_grid
 from tests.helpers import latents, linear_flow, packed
-from tests.samplers.toys import MEAN, STD, SeededNoise, exact
+from tests.samplers.toys import MEAN, STD, SeededNoise, exact, moments, sampled_moments
 
 SIZES = [(3, 5), (4, 4), (2, 1)]
 
@@ -129,3 +129,17 @@ def test_the_input_is_left_alone_and_has_no_gradient() -> None:
     out = SAMPLERS["sde"](flow.field(lambda b, t: b.x * weight), batch, flow.times("sde", 3), SeededNoise(batch))
     assert torch.equal(batch.x, before)
     assert not out.x.requires_grad
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp", "cosine", "triangle"])
+@pytest.mark.parametrize("diffusion", ["kl", "sbdm"])
+def test_an_infinite_diffusion_at_noise_is_avoided_on_every_path(path: str, diffusion: str) -> None:
+    flow, field, _ = exact(path=path)
+    times = flow.times("sde", 250)
+    found = sampled_moments(field, "sde", times, moments(flow, times[0].item()), diffusion=diffusion)
+    assert found == pytest.approx((MEAN, STD**2), abs=0.02)
+
+
+def test_the_factor_of_the_diffusion_is_not_negative() -> None:
+    with pytest.raises(ValueError, match=r"sampler\.norm=-1 must be a finite number of at least 0"):
+        walk(4, norm=-1)

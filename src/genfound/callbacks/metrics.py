@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -18,6 +19,8 @@ from genfound.objectives.weighting import image_weight
 from genfound.reporting.sinks import Sink
 
 BINS = 4
+USUAL = 5.0
+"""Mean and standard deviation of normalised latents are within this, and its inverse."""
 
 
 class Metrics(lightning.Callback):
@@ -43,6 +46,7 @@ class Metrics(lightning.Callback):
     def _clear(self, module: GenerativeModule) -> None:
         self._loss = torch.zeros((), device=module.device)
         self._bins = torch.zeros(2, BINS, device=module.device)  # summed loss, number of images
+        self._named: dict[str, Tensor] = {}  # parts of the loss; and what the network says of each micro-batch
         self.speed.clear()
 
     def on_train_batch_start(
@@ -66,6 +70,9 @@ class Metrics(lightning.Callback):
         assert isinstance(images, Batch)
         weights = image_weight(images.tokens, module.objective.weight) * images.real
         self._loss += (weights * losses.total.detach()).sum() / micro.step_weight
+        self._add_named({name: (weights * term).sum() / micro.step_weight for name, term in losses.terms.items()})
+        said = module.net.extra_losses() | module.net.diagnostics()
+        self._add_named({name: value.mean() / module.share for name, value in said.items()})
         low, high = module.objective.time_range
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
@@ -73,6 +80,10 @@ class Metrics(lightning.Callback):
         self.speed.add(micro, images, time.perf_counter() - self._begin)
         if trainer.global_step >= self._logged + self.every:
             self._write(trainer, module)
+
+    def _add_named(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._named[name] = self._named.get(name, 0.0) + value.detach().float()
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The last, shorter window."""
@@ -82,20 +93,20 @@ class Metrics(lightning.Callback):
 
     def _write(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         steps = trainer.global_step - self._logged
-        packed = torch.cat([self._loss[None] / steps, self._bins.flatten(), self.speed.sums(module.device)])
+        named = torch.stack([self._loss, *self._named.values()]) / steps
+        packed = torch.cat([named, self._bins.flatten(), self.speed.sums(module.device)])
         total = trainer.strategy.reduce(packed, reduce_op="sum")
-        assert isinstance(total, Tensor) and module.grad_norm is not None and module.losses is not None
-        numbers = total.tolist()
-        metrics = {"images_seen": module.images_seen, "train/loss": numbers[0]}
-        sums, counts = numbers[1 : 1 + BINS], numbers[1 + BINS : 1 + 2 * BINS]
-        for i, (value, count) in enumerate(zip(sums, counts, strict=True)):
+        assert isinstance(total, Tensor) and module.grad_norm is not None
+        of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])
+        names = ("loss", *self._named)
+        metrics: dict[str, float] = {"images_seen": module.images_seen}
+        metrics |= {f"train/{name}": value for name, value in zip(names, of_loss.tolist(), strict=True)}
+        for i, (value, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
             if count:
                 metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
         metrics["train/grad_norm"] = float(module.grad_norm)
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
-        named = module.losses.terms | module.net.extra_losses() | module.net.diagnostics()
-        metrics |= {f"train/{name}": float(value.detach().mean()) for name, value in named.items()}
-        metrics |= self.speed.metrics(numbers[1 + 2 * BINS :], trainer.world_size)
+        metrics |= self.speed.metrics(speed.tolist(), trainer.world_size)
         for sink in self.sinks:
             sink.log(metrics, trainer.global_step)
         self._logged = trainer.global_step
@@ -103,11 +114,16 @@ class Metrics(lightning.Callback):
 
 
 def first_batch(batch: Batch) -> str:
-    """What a wrongly scaled latent would show: mean and standard deviation of the first batch."""
+    """What a wrongly scaled latent would show: mean and standard deviation of the first batch.
+
+    Raises:
+        ValueError: latents that are not finite.
+    """
     real = batch.expand(batch.real.float()).expand_as(batch.x).bool()
     if batch.mask is not None:
         real = real & batch.mask[..., None]
-    values = batch.x[real]
-    return (
-        f"first batch: {int(batch.real.sum())} images, latents of mean {values.mean():.3f} and std {values.std():.3f}"
-    )
+    mean, std = batch.x[real].mean().item(), batch.x[real].std().item()
+    if not math.isfinite(mean) or not math.isfinite(std):
+        raise ValueError(f"the latents of the first batch are not finite (mean {mean}, std {std}); check data.root")
+    odd = "" if abs(mean) < USUAL and 1 / USUAL < std < USUAL else "; warning: normalised latents are near 0 and 1"
+    return f"first batch: {int(batch.real.sum())} images, latents of mean {mean:.3f} and std {std:.3f}{odd}"

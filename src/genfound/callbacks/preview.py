@@ -58,9 +58,15 @@ class Preview(Periodic):
         if not trainer.is_global_zero or file.exists():
             return
         module.eval()
-        with self.ema.swapped(module):
-            images = self.sampling.draw(module.net, self.requests, seed=0)
-        module.train()
+        try:
+            with self.ema.swapped(module):
+                images = self.sampling.draw(module.net, self.requests, seed=0)
+        except FloatingPointError as error:
+            for sink in self.metrics.sinks:
+                sink.note(f"no preview: {error}")
+            return
+        finally:
+            module.train()
         save_grid(file, images, self.requests, self.class_names)
         for sink in self.metrics.sinks:
             sink.picture("samples", file, module.images_seen)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,10 +39,11 @@ class Field(Protocol):
     """A trained network as a sampler sees it.
 
     Attributes:
-        extends: whether the velocity may be asked for at the last of the sampler's times, and past it.
+        reach: how far towards data the velocity may be asked for: `before` the last of the sampler's times, up to
+            the `end`, or `past` it.
     """
 
-    extends: bool
+    reach: str
 
     def velocity(self, batch: Batch, t: float) -> Tensor:
         """dx/dt of the probability-flow ODE at x = batch.x and time t; shaped like `batch.x`."""
@@ -58,6 +60,8 @@ class Objective(Protocol):
     time_range: tuple[float, float]
     weight: str
     learned_variance: bool
+    outputs: Mapping[str, object]
+    """What makes two networks' outputs mean the same, by the keys of the configuration."""
 
     def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
         """The loss of each image; all randomness comes from `rng`."""
@@ -82,6 +86,33 @@ def told_steps(net: GuidedNet) -> GuidedNet:
     net = copy.copy(net)
     net.time = "index"  # type: ignore[attr-defined]
     return net
+
+
+def number(key: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
+    """The value, if it is a finite number in [low, high], and above `low` where it has to be.
+
+    Raises:
+        ValueError: it is not.
+    """
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if numeric and math.isfinite(value) and low <= value <= high and not (above and value == low):
+        return float(value)
+    least = f" above {low:g}" if above else f" of at least {low:g}" if math.isfinite(low) else ""
+    most = f"{' and' if least else ''} at most {high:g}" if math.isfinite(high) else ""
+    raise ValueError(f"{key}={value} must be a finite number{least}{most}")
+
+
+def interval(key: str, value: object) -> tuple[float, float]:
+    """The value, if it is [low, high] with low <= high.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        low, high = number(key, value[0]), number(key, value[1])
+        if low <= high:
+            return low, high
+    raise ValueError(f"{key}={value} must be [low, high] with low <= high")
 
 
 def known(key: str, value: str, names: Collection[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, known
+from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, known, number
 from genfound.objectives.clock import ask, told
 from genfound.objectives.conversions import PREDICTIONS, Views
 from genfound.objectives.paths import PATHS, Path, PathPoint
@@ -71,14 +71,17 @@ class Flow:
         self.path = PATHS[known("objective.path", path, PATHS)]
         self.prediction = known("objective.prediction", prediction, PREDICTIONS)
         self.weighting = known("objective.weighting", weighting, WEIGHTINGS)
-        self.gamma = min_snr_gamma
+        self.gamma = number("objective.min_snr_gamma", min_snr_gamma, 0, above=True)
+        number("objective.time_mean", time_mean)
+        number("objective.time_std", time_std, 0)
         self.time_law = TIME_LAWS[known("objective.time", time, TIME_LAWS)](time_mean, time_std, self.path)
         if time_window is not None:
             self.time_law = windowed(time, self.time_law, time_window, time_window_share)
         self.time_shift = check_shift("objective.time_shift", time_shift)
         self.weight = known("objective.weight", weight, EXPONENTS)
+        self.outputs = {"objective": self.name, "objective.path": path, "objective.prediction": prediction}
         self.time_range = (0.0, self.path.end)
-        self.directional = directional
+        self.directional = number("objective.directional", directional, 0)
         if directional and prediction != "velocity":
             raise ValueError(f"objective.directional={directional} needs objective.prediction=velocity")
         smooth = prediction == "velocity" and self.path.pure
@@ -89,7 +92,7 @@ class Flow:
 
     def _interval(self, key: str, eps: float) -> tuple[float, float]:
         """(nearest to data, nearest to noise)."""
-        if not 0 <= eps < self.path.end / 2:
+        if not 0 <= number(f"objective.{key}", eps) < self.path.end / 2:
             raise ValueError(f"objective.{key}={eps} must be at least 0 and less than half of the path")
         return eps, self.path.end - (eps if self.path.pure else 0.0)
 
@@ -158,12 +161,12 @@ class FlowField:
         prediction: what its output is.
     """
 
-    extends = True
-
     def __init__(self, net: GuidedNet, path: Path, prediction: str) -> None:
         self.net = net
         self.path = path
         self.prediction = prediction
+        # Below t = 0 the variance-preserving path has no sigma, which data and noise are converted by.
+        self.reach = "past" if path.pure or prediction in ("velocity", "score") else "end"
 
     def views(self, batch: Batch, t: float) -> Views:
         """Everything that one call of the network at time t says; batch.x may be float64."""

@@ -79,13 +79,26 @@ class Gaussian:
     ) -> None:
         if timesteps < 1:
             raise ValueError(f"objective.timesteps={timesteps} must be at least 1")
-        self.process = Process(SCHEDULES[known("objective.schedule", schedule, SCHEDULES)](timesteps))
+        betas = SCHEDULES[known("objective.schedule", schedule, SCHEDULES)](timesteps)
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(
+                f"objective.timesteps={timesteps} is too few for objective.schedule={schedule}, whose largest beta "
+                f"would be {betas.max():g}; take more, or objective.schedule=cosine"
+            )
+        self.process = Process(betas)
         self.prediction = known("objective.prediction", prediction, ("epsilon", "x0"))
         self.variance = known("objective.variance", variance, ("learned_range", "fixed_small", "fixed_large"))
         self.kind = known("objective.loss", loss, ("hybrid", "rescaled_mse", "kl", "mse"))
         self.clip_x0 = clip_x0
         self.weight = known("objective.weight", weight, EXPONENTS)
         self.learned_variance = variance == "learned_range"
+        self.outputs = {
+            "objective": self.name,
+            "objective.timesteps": timesteps,
+            "objective.schedule": schedule,
+            "objective.prediction": prediction,
+            "objective.variance": "learned" if self.learned_variance else "fixed",
+        }
         self.time_range = (0.0, float(timesteps - 1))
         if loss == "mse" and self.learned_variance:
             raise ValueError(
@@ -181,7 +194,7 @@ class GaussianField:
         gradient: of a classifier that guides (Dhariwal & Nichol 2021), or `None`.
     """
 
-    extends = False
+    reach = "before"
 
     def __init__(self, net: GuidedNet, objective: Gaussian, process: Process, gradient: Gradient | None = None) -> None:
         self.net = net

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
+from genfound.objectives.base import interval, number
 from genfound.objectives.paths import Path
 from genfound.rng import Rng
 
@@ -55,9 +56,10 @@ def windowed(name: str, law: TimeLaw, window: Sequence[float], share: float) -> 
     Raises:
         ValueError: a window that is none, and when drawing, one that the law hardly ever meets.
     """
-    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+    low, high = interval("objective.time_window", window)
+    if not 0 <= low < high <= 1:
         raise ValueError(f"objective.time_window={list(window)} must be [low, high] with 0 <= low < high <= 1")
-    low, high = window
+    number("objective.time_window_share", share, 0, 1)
 
     def draw(rng: Rng, n: int, device: torch.device) -> Tensor:
         if share < 1 and rng.uniform("time_window", (1,)).item() >= share:
@@ -97,9 +99,12 @@ def check_shift(key: str, setting: float | str) -> float | str:
     Raises:
         ValueError: it is neither `auto` nor a positive number.
     """
-    if setting == "auto" or (not isinstance(setting, str) and setting > 0):
+    if setting == "auto":
         return setting
-    raise ValueError(f"{key}={setting} must be a positive number or auto")
+    try:
+        return number(key, setting, 0, above=True)
+    except ValueError:
+        raise ValueError(f"{key}={setting} must be a positive number or auto") from None
 
 
 def latent_numbers(batch: Batch) -> Tensor:
@@ -133,6 +138,6 @@ def time_grid(steps: int, start: float, end: float) -> Tensor:
     Raises:
         ValueError: fewer than one step.
     """
-    if steps < 1:
-        raise ValueError(f"sampler.steps={steps} must be at least 1")
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"sampler.steps={steps} must be a whole number of at least 1")
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)

@@ -1,18 +1,37 @@
 """Samplers: pure functions (field, batch of noise, times, rng) -> Batch."""
 
-from genfound.samplers.adaptive import dopri5
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from genfound.objectives.times import check_shift
+from genfound.samplers import adaptive, gaussian, ode
+from genfound.samplers import sde as stochastic
 from genfound.samplers.base import Sampler
-from genfound.samplers.gaussian import ddim, ddpm
-from genfound.samplers.ode import euler, heun
-from genfound.samplers.sde import sde
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "euler": euler,
-    "heun": heun,
-    "dopri5": dopri5,
-    "sde": sde,
+    "ddpm": gaussian.ddpm,
+    "ddim": gaussian.ddim,
+    "euler": ode.euler,
+    "heun": ode.heun,
+    "dopri5": adaptive.dopri5,
+    "sde": stochastic.sde,
 }
 
-__all__ = ["SAMPLERS", "Sampler"]
+CHECKS: dict[str, Callable[..., None]] = {
+    "ddim": gaussian.check,
+    "dopri5": adaptive.check,
+    "sde": stochastic.check,
+}
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a value that a sampler, `{name, steps, ...}`, does not take."""
+    if "shift" in options:
+        check_shift("sampler.shift", options["shift"])
+    if options["name"] in CHECKS:
+        CHECKS[options["name"]](**{key: value for key, value in options.items() if key != "name"})
+
+
+__all__ = ["SAMPLERS", "Sampler", "check"]

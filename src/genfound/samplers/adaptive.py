@@ -7,6 +7,7 @@ State and network are float32, steps float64. torchdiffeq rounds the time it han
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import Field, known
+from genfound.objectives.base import Field, known, number
 from genfound.objectives.times import shifted_grid
 from genfound.samplers.base import Progress, StepRng
 
@@ -56,32 +57,41 @@ def dopri5(
             (the released behaviour); or `image`, the largest of the images' own.
         clip: end the last step at the end. Otherwise, as released, steps go past it, where the network is asked
             about times below 0, and the result is interpolated. A field that is not defined there is always
-            clipped, and the last of its times is reached by a step of Euler's.
+            clipped, and if it is not at the end either, the last step is one of Euler's.
 
     Raises:
         ValueError: an unknown method or norm, or a field that the solver cannot follow.
     """
-    known("sampler.method", method, ADAPTIVE + FIXED)
-    known("sampler.norm", norm, ("batch", "image"))
+    check(method, atol, rtol, norm)
     times = shifted_grid(times, shift, batch)
-    clock = 1 - (times if field.extends else times[:-1]).to(batch.x.device)
+    clock = 1 - (times[:-1] if field.reach == "before" else times).to(batch.x.device)
+    clipped = clip or field.reach != "past"
+    last = clock[-1].item() if clipped else math.inf  # the trial of the first step's length goes anywhere
 
     def slope(u: Tensor, x: Tensor) -> Tensor:
-        return -field.velocity(replace(batch, x=x), 1 - u.item())
+        return -field.velocity(replace(batch, x=x), 1 - min(u.item(), last))
 
-    options = _options(batch, norm, clock if clip or not field.extends else None) if method in ADAPTIVE else {}
+    options = _options(batch, norm, clock if clipped else None) if method in ADAPTIVE else {}
     solve = functools.partial(integrate, slope, method=method, atol=atol, rtol=rtol, options=options)
     walk = _fixed_steps if method in FIXED else _adaptive_steps
     for step, x in enumerate(walk(solve, batch.x.float(), clock, progress is not None)):
         batch = replace(batch, x=x)
         if progress is not None:
             progress(step, batch)
-    if not field.extends:
+    if field.reach == "before":
         before, end = times[-2:].tolist()
         batch = replace(batch, x=batch.x + (end - before) * field.velocity(batch, before))
         if progress is not None:
             progress(len(times) - 2, batch)
     return batch
+
+
+def check(method: str, atol: float, rtol: float, norm: str, **others: object) -> None:
+    """Raise a ValueError for an option that `dopri5` does not take."""
+    known("sampler.method", method, ADAPTIVE + FIXED)
+    known("sampler.norm", norm, ("batch", "image"))
+    number("sampler.atol", atol, 0)
+    number("sampler.rtol", rtol, 0)
 
 
 def _options(batch: Batch, norm: str, clock: Tensor | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import Field
+from genfound.objectives.base import Field, number
 from genfound.objectives.gaussian import GaussianField
 from genfound.objectives.process import noise_from_x0
 from genfound.samplers.base import Progress, StepRng
@@ -37,6 +37,7 @@ def ddim(
 ) -> Batch:
     """Song et al. 2020, eq. 12: eta = 0 draws no noise, eta = 1 as much as ddpm with the small variance."""
     assert isinstance(field, GaussianField)
+    check(eta)
     field = field.along(times)
     last = len(times) - 1
     for step, t in enumerate(times.tolist()):
@@ -50,6 +51,11 @@ def ddim(
         if progress is not None:
             progress(step, batch)
     return batch
+
+
+def check(eta: float, **others: object) -> None:
+    """Raise a ValueError for an option that `ddim` does not take."""
+    number("sampler.eta", eta, 0, 1)
 
 
 @torch.no_grad()

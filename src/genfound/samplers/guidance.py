@@ -18,7 +18,8 @@ from torch import Tensor
 
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet
+from genfound.objectives.base import GuidedNet, number
+from genfound.objectives.base import interval as span
 
 
 class Unguided:
@@ -81,17 +82,15 @@ class Guided(ABC):
         _choice("channels", channels, "all", "first3")
         _choice("ends", ends, "inclusive", "strict")
         _choice("schedule", schedule, "constant", "linear", "power_cosine")
-        if len(interval) != 2 or interval[0] > interval[1]:
-            raise ValueError(f"guidance.interval={list(interval)} must be [low, high] with low <= high")
+        self.low, self.high = span("guidance.interval", interval)
         self.net = net
         self.time: str = getattr(net, "time", "data0")
-        self.scale = scale
-        self.low, self.high = interval
+        self.scale = number("guidance.scale", scale)
         self.channels = channels
         self.time_range = time_range
         self.ends = ends
         self.schedule = schedule
-        self.power = power
+        self.power = number("guidance.power", power, 0, above=True)
         self.decided: bool | None = None
 
     def __call__(self, batch: Batch, t: float) -> Tensor:
@@ -217,6 +216,11 @@ class AutoGuidance(Guided):
         self.weak = weak
         if getattr(weak, "time", "data0") != self.time:
             raise ValueError("guidance.weights: the weaker network counts time in the other direction")
+        if weak.token_spec != net.token_spec:
+            raise ValueError(f"guidance.weights: its tokens are {weak.token_spec}, not {net.token_spec}")
+        classes = weak.null_label, net.null_label
+        if labels == "same" and None not in classes and classes[0] != classes[1]:
+            raise ValueError(f"guidance.weights: it has {classes[0]} classes, and this network {classes[1]}")
         if labels == "null_label" and weak.null_label is None:
             raise ValueError(
                 "guidance.labels=null_label needs a weaker network with a null label; set guidance.labels=same"

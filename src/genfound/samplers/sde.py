@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import Field, known
+from genfound.objectives.base import Field, known, number
 from genfound.objectives.conversions import Views
 from genfound.objectives.flow import FlowField
 from genfound.objectives.paths import Path, PathPoint
@@ -87,15 +87,14 @@ def sde(
         ValueError: an unknown name, a last step longer than the walk, or the score asked for where there is none.
     """
     assert isinstance(field, FlowField)
-    known("sampler.method", method, STEPS)
-    known("sampler.last", last, ("none", *LAST_STEPS))
-    form = DIFFUSIONS[known("sampler.diffusion", diffusion, DIFFUSIONS)]
+    check(method, diffusion, norm, last, last_step_size)
+    form = DIFFUSIONS[diffusion]
 
     def w(t: float) -> float:
         return form(field.path, torch.tensor(t, dtype=torch.float64), norm).item()
 
     grid = sde_grid(times, 0.0 if last == "none" else last_step_size)
-    if not math.isfinite(w(grid[0].item())):
+    if not w(grid[0].item()) < POLE**-2:  # infinite, or what rounding leaves of that
         grid[0] -= POLE
     walk = shifted_grid(grid, shift, batch).tolist()
     if method == "heun" and last == "none" and PathPoint.at(field.path, walk[-1]).sigma == 0:
@@ -112,6 +111,15 @@ def sde(
         if progress is not None:
             progress(step, replace(batch, x=x.float()))
     return replace(batch, x=state.x.float())
+
+
+def check(method: str, diffusion: str, norm: float, last: str, last_step_size: float, **others: object) -> None:
+    """Raise a ValueError for an option that `sde` does not take."""
+    known("sampler.method", method, STEPS)
+    known("sampler.diffusion", diffusion, DIFFUSIONS)
+    known("sampler.last", last, ("none", *LAST_STEPS))
+    number("sampler.norm", norm, 0)
+    number("sampler.last_step_size", last_step_size, 0)
 
 
 def sde_grid(times: Tensor, last_step_size: float) -> Tensor:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from genfound.callbacks.metrics import first_batch
+from genfound.fit import fit
+from tests.cli.commands import TINY
+from tests.helpers import packed, run_dir
+
+
+@pytest.mark.parametrize(
+    ("options", "terms"),
+    [
+        (["objective=gaussian_x0"], ["mse"]),
+        (["objective.directional=0.5", "objective.weight=token"], ["mse", "directional"]),
+        (["objective.directional=0.5", "batch.packs=2"], ["mse", "directional"]),
+    ],
+)
+def test_the_named_parts_of_the_loss_add_up_to_it(options: list[str], terms: list[str], tmp_path: Path) -> None:
+    """In packs with filler, over several micro-batches and steps."""
+    fit(run_dir(tmp_path, *TINY, *options, "trainer.max_steps=4", "trainer.log_every=2", "logger=jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "train/loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert sum(line[f"train/{name}"] for name in terms) == pytest.approx(line["train/loss"], rel=1e-5)
+        assert all(line[f"train/{name}"] > 0 for name in terms)
+
+
+def test_the_first_batch_shows_a_wrong_scale_and_stops_at_what_is_not_finite() -> None:
+    batch = packed([(4, 4), (3, 5)], max_tokens=40, max_images=4)
+    assert "warning" not in first_batch(batch)
+    for factor in (20.0, 0.01):
+        scaled = batch.to("cpu")
+        scaled.x[:31] *= factor / (scaled.x[:31].std() / 1)
+        assert "warning: normalised latents are near 0 and 1" in first_batch(scaled)
+    batch.x[3] = torch.nan
+    with pytest.raises(ValueError, match=r"latents of the first batch are not finite .*data\.root"):
+        first_batch(batch)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from genfound.callbacks.preview import Preview
+from tests.helpers import small_nit, training_module
+
+
+class Diverging:
+    """A sampling whose images are not finite."""
+
+    def draw(self, *_: Any, **__: Any) -> Any:
+        raise FloatingPointError("an image is not finite")
+
+
+def test_a_preview_that_diverges_does_not_end_the_training(tmp_path: Path) -> None:
+    notes: list[str] = []
+    sink = SimpleNamespace(note=notes.append)
+    ema: Any = SimpleNamespace(swapped=lambda module: nullcontext())
+    sampling: Any = Diverging()
+    preview = Preview(tmp_path, 10, sampling, [], [], ema, SimpleNamespace(sinks=[sink]))  # type: ignore[arg-type]
+    module = training_module(small_nit())
+    preview.act(SimpleNamespace(is_global_zero=True), module)  # type: ignore[arg-type]
+    assert notes == ["no preview: an image is not finite"]
+    assert module.training and not list(tmp_path.iterdir())
