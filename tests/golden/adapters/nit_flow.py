@@ -168,7 +168,7 @@ def sample(fixture: Fixture) -> Results:
     config, given = fixture["config"], inputs(fixture)
     asked = {"cfg_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, **config["sampler"]}
     interval = [asked.pop("guidance_low"), asked.pop("guidance_high")]
-    guidance = {"scale": asked.pop("cfg_scale"), "interval": interval, "channels": "all"}
+    guidance = {"scale": max(asked.pop("cfg_scale"), 1.0), "interval": interval, "channels": "all"}
     objective, name, times, options = sampler(fixture["options"]["sampler"], asked)
     if asked:
         raise NotImplementedError(f"unknown arguments {sorted(asked)}")
