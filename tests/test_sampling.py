@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from genfound.layouts import Packed
+from genfound.objectives.base import Objective
 from genfound.sampling import Request, Sampling, check_size, complete, label_number, make_requests
 from genfound.tokenizers import Pixel
 from tests.helpers import composed, linear_flow, small_nit
+from tests.samplers.test_gaussian import objective as gaussian
 
 NAMES = ["circle", "square", "star"]
 
@@ -150,3 +153,22 @@ def test_an_image_that_is_not_finite_is_never_shown() -> None:
     torch.nn.init.constant_(broken.final_layer.linear.bias, float("inf"))
     with pytest.raises(FloatingPointError, match="an image is not finite"):
         sampling().draw(broken, REQUESTS[:1], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (gaussian(), "another objective: gaussian there, flow here"),
+        (linear_flow(path="gvp"), r"another objective\.path: gvp there, linear here"),
+        (linear_flow(prediction="noise"), r"another objective\.prediction: noise there, velocity here"),
+    ],
+)
+def test_the_weaker_network_must_predict_the_same(
+    other: Objective, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genfound.sampling.load", lambda _: SimpleNamespace(net=NET, objective=other))
+    config = composed("model=nit_tiny", "guidance=autoguidance", "guidance.weights=runs/weak")
+    with pytest.raises(ValueError, match=rf"guidance\.weights=runs/weak has {message}"):
+        Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2)
+    monkeypatch.setattr("genfound.sampling.load", lambda _: SimpleNamespace(net=NET, objective=linear_flow()))
+    assert Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2).weak is NET

@@ -305,3 +305,13 @@ def test_integer_steps_have_one_direction_whatever_the_network_declares() -> Non
 def test_the_linear_schedule() -> None:
     guided = cfg(Toy(), scale=3.0, schedule="linear")
     assert [guided.scale_at(level) for level in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]
+
+
+def test_the_weaker_network_must_have_the_same_tokens_and_classes() -> None:
+    with pytest.raises(ValueError, match=r"guidance\.weights: its tokens are .*patch_size=2"):
+        auto(Toy(), Toy(patch_size=2))
+    fewer = Toy()
+    fewer.null_label = 5
+    with pytest.raises(ValueError, match=r"guidance\.weights: it has 5 classes, and this network 10"):
+        auto(Toy(), fewer)
+    auto(Toy(), fewer, labels="null_label")
