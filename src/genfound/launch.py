@@ -217,14 +217,22 @@ _added: list[str] = []
 
 
 def _choices_of_the_run(config_name: str, arguments: list[str]) -> list[str]:
-    """`sampler=NAME guidance=NAME` of the run in `from=`, so that single keys of them can be set."""
+    """`sampler=NAME guidance=NAME` of the run in `from=`, so that single keys of them can be set.
+
+    With what such an option must be told, the weaker network of autoguidance.
+    """
     given = dict(argument.partition("=")[::2] for argument in arguments)
     origin = Path(given.get("from", ""))
     folder = origin.parent.parent if origin.suffix == ".ckpt" else origin
     if config_name not in ("sample", "evaluate") or "from" not in given or not (folder / "config.yaml").is_file():
         return []
-    config = paths.read_config(folder)
-    return [f"{group}={config[group]['name']}" for group in OF_THE_RUN if group not in given]
+    config, choices = paths.read_config(folder), []
+    for group in (group for group in OF_THE_RUN if group not in given):
+        name = config[group]["name"]
+        choices.append(f"{group}={name}")
+        needed = [key for key, value in paths.read_option(group, name).items() if value == "???"]
+        choices += [f"{group}.{key}='{config[group][key]}'" for key in needed if f"{group}.{key}" not in given]
+    return choices
 
 
 def chosen() -> list[str]:

@@ -106,3 +106,12 @@ def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path) -> None:
     (copy / "checkpoints" / file.name).write_bytes(file.read_bytes()[:5000])
     error = one_error(genfound("sample", "from=run", cwd=tmp_path))
     assert "damaged" in error and file.name in error
+
+
+def test_a_run_with_autoguidance_keeps_its_weaker_network(run: Path, tmp_path: Path) -> None:
+    own = ["guidance=autoguidance", f"guidance.weights={run}", "trainer.max_steps=1", "name=strong"]
+    trained = genfound("train", *TINY, *own, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    arguments = ["from=runs/default/strong", "labels=[1]", "size=[16,16]", "batch=1", "guidance.scale=3", "out=out"]
+    drawn = genfound("sample", *arguments, cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
