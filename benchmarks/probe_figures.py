@@ -23,7 +23,9 @@ from genfound.rng import Rng
 SIZE = (16, 16)
 SEEN, UNSEEN = ((12, 20), (20, 12), (20, 20)), ((22, 22), (24, 24), (12, 24), (32, 32))
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
-REFERENCE, SAMPLES = 1000, 500
+REFERENCE = 1000
+FEW, MANY = (500, 8), (250, 25)
+"""Samples, and steps of Heun's."""
 FIGURES = ("fd_probe", "accuracy_probe", "precision_probe", "recall_probe")
 
 
@@ -53,9 +55,11 @@ def write_shuffled(run: Path, folder: Path) -> None:
 
 
 @functools.cache
-def measure(run: Path, size: tuple[int, int], steps: int, scale: float, work: Path, probe: Path) -> Mapping[str, float]:
+def measure(
+    run: Path, size: tuple[int, int], effort: tuple[int, int], scale: float, work: Path, probe: Path
+) -> Mapping[str, float]:
     """The figures of a run, by the probe and the reference of the first one."""
-    how = ("labels=balanced", f"n={SAMPLES}", "sampler=heun", f"sampler.steps={steps}", f"guidance.scale={scale}")
+    how = ("labels=balanced", f"n={effort[0]}", "sampler=heun", f"sampler.steps={effort[1]}", f"guidance.scale={scale}")
     by = ("extractor=probe", f"extractor_weights={probe}", f"reference={work}/reference.npz")
     command("evaluate", f"from={run}", f"sizes=[{size[0]},{size[1]}]", *how, *by, f"out={work}")
     return read_results(work / RESULTS)[-1].figures
@@ -107,15 +111,15 @@ def main(run: Path, out: Path) -> None:
     head = "| | " + " | ".join(FIGURES) + " |\n|---|---|---|---|---|"
     print(head)
     for name, path in (("trained", run), ("shuffled", work / "shuffled"), ("untrained", work / "untrained")):
-        print(row(name, measure(path, SIZE, 8, 2.5, work, probe)), flush=True)
+        print(row(name, measure(path, SIZE, FEW, 2.5, work, probe)), flush=True)
     print("| size | accuracy_probe |\n|---|---|")
     for size in (SIZE, *SEEN, *UNSEEN):
-        figures = measure(run, size, 8, 2.5, work, probe)
+        figures = measure(run, size, FEW, 2.5, work, probe)
         print(f"| {size[0]} x {size[1]} | {figures['accuracy_probe']:.3f} |", flush=True)
     print(head)
     points = []
     for scale in SCALES:
-        figures = measure(run, SIZE, 20, scale, work, probe)
+        figures = measure(run, SIZE, MANY, scale, work, probe)
         points.append((figures["recall_probe"], figures["precision_probe"], scale))
         print(row(f"{scale:g}", figures), flush=True)
     plot(points, out)
