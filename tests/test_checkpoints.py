@@ -129,3 +129,20 @@ def test_fill_counts_all_and_names_a_few() -> None:
     net = nn.Sequential(*(nn.Linear(1, 1) for _ in range(5)))
     with pytest.raises(ValueError, match=r"10 missing \(0\.bias, 0\.weight, 1\.bias\)$"):
         checkpoints.fill(net, {}, Path("x.ckpt"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_either_format_of_torch_are_read(tmp_path: Path, zipped: bool) -> None:
+    torch.save(STATE, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    assert torch.equal(checkpoints.read(tmp_path / "x.pth")["weights"], STATE["weights"])  # type: ignore[arg-type]
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").touch()
+    with pytest.raises(ValueError, match=r"x\.pth is damaged .*: it is empty$"):
+        checkpoints.read(tmp_path / "x.pth")
+
+
+def test_fill_names_what_is_no_tensor() -> None:
+    with pytest.raises(ValueError, match=r"x\.ckpt holds no state dict: 0\.bias is not a tensor"):
+        checkpoints.fill(network(), {**network().state_dict(), "0.bias": [1.0]}, Path("x.ckpt"))  # type: ignore[dict-item]

@@ -155,12 +155,3 @@ def test_done_and_failed_exclude_each_other(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["DONE"]
     paths.mark_failed(tmp_path, "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["FAILED"]
-
-
-def test_one_process_at_a_time_holds_a_run(tmp_path: Path) -> None:
-    with paths.held(tmp_path / "runs/a"), paths.held(tmp_path / "runs/b"):
-        again = paths.held(tmp_path / "runs/a")
-        with pytest.raises(ValueError, match=r"runs/a is being trained by another process; wait .* name="):
-            again.__enter__()
-    with paths.held(tmp_path / "runs/a"):
-        pass

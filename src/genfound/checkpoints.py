@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ def save(state: dict[str, Any], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Map a checkpoint into memory.
+def read(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
+    """Open a file of torch.save: mapped into memory, or loaded where it is of the format before torch 1.6.
+
+    Args:
+        path: the file.
+        allowed: classes besides tensors and plain values that it may hold.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,14 +40,23 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: it is empty")
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0][:150]
+        with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual versions of pickle
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: it holds a {type(state).__name__}")
     return state
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
 
 
 def newest(folder: Path) -> Path | None:
@@ -65,9 +79,12 @@ def check(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Compare the names and shapes of tensors with those of a network.
 
     Raises:
-        ValueError: keys are missing or left over, or shapes differ.
+        ValueError: a value is no tensor, keys are missing or left over, or shapes differ.
     """
     own = net.state_dict()
+    foreign = sorted(str(key) for key, value in tensors.items() if not isinstance(value, Tensor))
+    if foreign:
+        raise ValueError(f"{file} holds no state dict: {foreign[0]} is not a tensor")
     problems = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),

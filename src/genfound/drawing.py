@@ -43,8 +43,7 @@ def make_requests(
     Raises:
         ValueError: an unknown rule, no image, or no data set.
     """
-    if labels not in LABEL_RULES:
-        raise ValueError(f"labels={labels} is unknown; choose one of {', '.join(LABEL_RULES)}")
+    check_labels(labels)
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
     rng = Rng(seed, "evaluate")
@@ -63,6 +62,12 @@ def make_requests(
     sizes = data.sizes[rows] if size == DATA and data is not None else np.tile(np.array(size), (n, 1))
     pairs = zip(numbers, sizes, strict=True)
     return [Request(int(label), (int(h), int(w)), k) for k, (label, (h, w)) in enumerate(pairs)]
+
+
+def check_labels(labels: str) -> None:
+    """Raise a ValueError for an unknown rule."""
+    if labels not in LABEL_RULES:
+        raise ValueError(f"labels={labels} is unknown; choose one of {', '.join(LABEL_RULES)}")
 
 
 class Drawn:

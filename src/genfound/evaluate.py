@@ -13,8 +13,7 @@ def _task(cfg: DictConfig) -> None:
 
     launch.keep_freed_memory()
     config = paths.plain(cfg)
-    hydra_cfg = HydraConfig.get()
-    evaluate(Asked(config, list(hydra_cfg.overrides.task), str(hydra_cfg.runtime.choices["protocol"])))
+    evaluate(Asked(config, launch.chosen(), str(HydraConfig.get().runtime.choices["protocol"])))
 
 
 def main() -> None:

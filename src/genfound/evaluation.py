@@ -5,39 +5,39 @@ Whatever takes long lies in files until it is used, and goes on there after an i
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import platform
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from genfound import build, checkpoints, paths
-from genfound.drawing import DATA, Drawn, make_requests
-from genfound.extraction import DrawTask, Where, perform, shown
+from genfound import build, paths
+from genfound.drawing import DATA, Drawn, check_labels, make_requests
+from genfound.extraction import DrawTask, Where, network_hash, perform, shown, weak_hash
 from genfound.loading import Loaded, load
 from genfound.metrics import protocol
 from genfound.metrics.export import check_target, export
-from genfound.metrics.extractor import tensors_hash
 from genfound.metrics.features import Features
-from genfound.metrics.figures import check_convention, check_count, measure
-from genfound.metrics.images import FolderImages, ImageSet, digest, image_files, note_of, open_images
+from genfound.metrics.figures import check_convention, check_count, convention_of, measure
+from genfound.metrics.images import ImageSet, digest, open_images
 from genfound.metrics.protocol import UNKNOWN, Drawing, Protocol, Result
-from genfound.metrics.reference import common_size, file_hash
-from genfound.references import GIVEN, DataSet, Place, Tool, prepare_extractor, prepare_reference
+from genfound.metrics.reference import common_size
+from genfound.positions import reposition
+from genfound.references import DECODED, GIVEN, DataSet, Place, Tool, prepare_extractor, prepare_reference
 from genfound.reporting.provenance import provenance
-from genfound.sampling import check_size, run_or_chosen
-from genfound.tokenizers import Absent, Tokenizer
+from genfound.sampling import Sampling, check_size, run_or_chosen
+from genfound.subjects import checkpoint_of, drawing_of, is_images, pinned, subject_of, told_of
+from genfound.tokenizers import Absent
+from genfound.work import held, remove
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]
 GROUPS = ("sampler", "guidance")
+COUNTS = ("n", "batch", "devices", "reference_images")
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,21 @@ def evaluate(asked: Asked) -> list[Result]:
         FileNotFoundError, ValueError: wrong input, in one line.
     """
     config, source = asked.config, Path(asked.config["from"])
+    check(config)
     place = place_of(config, source)
-    earlier = [result for path in config["compare"] for result in protocol.read_results(Path(path))]
-    loaded = None if is_images(source) else _load(config, source)
-    data = None
-    if loaded is not None:
+    earlier = _earlier(config, place)
+    loaded = data = None
+    if is_images(source):
+        asked = replace(asked, chosen=[])  # their sampler and guidance are what they were
+    else:
+        source = checkpoint_of(source)
+        loaded = _load(config, source)
         data = DataSet(loaded.config, loaded.tokenizer.spec, len(loaded.class_names))
-    tool = prepare_extractor(config, data, place)
     sizes: Sequence[Size | str | None] = [None] if loaded is None else wanted_sizes(config, loaded)
+    tool = prepare_extractor(config, data, place)
     results = []
     for size in sizes:
-        samples = given(config, source, place) if loaded is None else drawn(asked, loaded, size, data, place)
+        samples = given(config, source, place) if loaded is None else drawn(asked, source, loaded, size, data, place)
         target = _target(config, samples.size, len(sizes))
         results.append(result_of(asked, samples, data, tool, place, target))
         print("\n".join(results[-1].lines()), flush=True)
@@ -111,29 +115,29 @@ def result_of(
 ) -> Result:
     """Reference, samples, features, figures; stored, and what took long removed unless it is to be kept."""
     config = asked.config
-    check_convention(config["convention"])
     check_count("n", samples.count, tool.extractor)
     if target is not None:
         check_target(target, one_size=samples.size not in (DATA, "mixed"))
     reference, facts = prepare_reference(config, samples.size, data, tool, place)
-    if samples.task is not None:
-        _draw(samples, place)
-    if target is not None:
-        note = {"drawing": asdict(samples.drawing), "subject": dict(samples.subject), "size": samples.size}
-        print(f"samples: {export(samples.images, target, note)}", flush=True)
-    features = Features(samples.work / f"features-{tool.extractor.hash}", samples.count)
-    tool.extract(features, samples.where, place)
-    labels = None if samples.images.labels is None else samples.images.labels[: samples.count]
-    figures = measure(features, reference, tool.extractor, config["convention"], labels, place.device)
-    result = Result(
-        figures=figures,
-        protocol=protocol_of(asked, samples.count, samples.size, samples.drawing, tool, facts),
-        subject=samples.subject,
-        provenance=circumstances(place.device),
-    )
-    result.append_to(place.out)
-    if not config["keep"]:
-        remove(samples.work)
+    with held(samples.work):
+        if samples.task is not None:
+            _draw(samples, place)
+        if target is not None:
+            note = {"drawing": asdict(samples.drawing), "subject": dict(samples.subject), "size": samples.size}
+            print(f"samples: {export(samples.images, target, note)}", flush=True)
+        features = Features(samples.work / f"features-{tool.extractor.hash}-{samples.count}", samples.count)
+        tool.extract(features, samples.where, place)
+        labels = None if samples.images.labels is None else samples.images.labels[: samples.count]
+        figures = measure(features, reference, tool.extractor, config["convention"], labels, place.device)
+        result = Result(
+            figures=figures,
+            protocol=protocol_of(asked, samples.count, samples.size, samples.drawing, tool, facts),
+            subject=samples.subject,
+            provenance=circumstances(place.device),
+        )
+        result.append_to(place.out)
+        if not config["keep"]:
+            remove(samples.work)
     return result
 
 
@@ -141,50 +145,57 @@ def protocol_of(
     asked: Asked, count: int, size: Size | str, drawing: Drawing, tool: Tool, reference: Mapping[str, Any]
 ) -> Protocol:
     """The protocol of a result; what was set otherwise than its name says is listed."""
-    named = paths.compose("evaluate", [f"protocol={asked.protocol}"])
-    keys = _option("protocol", "adm_50k") | _option("protocol", asked.protocol)
-    told = {key: getattr(drawing, key) for key in ("labels", "seed", "weights", "uint8")}
-    now = {**asked.config, "n": count, "reference_view": reference["view"], **told}
-    now = {key: named[key] if value in (UNKNOWN, GIVEN) else value for key, value in now.items()}
-    altered = [key for key in keys if named[key] is not None and now[key] != named[key]]
-    if named["table"]:
-        altered += [group for group in GROUPS if any(c.startswith((f"{group}=", f"{group}.")) for c in asked.chosen)]
     return Protocol(
         name=asked.protocol,
-        altered=altered,
+        altered=_altered(asked, count, drawing, str(reference["view"])),
         count=count,
         size=size if isinstance(size, str) else list(size),
         drawing=drawing,
         extractor={"name": tool.extractor.name, "hash": tool.extractor.hash},
-        convention=asked.config["convention"],
+        convention=convention_of(asked.config["convention"], tool.extractor.name),
         reference=reference,
         versions=protocol.versions(),
     )
 
 
+def _altered(asked: Asked, count: int, drawing: Drawing, view: str) -> list[str]:
+    """The keys of a named protocol that were set otherwise, then the options of sampler, guidance and positions."""
+    named = paths.compose("evaluate", [f"protocol={asked.protocol}"])
+    keys = paths.read_option("protocol", "adm_50k") | paths.read_option("protocol", asked.protocol)
+    told = {key: getattr(drawing, key) for key in ("labels", "seed", "weights")}
+    if named["uint8"] is not None:
+        told["uint8"] = drawing.uint8
+    now = {**asked.config, **told, "n": count, "reference_view": view.removesuffix(DECODED)}
+    unused = ("reference_view", "reference_images") if view == GIVEN else ()
+    altered = [key for key in keys if key not in unused and now[key] not in (named[key], UNKNOWN)]
+    chosen = (override.partition("=")[0] for override in asked.chosen)
+    return [*altered, *dict.fromkeys(key for key in chosen if key.partition(".")[0] in (*GROUPS, "rope"))]
+
+
 def place_of(config: Config, source: Path) -> Place:
     """Where this evaluation works: beside the images or the file, or in the run."""
     run = source.parent.parent if source.suffix == ".ckpt" else source
-    beside = source.with_name(f"{source.name}.evaluations")
+    named = source if source.name not in ("", "..") else source.resolve()
+    beside = named.parent / f"{named.name}.evaluations"
     out = Path(config["out"]) if config["out"] else run / "evaluations" if (run / "config.yaml").is_file() else beside
     device = build.device(config["accelerator"])
     devices = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
     return Place(out, Path(config["references"]), devices, config["accelerator"])
 
 
-def is_images(path: Path) -> bool:
-    """Whether a path is an npz file or a folder of images, not a model.
-
-    Raises:
-        FileNotFoundError: an empty folder.
-    """
-    if not path.is_dir():
-        return path.suffix == ".npz"
-    if (path / "config.yaml").is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
-        return False
-    if not any(path.iterdir()):
-        raise FileNotFoundError(f"from={path} is an empty folder")
-    return bool(image_files(path))
+def check(config: Config) -> None:
+    """Raise a ValueError for what can be known to be wrong before anything is made."""
+    for key in COUNTS:
+        if config[key] is not None and (type(config[key]) is not int or config[key] < 1):
+            raise ValueError(f"{key}={config[key]} must be a whole number of at least 1")
+    check_convention(config["convention"], config["extractor"])
+    check_labels(config["labels"])
+    for row in config["table"] or ():
+        if not isinstance(row, Mapping) or "size" not in row:
+            raise ValueError(f"table: {row} must have size, sampler and guidance")
+        for group in GROUPS:
+            if not isinstance(row.get(group), Mapping) or "name" not in row[group]:
+                raise ValueError(f"table: the row of {shown(row['size'])} must have a {group} with its name")
 
 
 def wanted_sizes(config: Config, loaded: Loaded) -> list[Size | str]:
@@ -216,22 +227,30 @@ def pairs(asked: Any) -> list[Size]:
     return [(row[0], row[1]) for row in rows]
 
 
-def drawn(asked: Asked, loaded: Loaded, size: Size | str | None, data: DataSet | None, place: Place) -> Samples:
+def drawn(
+    asked: Asked, source: Path, loaded: Loaded, size: Size | str | None, data: DataSet | None, place: Place
+) -> Samples:
     """Samples that a model is to draw."""
     assert size is not None and data is not None
-    config, source = asked.config, Path(asked.config["from"])
-    how = settings(asked, loaded.config, size)
-    build.objective(how)  # refuses a sampler that does not fit
+    config = asked.config
+    how = pinned(settings(asked, loaded.config, size))
+    objective = build.objective(how)  # refuses a sampler that does not fit
+    sampling = Sampling.of(how, objective, loaded.tokenizer, torch.device("cpu"), config["batch"], config["precision"])
+    sampling.check(loaded.net)
     named = data.images("train") if DATA in (size, config["labels"]) else None
     requests = make_requests(config["n"], config["labels"], size, data.classes, config["seed"], named)
-    drawing = drawing_of(config, how, loaded.tokenizer, place.device)
-    subject = _subject(source, tensors_hash(loaded.net.state_dict()))
+    weak = weak_hash(sampling)
+    drawing = drawing_of(config, how, loaded.tokenizer, place.device, weak)
+    subject = subject_of(source, network_hash(loaded.net, loaded.config))
     facts = [asdict(drawing), subject["hash"], shown(size), config["batch"], how["objective"], how["layout"]]
     images = Drawn(place.out / "work" / digest(json.dumps([*facts, len(requests)])), requests)
     task = DrawTask(
         folder=str(images.folder),
         source=str(source),
         weights=config["weights"],
+        hash=subject["hash"],
+        weak=weak,
+        rope=config["rope"],
         hints=_hints(config),
         config=how,
         seed=config["seed"],
@@ -250,19 +269,17 @@ def given(config: Config, source: Path, place: Place) -> Samples:
         ValueError: images of another size than asked for.
     """
     images = open_images(source)
-    note = note_of(source) or {}
     size = common_size(images)
     if config["sizes"] not in (None, DATA):
         wanted = pairs(config["sizes"])
-        if len(wanted) > 1 or size != wanted[0]:
-            raise ValueError(f"from={source} holds images of {shown(size or 'mixed')} pixels, not {shown(wanted[0])}")
-    hashed = _folder_hash(images) if isinstance(images, FolderImages) else file_hash(source)
-    subject = {**note.get("subject", {"from": str(source), "hash": hashed}), "images": str(source)}
-    drawing = Drawing(**note["drawing"]) if "drawing" in note else Drawing.unknown()
+        if wanted != [size]:
+            asked = " and ".join(map(shown, wanted))
+            raise ValueError(f"from={source} holds images of {shown(size or 'mixed')} pixels, not {asked}")
+    subject, drawing, noted = told_of(source, images)
     count = min(config["n"], len(images))
-    marked = DATA if note.get("size") == DATA else size or "mixed"
-    where = Where("path", str(source))
-    return Samples(images, where, count, marked, drawing, subject, place.out / "work" / images.key, None)
+    marked = DATA if noted == DATA else size or "mixed"
+    work = place.out / "work" / f"{images.key}-{count}"
+    return Samples(images, Where("path", str(source)), count, marked, drawing, subject, work, None)
 
 
 def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:
@@ -278,37 +295,9 @@ def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:
             raise ValueError(
                 f"protocol={asked.protocol} has no row for {shown(size)}; add one to table, or choose another"
             )
-        base |= {group: {**_option(group, rows[0][group]["name"]), **rows[0][group]} for group in GROUPS}
+        base |= {group: {**paths.read_option(group, rows[0][group]["name"]), **rows[0][group]} for group in GROUPS}
     found = {group: run_or_chosen(group, base, config, list(asked.chosen)) for group in GROUPS}
     return {**run, **found, "sample": {**run["sample"], "uint8": config["uint8"] or run["sample"]["uint8"]}}
-
-
-def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.device) -> Drawing:
-    """How samples of these settings are made, in the words of the protocol."""
-    network = getattr(tokenizer, "model", None)
-    decoder = {
-        "name": type(tokenizer).__name__,
-        "precision": how["tokenizer"].get("precision"),
-        "hash": None if network is None else tensors_hash(network.state_dict()),
-    }
-    return Drawing(
-        weights=config["weights"],
-        sampler=dict(how["sampler"]),
-        guidance=dict(how["guidance"]),
-        labels=config["labels"],
-        seed=config["seed"],
-        precision=build.precision(config["precision"], device),
-        decoder=decoder,
-        uint8=how["sample"]["uint8"],
-        versions=protocol.versions(),
-    )
-
-
-def remove(work: Path) -> None:
-    """Remove what took long, and the folder of such work unless another evaluation is there."""
-    shutil.rmtree(work)
-    with contextlib.suppress(OSError):
-        work.parent.rmdir()
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
@@ -317,23 +306,23 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     return {**provenance(), "device": name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-def _option(group: str, name: str) -> dict[str, Any]:
-    """What an option of conf/ says itself.
-
-    Raises:
-        ValueError: there is none.
-    """
-    file = Path(paths.config_dir()) / group / f"{name}.yaml"
-    if not file.is_file():
-        raise ValueError(f"{group}={name} is unknown")
-    return {key: value for key, value in paths.read_yaml(file).items() if key != "defaults"}
-
-
 def _load(config: Config, source: Path) -> Loaded:
     loaded = load(source, weights=config["weights"], **_hints(config))
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
+    reposition(loaded.net, config["rope"])
     return loaded
+
+
+def _earlier(config: Config, place: Place) -> list[Result]:
+    """The results to compare with; those that the new ones join are read too, so that damage is found now."""
+    if place.out.is_dir():
+        protocol.read_results(place.out)
+    found = [(path, protocol.read_results(Path(path))) for path in config["compare"]]
+    empty = [path for path, results in found if not results]
+    if empty:
+        raise ValueError(f"compare: {empty[0]} holds no results; give a run, or the results.jsonl of one")
+    return [result for _, results in found for result in results]
 
 
 def _hints(config: Config) -> dict[str, Any]:
@@ -360,21 +349,3 @@ def _target(config: Config, size: Size | str, sizes: int) -> str | None:
         return config["export"]
     path = Path(config["export"])
     return str(path.with_name(f"{path.stem}-{shown(size)}{path.suffix}"))
-
-
-def _subject(source: Path, weights: str) -> dict[str, Any]:
-    run = source if source.is_dir() else source.parent.parent
-    if not (run / "config.yaml").is_file():
-        return {"from": str(source), "hash": weights}
-    file = source if source.is_file() else checkpoints.newest(source / "checkpoints")
-    assert file is not None
-    seen = checkpoints.read(file)["images_seen"]
-    return {"from": str(run), "checkpoint": file.name, "images_seen": seen, "hash": weights}
-
-
-def _folder_hash(images: FolderImages) -> str:
-    hashed = hashlib.sha256()
-    for file in images.files:
-        hashed.update(file.relative_to(images.folder).as_posix().encode())
-        hashed.update(file.read_bytes())
-    return hashed.hexdigest()[:16]

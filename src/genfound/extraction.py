@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -20,18 +19,24 @@ import numpy as np
 import torch
 
 from genfound import build, launch
+from genfound.backbones.base import Backbone
 from genfound.data.base import LatentSource, PictureSource
 from genfound.data.pictures import Normaliser, to_uint8
 from genfound.drawing import Drawn
 from genfound.loading import load
-from genfound.metrics.extractor import Extractor, Inception
+from genfound.metrics.extractor import Extractor, Inception, tensors_hash
 from genfound.metrics.features import Features
 from genfound.metrics.images import Chosen, Cropped, ImageSet, Sourced, digest, open_images
 from genfound.metrics.probe import Probe
+from genfound.positions import reposition
 from genfound.reporting.progress import Counter, Progress, silent
 from genfound.rng import Rng
 from genfound.sampling import Sampling
-from genfound.tokenizers import Spec
+from genfound.tokenizers import Spec, Tokenizer
+from genfound.work import run_apart
+
+NO_CHANGE = ("attention", "activation_checkpointing")
+"""Options of a model that say how, not what, it computes."""
 
 VIEWS = ("crop", "as_is", "same_size")
 
@@ -113,9 +118,10 @@ class Decoded:
         self.source = source
         self.sizes, self.labels = source.sizes, source.labels
         self.rule = config["sample"]["uint8"]
-        self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes(), self.rule)
         self.stored = build.training_tokenizer(config)
         self.tokenizer = build.tokenizer(config)
+        decoder = json.dumps(decoder_of(self.tokenizer, config))
+        self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes(), self.rule, decoder)
         self.device = device
         self._one_at_a_time = threading.Lock()
 
@@ -140,14 +146,38 @@ def data_images(
     return Sourced(cast(PictureSource, source))
 
 
+def decoder_of(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decodes, in the words of the protocol: its name, its precision, and the hash of its weights."""
+    network = getattr(tokenizer, "model", None)
+    return {
+        "name": type(tokenizer).__name__,
+        "precision": config["tokenizer"].get("precision"),
+        "hash": None if network is None else tensors_hash(network.state_dict()),
+    }
+
+
+def network_hash(net: Backbone, config: Mapping[str, Any]) -> str:
+    """Of the weights of a network, and of the options that make it of them."""
+    options = {key: value for key, value in config["model"].items() if key not in NO_CHANGE}
+    return digest(tensors_hash(net.state_dict()), json.dumps(options, sort_keys=True))
+
+
+def weak_hash(sampling: Sampling) -> str | None:
+    """Of the tensors of the weaker network of autoguidance, if there is one."""
+    return None if sampling.weak is None else tensors_hash(sampling.weak.state_dict())
+
+
 @dataclass(frozen=True)
 class DrawTask:
     """Drawing the requests of a folder.
 
     Attributes:
         folder: see `Drawn`.
-        source: what `loading.load` takes.
+        source: what `loading.load` takes; of a run one checkpoint, so that every process has the same.
         weights: ema or raw.
+        hash: of the network; see `network_hash`.
+        weak: hash of the tensors of the weaker network of autoguidance, if there is one.
+        rope: changes of the network's rotary positions; see `positions.reposition`.
         hints: for `loading.load`.
         config: with the sampler, guidance and byte rule to use.
         seed: of the noise.
@@ -159,6 +189,9 @@ class DrawTask:
     folder: str
     source: str
     weights: str
+    hash: str
+    weak: str | None
+    rope: Mapping[str, Any]
     hints: Mapping[str, Any]
     config: Mapping[str, Any]
     seed: int
@@ -168,10 +201,19 @@ class DrawTask:
     makes: ClassVar = "samples"
 
     def run(self, rank: int, ranks: int, device: torch.device, progress: Progress) -> None:
-        """Draw this process's share."""
+        """Draw this process's share.
+
+        Raises:
+            ValueError: a network is not the one that it was when the task was made.
+        """
         loaded = load(self.source, weights=self.weights, **self.hints)
+        if network_hash(loaded.net, loaded.config) != self.hash:
+            raise ValueError(f"from={self.source} has changed while it is evaluated; give the command again")
+        reposition(loaded.net, self.rope)
         objective = build.objective(self.config)
         sampling = Sampling.of(self.config, objective, loaded.tokenizer, device, self.batch, self.precision)
+        if weak_hash(sampling) != self.weak:
+            raise ValueError(f"guidance.weights={sampling.guidance['weights']} has changed; give the command again")
         Drawn.open(Path(self.folder)).draw(loaded.net.to(device), sampling, self.seed, rank, ranks, progress)
 
 
@@ -221,7 +263,7 @@ def open_extractor(name: str, weights: Path, device: torch.device) -> Extractor:
 
 
 def perform(task: Task, devices: int, file: Path) -> None:
-    """Do a task, in this process or in several.
+    """Do a task, in this process or in several, which end with this one.
 
     Args:
         task: what to do.
@@ -241,8 +283,10 @@ def perform(task: Task, devices: int, file: Path) -> None:
     environment = dict(os.environ)
     if build.device(task.accelerator).type == "cpu":  # kernels may sum in another order with other numbers of threads
         environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    code = subprocess.run([*command, "-m", "genfound.extraction", str(file)], env=environment, check=False).returncode
-    file.unlink(missing_ok=True)
+    try:
+        code = run_apart([*command, "-m", "genfound.extraction", str(file)], environment)
+    finally:
+        file.unlink(missing_ok=True)
     if code:
         raise launch.JobError
 

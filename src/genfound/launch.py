@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from genfound import paths
+from genfound.work import held
 
 SEVERAL_TYPES = (
     "model.learn_sigma", "objective.time_shift", "sampler.shift", "sampler.steps",
@@ -122,13 +123,13 @@ def train(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    with paths.held(folder) as lock:
+    with held(folder, "choose name=..."):
         paths.claim(folder, paths.plain(cfg), cfg.allow_changes)
         result = paths.finished(folder)
         if result and _reached(cfg, result):
             print(f"[done before] {folder}  {_summary(result)}", flush=True)
         elif sweeping or cfg.trainer.devices > 1:
-            _run_apart(folder, cfg.trainer.devices, lock)
+            _run_apart(folder, cfg.trainer.devices)
         else:
             run(folder)
 
@@ -158,13 +159,13 @@ def keep_freed_memory() -> None:
             libc.mallopt(top_pad, 2**26)
 
 
-def _run_apart(folder: Path, devices: int, lock: int) -> None:
+def _run_apart(folder: Path, devices: int) -> None:
     """Train in a process group of its own, which holds the lock as well, and print one summary line."""
     begin = time.monotonic()
     command = [sys.executable]
     if devices > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    code = subprocess.run([*command, "-m", "genfound.launch", str(folder)], check=False, pass_fds=[lock]).returncode
+    code = subprocess.run([*command, "-m", "genfound.launch", str(folder)], check=False, close_fds=False).returncode
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     summary = "" if code else _summary(paths.finished(folder) or {})
     print(f"[{'failed' if code else 'done'}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
@@ -255,7 +256,7 @@ def _composition_error(error: Exception, config_name: str) -> str:
     if key and ("not in struct" in text or "Could not override" in text):
         groups = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
         group = key[1].partition(".")[0]
-        foreign = f": it is not an option of {group}={groups[group]}" if group in groups else ""
+        foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
         near = difflib.get_close_matches(key[1], _known_keys(config_name, sys.argv[1:]), 1, 0.85 if foreign else 0.6)
         return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
     listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"

@@ -6,13 +6,11 @@ DONE or FAILED. Its name is made of the overrides that identify the run, so the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +85,6 @@ def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
     write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[int]:
-    """Keep other processes out of a run directory; the lock ends with the processes that have its descriptor.
-
-    Raises:
-        ValueError: another process trains there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being trained by another process; wait for it, or choose name=...") from None
-        except OSError:
-            pass  # a file system without locks
-        yield file.fileno()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration of a run.
 
@@ -123,7 +103,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def read_option(group: str, name: str) -> dict[str, Any]:
-    """conf/<group>/<name>.yaml.
+    """conf/<group>/<name>.yaml, without what it inherits.
 
     Raises:
         ValueError: there is no such option; the message lists them.
@@ -132,7 +112,7 @@ def read_option(group: str, name: str) -> dict[str, Any]:
     if not file.is_file():
         known = ", ".join(sorted(option.stem for option in file.parent.glob("*.yaml")))
         raise ValueError(f"{group}={name} is unknown; choose one of {known}")
-    return read_yaml(file)
+    return {key: value for key, value in read_yaml(file).items() if key != "defaults"}
 
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:

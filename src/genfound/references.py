@@ -18,23 +18,26 @@ from genfound.metrics.features import Features
 from genfound.metrics.figures import check_count
 from genfound.metrics.frechet import Gaussian
 from genfound.metrics.images import ImageSet, digest
-from genfound.metrics.npz import read_member
+from genfound.metrics.npz import file_hash, read_member
 from genfound.metrics.probe import probe_key, train_probe
 from genfound.metrics.reference import (
     Reference,
     choose_reference,
-    file_hash,
     given_statistics,
     read_reference,
     reference_note,
     write_reference,
 )
 from genfound.tokenizers import Spec
+from genfound.work import held
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]
 GIVEN = "given"
 """A reference that was chosen by name, or its images as a file has them."""
+
+DECODED = " of decoded latents"
+"""Behind the name of a view."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +119,20 @@ def prepare_extractor(config: Config, data: DataSet | None, place: Place) -> Too
         images = data.images("train")
         file = place.references / f"probe-{probe_key(images.key, data.classes)}.safetensors"
         if not file.is_file():
-            print("training a probe on the data set", flush=True)
-            probe = train_probe(images, data.images("val"), data.classes, place.device)
-            probe.save(file)
-            share = "" if probe.accuracy is None else f"; it recognises {probe.accuracy:.1%} of held-out images"
-            print(f"probe: {file}{share}", flush=True)
+            with held(file, wait=True):
+                if not file.is_file():
+                    _train(images, data, file, place)
     else:
         file = Path(weights or WEIGHTS)
     return Tool(open_extractor(name, file, place.device), file)
+
+
+def _train(images: ImageSet, data: DataSet, file: Path, place: Place) -> None:
+    print("training a probe on the data set", flush=True)
+    probe = train_probe(images, data.images("val"), data.classes, place.device)
+    probe.save(file)
+    share = "" if probe.accuracy is None else f"; it recognises {probe.accuracy:.1%} of held-out images"
+    print(f"probe: {file}{share}", flush=True)
 
 
 def prepare_reference(
@@ -147,7 +156,7 @@ def prepare_reference(
     if asked.partition(":")[0] == "data" or (path.is_dir() and not any(path.glob("*.npz"))):
         where = _view(config, asked, size, data)
         stored = where.config is not None and where.config["data"].get("source", "images") != "images"
-        view = f"{where.view} of decoded latents" if stored else where.view
+        view = f"{where.view}{DECODED}" if stored else where.view
     else:
         if path.is_dir():
             if isinstance(size, str):
@@ -157,10 +166,12 @@ def prepare_reference(
             reference = read_reference(path, tool.extractor)
             return reference, _facts(reference, str(path), rule)
         where, view, given = Where("path", str(path)), GIVEN, given_statistics(path)
-    file = _kept(where, view, given, tool, place)
-    reference = read_reference(file, tool.extractor)
-    if where.path == str(path) and path.is_file():
-        reference = replace(reference, hash=file_hash(path))
+    own = (
+        file_hash(path) if where.path == str(path) and path.is_file() else None
+    )  # before its images are used, so that they are checked
+    reference = read_reference(_kept(where, view, given, tool, place), tool.extractor)
+    if own is not None:
+        reference = replace(reference, hash=own)
     return reference, _facts(reference, asked if rule == GIVEN else str(path), rule)
 
 
@@ -186,17 +197,17 @@ def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) ->
 def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: Tool, place: Place) -> Path:
     """The file of statistics of these images, computed unless it is there."""
     images = where.open(place.device)
-    file = place.references / f"{digest(images.key, tool.extractor.hash)}.npz"
+    file = place.references / f"{digest(images.key, tool.extractor.hash, view)}.npz"
     if not file.is_file():
         if given is None:
             check_count("reference", len(images), tool.extractor)
-        print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
-        features = Features(file.with_suffix(".parts"), len(images))
-        tool.extract(features, where, place)
-        origin = f"data:{where.split}" if where.kind == "data" else str(where.path)
-        note = {"from": origin, "view": view}
-        write_reference(file, features, images, tool.extractor, note, given, place.device)
-        shutil.rmtree(features.folder)
+        with held(file, wait=True):
+            if not file.is_file():
+                print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
+                features = Features(file.with_suffix(".parts"), len(images))
+                tool.extract(features, where, place)
+                write_reference(file, features, images, tool.extractor, {"view": view}, given, place.device)
+                shutil.rmtree(features.folder)
     return file
 
 

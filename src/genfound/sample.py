@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from genfound import launch, paths
-
-if TYPE_CHECKING:
-    from genfound.backbones.base import Backbone
 
 FEW = 10
 
@@ -22,6 +17,7 @@ def _task(cfg: DictConfig) -> None:
     from genfound import build
     from genfound.data.pictures import save_png
     from genfound.loading import load
+    from genfound.positions import reposition
     from genfound.reporting.grid import save_grid
     from genfound.reporting.progress import Counter
     from genfound.sampling import Sampling, make_requests, run_or_chosen
@@ -51,21 +47,6 @@ def _task(cfg: DictConfig) -> None:
         save_png(out / f"{request.number:05d}_{name}_{request.size[0]}x{request.size[1]}.png", image)
     save_grid(out / "grid.png", images, requests, loaded.class_names)
     print(f"{len(images)} images and their grid: {out / 'grid.png'}")
-
-
-def reposition(net: Backbone, rope: Mapping[str, Any]) -> None:
-    """Change the rule of a network's rotary positions.
-
-    Raises:
-        ValueError: the network has none, or an unknown rule.
-    """
-    from genfound.layers.rope import Rope
-
-    given = {key: value for key, value in rope.items() if value is not None}
-    if given and not isinstance(getattr(net, "rope", None), Rope):
-        raise ValueError(f"rope.{next(iter(given))}: {type(net).__name__} has no rotary positions")
-    if given:
-        net.rope = replace(net.rope, **given)  # type: ignore[assignment,type-var]
 
 
 def _sizes(size: Any) -> list[tuple[int, int]]:

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from genfound import checkpoints
@@ -128,9 +125,9 @@ def unwrapped(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: it does not consist of tensors.
     """
-    wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    wrong = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if wrong or not state:
-        raise ValueError(f"{path} holds no state dict" + (f": {wrong[0]} is not a tensor" if wrong else ""))
+        raise ValueError(f"{path} holds no state dict" + (f": {wrong[0]} is not the name of a tensor" if wrong else ""))
     tensors = dict(state)
     while prefix := next((p for p in WRAPPERS if all(key.startswith(p) for key in tensors)), None):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
@@ -157,18 +154,4 @@ def _unpickled(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         if file.read(64).lstrip()[:5].lower() in (b"<!doc", b"<html"):
             raise ValueError(f"{path} is a web page; download the file itself (/resolve/ instead of /blob/ on the hub)")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual versions of pickle
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state dict but a {type(content).__name__}")
-    return content
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
+    return checkpoints.read(path, [argparse.Namespace])

@@ -84,6 +84,10 @@ def test_the_command_measures_the_same_weights_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"eval_protocol": "torch_fidelity", "eval_extractor": "probe"},
+            "convention=torch_fidelity is one of Inception",
+        ),
         ({"eval_protocol": "fast"}, "trainer.eval_protocol=fast is unknown; choose one of adm_50k"),
         ({"eval_extractor": "inception"}, "extractor_weights=weights-inception.* is not there"),
     ],
@@ -92,3 +96,26 @@ def test_wrong_settings_stop_the_run_before_it_trains(settings: dict[str, Any], 
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         trained(tmp_path / "run", True, **settings)
     assert not curve(tmp_path / "run", "train/loss") and not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_what_an_interrupted_evaluation_has_left_is_removed_and_other_work_is_not(tmp_path: Path) -> None:
+    work = tmp_path / "run/evaluations/work"
+    for name in ("training/left", "of a command"):
+        (work / name).mkdir(parents=True)
+        (work / name / "images-000000.npy").touch()
+    trained(tmp_path / "run", True)
+    assert [file.name for file in work.iterdir()] == ["of a command"]
+
+
+def test_the_work_of_another_protocol_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for seed in (0, 0, 1):
+        monkeypatch.setitem(FEW, "seed", seed)
+        folder = run_dir(tmp_path / "run", *TINY, f"runs={tmp_path}", "trainer.precision=fp32")
+        config = paths.read_config(folder)
+        config["trainer"] |= EVALUATED
+        parts = build.parts(config, 1)
+        evaluation = Evaluation(folder, parts, Ema([0.9]), Metrics([], 1, parts.loader(0)))
+        evaluation._prepare()
+        keys.append(evaluation._key("weights", "data"))
+    assert keys[0] == keys[1] != keys[2]

@@ -1,5 +1,6 @@
 """`python -m genfound.evaluate`: figures with their protocol, from every kind of input, on several processes."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -61,6 +62,29 @@ def test_two_processes_and_a_killed_one_give_the_images_and_figures_of_one(run: 
         for ours, expected in zip(results(tmp_path / name), alone, strict=True):
             assert ours["figures"] == pytest.approx(expected, rel=1e-9)
         assert (tmp_path / f"{name}.npz").read_bytes() == (tmp_path / "on_1.npz").read_bytes()
+
+
+def test_all_processes_end_with_the_one_that_is_terminated(run: Path, tmp_path: Path) -> None:
+    arguments = [f"from={run}", *QUICK, "reference=data", "sizes=[16,16]", "n=20000", "devices=2", "out=out"]
+    command = [sys.executable, "-m", "genfound.evaluate", *arguments]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=tmp_path, env=variables(), **silent)  # type: ignore[call-overload]
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/work/*/images-*.npy")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(working(tmp_path)) >= 3
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not working(tmp_path)
+
+
+def working(folder: Path) -> list[str]:
+    """Processes whose working directory is a folder."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            found += [link.parent.name] if link.readlink() == folder else []
+    return found
 
 
 def test_exported_images_give_the_same_figures_and_compare(run: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from genfound import build, checkpoints, paths
 from genfound.evaluation import Asked, evaluate
 from genfound.metrics.protocol import Result
+from genfound.metrics.reference import reference_note
 from genfound.tokenizers import Pixel
 from tests.helpers import composed, run_dir
 
@@ -45,3 +46,14 @@ def evaluated(
     defaults = {"references": str(references), "accelerator": "cpu", "precision": "fp32", "batch": 4, "n": 96}
     defaults |= {"extractor": "probe", "reference_view": "as_is"}
     return evaluate(Asked({**config, **defaults, **settings}, chosen, protocol))
+
+
+def probe(references: Path) -> str:
+    """The probe of the run."""
+    return str(next(references.glob("probe-*.safetensors")))
+
+
+def of_probe(references: Path) -> str:
+    """A reference of the probe."""
+    files = references.glob("*.npz")
+    return str(next(file for file in files if (reference_note(file) or {})["extractor"]["name"] == "probe"))

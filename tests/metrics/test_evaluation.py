@@ -5,35 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from genfound import build
+from genfound import build, checkpoints, evaluation
+from genfound.drawing import Drawn
 from genfound.evaluation import Asked, settings
 from genfound.metrics.images import open_images
+from genfound.metrics.npz import file_hash
 from genfound.metrics.protocol import differences, read_results
-from genfound.metrics.reference import file_hash
 from genfound.paths import config_dir
 from genfound.sampling import check_size
+from genfound.work import held
 from tests.helpers import composed
-from tests.metrics.runs import evaluated, untrained_run
+from tests.metrics.runs import evaluated, of_probe, probe
 from tests.metrics.sets import Averages, Pictures, save_pngs
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return untrained_run(tmp_path_factory.mktemp("evaluated") / "run")
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared, as a user's are: the probe is trained once."""
-    return tmp_path_factory.mktemp("references")
-
-
-def probe(references: Path) -> str:
-    return str(next(references.glob("probe-*.safetensors")))
 
 
 def test_run_npz_and_folder_of_the_same_images_have_the_same_figures(
@@ -49,7 +33,7 @@ def test_run_npz_and_folder_of_the_same_images_have_the_same_figures(
     given = [evaluated(file, references, **options)[0] for file in files]
     for result in (*drawn, *given):
         assert result.figures == drawn[0].figures
-        assert differences(result.protocol, drawn[0].protocol) in ([], ["reference.rule"])
+        assert differences(result.protocol, drawn[0].protocol) == []
         assert result.subject["hash"] == drawn[0].subject["hash"]
     assert set(drawn[0].figures) == {"fd_probe", "accuracy_probe", "precision_probe", "recall_probe"}
     assert (tmp_path / "x.npz.evaluations/results.jsonl").is_file()
@@ -68,10 +52,20 @@ def test_a_result_names_everything_that_could_change_it(run: Path, references: P
     )
     assert (drawing.weights, drawing.labels, drawing.seed, drawing.uint8) == ("ema", "balanced", 0, "round")
     assert drawing.precision == "32-true" and drawing.decoder == {"name": "Pixel", "precision": None, "hash": None}
-    assert (protocol.count, protocol.size, protocol.convention) == (96, [16, 16], "adm")
+    assert (protocol.count, protocol.size) == (96, [16, 16])
     assert {"hash", "images", "points", "size", "view", "rule"} <= protocol.reference.keys()
     assert protocol.extractor["name"] == "probe" and "torch" in protocol.versions
-    assert protocol.altered == ["n", "labels", "extractor", "reference_view"]
+    assert protocol.altered == [
+        "n",
+        "sizes",
+        "labels",
+        "extractor",
+        "reference_view",
+        "sampler",
+        "sampler.steps",
+        "guidance.scale",
+    ]
+    assert protocol.convention == "probe" and (drawing.rope, drawing.batch) == (None, None)
     assert result.subject["images_seen"] == 48 and result.subject["checkpoint"] == "step-00000003.ckpt"
     assert read_results(tmp_path) == [result]
 
@@ -176,77 +170,6 @@ def test_a_table_gives_each_size_its_sampler_and_guidance_and_the_command_line_w
         evaluated(run, references, **options, sizes=[12, 16])
 
 
-def test_foreign_images_are_measured_and_their_making_is_unknown(
-    run: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "out"))
-    np.savez(tmp_path / "theirs.npz", np.stack(Pictures([(16, 16)] * 80).images))
-    reference = str(next(file for file in references.glob("*.npz")))
-    options = {"extractor_weights": probe(references), "reference": reference, "compare": [str(tmp_path / "out")]}
-    result = evaluated(tmp_path / "theirs.npz", references, **options)[0]
-    assert result.protocol.drawing.sampler == "unknown" and result.protocol.count == 80
-    assert "accuracy_probe" not in result.figures
-    assert "drawing (unknown)" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_mixed_sizes_are_measured_and_labelled(references: Path, tmp_path: Path, run: Path) -> None:
-    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "out"))
-    folder = save_pngs(tmp_path / "mixed", Pictures([(16, 16), (12, 20)] * 40))
-    reference = str(next(references.glob("*.npz")))
-    result = evaluated(folder, references, extractor_weights=probe(references), reference=reference)[0]
-    assert result.protocol.size == "mixed"
-
-
-def wrong(folder: Path, run: Path, references: Path) -> dict[str, tuple[Path, dict[str, Any], str]]:
-    """name -> (from, settings, message)."""
-    np.savez(folder / "floats.npz", np.zeros((9, 16, 16, 3)))
-    np.savez(folder / "few.npz", np.zeros((40, 16, 16, 3), np.uint8))
-    np.savez(folder / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    (folder / "empty").mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
-    few, many = (save_pngs(folder / name, Pictures([(16, 16)] * n)) for name, n in (("few", 40), ("many", 80)))
-    tool = {"extractor_weights": probe(references), "reference": str(few)}
-    at = {"sizes": [16, 16]}
-    return {
-        "a size that does not divide": (run, {"sizes": [15, 16]}, r"nearest legal sizes are \[14,16\] and \[16,16\]"),
-        "a size that is none": (run, {"sizes": [16]}, r"sizes=\[16\] must be \[height,width\]"),
-        "a text as a size": (run, {"sizes": "large"}, "sizes=large must be"),
-        "images of another size": (few, {**tool, "sizes": [32, 32]}, "holds images of 16x16 pixels, not 32x32"),
-        "an empty folder": (folder / "empty", tool, "empty is an empty folder"),
-        "an npz of floats": (folder / "floats.npz", tool, "arr_0 is float64 .* it must be uint8"),
-        "too few samples": (run, {**at, "n": 40}, "n: 40 images are fewer than the 64 features of probe"),
-        "too few given": (folder / "few.npz", tool, "n: 40 images are fewer than the 64 features"),
-        "too few references": (run, {**at, "reference": str(few)}, "reference: 40 images are fewer than the 64"),
-        "statistics of Inception": (run, {**at, "reference": str(folder / "stats.npz")}, "with the extractor incep"),
-        "no reference": (run, {**at, "reference": str(folder / "absent.npz")}, "there is no file .*absent.npz"),
-        "an empty reference": (run, {**at, "reference": str(folder / "empty")}, "holds no images"),
-        "no split": (run, {**at, "reference": "data:test"}, "choose data, data:train or data:val"),
-        "a view of several sizes": (run, {"sizes": "data", "reference_view": "crop"}, "view=crop needs samples of one"),
-        "a view that is none": (run, {**at, "reference_view": "zoom"}, "reference_view=zoom is unknown"),
-        "no image of the size": (run, {"sizes": [18, 18], "reference_view": "same_size"}, "no reference .* 18x18"),
-        "an unknown extractor": (run, {**at, "extractor": "dino"}, "extractor=dino is unknown; choose"),
-        "no weights": (run, {**at, "extractor": "inception"}, "weights=weights-inception.* is not there; download"),
-        "a probe without data": (many, {"reference": str(few)}, "images alone tell no data set; give extractor_"),
-        "data without a run": (many, {**tool, "reference": "data"}, "reference=data: images alone tell no data set"),
-        "an unknown rule": (run, {**at, "labels": "sorted"}, "labels=sorted is unknown"),
-        "unknown weights": (run, {**at, "weights": "best"}, "weights=best is unknown"),
-        "an unknown byte rule": (run, {**at, "uint8": "floor"}, "uint8=floor is unknown"),
-        "an npz of several sizes": (run, {"sizes": "data", "export": "x.npz"}, "an npz file holds images of one size"),
-        "a convention": (run, {**at, "convention": "clean"}, "convention=clean is unknown"),
-        "nothing to compare with": (run, {**at, "compare": ["nowhere"]}, "there are no results nowhere"),
-        "nothing there": (folder / "nowhere", {}, "nowhere"),
-    }  # fmt: skip
-
-
-def test_wrong_input_is_one_line_before_anything_is_drawn(run: Path, references: Path, tmp_path: Path) -> None:
-    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "first"))
-    for name, (source, given, message) in wrong(tmp_path, run, references).items():
-        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-            evaluated(source, references, out=str(tmp_path / "out"), **given)
-        assert "\n" not in str(caught.value), name
-        assert not [path for path in tmp_path.glob("out/**/*") if path.is_file()], name
-
-
 def test_the_note_of_an_export_is_its_protocol(run: Path, references: Path, tmp_path: Path) -> None:
     evaluated(run, references, sizes=[16, 16], export=str(tmp_path / "x"), out=str(tmp_path / "out"))
     note = json.loads((tmp_path / "x/protocol.json").read_text())
@@ -301,3 +224,90 @@ def test_named_protocols_set_known_keys_only(name: str) -> None:
     everything = composed("protocol=adm_50k", "from=x", "reference=y", name="evaluate")
     named = composed(f"protocol={name}", "from=x", "reference=y", name="evaluate")
     assert named.keys() == everything.keys()
+
+
+def test_what_was_kept_of_another_number_of_images_is_not_taken(run: Path, references: Path, tmp_path: Path) -> None:
+    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "first"))
+    folder = save_pngs(tmp_path / "given", Pictures([(16, 16)] * 100))
+    options = {"extractor_weights": probe(references), "reference": of_probe(references)}
+    alone = {n: evaluated(folder, references, n=n, out=str(tmp_path / f"{n}"), **options)[0] for n in (70, 100)}
+    assert alone[70].figures != alone[100].figures
+    for n in (100, 70, 100):
+        kept = evaluated(folder, references, n=n, keep=True, out=str(tmp_path / "kept"), **options)[0]
+        assert kept.figures == alone[n].figures and kept.protocol.count == n
+
+
+def test_a_run_that_trains_on_is_measured_as_it_was(
+    run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    options = {"sizes": [16, 16]}
+    expected = evaluated(copy, references, **options, out=str(tmp_path / "a"))[0]
+    prepare = evaluation.prepare_reference
+    state = checkpoints.read(copy / "checkpoints/step-00000003.ckpt")
+
+    def training_goes_on(*arguments: Any) -> Any:
+        moved = {"0.9": {name: tensor + 0.1 for name, tensor in state["ema"]["0.9"].items()}}
+        checkpoints.save({**state, "ema": moved, "global_step": 9}, copy / f"checkpoints/{names[0]}.ckpt")
+        return prepare(*arguments)
+
+    names = ["step-00000009"]
+    monkeypatch.setattr(evaluation, "prepare_reference", training_goes_on)
+    found = evaluated(copy, references, **options, out=str(tmp_path / "b"))[0]
+    assert (found.figures, found.subject) == (expected.figures, expected.subject)
+    names[0] = "step-00000003"
+    (copy / "checkpoints/step-00000009.ckpt").unlink()
+    with pytest.raises(ValueError, match="has changed while it is evaluated; give the command again"):
+        evaluated(copy, references, **options, out=str(tmp_path / "c"))
+
+
+def test_whatever_was_set_otherwise_is_listed(run: Path, references: Path, tmp_path: Path) -> None:
+    rows = [{"size": [16, 16], "sampler": {"name": "euler", "steps": 2}, "guidance": {"name": "none"}}]
+    options = {"reference_images": 90, "uint8": "truncate", "table": rows, "out": str(tmp_path)}
+    result = evaluated(run, references, "sampler.steps=3", **options)[0]
+    altered = ["n", "uint8", "extractor", "reference_view", "reference_images", "table", "sampler.steps"]
+    assert result.protocol.altered == altered
+
+
+def test_the_weaker_network_and_the_positions_are_in_the_protocol(
+    run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_by: list[Any] = []
+    draw = Drawn.draw
+    monkeypatch.setattr(Drawn, "draw", lambda self, net, *rest: (drawn_by.append(net), draw(self, net, *rest))[1])
+    weak = tmp_path / "weak"
+    shutil.copytree(run, weak)
+    options = {"sizes": [16, 16], "out": str(tmp_path / "out")}
+    guided = ["guidance=autoguidance", f"guidance.weights={weak}"]
+    auto = evaluated(run, references, *guided, **options)[0]
+    guidance = auto.protocol.drawing.guidance
+    assert isinstance(guidance, dict) and len(guidance["hash"]) == 16
+    assert guidance["weights"] == str(weak / "checkpoints/step-00000003.ckpt")
+    moved = weak.rename(tmp_path / "moved")
+    again = evaluated(run, references, guided[0], f"guidance.weights={moved}", **options)[0]
+    assert differences(auto.protocol, again.protocol) == [] and again.figures == auto.figures
+    rope = {"rule": "ntk-aware", "trained": 4, "target": None, "decouple": None}
+    plain, turned = (evaluated(run, references, **options, **more)[0] for more in ({}, {"rope": rope}))
+    assert turned.protocol.drawing.rope == {"rule": "ntk-aware", "trained": 4}
+    assert [net.rope.rule for net in drawn_by] == ["normal"] * 3 + ["ntk-aware"]
+    assert differences(plain.protocol, turned.protocol) == ["drawing.rope.rule", "drawing.rope.trained"]
+
+
+def test_references_of_the_same_images_at_two_places_are_the_same(run: Path, references: Path, tmp_path: Path) -> None:
+    options = {"sizes": [16, 16], "reference_view": "crop", "extractor_weights": probe(references)}
+    results = []
+    for name in ("a", "b"):
+        folder = save_pngs(tmp_path / name, Pictures([(16, 16)] * 80))
+        more = {"reference": str(folder), "out": str(tmp_path / f"out_{name}")}
+        results += evaluated(run, references, **options, **more)
+    assert differences(results[0].protocol, results[1].protocol) == []
+    assert results[0].protocol.reference["from"] != results[1].protocol.reference["from"]
+
+
+def test_samples_belong_to_one_evaluation_at_a_time(run: Path, references: Path, tmp_path: Path) -> None:
+    options = {"sizes": [16, 16], "out": str(tmp_path)}
+    evaluated(run, references, keep=True, **options)
+    work = next((tmp_path / "work").iterdir())
+    with held(work), pytest.raises(ValueError, match=r"another process is at work on .*; wait for it, or give out="):
+        evaluated(run, references, **options)

@@ -50,3 +50,24 @@ def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="features pool of the images from number 0 on are not finite"):
         Features(tmp_path, 10).extract(Pictures([(4, 4)] * 10), Broken())
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_another_number_of_images_are_not_taken(tmp_path: Path) -> None:
+    images = Pictures([(5, 6)] * 100)
+    for count in (100, 70):
+        features = Features(tmp_path, count)
+        assert not features.complete
+        features.extract(images, Averages())
+        assert features.complete and len(features.column("pool")) == count
+    with pytest.raises(ValueError, match="holds features of 70 images, not of 100; remove it"):
+        Features(tmp_path, 100).column("pool")
+
+
+def test_a_damaged_file_is_written_anew(tmp_path: Path) -> None:
+    features = Features(tmp_path, 70)
+    features.extract(Pictures([(5, 6)] * 70), Averages())
+    whole = features.column("pool")
+    features.files[0].write_bytes(features.files[0].read_bytes()[:500])
+    assert not features.complete
+    features.extract(Pictures([(5, 6)] * 70), Averages())
+    assert torch.equal(features.column("pool"), whole)

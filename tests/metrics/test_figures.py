@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genfound.metrics.features import Features
-from genfound.metrics.figures import measure, named
+from genfound.metrics.figures import check_convention, convention_of, measure, named
 from genfound.metrics.reference import Reference, read_reference, write_reference
 from tests.metrics.sets import Averages, Pictures
 
@@ -73,3 +73,9 @@ def test_an_unknown_convention_is_refused(tmp_path: Path) -> None:
     features, reference = prepared(tmp_path, Averages())
     with pytest.raises(ValueError, match="convention=clean is unknown; choose one of adm, adm_half, torch_fidelity"):
         measure(features, reference, Averages(), "clean", None, CPU)
+
+
+def test_a_probe_has_its_own_convention() -> None:
+    assert (convention_of("adm_half", "inception"), convention_of("adm", "probe")) == ("adm_half", "probe")
+    with pytest.raises(ValueError, match="convention=torch_fidelity is one of Inception's figures, and a probe has"):
+        check_convention("torch_fidelity", "probe")

@@ -58,3 +58,10 @@ def test_two_extractors_are_refused() -> None:
     a, b = (Moments.of(normal(20, width, 0)).gaussian() for width in (4, 5))
     with pytest.raises(ValueError, match="features of 4 and of 5 numbers"):
         frechet_distance(a, b)
+
+
+def test_no_distance_is_never_less_than_none() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        same = Moments.of(torch.randn(9, 30, generator=draw) * 100).gaussian()
+        assert 0 <= frechet_distance(same, same) < 1e-6

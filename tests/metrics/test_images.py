@@ -157,3 +157,17 @@ def test_views_have_sizes_labels_and_keys_of_their_own() -> None:
     assert chosen.labels is not None and chosen.labels.tolist() == images.labels[[2, 0]].tolist()
     assert cropped[1].shape == (6, 6, 3) and cropped.sizes.tolist() == [[6, 6]] * 3
     assert len({images.key, chosen.key, cropped.key, Chosen(images, [0, 2]).key, Cropped(images, (6, 4)).key}) == 5
+
+
+def test_what_adm_ignores_is_no_damage(tmp_path: Path) -> None:
+    images = Pictures([(4, 4)] * 3)
+    for labels in (np.array([{}, {}, {}]), np.arange(2), np.ones(3)):
+        np.savez(tmp_path / "x.npz", np.stack(images.images), labels)
+        read = open_images(tmp_path / "x.npz")
+        assert same(images, read) and read.labels is None
+
+
+@pytest.mark.parametrize("note", [np.arange(3), np.array(2.0), np.array("[1, 2]"), np.array([{}])])
+def test_a_member_named_protocol_of_others_is_none_of_ours(note: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", np.stack(Pictures([(4, 4)] * 3).images), protocol=note)
+    assert note_of(tmp_path / "x.npz") is None

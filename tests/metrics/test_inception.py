@@ -86,3 +86,8 @@ def test_missing_and_foreign_weights_are_named(tmp_path: Path, weights: Path) ->
     cut.write_bytes(weights.read_bytes()[:10_000])
     with pytest.raises(ValueError, match=r"cut.pth is damaged"):
         Inception(cut, torch.device("cpu"))
+
+
+def test_the_public_files_format_is_read(net: InceptionV3, weights: Path, tmp_path: Path) -> None:
+    torch.save(net.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    assert Inception(tmp_path / "legacy.pth", torch.device("cpu")).hash == Inception(weights, torch.device("cpu")).hash

@@ -61,3 +61,14 @@ def test_other_files_are_refused(probe: Probe, tmp_path: Path) -> None:
 def test_its_name_follows_the_data(probe: Probe) -> None:
     keys = {probe_key(shapes("train", n).key, 10) for n in (100, 101)} | {probe_key(shapes("train", 100).key, 11)}
     assert len(keys) == 3
+
+
+def test_the_number_of_threads_does_not_change_it() -> None:
+    few, hashes = Chosen(shapes("train"), np.arange(128)), set()
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        hashes.add(train_probe(few, shapes("val"), 10, CPU).hash)
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert len(hashes) == 1

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ DRAWING = Drawing(
     weights="ema",
     sampler={"name": "heun", "steps": 20},
     guidance={"name": "cfg", "scale": 1.5, "interval": [0.0, 0.7], "channels": "all"},
+    rope=None,
+    batch=None,
     labels="random",
     seed=0,
     precision="32-true",
@@ -110,3 +112,31 @@ def test_the_table_says_which_field_differs() -> None:
 
 def test_the_libraries_that_change_figures_are_recorded() -> None:
     assert {"torch", "numpy", "pillow", "genfound"} <= versions().keys()
+
+
+def test_of_a_weaker_network_the_hash_counts_and_not_its_place() -> None:
+    guidance = {"name": "autoguidance", "weights": "runs/a", "hash": "1"}
+    one, moved, other = (
+        replace(PROTOCOL, drawing=replace(DRAWING, guidance={**guidance, **more}))
+        for more in ({}, {"weights": "b"}, {"hash": "2"})
+    )
+    assert differences(one, moved) == []
+    assert differences(one, other) == ["drawing.guidance.hash"]
+
+
+def test_the_rule_by_which_a_reference_was_found_is_no_difference() -> None:
+    found = replace(PROTOCOL, reference={**PROTOCOL.reference, "rule": "of this size"})
+    assert differences(PROTOCOL, found) == []
+
+
+def test_rope_and_the_images_of_a_call_are_differences_and_are_printed() -> None:
+    changed = replace(PROTOCOL, drawing=replace(DRAWING, rope={"rule": "yarn"}, batch=16))
+    assert differences(PROTOCOL, changed) == ["drawing.batch", "drawing.rope.rule"]
+    text = "\n".join(changed.lines())
+    assert "steps 20, 16 images together" in text and "rope rule yarn" in text
+
+
+@pytest.mark.parametrize("note", [None, [1], 3.0, {"seed": 0}, {**asdict(DRAWING), "more": 1}])
+def test_a_making_that_is_not_told_whole_is_unknown(note: object) -> None:
+    assert Drawing.told(note) == Drawing.unknown()
+    assert Drawing.told(asdict(DRAWING)) == DRAWING

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from genfound.metrics.features import Features
+from genfound.metrics.npz import file_hash
 from genfound.metrics.reference import (
     choose_reference,
-    file_hash,
     given_statistics,
     read_reference,
+    reference_note,
+    reference_size,
     write_reference,
 )
 from tests.metrics.sets import Averages, Pictures
@@ -110,3 +112,30 @@ def test_a_folder_without_a_square_reference(tmp_path: Path) -> None:
     adm(tmp_path / "160x480.npz")
     with pytest.raises(FileNotFoundError, match=r"holds no .npz of 256x256 and none of square images"):
         choose_reference(tmp_path, (256, 256))
+
+
+def test_a_note_tells_the_size_and_a_hash_in_the_name_does_not(tmp_path: Path) -> None:
+    file = written(tmp_path, Pictures([(6, 8)] * 40), "a256b64c.npz")
+    mixed = written(tmp_path, Pictures([(6, 8), (9, 5)] * 20), "512.npz")
+    assert reference_size(file) == (6, 8) and reference_size(mixed) is None
+    names = {"fid_10k_256_v2": (256, 256), "imagenet-64x48-2": (64, 48), "v1-512": (512, 512)}
+    for name, size in names.items():
+        assert reference_size(adm(tmp_path / f"{name}.npz")) == size
+    with pytest.raises(ValueError, match=r"v2\.npz does not tell the size of its images; rename it to v2_HEIGHTxWIDTH"):
+        reference_size(adm(tmp_path / "v2.npz"))
+
+
+def test_two_references_of_one_size_are_both_named(tmp_path: Path) -> None:
+    for name in ("a_256", "b_256", "512"):
+        adm(tmp_path / f"{name}.npz")
+    for size in ((256, 256), (256, 288)):
+        with pytest.raises(ValueError, match=r"two files of 256x256, a_256\.npz and b_256\.npz; give the path"):
+            choose_reference(tmp_path, size)
+    assert choose_reference(tmp_path, (512, 512))[0].stem == "512"
+
+
+@pytest.mark.parametrize("note", ["[1]", "hello", '{"extractor": 3}', 5.0])
+def test_a_foreign_note_is_no_note(note: object, tmp_path: Path) -> None:
+    file = adm(tmp_path / "x.npz", note=np.array(note))
+    assert reference_note(file) is None
+    assert read_reference(file, Averages()).points is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,19 @@ from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.periodic import Periodic
 from genfound.drawing import DATA, Drawn, make_requests
-from genfound.evaluation import Asked, circumstances, drawing_of, pairs, protocol_of, remove, settings
-from genfound.extraction import shown
-from genfound.metrics.extractor import tensors_hash
+from genfound.evaluation import Asked, check, circumstances, pairs, protocol_of, settings
+from genfound.extraction import network_hash, shown, weak_hash
 from genfound.metrics.features import Features
 from genfound.metrics.figures import check_count, measure
 from genfound.metrics.images import digest
-from genfound.metrics.protocol import Result
+from genfound.metrics.protocol import Drawing, Result
 from genfound.metrics.reference import Reference
 from genfound.module import GenerativeModule
 from genfound.references import DataSet, Place, Tool, prepare_extractor, prepare_reference
 from genfound.sampling import Request, Sampling, check_size
+from genfound.subjects import drawing_of, pinned
 from genfound.tokenizers import Tokenizer
+from genfound.work import remove
 
 Size = tuple[int, int]
 
@@ -50,8 +53,10 @@ class Evaluation(Periodic):
         self.folder, self.parts, self.ema, self.metrics = folder, parts, ema, metrics
         self.asked = asked(folder, parts.config)
         config = self.asked.config
+        check(config)
         references = Path(parts.config["runs"]) / ".references"
         self.place = Place(folder / "evaluations", references, 1, trainer["accelerator"])
+        self.work = self.place.out / "work/training"
         self.data = DataSet(parts.config, parts.tokenizer.spec, len(parts.images.class_names))
         self.sizes: list[Size | str] = [DATA] if config["sizes"] in (None, DATA) else list(pairs(config["sizes"]))
         unit = parts.tokenizer.spec.stride * parts.config["model"]["patch_size"]
@@ -62,6 +67,7 @@ class Evaluation(Periodic):
         self.references: dict[Size | str, tuple[Reference, dict[str, Any]]] = {}
         self.requests = {size: self._requests(size) for size in self.sizes}
         self.samplings = {size: self._sampling(size) for size in self.sizes}
+        self.drawings = {size: self._drawing(size) for size in self.sizes}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Continue the rhythm; make probe and references, on the first rank, or find them."""
@@ -91,23 +97,23 @@ class Evaluation(Periodic):
 
     def _evaluate(self, trainer: lightning.Trainer, module: GenerativeModule, size: Size | str) -> dict[str, float]:
         """Figures on the first rank; nothing on the others."""
+        assert self.tool is not None
         share = trainer.global_rank, trainer.world_size
         module.eval()
         with self.ema.swapped(module):
-            weights = tensors_hash(module.net.state_dict())
-            drawn = Drawn(self.folder / "evaluations/work" / digest(weights, shown(size)), self.requests[size])
+            weights = network_hash(module.net, self.parts.config)
+            drawn = Drawn(self.work / self._key(weights, size), self.requests[size])
             drawn.begin()
             drawn.draw(module.net, self.samplings[size], self.asked.config["seed"], *share)
         module.train()
         trainer.strategy.barrier()
         features = Features(drawn.folder / "features", len(drawn))
-        assert self.tool is not None
         features.extract(drawn, self.tool.extractor, *share)
         trainer.strategy.barrier()
         figures: dict[str, float] = {}
         if trainer.is_global_zero:
             figures = self._measure(drawn, features, size, {"images_seen": module.images_seen, "hash": weights})
-            remove(drawn.folder)
+            remove(self.work)  # with what interrupted evaluations have left
         trainer.strategy.barrier()
         return figures
 
@@ -116,9 +122,7 @@ class Evaluation(Periodic):
         config, (reference, facts) = self.asked.config, self.references[size]
         device = self.samplings[size].device
         figures = measure(features, reference, self.tool.extractor, config["convention"], drawn.labels, device)
-        how = settings(self.asked, self.parts.config, size)
-        drawing = drawing_of(config, how, self.samplings[size].tokenizer, device)
-        protocol = protocol_of(self.asked, len(drawn), size, drawing, self.tool, facts)
+        protocol = protocol_of(self.asked, len(drawn), size, self.drawings[size], self.tool, facts)
         result = Result(figures, protocol, {"from": str(self.folder), **subject}, circumstances(device))
         result.append_to(self.place.out)
         return figures
@@ -128,11 +132,27 @@ class Evaluation(Periodic):
         named = self.data.images("train") if DATA in (size, config["labels"]) else None
         return make_requests(config["n"], config["labels"], size, self.data.classes, config["seed"], named)
 
+    def _how(self, size: Size | str) -> dict[str, Any]:
+        return pinned(settings(self.asked, self.parts.config, size))
+
     def _sampling(self, size: Size | str) -> Sampling:
-        parts, config = self.parts, settings(self.asked, self.parts.config, size)
-        precision = self.asked.config["precision"]
-        tokenizer = _decoder(parts)
-        return Sampling.of(config, parts.objective, tokenizer, parts.device, config["sample"]["batch"], precision)
+        parts, asked = self.parts, self.asked.config
+        sampling = Sampling.of(
+            self._how(size), parts.objective, _decoder(parts), parts.device, asked["batch"], asked["precision"]
+        )
+        sampling.check(parts.net)
+        return sampling
+
+    def _drawing(self, size: Size | str) -> Drawing:
+        sampling = self.samplings[size]
+        how = {**self._how(size), "sampler": sampling.sampler, "guidance": sampling.guidance}
+        return drawing_of(self.asked.config, how, sampling.tokenizer, sampling.device, weak_hash(sampling))
+
+    def _key(self, weights: str, size: Size | str) -> str:
+        """Of the work on these weights: whatever could change an image or a feature."""
+        assert self.tool is not None
+        facts = [asdict(self.drawings[size]), self.asked.config["batch"], len(self.requests[size])]
+        return digest(weights, shown(size), self.tool.extractor.hash, json.dumps(facts))
 
 
 def asked(folder: Path, run: Mapping[str, Any]) -> Asked:

@@ -17,12 +17,11 @@ from torch import Tensor
 from genfound.metrics.extractor import Extractor
 from genfound.metrics.frechet import ROWS, Gaussian, Moments
 from genfound.metrics.images import ImageSet
-from genfound.metrics.npz import write_npz
+from genfound.metrics.npz import headers, write_npz
 from genfound.reporting.progress import Progress, silent
 
 BATCH = 64
 READERS = 4
-"""Called with the number of images done by this process and of all that it has to do."""
 
 
 class Features:
@@ -39,8 +38,8 @@ class Features:
 
     @property
     def complete(self) -> bool:
-        """Whether every file is there."""
-        return all(file.is_file() for file in self.files)
+        """Whether every file is there, with the rows that it must have."""
+        return all(self._is_there(place) for place in range(len(self.files)))
 
     def extract(
         self, images: ImageSet, extractor: Extractor, rank: int = 0, ranks: int = 1, progress: Progress = silent
@@ -48,13 +47,12 @@ class Features:
         """Compute the files of this process that are not there yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files = list(enumerate(self.files))[rank::ranks]
-        sizes = [min(BATCH, self.count - place * BATCH) for place, _ in files]
+        sizes = [len(self._numbers(place)) for place, _ in files]
         with ThreadPoolExecutor(READERS) as pool:
             for number, (place, file) in enumerate(files):
                 progress(sum(sizes[:number]), sum(sizes))
-                if not file.is_file():
-                    numbers = range(place * BATCH, min((place + 1) * BATCH, self.count))
-                    columns = extractor(list(pool.map(images.__getitem__, numbers)))
+                if not self._is_there(place):
+                    columns = extractor(list(pool.map(images.__getitem__, self._numbers(place))))
                     _check(columns, place)
                     write_npz(file, {name: column.numpy() for name, column in columns.items()})
         progress(sum(sizes), sum(sizes))
@@ -88,7 +86,8 @@ class Features:
             place += len(taken)
             if place == rows:
                 break
-        assert out is not None
+        if out is None or place != rows:
+            raise ValueError(f"{self.folder} holds features of {place:,} images, not of {rows:,}; remove it")
         return out
 
     def gaussian(self, name: str, device: torch.device) -> Gaussian:
@@ -99,6 +98,19 @@ class Features:
             moments.add(block)
         assert moments is not None
         return moments.gaussian()
+
+    def _numbers(self, place: int) -> range:
+        """The images of a file."""
+        return range(place * BATCH, min((place + 1) * BATCH, self.count))
+
+    def _is_there(self, place: int) -> bool:
+        """Whether a file is whole; one of other images, or a damaged one, is written anew."""
+        file, rows = self.files[place], len(self._numbers(place))
+        try:
+            found = [shape for shape, _ in headers(file).values()]
+        except (FileNotFoundError, ValueError):
+            return False
+        return bool(found) and all(shape[:1] == (rows,) for shape in found)
 
 
 def _check(columns: dict[str, Tensor], place: int) -> None:

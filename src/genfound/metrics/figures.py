@@ -19,6 +19,9 @@ from genfound.metrics.reference import Reference
 CONVENTIONS = ("adm", "adm_half", "torch_fidelity")
 """ADM's evaluator with exact distances, the same with its float16 distances, and torch-fidelity."""
 
+PROBE = "probe"
+"""The extractor, and the convention of its figures: exact distances, no Inception Score."""
+
 SPLIT, NEIGHBOURS = 5000, 3
 FULL = 50_000
 """The count that goes without saying; a figure of any other carries it in its name."""
@@ -43,22 +46,33 @@ def measure(
         device: where to compute.
 
     Raises:
-        ValueError: an unknown convention, fewer images than features, or features that are not finite.
+        ValueError: a convention that is unknown or does not fit, fewer images than features, or features that are
+            not finite.
     """
-    check_convention(convention)
+    check_convention(convention, extractor.name)
     check_count("n", samples.count, extractor)
     check_count("reference", reference.note.get("images"), extractor)
-    if extractor.name == "probe":
+    if extractor.name == PROBE:
         figures = _probe_figures(samples, reference, labels, device)
     else:
         figures = _inception_figures(samples, reference, convention, device)
     return {named(name, samples.count, extractor.name): value for name, value in figures.items()}
 
 
-def check_convention(convention: str) -> None:
-    """Raise a ValueError for an unknown convention."""
+def check_convention(convention: str, extractor: str) -> None:
+    """Raise a ValueError for an unknown convention, or for one of Inception's that a probe would ignore."""
     if convention not in CONVENTIONS:
         raise ValueError(f"convention={convention} is unknown; choose one of {', '.join(CONVENTIONS)}")
+    if extractor == PROBE and convention != CONVENTIONS[0]:
+        raise ValueError(
+            f"convention={convention} is one of Inception's figures, and a probe has its own; leave it at "
+            f"{CONVENTIONS[0]}, or choose extractor=inception"
+        )
+
+
+def convention_of(convention: str, extractor: str) -> str:
+    """As the protocol names it: figures of a probe have a convention of their own."""
+    return PROBE if extractor == PROBE else convention
 
 
 def check_count(what: str, count: int | None, extractor: Extractor) -> None:
@@ -72,7 +86,7 @@ def check_count(what: str, count: int | None, extractor: Extractor) -> None:
 
 def named(name: str, count: int, extractor: str) -> str:
     """`fid` of 50,000 samples, `fid@10k` of 10,000; a probe's figures always have its own name."""
-    if extractor == "probe":
+    if extractor == PROBE:
         return {"fid": "fd_probe"}.get(name, f"{name}_probe")
     if count == FULL:
         return name

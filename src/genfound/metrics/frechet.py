@@ -87,7 +87,7 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2).
 
-    Singular covariances need no offset: eigenvalues are clipped at 0.
+    Singular covariances need no offset: eigenvalues are clipped at 0, and so is what rounding leaves of no distance.
 
     Raises:
         ValueError: features of different widths.
@@ -99,7 +99,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     mixed = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     shift = (a.mean - b.mean.to(a.mean.device)).square().sum()
     distance = shift + a.covariance.trace() + b.covariance.trace().to(shift.device) - 2 * mixed
-    return float(distance)
+    return float(distance.clamp(min=0))
 
 
 def _root(covariance: Tensor) -> Tensor:

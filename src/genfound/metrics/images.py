@@ -14,7 +14,7 @@ from PIL import Image
 
 from genfound.data.base import PictureSource
 from genfound.data.views import resize
-from genfound.metrics.npz import read_member
+from genfound.metrics.npz import headers, read_member
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
@@ -49,7 +49,8 @@ class ImageSet(Protocol):
 
 
 class NpzImages:
-    """`arr_0` of an npz file, (N, H, W, 3) uint8, as ADM's evaluator reads; `arr_1` holds labels, if there is one.
+    """`arr_0` of an npz file, (N, H, W, 3) uint8, as ADM's evaluator reads; `arr_1` holds labels, if they are
+    whole numbers, one for each image.
 
     An uncompressed file is mapped, a compressed one is loaded.
 
@@ -67,9 +68,9 @@ class NpzImages:
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
             raise ValueError(f"{file}: arr_0 is {dtype} {list(shape)}; it must be uint8 (N, H, W, 3) in 0..255, RGB")
         self.sizes = np.tile(np.array(shape[1:3], dtype=np.int64), (shape[0], 1))
-        labels = read_member(file, "arr_1")
-        fits = labels is not None and labels.shape == shape[:1] and labels.dtype.kind in "iu"
-        self.labels = np.array(labels, dtype=np.int64) if fits else None
+        found, kind = headers(file).get("arr_1", ((), np.dtype(object)))
+        fits = found == shape[:1] and kind.kind in "iu"
+        self.labels = np.array(read_member(file, "arr_1"), dtype=np.int64) if fits else None
         self.key = stamp([file])
 
     def __len__(self) -> int:
@@ -236,12 +237,16 @@ def note_of(path: Path) -> dict[str, Any] | None:
     if path.is_dir():
         text = (path / NOTE).read_text() if (path / NOTE).is_file() else None
     else:
-        member = read_member(path, "protocol")
+        member = read_member(path, "protocol") if headers(path).get("protocol", _NO_TEXT)[1].kind == "U" else None
         text = None if member is None else str(member)
     try:
-        return None if text is None else dict(json.loads(text))
+        note = None if text is None else json.loads(text)
     except ValueError:
         raise ValueError(f"{path}: the protocol beside the images is damaged; remove it") from None
+    return note if isinstance(note, dict) else None
+
+
+_NO_TEXT = ((), np.dtype(float))
 
 
 def stamp(files: Sequence[Path]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,14 +94,14 @@ class Probe:
             raise FileNotFoundError(f"extractor_weights={file} is not there; a run leaves its probe-*.safetensors")
         try:
             with safe_open(file, "pt") as opened:
-                note = json.loads((opened.metadata() or {})["probe"])
+                accuracy = json.loads((opened.metadata() or {})["probe"])["accuracy"]
                 state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             with torch.random.fork_rng(devices=[]):
                 net = ProbeNet(len(state["head.bias"]))
             net.load_state_dict(state)
-        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{file} is damaged or is not a probe: {str(error).splitlines()[0][:150]}") from None
-        return cls(net, note["accuracy"], device)
+        return cls(net, accuracy, device)
 
 
 def probe_key(fingerprint: str, classes: int) -> str:
@@ -115,7 +116,7 @@ def train_probe(images: ImageSet, held_out: ImageSet, classes: int, device: torc
         images: labelled, to train on.
         held_out: labelled, to measure the accuracy on; may be empty.
         classes: number of labels.
-        device: where to use the probe; it is trained on the CPU, so that it is the same everywhere.
+        device: where to use the probe; it is trained on one thread of the CPU, so that it is the same everywhere.
 
     Raises:
         ValueError: the images have no labels.
@@ -127,9 +128,21 @@ def train_probe(images: ImageSet, held_out: ImageSet, classes: int, device: torc
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         net = ProbeNet(classes)
-    with torch.enable_grad(), full_precision(torch.device("cpu")):
+    with torch.enable_grad(), full_precision(torch.device("cpu")), _one_thread():
         _fit(net, inputs, labels)
-    return Probe(net, _accuracy(net.eval(), held_out), device)
+        accuracy = _accuracy(net.eval(), held_out)
+    return Probe(net, accuracy, device)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fit(net: ProbeNet, inputs: Tensor, labels: Tensor) -> None:

@@ -15,7 +15,9 @@ UNKNOWN = "unknown"
 """Of images whose making is not recorded."""
 
 RESULTS = "results.jsonl"
-LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "genfound")
+LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "torchdiffeq", "genfound")
+NOT_COMPARED = ("name", "altered", "reference.from", "reference.rule", "drawing.guidance.weights")
+"""What a protocol is called, where things lie, and by which rule they were found; hashes say what they are."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,10 @@ class Drawing:
     Attributes:
         weights: ema or raw.
         sampler: its name and all its options, steps among them.
-        guidance: its name and all its options, scale, channels and interval among them.
+        guidance: its name and all its options, scale, channels and interval among them; of autoguidance also the
+            hash of the weaker network.
+        rope: what was changed of the network's rotary positions; `None` if nothing was.
+        batch: images per network call, where the sampler's steps couple them; `None` where they do not.
         labels: the rule of the labels.
         seed: of noise and labels.
         precision: of the network.
@@ -37,12 +42,20 @@ class Drawing:
     weights: str
     sampler: Mapping[str, Any] | str
     guidance: Mapping[str, Any] | str
+    rope: Mapping[str, Any] | str | None
+    batch: int | str | None
     labels: str
     seed: int | str
     precision: str
     decoder: Mapping[str, Any] | str
     uint8: str
     versions: Mapping[str, str] | str
+
+    @classmethod
+    def told(cls, note: Any) -> Drawing:
+        """What a stored note says, if it says all; otherwise unknown."""
+        whole = isinstance(note, Mapping) and note.keys() == {field.name for field in fields(cls)}
+        return cls(**note) if whole else cls.unknown()
 
     @classmethod
     def unknown(cls) -> Drawing:
@@ -61,7 +74,7 @@ class Protocol:
         size: [height, width], `data` for those of the data set, or `mixed`.
         drawing: see `Drawing`.
         extractor: name and hash.
-        convention: see `figures.CONVENTIONS`.
+        convention: see `figures.CONVENTIONS`; `probe` of a probe.
         reference: hash, rule, view, and what is known of its images.
         versions: of the libraries that measured.
     """
@@ -77,9 +90,9 @@ class Protocol:
     versions: Mapping[str, str]
 
     def facts(self) -> dict[str, Any]:
-        """{dotted key: value} of what is compared; where a reference lies and what a protocol is called are not."""
+        """{dotted key: value} of what is compared; see `NOT_COMPARED`."""
         flat = flatten(json.loads(json.dumps(asdict(self))))
-        return {key: value for key, value in flat.items() if key not in ("name", "altered", "reference.from")}
+        return {key: value for key, value in flat.items() if key not in NOT_COMPARED}
 
     def lines(self) -> list[str]:
         """For the user."""
@@ -89,8 +102,9 @@ class Protocol:
         return [
             f"protocol {title}",
             f"  {self.count:,} samples of {shown}, labels {d.labels}, seed {d.seed}",
-            f"  weights {d.weights}, in {d.precision}",
-            f"  sampler {_said(d.sampler)}",
+            f"  weights {d.weights}, in {d.precision}"
+            + ("" if d.rope in (None, UNKNOWN) else f", rope {_said(d.rope)}"),
+            f"  sampler {_said(d.sampler)}" + ("" if d.batch in (None, UNKNOWN) else f", {d.batch} images together"),
             f"  guidance {_said(d.guidance)}",
             f"  decoder {_said(d.decoder)}, uint8 {d.uint8}",
             f"  extractor {_said(self.extractor)}, convention {self.convention}",
@@ -149,7 +163,9 @@ def read_results(path: Path) -> list[Result]:
     try:
         return [_result(json.loads(line)) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds a line that is not a result: {error}") from None
+        raise ValueError(
+            f"{path} holds a line that is not a result; remove it, or move the file away: {error}"
+        ) from None
 
 
 def differences(a: Protocol, b: Protocol) -> list[str]:

@@ -7,7 +7,6 @@ images for precision and recall. Files that are written here also hold `points`,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -24,7 +23,10 @@ from genfound.metrics.extractor import Extractor
 from genfound.metrics.features import Features
 from genfound.metrics.frechet import Gaussian
 from genfound.metrics.images import ImageSet, NpzImages
-from genfound.metrics.npz import Stack, read_member, write_npz
+from genfound.metrics.npz import Stack, file_hash, headers, read_member, write_npz
+
+SMALLEST = 32
+"""Smaller numbers in the names of files are no sides of images."""
 
 POINTS = 10_000
 """Images for precision and recall, as many as in ADM's files."""
@@ -40,7 +42,7 @@ class Reference:
         gaussians: of `pool` and, where known, `spatial`.
         points: (M, D) pool features for precision and recall; `None` where the file has no images.
         hash: first 16 digits of the SHA-256 of the file.
-        note: what is known of the images: how many, of which size, where from.
+        note: what is known of the images: how many, of which size, which view.
     """
 
     gaussians: Mapping[str, Gaussian]
@@ -95,12 +97,12 @@ def write_reference(
         features: of the images, complete.
         images: the set.
         extractor: what computed the features.
-        note: where the images are from.
+        note: how the images were taken; not where they lie, so that the file's hash is that of its content.
         given: statistics of a larger set that the images stand for, as in ADM's files.
         device: where to sum.
 
     Raises:
-        ValueError: fewer images than two, or features that are not finite.
+        ValueError: fewer than two images, or features that are not finite.
     """
     chosen = features.count if isinstance(images, NpzImages) else min(POINTS, features.count)
     columns = [name for name in STATISTICS if features.has(name)]
@@ -109,7 +111,7 @@ def write_reference(
     for column, gaussian in gaussians.items():
         arrays |= zip(STATISTICS[column], (gaussian.mean.cpu().numpy(), gaussian.covariance.cpu().numpy()), strict=True)
     size = common_size(images)
-    if size is not None and not isinstance(images, NpzImages):
+    if size and not isinstance(images, NpzImages):
         arrays["arr_0"] = Stack((chosen, *size, 3), (images[number] for number in range(chosen)))
     facts = {
         **note,
@@ -118,14 +120,23 @@ def write_reference(
         "points": chosen,
         "size": list(size) if size else "mixed",
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_npz(file, {**arrays, "note": np.array(json.dumps(facts))})
 
 
 def reference_note(file: Path) -> dict[str, Any] | None:
-    """What a reference of ours says of itself; `None` for other files."""
-    note = read_member(file, "note")
-    return None if note is None else dict(json.loads(str(note)))
+    """What a reference of ours says of itself; `None` for other files, also those with a note of their own.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_member`.
+    """
+    if headers(file).get("note", ((), np.dtype(float)))[1].kind != "U":
+        return None
+    try:
+        note = json.loads(str(read_member(file, "note")))
+    except json.JSONDecodeError:
+        return None
+    made_by = note.get("extractor") if isinstance(note, dict) else None
+    return note if isinstance(made_by, dict) and {"name", "hash"} <= made_by.keys() else None
 
 
 def given_statistics(file: Path) -> dict[str, Gaussian] | None:
@@ -150,32 +161,53 @@ def choose_reference(folder: Path, size: tuple[int, int]) -> tuple[Path, str]:
 
     Raises:
         FileNotFoundError: the folder holds neither.
+        ValueError: two files are of the size, or a file does not tell its size.
     """
     sizes = {file: reference_size(file) for file in sorted(folder.glob("*.npz"))}
-    exact = [file for file, found in sizes.items() if found == size]
-    if exact:
-        return exact[0], "of this size"
-    square = {file: found[0] ** 2 for file, found in sizes.items() if found and found[0] == found[1]}
+    if size in sizes.values():
+        return _only(sizes, size, folder), "of this size"
+    square = {found[0] ** 2: found for found in sizes.values() if found and found[0] == found[1]}
     if not square:
         raise FileNotFoundError(f"reference={folder} holds no .npz of {size[0]}x{size[1]} and none of square images")
-    area = size[0] * size[1]
-    nearest = min(square, key=lambda file: (round(abs(math.log(square[file] / area)), 9), square[file]))
-    return nearest, "square, of the nearest area"
+    wanted = size[0] * size[1]
+    nearest = min(square, key=lambda area: (round(abs(math.log(area / wanted)), 9), area))
+    return _only(sizes, square[nearest], folder), "square, of the nearest area"
+
+
+def _only(sizes: Mapping[Path, tuple[int, int] | None], size: tuple[int, int], folder: Path) -> Path:
+    """The one file of a size."""
+    files = [file for file, found in sizes.items() if found == size]
+    if len(files) > 1:
+        raise ValueError(
+            f"reference={folder} holds two files of {size[0]}x{size[1]}, {files[0].name} and {files[1].name}; "
+            "give the path of one of them"
+        )
+    return files[0]
 
 
 def reference_size(file: Path) -> tuple[int, int] | None:
-    """(height, width) of the images of a reference: of its `arr_0`, otherwise 256x128 or 256 in its name."""
-    images = read_member(file, "arr_0")
-    if images is not None and images.ndim == 4:
-        return int(images.shape[1]), int(images.shape[2])
-    named = re.search(r"(\d+)x(\d+)", file.stem) or re.search(r"(\d+)()", file.stem)
-    return (int(named[1]), int(named[2] or named[1])) if named else None
+    """(height, width) of the images of a reference; `None` where they are of several sizes.
 
+    By its note, otherwise by its `arr_0`, otherwise by its name: 256x128, or the last number of at least 32.
 
-def file_hash(file: Path) -> str:
-    """First 16 digits of the SHA-256 of a file, as sha256sum prints it."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    Raises:
+        ValueError: it does not tell.
+    """
+    said = (reference_note(file) or {}).get("size")
+    if said is not None:
+        return (int(said[0]), int(said[1])) if isinstance(said, list) else None
+    shape = headers(file).get("arr_0", ((), None))[0]
+    if len(shape) == 4:
+        return shape[1], shape[2]
+    pair = re.search(r"(?<!\d)(\d+)x(\d+)(?!\d)", file.stem)
+    if pair:
+        return int(pair[1]), int(pair[2])
+    sides = [int(number) for number in re.findall(r"\d+", file.stem) if int(number) >= SMALLEST]
+    if not sides:
+        raise ValueError(
+            f"reference={file} does not tell the size of its images; rename it to {file.stem}_HEIGHTxWIDTH.npz"
+        )
+    return sides[-1], sides[-1]
 
 
 def common_size(images: ImageSet) -> tuple[int, int] | None:

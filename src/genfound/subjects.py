@@ -1,0 +1,126 @@
+"""What is evaluated: the weights of a model or images that are there, and how their samples were made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genfound import build, checkpoints
+from genfound.extraction import decoder_of
+from genfound.metrics import protocol
+from genfound.metrics.images import FolderImages, ImageSet, image_files, note_of
+from genfound.metrics.npz import file_hash
+from genfound.metrics.protocol import Drawing
+from genfound.samplers.adaptive import ADAPTIVE
+from genfound.tokenizers import Tokenizer
+
+Config = Mapping[str, Any]
+
+
+def is_images(path: Path) -> bool:
+    """Whether a path is an npz file or a folder of images, not a model.
+
+    Raises:
+        FileNotFoundError: an empty folder.
+    """
+    if not path.is_dir():
+        return path.suffix == ".npz"
+    if (path / "config.yaml").is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        return False
+    if not any(path.iterdir()):
+        raise FileNotFoundError(f"from={path} is an empty folder")
+    return bool(image_files(path))
+
+
+def checkpoint_of(source: Path) -> Path:
+    """The newest checkpoint of a run, since a run that is still training has another one later; else the path.
+
+    Raises:
+        FileNotFoundError: the run has none yet.
+    """
+    if not (source / "config.yaml").is_file():
+        return source
+    file = checkpoints.newest(source / "checkpoints")
+    if file is None:
+        raise FileNotFoundError(f"{source} has no checkpoint yet")
+    return file
+
+
+def subject_of(source: Path, network: str) -> dict[str, Any]:
+    """Whose samples they are.
+
+    Args:
+        source: a checkpoint of a run, or another file or folder of weights.
+        network: its hash.
+    """
+    run = source.parent.parent
+    if source.suffix != ".ckpt" or not (run / "config.yaml").is_file():
+        return {"from": str(source), "hash": network}
+    seen = checkpoints.read(source)["images_seen"]
+    return {"from": str(run), "checkpoint": source.name, "images_seen": seen, "hash": network}
+
+
+def told_of(source: Path, images: ImageSet) -> tuple[dict[str, Any], Drawing, Any]:
+    """Whose images they are, how they were drawn, and of which size, by the note of their export if it is whole.
+
+    Raises:
+        ValueError: the images or their note are damaged.
+    """
+    hashed = _folder_hash(images) if isinstance(images, FolderImages) else file_hash(source)
+    note = note_of(source) or {}
+    drawing, subject = Drawing.told(note.get("drawing")), note.get("subject")
+    if not isinstance(subject, dict) or not {"from", "hash"} <= subject.keys() or drawing == Drawing.unknown():
+        if note:
+            print(f"{source}: the protocol beside the images is not whole; their making is unknown", flush=True)
+        return {"from": str(source), "hash": hashed, "images": str(source)}, Drawing.unknown(), None
+    return {**subject, "images": str(source)}, drawing, note.get("size")
+
+
+def pinned(how: Config) -> dict[str, Any]:
+    """Settings of drawing with one checkpoint of the run that is the weaker network of autoguidance."""
+    guidance = dict(how["guidance"])
+    if "weights" in guidance:
+        guidance["weights"] = str(checkpoint_of(Path(guidance["weights"])))
+    return {**how, "guidance": guidance}
+
+
+def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.device, weak: str | None) -> Drawing:
+    """How samples are made, in the words of the protocol.
+
+    Args:
+        config: conf/evaluate.yaml.
+        how: the run's configuration with the sampler, guidance and byte rule to use.
+        tokenizer: decodes.
+        device: draws.
+        weak: hash of the weaker network of autoguidance.
+    """
+    return Drawing(
+        weights=config["weights"],
+        sampler=dict(how["sampler"]),
+        guidance={**how["guidance"], **({} if weak is None else {"hash": weak})},
+        rope={key: value for key, value in config["rope"].items() if value is not None} or None,
+        batch=config["batch"] if _couples(how["sampler"]) else None,
+        labels=config["labels"],
+        seed=config["seed"],
+        precision=build.precision(config["precision"], device),
+        decoder=decoder_of(tokenizer, how),
+        uint8=how["sample"]["uint8"],
+        versions=protocol.versions(),
+    )
+
+
+def _couples(sampler: Config) -> bool:
+    """Whether the steps of an image depend on the others of its network call."""
+    return sampler["name"] == "dopri5" and sampler["method"] in ADAPTIVE and sampler["norm"] == "batch"
+
+
+def _folder_hash(images: FolderImages) -> str:
+    hashed = hashlib.sha256()
+    for file in images.files:
+        hashed.update(file.relative_to(images.folder).as_posix().encode())
+        hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:16]
