@@ -44,7 +44,7 @@ def alive(number: int) -> bool:
 def test_work_belongs_to_one_process(tmp_path: Path) -> None:
     other, told = started(HOLD, str(tmp_path / "out/work/a"), "60")
     assert told == "held"
-    with pytest.raises(ValueError, match=r"another process is at work on .*work/a; wait"), held(tmp_path / "out/work/a"):
+    with pytest.raises(ValueError, match=r"another process is at work on .*/a; wait"), held(tmp_path / "out/work/a"):
         pass
     with held(tmp_path / "out/work/b"):
         pass
