@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from genfound.data.manifest import FORMAT, store_digest, write_manifest
 from genfound.data.sizes import image_sizes
-from genfound.data.store import FORMAT, MANIFEST, Filling, Store, manifest_line, read_index
+from genfound.data.store import Filling, Store, manifest_line, read_index
 from genfound.data.views import Views
 from genfound.reporting.provenance import provenance
 
@@ -64,7 +65,12 @@ def make_store(root: Path, images: int, channels: int) -> None:
     heights, widths = image_sizes(images).T.tolist()
     entries = VIEWS.entries(heights, widths)
     generator = torch.Generator().manual_seed(0)
-    lines = []
+    codec = {"name": "DcAe", "channels": channels, "stride": 32, "moments": ["mean"]}
+    manifest: dict[str, Any] = {
+        "format": FORMAT, "tokenizer": codec, "views": ["native"], "mirrored": False, "dtype": "fp16",
+        "splits": {"train": {"images": images}}, "source": {"holdout": None},
+        "classes": [str(label) for label in range(1000)], "statistics": {"mean": [0.0], "std": [1.0]}, "shards": [],
+    }  # fmt: skip
     for number, begin in enumerate(range(0, images, SHARD)):
         own = slice(begin, begin + SHARD)
         sizes = entries.sizes[own] // 32
@@ -74,15 +80,9 @@ def make_store(root: Path, images: int, channels: int) -> None:
         filling = Filling({**columns, "labels": labels}, names, channels, channels, 1, torch.float16)
         filling.values.normal_(generator=generator)
         file = root / f"train-{number:05d}.safetensors"
-        filling.write(file, {"split": "train", "number": number, "store": ""})
-        lines.append(manifest_line(file, read_index(file)))
-    codec = {"name": "DcAe", "channels": channels, "stride": 32, "moments": ["mean"]}
-    manifest: dict[str, Any] = {
-        "format": FORMAT, "tokenizer": codec, "views": ["native"], "mirrored": False, "dtype": "fp16",
-        "splits": {"train": {"images": images}}, "source": {"holdout": None},
-        "classes": [str(label) for label in range(1000)], "statistics": {"mean": [0.0], "std": [1.0]}, "shards": lines,
-    }  # fmt: skip
-    (root / MANIFEST).write_text(json.dumps(manifest))
+        filling.write(file, {"split": "train", "number": number, "store": store_digest(manifest)})
+        manifest["shards"].append(manifest_line(file, read_index(file)))
+    write_manifest(root, manifest)
 
 
 def access_lines(root: Path, entries: int, reads: int = 20_000) -> list[str]:

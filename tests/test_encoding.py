@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from genfound import encoding
-from genfound.data.store import MANIFEST, Store, read_manifest
+from genfound.data.manifest import MANIFEST, read_manifest
+from genfound.data.store import Store, read_index
 from genfound.data.views import resize
 from genfound.encoding import Encoding, run_group
 from genfound.tokenizers import Pixel
@@ -40,7 +44,9 @@ def test_ranks_share_the_shards_and_the_last_one_completes(images: Path, whole: 
     assert contents(tmp_path / "store") == contents(whole)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "no picture", "no manifest", "bad manifest"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "missing", "no picture", "no manifest", "bad manifest", "flipped manifest"]
+)
 def test_what_is_damaged_and_nothing_else_is_encoded_again(
     images: Path, whole: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +61,8 @@ def test_what_is_damaged_and_nothing_else_is_encoded_again(
         {"missing": file, "no picture": picture}.get(damage, store / MANIFEST).unlink()
     if damage == "bad manifest":
         (store / MANIFEST).write_text("{")
+    if damage == "flipped manifest":
+        (store / MANIFEST).write_text((whole / MANIFEST).read_text().replace('"n01"', '"n05"'))
     others = {f.name: f.stat().st_mtime_ns for f in store.glob("*.safetensors") if f != file}
     encoded(images, store)
     assert contents(store) == contents(whole)
@@ -65,7 +73,7 @@ def test_what_is_damaged_and_nothing_else_is_encoded_again(
 
 def test_unfinished_files_of_killed_processes_are_cleared(images: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "store/.partial").mkdir(parents=True)
-    (tmp_path / "store/.partial/17-train-00000.safetensors").write_bytes(b"half")
+    (tmp_path / "store/.partial/host-17-0-train-00000.safetensors").write_bytes(b"half")
     encoded(images, tmp_path / "store")
     assert contents(tmp_path / "store") == contents(whole)
 
@@ -137,7 +145,24 @@ def test_latents_that_are_not_finite_are_named(images: Path, tmp_path: Path, mon
     ):
         encoded(images, tmp_path / "store")
     assert not list((tmp_path / "store").glob("*.safetensors"))
-    encoded(images, tmp_path / "other", "dtype=bf16")
+    encoded(images, tmp_path / "store", "dtype=bf16")  # no shard is there yet, so that the folder is free
+    encoded(images, tmp_path / "direct", "dtype=bf16")
+    assert contents(tmp_path / "store") == contents(tmp_path / "direct")
+
+
+def test_latents_that_are_not_finite_after_other_shards_need_another_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Later(Counting):
+        def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+            super().encode(images, noise)
+            return images * (1e9 if len(self.batches) > 8 else 1)
+
+    monkeypatch.setattr(encoding.build, "tokenizer", lambda config: Later())
+    with pytest.raises(ValueError, match=r"in dtype=fp16; try another dtype= and another out=$"):
+        encoded(images, tmp_path / "store", "data.flip=false")
+    with pytest.raises(ValueError, match=r"dtype: fp16 there, bf16 now"):
+        encoded(images, tmp_path / "store", "data.flip=false", "dtype=bf16")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +178,40 @@ def test_latents_that_are_not_finite_are_named(images: Path, tmp_path: Path, mon
 def test_other_settings_are_refused(images: Path, whole: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=rf"was begun with other settings or images \(.*{message}"):
         encoded(images, whole, *overrides)
+
+
+def test_other_batches_are_other_bytes_and_refused(images: Path, tmp_path: Path) -> None:
+    store = encoded(images, tmp_path / "store", *TINY)
+    assert read_manifest(store)["tokenizer"]["pixels_per_call"] == 2**20
+    with pytest.raises(ValueError, match=r"\(tokenizer\.pixels_per_call: 1048576 there, 5000 now\)"):
+        encoded(images, store, *TINY, "tokenizer.pixels_per_call=5000")
+
+
+def test_any_name_that_a_file_can_have_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [b"caf\xe9.png", b"line\nbreak.png", b"tab\t.png", "日.png".encode()]
+    folder = tree(tmp_path / "images", 3) / "train/n00"
+    for name in names:
+        shutil.copy(os.fsencode(folder / "000.png"), os.fsencode(folder) + b"/" + name)
+    (folder / os.fsdecode(b"bad\xe9\n.png")).touch()
+    broken = folder / os.fsdecode(names[0])
+    broken.write_bytes(broken.read_bytes()[:60])
+    store = encoded(tmp_path / "images", tmp_path / "store")
+    table = read_index(store / "train-00000.safetensors").columns["names"].tobytes().split(b"\0")
+    own = sorted(os.fsdecode(name) for name in [b"000.png", *names])
+    assert table == [b"n00/" + os.fsencode(name) for name in own] + [b"n01/001.png", b"n02/002.png"]
+    output = capsys.readouterr().out
+    assert r"n00/bad\udce9\n.png: the file is empty" in output
+    assert "warning: 1 images could not be read, and the store has others of their class instead" in output
+    assert r"  n00/caf\udce9.png: n00/line\nbreak.png is in its place" in output
+    assert output.encode()
+
+
+def test_a_class_of_any_name_can_be_encoded(tmp_path: Path) -> None:
+    images = tree(tmp_path / "images", 3)
+    (images / "train/n01").rename(images / "train" / os.fsdecode(b"n\xe9"))
+    store = encoded(images, tmp_path / "store")
+    source = Store(store, native(), None, "train", False)
+    assert source.class_names == ["n00", "n02", os.fsdecode(b"n\xe9")]
 
 
 def test_other_images_are_refused(images: Path, whole: Path, tmp_path: Path) -> None:
@@ -179,6 +238,7 @@ def test_shards_of_another_store_are_kept(images: Path, whole: Path, tmp_path: P
         (["dtype=int8"], "dtype=int8 is unknown; choose fp16, bf16, fp32"),
         (["shard_images=0"], "shard_images=0 must be at least 1"),
         (["patch_size=0"], "patch_size=0 must be at least 1"),
+        (["data.holdout=0"], r"data\.holdout=0 must be a whole number of at least 2"),
         (["data.source=store"], r"data\.source=store: only images can be encoded; set data\.source=images"),
     ],
 )
@@ -205,3 +265,37 @@ def test_what_several_processes_say_is_said_once(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == "same\n"
     places = "import os; assert os.environ['WORLD_SIZE'] == '2' and os.environ['LOCAL_RANK'] == os.environ['RANK']"
     assert run_group([sys.executable, "-c", places], 2)
+
+
+def test_a_process_that_is_killed_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)"
+    assert not run_group([sys.executable, "-c", code], 2)
+    error = "error: process 1 was ended by signal 9; complete shards are safe: give the same command again\n"
+    assert capfd.readouterr().err == error
+
+
+def test_processes_of_a_group_end_with_it(tmp_path: Path) -> None:
+    child = (
+        "import os, pathlib, time; from genfound.encoding import end_with_group; end_with_group();"
+        "pathlib.Path(os.environ['RANK']).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    group = f"import sys; from genfound.encoding import run_group; run_group([sys.executable, '-c', {child!r}], 2)"
+    parent = subprocess.Popen([sys.executable, "-c", group], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    files = [tmp_path / "0", tmp_path / "1"]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    while any(running(int(file.read_text())) for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def running(process: int) -> bool:
+    """Whether it runs; one that has ended may still be waited for."""
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

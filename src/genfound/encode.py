@@ -14,12 +14,15 @@ def _task(cfg: DictConfig) -> None:
     import torch
 
     from genfound import build
-    from genfound.encoding import encode, run_group
+    from genfound.encoding import encode, end_with_group, run_group
 
+    end_with_group()
     launch.keep_freed_memory()
     config = paths.plain(cfg)
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in _PLACE.items())
     device = build.device(config["accelerator"])
+    if config["devices"] is not None and config["devices"] < 1:
+        raise ValueError(f"devices={config['devices']} must be at least 1, or null: one for each CUDA device")
     wanted = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
     if ranks == 1 and wanted > 1:
         if not run_group([sys.executable, "-m", "genfound.encode", *sys.argv[1:]], wanted):

@@ -8,15 +8,13 @@ moment, shards may be shared out over any number of them, and the store is the s
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import hashlib
-import json
 import os
-import re
-import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
@@ -29,25 +27,27 @@ from torch import Tensor
 from genfound import build
 from genfound.data import store
 from genfound.data.base import PictureSource
+from genfound.data.destination import Destination
 from genfound.data.files import Viewed
 from genfound.data.latents import describe, encoder_digest
+from genfound.data.manifest import FORMAT, MANIFEST
+from genfound.data.names import shown
 from genfound.data.pictures import normalised, to_uint8
-from genfound.data.shards import PARTIAL, write_whole
 from genfound.data.work import Call, Calls, Part, Shard
 from genfound.data.workers import read_ahead
-from genfound.paths import flatten
+from genfound.data.writing import write_whole
 from genfound.reporting.progress import Counter
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SAFE = "complete shards are safe: give the same command again"
+MOST_NAMED = 10
+PARENT = "GENFOUND_PARENT"
+"""Tells a process of a group who started it."""
+
 PIXELS = 2**20
 """Of a batch, for tokenizers that do not say."""
-
-OURS = re.compile(r"\..*|manifest\.json|(train|val)-\d{5}\.(safetensors|png)")
-
-FREE = ("source.root", "tokenizer.weights")
-"""What may differ when encoding goes on: fingerprints say whether images and weights are the same."""
 
 
 class Encoding:
@@ -70,54 +70,25 @@ class Encoding:
         if config["dtype"] not in DTYPES:
             raise ValueError(f"dtype={config['dtype']} is unknown; choose {', '.join(DTYPES)}")
         for key in ("patch_size", "shard_images"):
-            if config[key] < 1:
+            if (config[key] or 0) < 1:
                 raise ValueError(f"{key}={config[key]} must be at least 1")
         self.config, self.device = config, device
-        self.out = Path(config["out"])
         self.dtype = DTYPES[config["dtype"]]
         self.variants = 2 if config["data"]["flip"] else 1
         self.codec = build.tokenizer(config)
         like = {**config, "layout": {"name": "packed"}, "model": {"patch_size": config["patch_size"]}}
         sources = {split: build.source(like, self.codec.spec, split) for split in ("train", "val")}
         self.parts = {split: Part.of(cast(PictureSource, source)) for split, source in sources.items()}
+        self.pixels = config["tokenizer"].get("pixels_per_call", PIXELS)
         self.planes = _moments(self.codec, self._blank()).shape[1]
-        parts = self.parts.items()
-        self.shards = [shard for split, part in parts for shard in part.shards(split, config["shard_images"])]
-        self.manifest = self._claimed()
-        self.digest = hashlib.blake2b(json.dumps(_fixed(self.manifest)).encode(), digest_size=8).hexdigest()
+        weight = self.variants * self.planes * self.dtype.itemsize / self.codec.spec.stride**2
+        every = [part.shards(split, config["shard_images"], weight) for split, part in self.parts.items()]
+        self.shards = [shard for shards in every for shard in shards]
+        self.place = Destination(Path(config["out"]), self._described())
 
     def _blank(self) -> Tensor:
         side = self.codec.spec.stride * self.config["patch_size"]
         return torch.zeros(1, 3, side, side, device=self.device)
-
-    def _claimed(self) -> dict[str, Any]:
-        """The manifest of the folder, which is this store's or is made so.
-
-        Raises:
-            ValueError: the folder holds another store, or something else.
-        """
-        ours = self._described()
-        self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            theirs = store.read_manifest(self.out)
-        except (FileNotFoundError, ValueError):  # nothing yet, or damaged: the shards know where they belong
-            strangers = [file.name for file in self.out.iterdir() if not OURS.fullmatch(file.name)]
-            if strangers:
-                raise ValueError(
-                    f"out={self.out} holds {strangers[0]} and is no latent store; choose another out=..."
-                ) from None
-            self._write_manifest(ours)
-            return ours
-        before, now = _fixed(theirs), _fixed(ours)
-        changed = [key for key in now | before if now.get(key) != before.get(key)]
-        if changed:
-            listed = "; ".join(
-                f"{key}: {_short(before.get(key))} there, {_short(now.get(key))} now" for key in changed[:3]
-            )
-            raise ValueError(
-                f"out={self.out} was begun with other settings or images ({listed}); choose another out=..."
-            )
-        return theirs
 
     def _described(self) -> dict[str, Any]:
         """The manifest before anything is encoded."""
@@ -127,10 +98,10 @@ class Encoding:
         views = train.views if isinstance(train, Viewed) else None
         size = config["data"]["size"]
         return {
-            "format": store.FORMAT,
+            "format": FORMAT,
             "tokenizer": {
                 "name": known.name, "weights": known.weights, "digest": encoder_digest(known),
-                "precision": config["tokenizer"].get("precision", "fp32"),
+                "precision": config["tokenizer"].get("precision", "fp32"), "pixels_per_call": self.pixels,
                 "channels": spec.channels, "stride": spec.stride, "scale": known.scale, "shift": known.shift,
                 "moments": ["mean", "logvar"][: self.planes // spec.channels],
             },
@@ -151,47 +122,6 @@ class Encoding:
             "shards": None,
         }  # fmt: skip
 
-    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        text = json.dumps(manifest, indent=1)
-        self._writing(store.MANIFEST, lambda file: write_whole(file, lambda temporary: temporary.write_text(text)))
-
-    def _writing(self, name: str, write: Any) -> None:
-        """Write a file of the store.
-
-        Raises:
-            ValueError: it cannot be written, because the disk is full or for another reason.
-        """
-        try:
-            write(self.out / name)
-        except OSError as error:
-            raise ValueError(
-                f"{self.out / name} cannot be written: {error}; complete shards are safe: make room and give the same "
-                f"command again"
-            ) from None
-
-    def note(self, shard: Shard) -> dict[str, Any]:
-        """What the metadata of a shard say of it."""
-        return {"split": shard.split, "number": shard.number, "store": self.digest}
-
-    def finished(self, shard: Shard) -> bool:
-        """Whether a shard is there and intact, and its picture with it; what is damaged is reported and removed.
-
-        Raises:
-            ValueError: it is a shard of another store.
-        """
-        file = self.out / f"{shard.name}.safetensors"
-        if not file.exists():
-            return False
-        try:
-            note = store.verify(file).note
-        except ValueError as error:
-            print(f"warning: {error}", flush=True)
-            file.unlink()
-            return False
-        if note != self.note(shard):
-            raise ValueError(f"{file} belongs to another store; choose another out=...")
-        return file.with_suffix(".png").exists()
-
     def run(self, shards: list[Shard], workers: int, encoded: Callable[[int], None]) -> None:
         """Encode shards one after another; `encoded` is called with the number of latents so far.
 
@@ -200,15 +130,15 @@ class Encoding:
         """
         if not shards:
             return
-        pixels = self.config["tokenizer"].get("pixels_per_call", PIXELS)
-        calls = [call for shard in shards for call in self.parts[shard.split].calls(shard, pixels)]
+        calls = [call for shard in shards for call in self.parts[shard.split].calls(shard, self.pixels)]
         filling: store.Filling | None = None
         count = 0
         encoded(count)
-        for call, pictures in read_ahead(Calls(self.parts), calls, workers):
+        for call, pictures, replaced in read_ahead(Calls(self.parts), calls, workers):
             shard = call.shard
             filling = filling or self._filling(shard)
             filling.put([entry - shard.first for entry in call.entries], self._encoded(call, pictures))
+            filling.replaced |= replaced
             count += len(call.entries)
             encoded(count)
             if not filling.missing:
@@ -220,7 +150,7 @@ class Encoding:
         part = self.parts[shard.split]
         images, rules, sizes = (column[shard.first : shard.end] for column in part.entries)
         columns = {"sizes": sizes // self.codec.spec.stride, "labels": part.labels[images], "images": images}
-        names = [part.names[image] for image in np.unique(images)]
+        names = [part.name(image) for image in np.unique(images).tolist()]
         channels = self.codec.spec.channels
         return store.Filling({**columns, "rules": rules}, names, channels, self.planes, self.variants, self.dtype)
 
@@ -237,8 +167,9 @@ class Encoding:
         bad = (~values.isfinite()).flatten(1).any(dim=1).nonzero()
         if len(bad):
             part = self.parts[call.shard.split]
-            name = part.names[int(part.entries.images[call.entries[int(bad[0])]])]
-            raise ValueError(f"{name}: its latents are not finite in dtype={self.config['dtype']}; try another dtype=")
+            name = shown(part.name(int(part.entries.images[call.entries[int(bad[0])]])))
+            way = "try another dtype=" + (" and another out=" if self.place.begun else "")
+            raise ValueError(f"{name}: its latents are not finite in dtype={self.config['dtype']}; {way}")
         return values
 
     def _keep(self, shard: Shard, filling: store.Filling) -> None:
@@ -246,26 +177,10 @@ class Encoding:
         latent = _normalised(self.codec, filling.first().to(self.device))
         image = self.parts[shard.split].read(shard.first).permute(1, 2, 0).numpy()
         picture = Image.fromarray(np.concatenate([image, to_uint8(self.codec.decode(latent)[0])], axis=1))
-        save = functools.partial(picture.save, format="PNG")
-        self._writing(f"{shard.name}.png", lambda file: write_whole(file, save))
-        self._writing(f"{shard.name}.safetensors", lambda file: filling.write(file, self.note(shard)))
-
-    def complete(self) -> bool:
-        """Write the manifest if all shards are there; False if some are not."""
-        files = [self.out / f"{shard.name}.safetensors" for shard in self.shards]
-        try:
-            indices = [store.read_index(file) for file in files]
-        except (FileNotFoundError, ValueError):  # another process has still to write it, or to write it again
-            return False
-        lines = [store.manifest_line(file, index) for file, index in zip(files, indices, strict=True)]
-        for split, expected in self.manifest["splits"].items():
-            found = sum(line["entries"] for line in lines if line["file"].startswith(f"{split}-"))
-            if found != expected["entries"]:
-                raise ValueError(f"{self.out} holds {found:,} entries of {split}, not {expected['entries']:,}")
-        train = [index.columns for index in indices if index.note["split"] == "train"]
-        self._write_manifest({**self.manifest, "statistics": _statistics(train), "shards": lines})
-        shutil.rmtree(self.out / PARTIAL, ignore_errors=True)
-        return True
+        file, save = self.place.file(shard), functools.partial(picture.save, format="PNG")
+        shown = file.with_suffix(".png")
+        self.place.write(lambda: write_whole(shown, save), shown)
+        self.place.write(lambda: filling.write(file, self.place.note(shard)), file)
 
 
 def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.device) -> None:
@@ -276,20 +191,19 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
         ValueError: see `Encoding`.
     """
     encoding = Encoding(config, device)
+    place = encoding.place
     mine = encoding.shards[rank::ranks]
-    if rank == 0 and any(encoding.out.glob("*.safetensors")):
-        print(f"checking the shards that are in {encoding.out}", flush=True)
-    missing = [shard for shard in mine if not encoding.finished(shard)]
+    if rank == 0 and place.begun:
+        print(f"checking the shards that are in {place.out}", flush=True)
+    missing = [shard for shard in mine if not place.finished(shard)]
     counts = [sum(shard.end - shard.first for shard in shards) for shards in (encoding.shards, mine, missing)]
     total, own, left = counts
     if rank == 0:
         lines = encoding.parts["train"].source.report()
-        lines += [f"  {len(part.names):,} of {split}" for split, part in encoding.parts.items()]
+        lines += [f"  {len(part.labels):,} of {split}" for split, part in encoding.parts.items()]
         there = f"{len(mine) - len(missing)} of {len(mine)} shards are there and intact"
         share = f" on each of {ranks} processes" if ranks > 1 else ""
-        print(
-            "\n".join([*lines, f"{encoding.out}: {total:,} latents in {len(encoding.shards)} shards; {there}{share}"])
-        )
+        print("\n".join([*lines, f"{place.out}: {total:,} latents in {len(encoding.shards)} shards; {there}{share}"]))
     workers = min(config["data"]["num_workers"], os.cpu_count() or 1)
     counter = Counter("latents", config["log_every"])
 
@@ -298,33 +212,57 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
             counter(round(total * (own - left + count) / own), total)
 
     encoding.run(missing, workers, encoded)
-    if encoding.complete():
-        print(f"done: {total:,} latents in {len(encoding.shards)} shards, {encoding.out / store.MANIFEST}", flush=True)
+    completed = place.complete(encoding.shards)
+    if completed or (completed is False and place.was_complete and (missing or rank == 0)):
+        lines = _replacements(place.replaced)
+        lines += [f"done: {total:,} latents in {len(encoding.shards)} shards, {place.out / MANIFEST}"]
+        print("\n".join(lines), flush=True)
+
+
+def _replacements(replaced: Mapping[str, str]) -> list[str]:
+    """What is said of images that could not be read."""
+    if not replaced:
+        return []
+    listed = [f"  {shown(name)}: {shown(other)} is in its place" for name, other in list(replaced.items())[:MOST_NAMED]]
+    more = [f"  and {len(replaced) - MOST_NAMED:,} more"] if len(replaced) > MOST_NAMED else []
+    head = f"warning: {len(replaced):,} images could not be read, and the store has others of their class instead"
+    return [f"{head} (data.check=full leaves them out):", *listed, *more]
 
 
 def run_group(command: list[str], processes: int) -> bool:
     """Run a command in several processes, which know their places as those of torchrun do; False if one failed.
 
-    What several of them say on standard error is said once.
+    What several of them say on standard error is said once. Those that call `end_with_group` end with this process.
     """
     threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}
     places = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
-    group = [
-        subprocess.Popen(command, env=threads | os.environ | place, stderr=subprocess.PIPE, text=True)
-        for place in places
-    ]
+    shared = threads | os.environ | {PARENT: str(os.getpid())}
+    group = [subprocess.Popen(command, env=shared | place, stderr=subprocess.PIPE, text=True) for place in places]
     said: set[str] = set()
 
-    def relay(lines: Iterable[str]) -> None:
-        for line in lines:
+    def relay(rank: int) -> int:
+        for line in cast(IO[str], group[rank].stderr):
             if line not in said:
                 said.add(line)
                 print(line, end="", file=sys.stderr, flush=True)
+        code = group[rank].wait()
+        if code < 0:
+            reason = f"process {rank} was ended by signal {-code}"
+            print(f"error: {reason}; {SAFE}", file=sys.stderr, flush=True)
+        return code
 
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(relay, [cast(IO[str], process.stderr) for process in group]))
-    codes = [process.wait() for process in group]
-    return not any(codes)
+        return not any(list(pool.map(relay, range(processes))))
+
+
+def end_with_group() -> None:
+    """Be killed, from now on, when the process that started this one in a group ends, however that ends."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):
+        os._exit(1)
 
 
 def _moments(codec: Tokenizer, images: Tensor) -> Tensor:
@@ -334,22 +272,3 @@ def _moments(codec: Tokenizer, images: Tensor) -> Tensor:
 
 def _normalised(codec: Tokenizer, moments: Tensor) -> Tensor:
     return codec.normalise(moments) if isinstance(codec, Autoencoder) else moments
-
-
-def _statistics(shards: list[dict[str, np.ndarray]]) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel of the unscaled means."""
-    sums = sum((shard["sums"] for shard in shards), start=np.zeros_like(shards[0]["sums"]))
-    count = sum(int(shard["sizes"].astype(np.int64).prod(axis=1).sum()) for shard in shards)
-    mean, square = sums / count
-    return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
-
-
-def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The lines of a manifest that say what its shards are."""
-    begun = {**manifest, "statistics": None, "shards": None}
-    return {key: value for key, value in flatten(begun).items() if key not in FREE}
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

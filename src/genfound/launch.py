@@ -58,7 +58,8 @@ LESS = {
     "model.activation_checkpointing=true, or a smaller sample.batch for previews",
     "sample": "a smaller batch or size",
     "evaluate": "a smaller batch or sizes",
-    "encode": "a smaller tokenizer.pixels_per_call, data.max_image_tokens, or tokenizer.precision=bf16",
+    "encode": "a smaller tokenizer.pixels_per_call, data.max_image_tokens, or tokenizer.precision=bf16 (another "
+    "out=, once there are shards)",
 }
 """What a command needs less memory with."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from genfound import build
-from genfound.data.store import MANIFEST, read_manifest
+from genfound.data.manifest import MANIFEST, read_manifest
 from genfound.extraction import ExtractTask, Where, data_images, open_extractor, perform
 from genfound.metrics.extractor import WEIGHTS, Extractor
 from genfound.metrics.features import Features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
@@ -87,8 +88,51 @@ def test_two_processes_make_the_same_store(folder: Path, straight: Path) -> None
     both = genfound("encode", *COMMON, *PIXEL, "out=both", "devices=2", cwd=folder)
     assert both.returncode == 0, both.stderr
     assert contents(folder / "both") == contents(straight)
+    assert both.stdout.count("done: ") == 1
     error = one_error(genfound("encode", *COMMON, *PIXEL, "out=both", "devices=2", "data.flip=false", cwd=folder))
     assert "out=both was begun with other settings or images (mirrored: True there, False now)" in error
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def test_a_killed_process_of_several_is_named_and_made_good(folder: Path, straight: Path) -> None:
+    options = [*COMMON, *PIXEL, "out=one_killed", "devices=2"]
+    command = [sys.executable, "-m", "genfound.encode", *options]
+    group = subprocess.Popen(
+        command, cwd=folder, env=variables(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(children(group.pid)) < 2:
+        assert time.monotonic() < deadline and group.poll() is None
+        time.sleep(0.01)
+    os.kill(children(group.pid)[1], signal.SIGKILL)
+    output, errors = group.communicate(timeout=120)
+    assert group.returncode == 1 and "done: " not in output
+    reason = "process 1 was ended by signal 9; complete shards are safe: give the same command again"
+    assert errors == f"error: {reason}\n"
+    again = genfound("encode", *options, cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert contents(folder / "one_killed") == contents(straight)
+
+
+def test_a_wrong_command_does_not_keep_the_folder(folder: Path, straight: Path) -> None:
+    wrong = [*COMMON, *PIXEL, "out=wrong", "data.flip=false"]
+    command = [sys.executable, "-m", "genfound.encode", *wrong]
+    process = subprocess.Popen(command, cwd=folder, env=variables(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "wrong/manifest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    for shard in (folder / "wrong").glob("*.safetensors"):  # one may have been quick enough
+        shard.unlink()
+    assert genfound("encode", *COMMON, *PIXEL, "out=wrong", cwd=folder).returncode == 0
+    assert contents(folder / "wrong") == contents(straight)
 
 
 def test_a_full_disk_loses_nothing(folder: Path, straight: Path) -> None:
@@ -104,7 +148,7 @@ def test_a_full_disk_loses_nothing(folder: Path, straight: Path) -> None:
     )
     assert "full/train-00000.safetensors cannot be written: " in one_error(result)
     assert "make room and give the same command again" in result.stderr
-    assert list((folder / "full/.partial").iterdir()) == []
+    assert not (folder / "full/.partial").exists()
     assert genfound("encode", *options, "out=full", cwd=folder).returncode == 0
     assert contents(folder / "full") == contents(straight)
 
@@ -137,3 +181,12 @@ def test_wrong_options_are_one_clear_line(folder: Path) -> None:
     assert "out is missing; give out=..." in one_error(genfound("encode", *COMMON, *PIXEL, cwd=folder))
     error = one_error(genfound("encode", *COMMON, *PIXEL, "out=images", cwd=folder))
     assert "out=images holds train and is no latent store; choose another out=" in error
+    (folder / "file").touch()
+    for out, reason in (("file", "File exists"), ("file/store", "Not a directory")):
+        error = one_error(genfound("encode", *COMMON, *PIXEL, f"out={out}", cwd=folder))
+        assert f"{out} cannot be written: {reason}; complete shards are safe: see that {out} can be written" in error
+    error = one_error(genfound("encode", *COMMON, *PIXEL, "out=x", "devices=0", cwd=folder))
+    assert "devices=0 must be at least 1, or null: one for each CUDA device" in error
+    error = one_error(genfound("encode", *COMMON, *PIXEL, "out=x", "data.holdout=0", cwd=folder))
+    assert "data.holdout=0 must be a whole number of at least 2" in error
+    assert not (folder / "x").exists()

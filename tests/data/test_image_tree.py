@@ -79,6 +79,11 @@ def test_only_images_by_their_suffix_are_taken(images: Path) -> None:
     assert [f for f in tree(images).files if not f.startswith("n01/n01")][:5] == [
         f"n01/{name}" for name in ("a.JPEG", "b.jpg", "c.jpeg", "d.PNG", "e.webp")
     ]
+    assert "  2 ignored because of their suffix: 1 .gif, 1 .txt" in tree(images).report()
+    shutil.copy(images / "train/n01/d.PNG", images / "train/n02/picture")
+    assert "  3 ignored because of their suffix: 1 without any, 1 .gif, 1 .txt" in tree(images).report()
+    (images / "train/n02/picture").unlink()
+    assert "  2 ignored because of their suffix: 1 .gif, 1 .txt" in tree(images).report()
 
 
 def test_pixels_are_those_of_the_official_code(images: Path) -> None:

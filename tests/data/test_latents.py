@@ -130,8 +130,9 @@ def test_without_weights_pictures_show_channels_of_the_latents(
         (["model.patch_size=2"], r"do not divide into tokens of 16 pixels; encode with patch_size=2"),
         (["model.channels=16"], r"tokenizer is sdvae \(4 channels\) but model\.channels is 16"),
         (["layout=dense", "data.view=null"], r"holds native, and data\.view=square needs 256"),
+        (["data.holdout=0"], r"data\.holdout=0 must be a whole number of at least 2, or null"),
     ],
-    ids=["class", "weights", "source", "patch", "channels", "view"],
+    ids=["class", "weights", "source", "patch", "channels", "view", "holdout"],
 )
 def test_what_does_not_fit_is_refused(store: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

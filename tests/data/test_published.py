@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genfound import build
+from genfound.data import published
 from genfound.data.base import LatentSource
 from genfound.data.plan import Micro
 from genfound.data.published import NIT_SCALE, SAMPLED, STATISTICS, LightningDit, Nit, VaVae, held_out, statistics
@@ -116,6 +118,34 @@ def test_wrong_files_of_nit_are_named(tmp_path: Path) -> None:
         nit(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(-1.0, "holds the label -1.0, which is no number of a class below 1,000"),
+     (float("nan"), "holds the label nan, which is no number of a class below 1,000"),
+     (0.5, "holds the label 0.5"), (1e9, "holds the label 1000000000.0"), ([0.0, 1.0], "holds 2 labels, not one")],
+)  # fmt: skip
+def test_labels_of_nit_must_be_class_numbers(tmp_path: Path, label: Any, message: str) -> None:
+    write_nit(tmp_path)
+    file = tmp_path / "dc-ae-native-resolution/n07/n07_0.safetensors"
+    save_file({"latent": torch.zeros(2, 32, 4, 4), "label": torch.tensor(label)}, file)
+    with pytest.raises(ValueError, match=rf"n07_0\.safetensors {message}"):
+        nit(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_of_nit_must_be_finite(tmp_path: Path, value: float) -> None:
+    write_nit(tmp_path)
+    latent = torch.zeros(2, 32, 2, 5)
+    latent[1, 3, 1, 1] = value
+    save_file(
+        {"latent": latent, "label": torch.tensor(0.0)}, tmp_path / "dc-ae-native-resolution/n01/n01_1.safetensors"
+    )
+    source = nit(tmp_path)
+    assert not source.moments(1, False).any()
+    with pytest.raises(ValueError, match=r"n01_1\.safetensors holds latents that are not finite; take the file from"):
+        source.moments(1, True)
+
+
 def write_lightningdit(root: Path, counts: tuple[int, ...] = (5, 3), channels: int = 4) -> tuple[Tensor, Tensor]:
     """Shards as LightningDiT's extraction leaves them; returns all latents and their mirror images."""
     generator = torch.Generator().manual_seed(1)
@@ -165,6 +195,78 @@ def test_wrong_shards_of_lightningdit_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"x\.safetensors is damaged"):
         lightningdit(tmp_path)
+
+
+def test_latents_of_lightningdit_must_be_finite(tmp_path: Path) -> None:
+    write_lightningdit(tmp_path)
+    file = tmp_path / "latents_rank01_shard000.safetensors"
+    shard = load_file(file)
+    shard["latents"][2, 0, 1, 1] = float("nan")
+    save_file(shard, file)
+    source = lightningdit(tmp_path)
+    source.moments(6, False)
+    source.moments(7, True)
+    with pytest.raises(ValueError, match=r"rank01_shard000\.safetensors holds latents that are not finite in row 2"):
+        source.moments(7, False)
+    with pytest.raises(ValueError, match=r"rank01_shard000\.safetensors holds latents that are not finite"):
+        statistics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(4)}, r"latents \[3, 4, 3, 3\], .* and labels \[4\], which do not agree"),
+        ({"latents_flip": torch.zeros(2, 4, 3, 3)}, r"latents_flip \[2, 4, 3, 3\] .* which do not agree"),
+        ({"labels": torch.zeros(3, 1)}, r"labels \[3, 1\], which do not agree"),
+        ({"labels": torch.tensor([0, -2, 1])}, r"holds the label -2, which is no number of a class below 1,000"),
+        ({"labels": torch.tensor([0, 1, 10**9])}, r"holds the label 1000000000, which is no number of a class"),
+        ({"labels": torch.tensor([0, 1, 0.5])}, r"holds the label 0\.5, which is no number of a class"),
+    ],
+)
+def test_a_shard_must_agree_with_itself(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
+    write_lightningdit(tmp_path)
+    file = tmp_path / "latents_rank01_shard000.safetensors"
+    save_file({**load_file(file), **change}, file)
+    with pytest.raises(ValueError, match=rf"latents_rank01_shard000\.safetensors .*{message}"):
+        lightningdit(tmp_path)
+
+
+def test_shards_are_read_however_little_comes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = write_lightningdit(tmp_path)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, count, begin: pread(descriptor, min(count, 7), begin))
+    source = lightningdit(tmp_path)
+    assert source.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert torch.equal(source.moments(6, False), plain[6])
+    assert torch.allclose(statistics(tmp_path)[0], plain.mean((0, 2, 3), keepdim=True), atol=1e-6)
+
+
+def test_statistics_are_kept_in_memory_where_they_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the superuser, who may write everywhere, the refusal has to be made up."""
+    plain, _ = write_lightningdit(tmp_path)
+    monkeypatch.setattr(published, "write_whole", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    assert torch.allclose(statistics(tmp_path)[0], plain.mean((0, 2, 3), keepdim=True), atol=1e-6)
+    assert not (tmp_path / STATISTICS).exists()
+
+
+def test_damaged_statistics_are_named(tmp_path: Path) -> None:
+    write_lightningdit(tmp_path)
+    mean, std = statistics(tmp_path)
+    file = tmp_path / STATISTICS
+    whole = file.read_bytes()
+    for data in (b"", whole[:100], whole[: len(whole) - 30], b"text"):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"latents_stats\.pt is damaged; remove it, and it is made anew"):
+            statistics(tmp_path)
+    for other in ({"mean": mean}, {"mean": mean[0], "std": std}, {"mean": mean, "std": -std}, [mean]):
+        torch.save(other, file)
+        with pytest.raises(ValueError, match=r"latents_stats\.pt is damaged"):
+            VaVae(weights=str(tmp_path), stride=8, multiplier=1.0)
+    file.unlink()
+    assert torch.equal(statistics(tmp_path)[0], mean)
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".pt", ".safetensors", ".safetensors"]
 
 
 def test_statistics_are_made_once_and_read_after(tmp_path: Path) -> None:

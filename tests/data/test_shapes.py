@@ -117,3 +117,17 @@ def test_anchor() -> None:
     source = shapes()
     drawings = [(tuple(source.sizes[i].tolist()), zlib.crc32(source.image(i).tobytes())) for i in (0, 1, 123)]
     assert drawings == [((20, 12), 732683722), ((20, 12), 2365479522), ((12, 16), 3606683943)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": 0}, r"data\.images=0 must be a whole number of at least 1"),
+        ({"holdout": -1}, r"data\.holdout=-1 must be a whole number of at least 0"),
+        ({"view": "square", "size": 0}, r"data\.size=0 must be a whole number of at least 1"),
+        ({"sides": [12, -2]}, r"data\.sides=-2 must be a whole number of at least 1"),
+    ],
+)
+def test_numbers_that_are_too_small_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shapes(**options)

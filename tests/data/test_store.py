@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -17,10 +16,11 @@ from torch import Tensor
 from genfound.data import shards
 from genfound.data.base import LatentSource
 from genfound.data.image_tree import ImageTree
+from genfound.data.manifest import MANIFEST, read_manifest, write_manifest
 from genfound.data.pictures import normalised, to_picture
-from genfound.data.store import MANIFEST, Filling, Store, read_manifest, verify
+from genfound.data.store import Filling, Store, read_index, verify
 from genfound.data.views import Views
-from tests.stores import encoded, native, tree
+from tests.stores import contents, encoded, native, tree
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_shards_are_safetensors_with_flat_values_and_offsets(made: Path) -> None
     values, offsets, sizes = columns["values"], columns["offsets"], columns["sizes"]
     assert values.dtype == torch.bfloat16 and values.ndim == 1
     assert (offsets.diff() == 2 * 8 * sizes.prod(dim=1)).all() and offsets[-1] == len(values)
-    names = bytes(columns["names"].tolist()).decode().split("\n")
+    names = bytes(columns["names"].tolist()).decode().split("\0")
     assert names == [f"n{c:02d}/{i:03d}.png" for c, i in [*((0, i) for i in range(0, 18, 3)), (1, 1)]]
     first = values[: offsets[1]].view(2, 8, *sizes[0])
     stored = opened(made / "kl")
@@ -159,6 +159,26 @@ def test_any_flipped_byte_is_found_and_named(copy: Path) -> None:
     verify(file)
 
 
+def test_files_are_read_however_little_comes_at_a_time(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a shard of 2 GiB, of which the kernel gives less in one call."""
+    store, file, pread = opened(copy), copy / "train-00001.safetensors", os.pread
+    expected = store.moments(9, True)
+    sizes: list[int] = []
+
+    def little(descriptor: int, count: int, begin: int) -> bytes:
+        sizes.append(count)
+        return pread(descriptor, min(count, 100), begin)
+
+    monkeypatch.setattr(os, "pread", little)
+    monkeypatch.setattr(shards, "PIECE", 1000)
+    assert torch.equal(store.moments(9, True), expected)
+    index = verify(file)
+    assert len(index.columns["labels"]) == 5 and max(sizes) == 1000
+    flip(file, index.values.begin + index.values.bytes - 1)
+    with pytest.raises(ValueError, match=r"train-00001\.safetensors is damaged: entry 4 has not the checksum"):
+        verify(file)
+
+
 def test_a_flipped_value_is_found_when_it_is_read(copy: Path) -> None:
     header = shards.read_header(copy / "train-00000.safetensors")
     flip(copy / "train-00000.safetensors", header.spans["values"].begin + 10)
@@ -200,13 +220,12 @@ def test_a_store_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         opened(tmp_path)
     (tmp_path / MANIFEST).write_text('{"format": "genfound latents 9"}')
-    with pytest.raises(ValueError, match=r"manifest\.json is of format genfound latents 9, not genfound latents 1"):
+    with pytest.raises(ValueError, match=r"manifest\.json is of format genfound latents 9, not genfound latents 2"):
         opened(tmp_path)
 
 
 def test_an_incomplete_store_is_refused(copy: Path) -> None:
-    manifest = {**read_manifest(copy), "shards": None}
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(copy, {**read_manifest(copy), "shards": None})
     with pytest.raises(ValueError, match=r"is not complete; give the command that encodes it again"):
         opened(copy)
 
@@ -234,8 +253,38 @@ def test_another_holdout_is_refused(made: Path) -> None:
         Store(made / "native", native(), None, "train", False)
 
 
+def test_a_shard_that_names_another_store_or_split_is_refused(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    write_manifest(copy, {**manifest, "patch_size": 4})
+    with pytest.raises(ValueError, match=r"train-00000\.safetensors is not the one that the manifest describes"):
+        opened(copy)
+    lines = [{**line, "file": line["file"].replace("val-", "train-0")} for line in manifest["shards"]]
+    (copy / "val-00000.safetensors").rename(copy / "train-000000.safetensors")
+    write_manifest(copy, {**manifest, "shards": lines})
+    with pytest.raises(ValueError, match=r"train-000000\.safetensors is not the one that the manifest describes"):
+        opened(copy)
+
+
 def test_the_fingerprint_is_that_of_the_store(made: Path, copy: Path) -> None:
-    assert opened(made / "native").fingerprint == opened(copy).fingerprint != opened(made / "mixed").fingerprint
+    first = opened(made / "native").fingerprint
+    assert first == opened(copy).fingerprint != opened(made / "mixed").fingerprint
+    manifest = read_manifest(copy)
+    write_manifest(copy, {**manifest, "source": {**manifest["source"], "root": "elsewhere"}})
+    assert opened(copy).fingerprint == first
+
+
+def test_images_shown_by_others_are_in_the_note_and_the_report(made: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(made / "images", tmp_path / "images"))
+    broken = root / "train/n01/004.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    whole, again = (encoded(root, tmp_path / name, "data.flip=false") for name in ("one", "two"))
+    notes = [read_index(file).note["replaced"] for file in sorted(whole.glob("*.safetensors"))]
+    assert notes == [{}, {"n01/004.png": "n01/007.png"}, {}]
+    assert [line["replaced"] for line in read_manifest(whole)["shards"]] == [0, 1, 0]
+    assert contents(whole) == contents(again)  # also where the file was reported before
+    source = Store(whole, native(), None, "train", False)
+    assert any("1 show others of their class" in line for line in source.report())
+    assert not any("show others" in line for line in opened(made / "mixed", native()).report())
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,3 +164,34 @@ def test_entries_of_more_rules_than_a_view_needs_are_chosen_by_name() -> None:
     assert square.items(entries, list(mixed.rules)).tolist() == [2, 5]
     none = Entries(*(column[:0] for column in entries))
     assert mixed.items(none).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("size", "legal"), [(250, "224 and 256"), (33, "32 and 64"), (31, "32"), (1, "32"), (511, "480 and 512")]
+)
+def test_the_nearest_legal_sizes_are_named(size: int, legal: str) -> None:
+    words = rf"data\.size={size} must be a multiple of 32 pixels \(tokenizer stride x patch\); "
+    for view in ("square", "mixed", "flexible"):
+        with pytest.raises(ValueError, match=rf"{words}the nearest legal sizes are {legal}$"):
+            Views(view, size, 32, 100)
+
+
+OPTIONS = {"view": "square", "size": 32, "max_tokens": 64, "max_image_tokens": None, "holdout": None}
+
+
+def test_the_limit_is_the_smaller_one() -> None:
+    assert Views.of(OPTIONS, 8).max_tokens == 64
+    assert Views.of({**OPTIONS, "max_image_tokens": 20}, 8).max_tokens == 20
+    assert Views.of({**OPTIONS, "max_image_tokens": 99}, 8).max_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "least"),
+    [("size", 0, "1"), ("size", -32, "1"), ("size", None, "1"), ("max_tokens", 0, "1"), ("max_tokens", None, "1"),
+     ("max_image_tokens", -5, "1, or null"), ("max_image_tokens", 0, "1, or null"), ("holdout", 0, "2, or null"),
+     ("holdout", 1, "2, or null"), ("holdout", 0.1, "2, or null"), ("holdout", "ten", "2, or null")],
+)  # fmt: skip
+def test_numbers_that_are_too_small_are_named(key: str, value: object, least: str) -> None:
+    given = "null" if value is None else value
+    with pytest.raises(ValueError, match=rf"^data\.{key}={given} must be a whole number of at least {least}$"):
+        Views.of({**OPTIONS, key: value}, 8)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 from torch.utils.data import Dataset
 
@@ -23,3 +26,32 @@ def test_items_come_in_the_order_of_the_keys_and_errors_as_they_were(workers: in
         next(items)
     with pytest.raises(FileNotFoundError, match=r"no such file: 'three\.jpg'"):
         next(read_ahead(Numbers(), [3], workers))
+
+
+class Killed(Dataset[int]):
+    def __getitem__(self, key: int) -> int:
+        if key == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return key
+
+
+def test_a_killed_worker_is_one_clear_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"was ended from outside, .* memory .*: set a smaller data\.num_workers, or 0"
+    ):
+        list(read_ahead(Killed(), [0, 1, 2], 1))
+
+
+class Broken(Dataset[int]):
+    def __getitem__(self, key: int) -> int:
+        raise RuntimeError("a mistake")
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="a mistake"):
+        next(read_ahead(Broken(), [0], 0))
+
+
+def test_a_negative_number_of_workers_is_named() -> None:
+    with pytest.raises(ValueError, match=r"data\.num_workers=-1 must be a whole number of at least 0"):
+        read_ahead(Broken(), [0], -1)

@@ -8,7 +8,6 @@ others wait for its index.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,12 +18,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from genfound.data.names import Names, shown
 from genfound.data.views import Views
+from genfound.data.writing import alone, write_whole
 
 MANY = 20_000
 """So many new files are announced, because looking into them takes a while."""
@@ -37,6 +38,9 @@ class Look(NamedTuple):
     width: int
     notes: list[str]
 
+
+Listed = dict[str, tuple[int, int]]
+"""Sorted files, each with its size in bytes and its time of change in ns."""
 
 Examine = Callable[[Path], Look]
 """Looks into a file; an OSError says in one line why it cannot be read."""
@@ -53,6 +57,7 @@ class Files:
         heights, widths: in pixels; 0 where a file cannot be read.
         notes: of unusual files.
         errors: of files that cannot be read, why not.
+        ignored: how many files were passed over because of their suffix, by suffix.
     """
 
     names: list[str]
@@ -62,6 +67,7 @@ class Files:
     widths: list[int]
     notes: dict[str, list[str]]
     errors: dict[str, str]
+    ignored: dict[str, int]
 
     @property
     def good(self) -> list[int]:
@@ -87,9 +93,7 @@ class Files:
 
     def save(self, file: Path) -> None:
         """Write the index, whole or not at all."""
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(vars(self)))
-        temporary.replace(file)
+        write_whole(file, lambda temporary: temporary.write_text(json.dumps(vars(self))))
 
 
 @contextlib.contextmanager
@@ -118,12 +122,16 @@ def class_folders(root: Path) -> list[str]:
     """Sorted names of the class folders.
 
     Raises:
-        FileNotFoundError: the root is not a folder, or has none inside.
+        FileNotFoundError: the root is not a folder, has none inside, or has a link that leads nowhere.
         PermissionError: the root cannot be listed.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={root} is not a folder")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    seen = [path for path in root.iterdir() if not path.name.startswith(".")]
+    lost = sorted(path for path in seen if path.is_symlink() and not path.exists())
+    if lost:
+        raise FileNotFoundError(f"{lost[0]} is a link that leads nowhere, perhaps of a class; mend or remove it")
+    names = sorted(path.name for path in seen if path.is_dir())
     if not names:
         raise FileNotFoundError(f"data.root={root} has no class folders; put the images into {root}/<class>/")
     return names
@@ -141,12 +149,14 @@ class Viewed(ABC):
     Args:
         root: of the class folders.
         found: all files.
-        places: of those that are taken.
+        places: in `found`, of the files that are taken.
         class_names: one name per class.
         views: what is shown of each.
 
     Attributes:
         files: names of the taken images, `class/file`.
+        stamps: (images,) int64, the times of change that are known of them, in ns.
+        stand_ins: images that this process could not read -> those that it showed in their place.
         classes: (images,) int64, their labels.
         entries: everything that is shown of them.
         items: (n,) int64, the entries of a pass; `labels`, `sizes` and `image` go by items.
@@ -155,16 +165,22 @@ class Viewed(ABC):
     def __init__(self, root: Path, found: Files, places: list[int], class_names: list[str], views: Views) -> None:
         self.root = root
         self.found = found
-        self.places = places
         self.class_names = class_names
         self.views = views
         self.files = [found.names[i] for i in places]
+        self.stamps = np.array([found.stamps[i] for i in places], dtype=np.int64)
+        self.stand_ins: dict[int, int] = {}
         self.classes = labels(self.files, class_names)
         self.entries = views.entries([found.heights[i] for i in places], [found.widths[i] for i in places])
         self.items = views.items(self.entries)
         self.labels = self.classes[self.entries.images[self.items]]
         self.sizes = self.entries.sizes[self.items]
         self.fingerprint = found.fingerprint
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What data workers need: not what was found, and names in one piece of memory."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("found", "sizes", "fingerprint")}
+        return {**kept, "files": Names(self.files)}
 
     @abstractmethod
     def picture(self, number: int) -> Image.Image:
@@ -196,10 +212,13 @@ class Viewed(ABC):
         notes["left out, they have too few tokens"] = len(self.files) - len(np.unique(self.entries.images))
         notes[f"shown in a pass, as {' and '.join(views.rules)}"] = len(self.items) if len(views.rules) > 1 else 0
         lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
+        if found.ignored:
+            listed = ", ".join(f"{count:,} {suffix or 'without any'}" for suffix, count in found.ignored.items())
+            lines.append(f"  {sum(found.ignored.values()):,} ignored because of their suffix: {shown(listed)}")
         bad = list(found.errors.items())
         if bad:
             lines.append(f"  {len(bad):,} skipped, they cannot be read as images:")
-            lines += [f"    {self.root / file}: {why}" for file, why in bad[:10]]
+            lines += [shown(f"    {self.root / file}: {why}") for file, why in bad[:10]]
         if len(bad) > 10:
             lines.append(f"    and {len(bad) - 10:,} more")
         return lines
@@ -207,8 +226,8 @@ class Viewed(ABC):
 
 def index_file(index: Path, root: Path, purpose: str) -> Path:
     """Where it is remembered what was found below a root for a purpose."""
-    key = f"{root.resolve()} {purpose}"
-    return index / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.json"
+    key = os.fsencode(f"{root.resolve()} {purpose}")
+    return index / f"{hashlib.blake2b(key, digest_size=8).hexdigest()}.json"
 
 
 def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suffixes: tuple[str, ...] = ()) -> Files:
@@ -224,12 +243,12 @@ def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suf
     Raises:
         FileNotFoundError: none can be read as an image, or none of some class.
     """
-    listed = _listed(root, class_names, suffixes)
-    found = _remembered(cache, listed)
+    listed, ignored = _listed(root, class_names, suffixes)
+    found = _remembered(cache, listed, ignored)
     if found is None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(cache.parent):
-            found = _remembered(cache, listed) or _look(root, listed, _read(cache), examine)
+        with alone(cache.parent):
+            found = _remembered(cache, listed, ignored) or _look(root, listed, ignored, _read(cache), examine)
             found.save(cache)
     if not found.good:
         raise FileNotFoundError(f"data.root={root}: none of {len(found.names)} files can be read as an image")
@@ -240,25 +259,39 @@ def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suf
     return found
 
 
-def _listed(root: Path, class_names: list[str], suffixes: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Sorted files with their sizes in bytes and times of change."""
-    stats = {}
+def _listed(root: Path, class_names: list[str], suffixes: tuple[str, ...]) -> tuple[Listed, dict[str, int]]:
+    """Sorted files with their sizes in bytes and times of change, and how many were passed over, by suffix."""
+    stats: Listed = {}
+    ignored = Counter[str]()
     for name in class_names:
         folder = str(root / name)
-        for entry in _entries(folder, suffixes):
-            stat = entry.stat()
+        for entry in _entries(folder):
+            leads = _leads_to_file(entry)
+            if suffixes and leads and not entry.name.lower().endswith(suffixes):
+                ignored[Path(entry.name).suffix.lower()] += 1
+                continue
+            stat = entry.stat(follow_symlinks=leads)
             stats[name + entry.path[len(folder) :]] = stat.st_size, stat.st_mtime_ns
-    return {file: stats[file] for file in sorted(stats)}
+    return {file: stats[file] for file in sorted(stats)}, dict(sorted(ignored.items()))
 
 
-def _entries(folder: str, suffixes: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
+def _leads_to_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link to one."""
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself, or into a folder that is closed
+        return False
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """All that is no folder, in a folder and those in it; what is hidden is left out."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                yield from _entries(entry.path, suffixes)
-            elif (not suffixes or entry.name.lower().endswith(suffixes)) and entry.is_file():
+                yield from _entries(entry.path)
+            else:
                 yield entry
 
 
@@ -269,11 +302,12 @@ def _read(cache: Path) -> Files | None:
         return None
 
 
-def _remembered(cache: Path, listed: dict[str, tuple[int, int]]) -> Files | None:
+def _remembered(cache: Path, listed: Listed, ignored: dict[str, int]) -> Files | None:
     """The index, if it is true of these very files."""
     found = _read(cache)
     if (
         found
+        and found.ignored == ignored
         and found.names == list(listed)
         and list(zip(found.bytes, found.stamps, strict=True)) == [*listed.values()]
     ):
@@ -281,19 +315,7 @@ def _remembered(cache: Path, listed: dict[str, tuple[int, int]]) -> Files | None
     return None
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes of this machine out, where the file system has locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _look(root: Path, listed: dict[str, tuple[int, int]], old: Files | None, examine: Examine) -> Files:
+def _look(root: Path, listed: Listed, ignored: dict[str, int], old: Files | None, examine: Examine) -> Files:
     """Look into the files that are new or have changed."""
     notes, errors, pixels = {}, {}, {}
     if old:
@@ -318,7 +340,19 @@ def _look(root: Path, listed: dict[str, tuple[int, int]], old: Files | None, exa
         widths=[pixels[name][1] for name in listed],
         notes={name: notes[name] for name in listed if name in notes},
         errors={name: errors[name] for name in listed if name in errors},
+        ignored=ignored,
     )
+
+
+def _unfit(file: Path) -> str | None:
+    """Why something in a folder can be no image, if that is plain without opening it."""
+    if not file.exists():
+        return "a link that leads nowhere"
+    if file.is_dir():
+        return "a link to a folder, which is not followed; only a class may be one"
+    if not file.is_file():
+        return "not a regular file"
+    return None if file.stat().st_size else "the file is empty"
 
 
 def _examined(root: Path, names: list[str], examine: Examine) -> Iterator[Look | str]:
@@ -327,9 +361,7 @@ def _examined(root: Path, names: list[str], examine: Examine) -> Iterator[Look |
     def one(name: str) -> Look | str:
         file = root / name
         try:
-            if file.stat().st_size == 0:
-                return "the file is empty"
-            return examine(file)
+            return _unfit(file) or examine(file)
         except OSError as error:
             return str(error).splitlines()[0].replace(str(file), file.name)
 

@@ -55,7 +55,10 @@ class ImageFolder(Viewed):
         seed: int,
         index: str,
     ) -> None:
-        views = Views(view, size, unit, min(max_image_tokens or max_tokens, max_tokens))
+        views = Views.of(
+            {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
+             "holdout": holdout}, unit,
+        )  # fmt: skip
         class_names = files.class_folders(Path(root))
         cache = files.index_file(Path(index), Path(root), "image_folder")
         found = files.known(Path(root), class_names, cache, _examine)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from genfound.data import files
 from genfound.data.files import Look, Viewed
+from genfound.data.names import shown
 from genfound.data.views import Views
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -67,7 +68,10 @@ class ImageTree(Viewed):
     ) -> None:
         if check not in ("header", "full"):
             raise ValueError(f"data.check={check} is unknown; choose header or full")
-        views = Views(view, size, unit, min(max_image_tokens or max_tokens, max_tokens))
+        views = Views.of(
+            {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
+             "holdout": holdout}, unit,
+        )  # fmt: skip
         class_names = _train_classes(Path(root))
         val_classes = _val_classes(Path(root), class_names)
         apart = split == "val" and bool(val_classes)
@@ -87,9 +91,14 @@ class ImageTree(Viewed):
         """
         for place in itertools.islice(self._class_from(number), TRIES):
             try:
-                return decode(self.root / self.files[place])
+                picture = decode(self.root / self.files[place])
             except OSError as error:
                 self._remark(place, error)
+                continue
+            self.stand_ins.pop(number, None)
+            if place != number:
+                self.stand_ins[number] = place
+            return picture
         raise ValueError(
             f"{self.root / self.files[number]} and the files after it could be read when training began and cannot now"
         )
@@ -98,7 +107,8 @@ class ImageTree(Viewed):
         """Counts of classes, sizes, and what was skipped, converted, reduced or replaced."""
         lines = super().report()
         remarked = self._unreadable.read_text().splitlines() if self._unreadable.is_file() else []
-        known = set(zip(self.found.names, map(str, self.found.stamps), strict=True)) if remarked else set()
+        rows = zip(self.found.names, self.found.stamps, strict=True) if remarked else ()
+        known = {(shown(name), str(stamp)) for name, stamp in rows}
         count = sum(tuple(line.split("\t")[:2]) in known for line in remarked)
         if count:
             lines.append(f"  {count:,} replaced by others of their class when they were read; see {self._unreadable}")
@@ -113,14 +123,14 @@ class ImageTree(Viewed):
     def _remark(self, number: int, error: OSError) -> None:
         """Report a file that cannot be read, unless this or another process has."""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        key = f"{self.files[number]}\t{self.found.stamps[self.places[number]]}\t"
+        key = f"{shown(self.files[number])}\t{self.stamps[number]}\t"
         with contextlib.suppress(OSError), open(self._unreadable, "a+") as log:
             fcntl.flock(log, fcntl.LOCK_EX)
             log.seek(0)
             if any(line.startswith(key) for line in log):
                 return
-            log.write(f"{key}{reason}\n")
-        file = self.root / self.files[number]
+            log.write(f"{key}{shown(reason)}\n")
+        file = shown(self.root / self.files[number])
         print(f"warning: {file} cannot be read, an image of its class takes its place: {reason}", file=sys.stderr)
 
 

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from genfound.data.base import LatentSource
+from genfound.data.manifest import read_manifest
 from genfound.data.published import LightningDit, Nit
-from genfound.data.store import Store, read_manifest
+from genfound.data.store import Store
 from genfound.data.views import Views
 from genfound.tokenizers import Spec, Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
@@ -220,8 +221,7 @@ def source(kind: str, data: Options, spec: Spec, patch_size: int, split: str, mi
     """
     if kind not in SOURCES:
         raise ValueError(f"data.source={kind} is unknown; choose {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
-    limit = min(data["max_image_tokens"] or data["max_tokens"], data["max_tokens"])
-    views = Views(data["view"], data["size"], spec.stride * patch_size, limit)
+    views = Views.of(data, spec.stride * patch_size)
     place = (Path(data["root"]), views, data["holdout"], split, mirrored)
     if kind == "store":
         return Store(*place)

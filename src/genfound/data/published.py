@@ -5,6 +5,7 @@ What they were scaled with when they were stored is divided out, so that a token
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from array import array
@@ -17,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from genfound.data.shards import Reader, as_tensor, read_header, read_tensors, write_whole
+from genfound.data.shards import Reader, Span, as_tensor, read_header, read_tensors
 from genfound.data.views import Entries, Views
+from genfound.data.writing import write_whole
 from genfound.tokenizers import Spec
 from genfound.tokenizers.dc_ae import DcAe
 
@@ -31,6 +33,10 @@ SAMPLED = 10_000
 """LightningDiT's statistics are those of at most so many latents."""
 
 
+MOST_CLASSES = 1_000
+"""Labels are below it, or below the number of images where that is larger."""
+
+
 def held_out(classes: np.ndarray, holdout: int | None) -> np.ndarray:
     """(n,) bool, True for every holdout-th image of each class, in the order of the images."""
     chosen = np.zeros(len(classes), dtype=bool)
@@ -38,6 +44,30 @@ def held_out(classes: np.ndarray, holdout: int | None) -> np.ndarray:
         for label in np.unique(classes):
             chosen[np.flatnonzero(classes == label)[holdout - 1 :: holdout]] = True
     return chosen
+
+
+def checked_labels(file: Path, labels: np.ndarray, images: int) -> np.ndarray:
+    """The labels of a file as int64.
+
+    Raises:
+        ValueError: some are no class numbers.
+    """
+    most = max(MOST_CLASSES, images)
+    legal = np.isfinite(labels) & (labels >= 0) & (labels < most) & (labels == np.floor(labels))
+    if not legal.all():
+        raise ValueError(f"{file} holds the label {labels[~legal][0]}, which is no number of a class below {most:,}")
+    return labels.astype(np.int64)
+
+
+def checked_latents(file: Path, latents: Tensor, place: str) -> Tensor:
+    """Latents as they are.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    if not latents.isfinite().all():
+        raise ValueError(f"{file} holds latents that are not finite{place}; take the file from its source again")
+    return latents
 
 
 class Nit:
@@ -87,11 +117,17 @@ class Nit:
         """(n,) labels, which the first file of each class folder tells, and the names of all classes."""
         own = np.array([name.split("/", 1)[0] for name in self._files.tolist()])
         folders, first, inverse = np.unique(own, return_index=True, return_inverse=True)
-        numbers = [int(self._read(int(index), "label")) for index in first]
+        numbers = [self._label(int(index)) for index in first]
         class_names = [str(number) for number in range(max(numbers) + 1)]
         for number, folder in zip(numbers, folders.tolist(), strict=True):
             class_names[number] = folder
         return np.array(numbers, dtype=np.int64)[inverse], class_names
+
+    def _label(self, index: int) -> int:
+        label = self._read(index, "label").float().flatten()
+        if len(label) != 1:
+            raise ValueError(f"{self._file(index)} holds {len(label)} labels, not one")
+        return int(checked_labels(self._file(index), label.numpy(), len(self._files))[0])
 
     def _check(self, views: Views, spec: Spec) -> None:
         largest = int((self.sizes // views.unit).prod(axis=1).max(initial=0))
@@ -107,11 +143,15 @@ class Nit:
         Raises:
             ValueError: the file is missing or damaged.
         """
-        return self._read(index, "latent", int(mirrored)).float() / NIT_SCALE
+        latents = self._read(index, "latent", int(mirrored)).float()
+        return checked_latents(self._file(index), latents, "") / NIT_SCALE
+
+    def _file(self, index: int) -> Path:
+        return self._folders[int(self._rules[index])] / str(self._files[index])
 
     def _read(self, index: int, key: str, variant: int | None = None) -> Tensor:
         """A tensor of a file, or the image or the mirror image in it."""
-        file = self._folders[int(self._rules[index])] / str(self._files[index])
+        file = self._file(index)
         try:
             with safe_open(file, "pt") as tensors:
                 if variant is None:
@@ -196,7 +236,7 @@ class LightningDit:
             ) from None
         self._reader = Reader(self._files)
         self._shape = self._spans[0][0].shape[1:]
-        every = np.concatenate(labels).astype(np.int64)
+        every = self._labels(labels)
         self._rows = np.flatnonzero(held_out(every, holdout) == (split == "val"))
         self._first = np.cumsum([0, *map(len, labels)])
         self.labels = every[self._rows]
@@ -206,8 +246,20 @@ class LightningDit:
         facts = ([file.name for file in self._files], self._shape, every.tobytes())
         self.fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
 
+    def _labels(self, labels: list[np.ndarray]) -> np.ndarray:
+        """(n,) int64, of all shards, each of which has as many as latents and mirrored latents."""
+        for file, (plain, mirrored), own in zip(self._files, self._spans, labels, strict=True):
+            if own.ndim != 1 or [len(own)] * 2 != [*plain.shape[:1], *mirrored.shape[:1]]:
+                raise ValueError(
+                    f"{file} holds latents {plain.shape}, latents_flip {mirrored.shape} and labels {list(own.shape)}, "
+                    f"which do not agree"
+                )
+        images = sum(map(len, labels))
+        every = [checked_labels(file, own, images) for file, own in zip(self._files, labels, strict=True)]
+        return np.concatenate(every)
+
     def _check(self, views: Views, spec: Spec) -> None:
-        if any(span.shape[1:] != self._shape for pair in self._spans for span in pair):
+        if len(self._shape) != 3 or any(span.shape[1:] != self._shape for pair in self._spans for span in pair):
             raise ValueError(f"data.root={self.root} has latents of several sizes")
         side = self._shape[1] * spec.stride
         if self._shape[0] != spec.channels:
@@ -220,13 +272,18 @@ class LightningDit:
             )
 
     def moments(self, index: int, mirrored: bool) -> Tensor:
-        """(C, h, w) float32, as stored."""
+        """(C, h, w) float32, as stored.
+
+        Raises:
+            ValueError: they are not finite.
+        """
         row = int(self._rows[index])
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
         span = self._spans[shard][int(mirrored)]
         count = int(np.prod(self._shape)) * span.dtype.itemsize
         data = self._reader.read(shard, span.begin + (row - int(self._first[shard])) * count, count)
-        return as_tensor(data, span.dtype).view(self._shape).float()
+        latents = as_tensor(data, span.dtype).view(self._shape).float()
+        return checked_latents(self._files[shard], latents, f" in row {row - int(self._first[shard])}")
 
     def report(self) -> list[str]:
         """Counts and sizes."""
@@ -249,23 +306,49 @@ def statistics(root: Path) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, each (1, C, 1, 1), of LightningDiT's latents; see its ImgLatentDataset.
 
     They lie in `latents_stats.pt`. Where that is absent it is made, of up to 10,000 latents in even steps, not
-    mirrored; the deviation is the unbiased one.
+    mirrored; the deviation is the unbiased one. Where it cannot be written, it is made each time.
 
     Raises:
         FileNotFoundError: there are neither statistics nor shards.
+        ValueError: the statistics, or a shard, are damaged.
     """
     file = root / STATISTICS
     if not file.is_file():
-        spans = {shard: read_header(shard).spans["latents"] for shard in shard_files(root)}
-        every = max(1, -(-sum(span.shape[0] for span in spans.values()) // SAMPLED))
-        parts, skip = [], 0
-        for shard, span in spans.items():
-            parts.append(torch.from_numpy(read_tensors(shard, {"latents": span})["latents"])[skip::every].float())
-            skip = (skip - span.shape[0]) % every
-        std, mean = torch.std_mean(torch.cat(parts), dim=(0, 2, 3), keepdim=True)
-        write_whole(file, lambda temporary: torch.save({"mean": mean, "std": std}, temporary))
-    found = torch.load(file, map_location="cpu", weights_only=True)
-    return found["mean"], found["std"]
+        std, mean = _measured(root)
+        with contextlib.suppress(OSError):
+            write_whole(file, lambda temporary: torch.save({"mean": mean, "std": std}, temporary))
+        return mean, std
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        mean, std = found["mean"], found["std"]
+        legal = mean.shape == std.shape == (1, mean.numel(), 1, 1) and bool(mean.isfinite().all() and (std > 0).all())
+    except OSError:
+        raise
+    except Exception:  # pickles raise RuntimeError, EOFError, UnpicklingError and more
+        legal = False
+    if not legal:
+        raise ValueError(f"{file} is damaged; remove it, and it is made anew from the shards beside it")
+    return mean, std
+
+
+def _measured(root: Path) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean of a sample of all latents."""
+    spans = {shard: _latents(shard) for shard in shard_files(root)}
+    every = max(1, -(-sum(span.shape[0] for span in spans.values()) // SAMPLED))
+    parts, skip = [], 0
+    for shard, span in spans.items():
+        chosen = torch.from_numpy(read_tensors(shard, {"latents": span})["latents"])[skip::every].float()
+        parts.append(checked_latents(shard, chosen, ""))
+        skip = (skip - span.shape[0]) % every
+    return torch.std_mean(torch.cat(parts), dim=(0, 2, 3), keepdim=True)
+
+
+def _latents(shard: Path) -> Span:
+    """Where the latents of a shard lie."""
+    spans = read_header(shard).spans
+    if "latents" not in spans:
+        raise ValueError(f"{shard} has no latents; it is not LightningDiT's")
+    return spans["latents"]
 
 
 class VaVae:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from genfound.data.views import at_least
+
 Distance = Callable[[np.ndarray], np.ndarray]
 """Signed distance (negative inside) of points (..., 2) as x to the right and y downwards; objects have radius 1."""
 
@@ -117,6 +119,8 @@ class Shapes:
     ) -> None:
         if view not in ("native", "square"):
             raise ValueError(f"data.view={view} is unknown; choose native or square")
+        at_least(0, holdout=holdout)
+        at_least(1, images=images, size=size, max_tokens=max_tokens, sides=min(sides, default=0))
         sides = list(sides) if view == "native" else [size]
         for side in sides:
             if side % unit:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-PARTIAL = ".partial"
+from genfound.data.writing import write_whole
 
 MOST_OPEN = 512
 """Descriptors that a reader keeps at a time."""
+
+PIECE = 2**26
+"""Bytes that are read at a time; the kernel itself never reads 2 GiB or more in one call."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -89,9 +93,21 @@ def read_tensors(file: Path, spans: Mapping[str, Span]) -> dict[str, np.ndarray]
     with open(file, "rb") as stream:
         arrays = {}
         for name, span in spans.items():
-            data = os.pread(stream.fileno(), span.bytes, span.begin)
+            data = read_bytes(stream.fileno(), span.bytes, span.begin)
             arrays[name] = as_tensor(data, span.dtype).numpy().reshape(span.shape)
     return arrays
+
+
+def read_bytes(descriptor: int, count: int, begin: int) -> bytes:
+    """`count` bytes of an open file from `begin` on; fewer where it ends."""
+    data = os.pread(descriptor, min(count, PIECE), begin)
+    if len(data) == count:
+        return data
+    pieces, found = [data], len(data)
+    while pieces[-1] and found < count:
+        pieces.append(os.pread(descriptor, min(count - found, PIECE), begin + found))
+        found += len(pieces[-1])
+    return b"".join(pieces)
 
 
 def as_tensor(data: bytes, dtype: torch.dtype) -> Tensor:
@@ -110,31 +126,15 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:
         try:
             save_file(dict(tensors), temporary, {"genfound": note})  # of several remarks the order would vary
         except SafetensorError as error:
-            raise OSError(str(error).removeprefix("Error while serializing: ")) from None
+            raise _system_error(error) from None
 
     write_whole(file, save)
 
 
-def write_whole(file: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file elsewhere, and give it its name when it is on the disk.
-
-    Unfinished files lie in the folder `.partial` beside it, where a killed process may leave some.
-
-    Raises:
-        OSError: the file cannot be written; nothing of it stays.
-    """
-    temporary = file.parent / PARTIAL / f"{os.getpid()}-{file.name}"
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save(temporary)
-        temporary.chmod(mode)  # safetensors lets nobody else read what it writes
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _system_error(error: SafetensorError) -> OSError:
+    """The error of the operating system, such as a full disk, that safetensors says in words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 class Reader:
@@ -147,7 +147,7 @@ class Reader:
     def read(self, number: int, begin: int, count: int) -> bytes:
         """`count` bytes of a file from `begin` on; fewer where it ends."""
         descriptor = self._open.get(number)
-        return os.pread(self._opened(number) if descriptor is None else descriptor, count, begin)
+        return read_bytes(self._opened(number) if descriptor is None else descriptor, count, begin)
 
     def _opened(self, number: int) -> int:
         if len(self._open) >= MOST_OPEN:

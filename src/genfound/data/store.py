@@ -12,16 +12,16 @@ A folder holds `manifest.json` and, for each split, shards `train-00000.safetens
 | rules | (n,) which of the manifest's `views` the entry is |
 | checks | (n, 1 or 2) crc32 of the moments of the image and of its mirror image |
 | sums | (2, C) sum and sum of squares of the means, not mirrored |
-| names | the images' names, in UTF-8, one per line |
+| names | the images' names as the file system has them, one after another, with a byte 0 between two |
 
 Values are unscaled, as the encoder left them. Everything but the values is the index of a shard; the crc32 of the
 index is in the manifest, so that no byte can change unnoticed: one of the index is found when the store is opened,
-one of the values when they are read.
+one of the values when they are read. The metadata say which shard of which store it is, and which images are shown by
+others because their own files could not be read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -32,13 +32,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfound.data.manifest import REPAIR, fingerprint, read_manifest, store_digest
+from genfound.data.names import Names
 from genfound.data.shards import Reader, Span, as_tensor, read_header, read_tensors, write_tensors
 from genfound.data.views import Entries, Views
 
-MANIFEST = "manifest.json"
-FORMAT = "genfound latents 1"
 INDEX = ("offsets", "sizes", "labels", "images", "rules", "checks", "sums", "names")
-REPAIR = "the command that encoded the store makes this shard anew"
+UNREADABLE = "because their own files could not be read when they were encoded"
+
+BUFFER = 2**24
+"""Bytes that are read ahead when a whole shard is checked."""
 
 
 class Index(NamedTuple):
@@ -60,6 +63,10 @@ class Filling:
         planes: C, or 2 C with log-variance.
         variants: 2 with mirror images, else 1.
         dtype: of the values.
+
+    Attributes:
+        missing: how many entries are still to be put in.
+        replaced: images that cannot be read -> the one that is shown in the place of each.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Filling:
         self.values = torch.empty(int(self.offsets[-1]), dtype=dtype)
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
         self.missing = len(lengths)
+        self.replaced: dict[str, str] = {}
 
     def put(self, entries: list[int], moments: Tensor) -> None:
         """Put in entries of one size, by their numbers in the shard: (B, variants, planes, h, w)."""
@@ -99,8 +107,9 @@ class Filling:
             "offsets": self.offsets,
             "checks": checks(self.values, self.offsets, self.variants),
             "sums": self.sums.numpy(),
-            "names": np.frombuffer("\n".join(self.names).encode(), dtype=np.uint8).copy(),
+            "names": np.frombuffer(Names(self.names).table, dtype=np.uint8).copy(),
         }
+        note = {**note, "replaced": self.replaced}
         remark = json.dumps({**note, "crc32": _crc(index, note)}, sort_keys=True)
         write_tensors(file, {"values": self.values, **{key: torch.from_numpy(index[key]) for key in INDEX}}, remark)
 
@@ -143,26 +152,29 @@ def read_index(file: Path) -> Index:
 
 
 def verify(file: Path) -> Index:
-    """Read a whole shard.
+    """Read a whole shard, a little at a time.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a byte of it has changed.
     """
     index = read_index(file)
-    data = Reader([file]).read(0, index.values.begin, index.values.bytes)
-    columns = index.columns
-    found = checks(as_tensor(data, index.values.dtype), columns["offsets"], columns["checks"].shape[1])
-    wrong = np.flatnonzero((found != columns["checks"]).any(axis=1))
-    if len(wrong):
-        raise ValueError(f"{file} is damaged: entry {wrong[0]} has not the checksum that was written with it; {REPAIR}")
+    expected = index.columns["checks"].view(np.uint32)
+    lengths = np.diff(index.columns["offsets"]) // expected.shape[1] * index.values.dtype.itemsize
+    with open(file, "rb", buffering=BUFFER) as stream:
+        stream.seek(index.values.begin)
+        for entry, length in enumerate(lengths.tolist()):
+            if [zlib.crc32(stream.read(length)) for _ in expected[entry]] != expected[entry].tolist():
+                raise ValueError(
+                    f"{file} is damaged: entry {entry} has not the checksum that was written with it; {REPAIR}"
+                )
     return index
 
 
 def manifest_line(file: Path, index: Index) -> dict[str, Any]:
     """What the manifest says of a shard."""
-    entries, size = len(index.columns["labels"]), file.stat().st_size
-    return {"file": file.name, "entries": entries, "bytes": size, "crc32": index.crc32}
+    entries, size, replaced = len(index.columns["labels"]), file.stat().st_size, len(index.note["replaced"])
+    return {"file": file.name, "entries": entries, "bytes": size, "crc32": index.crc32, "replaced": replaced}
 
 
 def _crc(columns: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> int:
@@ -170,26 +182,6 @@ def _crc(columns: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> int:
     for name in INDEX:
         crc = zlib.crc32(np.ascontiguousarray(columns[name]).data, crc)
     return crc
-
-
-def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of a store.
-
-    Raises:
-        FileNotFoundError: the folder is no store.
-        ValueError: its manifest is damaged, or of another version.
-    """
-    file = root / MANIFEST
-    if not file.is_file():
-        raise FileNotFoundError(f"data.root={root} is no latent store: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(file.read_text())
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged; {REPAIR.replace('shard', 'file')}") from None
-    if version != FORMAT:
-        raise ValueError(f"{file} is of format {version}, not {FORMAT}; encode the store again")
-    return dict(manifest)
 
 
 class Store:
@@ -212,7 +204,9 @@ class Store:
         self.manifest = read_manifest(root)
         self._check(holdout, mirrored)
         lines = [line for line in self.manifest["shards"] if line["file"].startswith(f"{split}-")]
-        shards = [self._opened(line) for line in lines]
+        self._replaced = sum(line["replaced"] for line in lines)
+        note = {"split": split, "store": store_digest(self.manifest)}
+        shards = [self._opened(line, note) for line in lines]
         self._reader = Reader([root / line["file"] for line in lines])
         columns = _joined([shard.columns for shard in shards])
         stride = self.manifest["tokenizer"]["stride"]
@@ -228,7 +222,7 @@ class Store:
         self.class_names: list[str] = self.manifest["classes"]
         self.labels = columns["labels"][self._items].astype(np.int64)
         self.sizes = entries.sizes[self._items]
-        self.fingerprint = hashlib.blake2b((root / MANIFEST).read_bytes(), digest_size=8).hexdigest()
+        self.fingerprint = fingerprint(self.manifest)
 
     def _check(self, holdout: int | None, mirrored: bool) -> None:
         manifest, root = self.manifest, self.root
@@ -250,15 +244,15 @@ class Store:
                 f"data.root={root} was encoded with data.holdout={manifest['source']['holdout']}, not {holdout}"
             )
 
-    def _opened(self, line: Mapping[str, Any]) -> Index:
-        """The index of a shard, as the manifest has it."""
+    def _opened(self, line: Mapping[str, Any], note: Mapping[str, str]) -> Index:
+        """The index of a shard, as the manifest has it; its own note says that it belongs there."""
         file = self.root / line["file"]
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; {REPAIR}")
         if file.stat().st_size != line["bytes"]:
             raise ValueError(f"{file} has {file.stat().st_size:,} bytes, not {line['bytes']:,}; {REPAIR}")
         index = read_index(file)
-        if manifest_line(file, index) != dict(line):
+        if manifest_line(file, index) != dict(line) or not note.items() <= index.note.items():
             raise ValueError(f"{file} is not the one that the manifest describes; {REPAIR}")
         del index.columns["names"]  # the longest of them, and of no use for training
         return index
@@ -311,6 +305,7 @@ class Store:
             f"{high[0]} x {high[1]} pixels (height x width), as {' and '.join(self.views.rules)}",
             f"  encoded by {codec['name']}, {' and '.join(codec['moments'])} in {self.manifest['dtype']}{mirrored}; "
             f"unscaled mean {mean:.3f}, std {std:.3f}",
+            *([f"  {self._replaced:,} show others of their class, {UNREADABLE}"] if self._replaced else []),
         ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -121,7 +121,11 @@ class Views:
         if view not in ("native", "square", "mixed", "flexible"):
             raise ValueError(f"data.view={view} is unknown; choose native, square, mixed or flexible")
         if view != "native" and size % unit:
-            raise ValueError(f"data.size={size} must be a multiple of {unit} pixels (tokenizer stride x patch)")
+            legal = dict.fromkeys(f"{max(side, 1) * unit}" for side in (size // unit, -(-size // unit)))
+            raise ValueError(
+                f"data.size={size} must be a multiple of {unit} pixels (tokenizer stride x patch); "
+                f"the nearest legal sizes are {' and '.join(legal)}"
+            )
         self.name = view
         self.size = size
         self.unit = unit
@@ -135,6 +139,19 @@ class Views:
         }[view]  # type: ignore[assignment]
         names = list(self.rules)
         self.slots = [[names[0]], [names[1], names[0]]] if view == "flexible" else [[name] for name in names]
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], unit: int) -> Views:
+        """The views that the options of `data` ask for.
+
+        Raises:
+            ValueError: see above; or a number that is too small.
+        """
+        at_least(1, size=data["size"], max_tokens=data["max_tokens"])
+        at_least(1, or_null=True, max_image_tokens=data["max_image_tokens"])
+        at_least(2, or_null=True, holdout=data["holdout"])
+        limit = min(data["max_image_tokens"] or data["max_tokens"], data["max_tokens"])
+        return cls(data["view"], data["size"], unit, limit)
 
     def entries(self, heights: Sequence[int], widths: Sequence[int]) -> Entries:
         """All that is shown of images of these sizes."""
@@ -170,6 +187,21 @@ class Views:
             return 0
         sides = zip(heights, widths, strict=True)
         return sum((h // self.unit) * (w // self.unit) > self.max_tokens for h, w in sides)
+
+
+def at_least(least: int, or_null: bool = False, **numbers: object) -> None:
+    """Check numbers of `data`, by key.
+
+    Raises:
+        ValueError: one is smaller, or not whole; or null, unless that is allowed.
+    """
+    for key, number in numbers.items():
+        if number is None and or_null:
+            continue
+        if not isinstance(number, int) or number < least:
+            given = "null" if number is None else number
+            allowed = ", or null" if or_null else ""
+            raise ValueError(f"data.{key}={given} must be a whole number of at least {least}{allowed}")
 
 
 def _first(slot: Sequence[str], places: Mapping[str, np.ndarray]) -> np.ndarray:

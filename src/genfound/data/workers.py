@@ -7,6 +7,8 @@ from typing import Any, TypeVar, cast
 
 from torch.utils.data import DataLoader, Dataset
 
+from genfound.data.views import at_least
+
 Item = TypeVar("Item")
 AHEAD = 4
 """Items that each worker has ready."""
@@ -35,8 +37,9 @@ def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_me
         pin_memory: page-locked host memory, for CUDA.
 
     Raises:
-        ValueError, OSError: as the data set raised it.
+        ValueError, OSError: as the data set raised it; or a worker was killed.
     """
+    at_least(0, num_workers=workers)
     loader = DataLoader(
         _Caught(dataset),
         batch_size=None,
@@ -47,10 +50,22 @@ def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_me
         pin_memory=pin_memory,
         prefetch_factor=AHEAD if workers else None,
     )
-    return map(_raised, iter(loader))
+    return _items(iter(loader))
 
 
-def _raised(item: Any) -> Any:
-    if isinstance(item, Exception):
-        raise item
-    return item
+def _items(loaded: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            item = next(loaded)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise ValueError(
+                "a process that reads the data was ended from outside, most often because memory was short: "
+                "set a smaller data.num_workers, or 0, and give the same command again"
+            ) from error
+        if isinstance(item, Exception):
+            raise item
+        yield item

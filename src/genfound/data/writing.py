@@ -1,0 +1,109 @@
+"""Folders that several processes share, on one machine or several: files are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""Folder of unfinished files, beside where they belong."""
+
+STALE = 3600
+"""After so many seconds without a change an unfinished file is given up where a file system has no locks."""
+
+
+def write_whole(file: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a file elsewhere, and give it its name when it is on the disk.
+
+    Unfinished files lie in the folder `.partial` beside it. A killed process leaves its own there, and the next
+    one that writes, and finds nobody else writing, removes them with the folder.
+
+    Raises:
+        OSError: the file cannot be written; nothing of it stays.
+    """
+    with _partial(file.parent) as folder:
+        process = f"{os.uname().nodename}-{os.getpid()}-{os.environ.get('RANK', '0')}"
+        temporary = folder / f"{process}-{file.name}"
+        try:
+            mode = _created(temporary)
+            save(temporary)
+            temporary.chmod(mode)  # safetensors lets nobody else read what it writes
+            with open(temporary, "rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _created(file: Path) -> int:
+    """The mode of an empty file that is there now, also where no lock has kept others from removing its folder."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            file.touch()
+            return file.stat().st_mode
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _locked(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _partial(beside: Path) -> Iterator[Path]:
+    """The folder of unfinished files, which nobody removes meanwhile; the last to leave does."""
+    folder = beside / PARTIAL
+    descriptor = _entered(folder)
+    try:
+        yield folder
+    finally:
+        _clear(folder, descriptor)
+        os.close(descriptor)
+
+
+def _entered(folder: Path) -> int:
+    """A descriptor that shares the lock of the folder, which is there."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            descriptor = os.open(folder, os.O_RDONLY)
+            _locked(descriptor, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                    return descriptor
+            os.close(descriptor)
+
+
+def _clear(folder: Path, descriptor: int) -> None:
+    """Remove the folder with what killed processes left in it, unless another process writes there."""
+    with contextlib.suppress(OSError):
+        only = _locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in folder.iterdir():
+            if only or time.time() - file.stat().st_mtime > STALE:
+                file.unlink()
+        folder.rmdir()
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    """Whether a lock was had; False where the file system has none.
+
+    Raises:
+        BlockingIOError: another process has it, and `kind` does not wait.
+    """
+    try:
+        fcntl.flock(descriptor, kind)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True

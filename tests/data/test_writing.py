@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from genfound.data import writing
+from genfound.data.writing import PARTIAL, STALE, write_whole
+
+
+def none(*_: object) -> None:
+    """As `flock` on a file system without locks."""
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def write_many(folder: Path, rank: int) -> int:
+    """Files of one's own, and one that all write."""
+    os.environ["RANK"] = str(rank)
+    for i in range(60):
+        write_whole(folder / "common", lambda temporary: temporary.write_text("the same"))
+        write_whole(folder / f"{rank}-{i}", lambda temporary: temporary.write_text("own"))
+    return rank
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_that_write_at_once_never_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    if not locks:
+        monkeypatch.setattr(writing.fcntl, "flock", none)
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+        assert list(pool.map(write_many, [tmp_path] * 4, range(4))) == [0, 1, 2, 3]
+    names = {"common", *(f"{rank}-{i}" for rank in range(4) for i in range(60))}
+    assert {file.name for file in tmp_path.iterdir()} == names  # the folder of unfinished files is gone as well
+    assert {file.read_text() for file in tmp_path.iterdir()} == {"own", "the same"}
+
+
+def test_temporaries_name_host_process_and_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    names: list[str] = []
+    write_whole(tmp_path / "a", lambda temporary: names.append(temporary.name))
+    assert names == [f"{os.uname().nodename}-{os.getpid()}-3-a"]
+
+
+def test_what_killed_processes_left_goes_when_nobody_else_writes(tmp_path: Path) -> None:
+    left = tmp_path / PARTIAL / "other-17-0-b"
+    left.parent.mkdir()
+    left.write_text("half")
+    other = os.open(left.parent, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_SH)  # as a process that is writing
+    write_whole(tmp_path / "a", lambda temporary: temporary.write_text(""))
+    assert left.read_text() == "half"
+    os.close(other)
+    write_whole(tmp_path / "a", lambda temporary: temporary.write_text(""))
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_without_locks_only_what_is_old_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing.fcntl, "flock", none)
+    old, new = tmp_path / PARTIAL / "old", tmp_path / PARTIAL / "new"
+    old.parent.mkdir()
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, new.stat().st_mtime - STALE - 1))
+    with writing.alone(tmp_path):
+        write_whole(tmp_path / "a", lambda temporary: temporary.write_text("whole"))
+    assert (tmp_path / "a").read_text() == "whole"
+    assert not old.exists() and new.exists()
+
+
+def test_a_failed_write_leaves_nothing_and_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def full(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a", full)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
