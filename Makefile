@@ -23,10 +23,10 @@ demo: install  ## train the default on this machine (minutes on two cores), then
 	@echo "pictures: runs/demo/grid.png, and those of the training in runs/default/default/samples/"
 
 test: install  ## the tests, on the CPU and offline
-	$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2
+	$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist worksteal
 
 test-all: install  ## also the slow ones
-	$(BIN)/python -m pytest -m 'not gpu' -n 2
+	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
