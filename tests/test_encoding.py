@@ -235,9 +235,9 @@ def test_shards_of_another_store_are_kept(images: Path, whole: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["dtype=int8"], "dtype=int8 is unknown; choose fp16, bf16, fp32"),
-        (["shard_images=0"], "shard_images=0 must be at least 1"),
-        (["patch_size=0"], "patch_size=0 must be at least 1"),
+        (["dtype=int8"], "dtype=int8 is unknown; choose one of fp16, bf16, fp32"),
+        (["shard_images=0"], "shard_images=0 must be a whole number of at least 1"),
+        (["patch_size=0"], "patch_size=0 must be a whole number of at least 1"),
         (["data.holdout=0"], r"data\.holdout=0 must be a whole number of at least 2"),
         (["data.source=store"], r"data\.source=store: only images can be encoded; set data\.source=images"),
     ],

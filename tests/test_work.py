@@ -19,7 +19,9 @@ with held(Path(sys.argv[1])):
 """
 
 APART = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the process that runs the tests ignores
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from genfound.work import run_apart
 child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 run_apart([sys.executable, "-c", child], dict(os.environ))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from genfound.backbones.base import Backbone
+from genfound.checks import whole
 from genfound.data import latents
 from genfound.data.base import ImageSource
 from genfound.data.loader import MicroBatches, TrainLoader
@@ -24,7 +25,6 @@ from genfound.data.order import Order
 from genfound.data.packing import Chunker, Grouper, Packer
 from genfound.data.pictures import Assembly
 from genfound.data.plan import Plan
-from genfound.data.views import at_least
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
@@ -217,7 +217,7 @@ def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: in
     grouper: Grouper
     if config["layout"]["name"] == "dense":
         micro = config["data"]["batch_size"]
-        at_least(1, batch_size=micro)
+        whole("data.batch_size", micro, 1)
         per_step, rest = divmod(config["batch"]["images"] or config["optimizer"]["images_per_step"], micro)
         if rest or not per_step:
             raise ValueError(f"batch.images must be a multiple of data.batch_size={micro}")

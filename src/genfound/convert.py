@@ -6,21 +6,20 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from genfound import launch, paths
+from genfound import command_line, paths
 
 
 def _task(cfg: DictConfig) -> None:
     from genfound.loading import convert
 
     config = paths.plain(cfg)
-    hints = {key: value for key, value in config["hints"].items() if value is not None}
-    written = convert(Path(config["from"]), config["to"], config["format"], config["weights"], **hints)
+    written = convert(Path(config["from"]), config["to"], config["format"], config["weights"], **config["hints"])
     print(f"{written.tensors:,} tensors, {written.parameters:,} parameters: {written.file} ({written.format})")
 
 
 def main() -> None:
     """Console entry point."""
-    launch.entry(_task, "convert")
+    command_line.entry(_task, "convert")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ all, so the number of processes and an interruption change no pixel.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import numpy as np
 
 from genfound.backbones.base import Backbone
 from genfound.metrics.images import ImageSet, digest
+from genfound.metrics.npz import write_npz
+from genfound.paths import write_atomically
 from genfound.reporting.progress import Progress, silent
 from genfound.rng import Rng
 from genfound.sampling import Request, Sampling
@@ -101,10 +102,7 @@ class Drawn:
 
     def begin(self) -> None:
         """Write the requests into the folder, for `open`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".requests.{os.getpid()}.npz"
-        np.savez(temporary, labels=self.labels, sizes=self.sizes)
-        temporary.replace(self.folder / "requests.npz")
+        write_npz(self.folder / "requests.npz", {"labels": self.labels, "sizes": self.sizes})
 
     @property
     def missing(self) -> int:
@@ -139,10 +137,7 @@ class Drawn:
 
         for part in missing:
             images = sampling.draw(net, [self.requests[k] for k in self.parts[part]], seed, within)
-            file = self._file(part)
-            temporary = file.with_name(f".{file.stem}.{os.getpid()}.npy")
-            np.save(temporary, np.stack(images))
-            temporary.replace(file)
+            write_atomically(self._file(part), functools.partial(_save, np.stack(images)))
             done += len(images)
 
     def __len__(self) -> int:
@@ -155,3 +150,8 @@ class Drawn:
 
     def _file(self, part: int) -> Path:
         return self.folder / f"images-{part:06d}.npy"
+
+
+def _save(images: np.ndarray, file: Path) -> None:
+    with open(file, "wb") as stream:  # numpy would add a suffix to a name
+        np.save(stream, images)

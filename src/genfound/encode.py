@@ -7,13 +7,14 @@ import sys
 
 from omegaconf import DictConfig
 
-from genfound import launch, paths
+from genfound import command_line, launch, paths
 
 
 def _task(cfg: DictConfig) -> None:
     import torch
 
     from genfound import build
+    from genfound.checks import whole
     from genfound.encoding import encode, end_with_group, run_group
 
     end_with_group()
@@ -21,12 +22,11 @@ def _task(cfg: DictConfig) -> None:
     config = paths.plain(cfg)
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in _PLACE.items())
     device = build.device(config["accelerator"])
-    if config["devices"] is not None and config["devices"] < 1:
-        raise ValueError(f"devices={config['devices']} must be at least 1, or null: one for each CUDA device")
+    whole("devices", config["devices"], 1, or_null=True)
     wanted = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
     if ranks == 1 and wanted > 1:
         if not run_group([sys.executable, "-m", "genfound.encode", *sys.argv[1:]], wanted):
-            raise launch.JobError
+            raise command_line.JobError
         return
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
@@ -40,7 +40,7 @@ _PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 def main() -> None:
     """Console entry point."""
-    launch.entry(_task, "encode")
+    command_line.entry(_task, "encode")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from genfound import build
+from genfound.checks import known, whole
 from genfound.data import store
 from genfound.data.base import PictureSource
 from genfound.data.destination import Destination
@@ -67,11 +68,9 @@ class Encoding:
             raise ValueError(
                 f"data.source={config['data']['source']}: only images can be encoded; set data.source=images"
             )
-        if config["dtype"] not in DTYPES:
-            raise ValueError(f"dtype={config['dtype']} is unknown; choose {', '.join(DTYPES)}")
+        known("dtype", config["dtype"], DTYPES)
         for key in ("patch_size", "shard_images"):
-            if (config[key] or 0) < 1:
-                raise ValueError(f"{key}={config[key]} must be at least 1")
+            whole(key, config[key], 1)
         self.config, self.device = config, device
         self.dtype = DTYPES[config["dtype"]]
         self.variants = 2 if config["data"]["flip"] else 1

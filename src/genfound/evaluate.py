@@ -5,7 +5,7 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from genfound import launch, paths
+from genfound import command_line, launch, paths
 
 
 def _task(cfg: DictConfig) -> None:
@@ -13,12 +13,12 @@ def _task(cfg: DictConfig) -> None:
 
     launch.keep_freed_memory()
     config = paths.plain(cfg)
-    evaluate(Asked(config, launch.chosen(), str(HydraConfig.get().runtime.choices["protocol"])))
+    evaluate(Asked(config, command_line.chosen(), str(HydraConfig.get().runtime.choices["protocol"])))
 
 
 def main() -> None:
     """Console entry point."""
-    launch.entry(_task, "evaluate")
+    command_line.entry(_task, "evaluate")
 
 
 if __name__ == "__main__":

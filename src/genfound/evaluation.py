@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from genfound import build, paths
+from genfound import build, checks, paths
 from genfound.drawing import DATA, Drawn, check_labels, make_requests
 from genfound.extraction import DrawTask, Where, network_hash, perform, shown, weak_hash
 from genfound.loading import Loaded, load
@@ -186,8 +186,7 @@ def place_of(config: Config, source: Path) -> Place:
 def check(config: Config) -> None:
     """Raise a ValueError for what can be known to be wrong before anything is made."""
     for key in COUNTS:
-        if config[key] is not None and (type(config[key]) is not int or config[key] < 1):
-            raise ValueError(f"{key}={config[key]} must be a whole number of at least 1")
+        checks.whole(key, config[key], 1, or_null=True)
     check_convention(config["convention"], config["extractor"])
     check_labels(config["labels"])
     for row in config["table"] or ():
@@ -209,22 +208,10 @@ def wanted_sizes(config: Config, loaded: Loaded) -> list[Size | str]:
         return [DATA]
     if asked is None:
         asked = [row["size"] for row in config["table"] or ()] or list(loaded.sizes[0])
-    sizes = pairs(asked)
+    sizes = checks.sizes("sizes", asked)
     for size in sizes:
         check_size(size, loaded.tokenizer.spec.stride * loaded.config["model"]["patch_size"])
     return list(sizes)
-
-
-def pairs(asked: Any) -> list[Size]:
-    """[H, W] or [[H, W], ...] as pairs.
-
-    Raises:
-        ValueError: anything else.
-    """
-    rows = asked if isinstance(asked, list) and asked and isinstance(asked[0], list) else [asked]
-    if not all(isinstance(row, list) and len(row) == 2 and all(type(side) is int for side in row) for row in rows):
-        raise ValueError(f"sizes={asked} must be [height,width] or a list of such pairs, in pixels, or data")
-    return [(row[0], row[1]) for row in rows]
 
 
 def drawn(
@@ -251,7 +238,7 @@ def drawn(
         hash=subject["hash"],
         weak=weak,
         rope=config["rope"],
-        hints=_hints(config),
+        hints=config["hints"],
         config=how,
         seed=config["seed"],
         batch=config["batch"],
@@ -271,7 +258,7 @@ def given(config: Config, source: Path, place: Place) -> Samples:
     images = open_images(source)
     size = common_size(images)
     if config["sizes"] not in (None, DATA):
-        wanted = pairs(config["sizes"])
+        wanted = checks.sizes("sizes", config["sizes"])
         if wanted != [size]:
             asked = " and ".join(map(shown, wanted))
             raise ValueError(f"from={source} holds images of {shown(size or 'mixed')} pixels, not {asked}")
@@ -307,7 +294,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def _load(config: Config, source: Path) -> Loaded:
-    loaded = load(source, weights=config["weights"], **_hints(config))
+    loaded = load(source, weights=config["weights"], **config["hints"])
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])
@@ -323,10 +310,6 @@ def _earlier(config: Config, place: Place) -> list[Result]:
     if empty:
         raise ValueError(f"compare: {empty[0]} holds no results; give a run, or the results.jsonl of one")
     return [result for _, results in found for result in results]
-
-
-def _hints(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config["hints"].items() if value is not None}
 
 
 def _draw(samples: Samples, place: Place) -> None:

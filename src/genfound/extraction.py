@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from genfound import build, launch
+from genfound import build, command_line, launch
 from genfound.backbones.base import Backbone
 from genfound.data.base import LatentSource, PictureSource
 from genfound.data.pictures import Normaliser, to_uint8
@@ -271,7 +271,7 @@ def perform(task: Task, devices: int, file: Path) -> None:
         file: where to write the task for them.
 
     Raises:
-        launch.JobError: a process failed, and has said why.
+        command_line.JobError: a process failed, and has said why.
     """
     if devices == 1:
         task.run(0, 1, build.device(task.accelerator), Counter(task.makes))
@@ -288,7 +288,7 @@ def perform(task: Task, devices: int, file: Path) -> None:
     finally:
         file.unlink(missing_ok=True)
     if code:
-        raise launch.JobError
+        raise command_line.JobError
 
 
 def _worker(file: Path) -> None:
@@ -307,8 +307,8 @@ def _worker(file: Path) -> None:
     try:
         counter = Counter(f"{task.makes} on the first of {ranks} processes")
         task.run(rank, ranks, device, counter if rank == 0 else silent)
-    except launch.USER_ERRORS as error:
-        launch.complain(str(error))
+    except command_line.USER_ERRORS as error:
+        command_line.complain(str(error))
         sys.exit(1)
 
 

@@ -1,117 +1,28 @@
 """From a composed configuration to running jobs.
 
-The process that reads the command line composes and launches. A single job on one device trains in it; every
-job of a sweep, and every job on several devices, is a process group of its own that reads the run's
-config.yaml. So ranks can never disagree about what they train, and a job that fails leaves the others alone.
+The process of the command line launches. A single job on one device trains in it; every job of a sweep, and
+every job on several devices, is a process group of its own that reads the run's config.yaml. So ranks can never
+disagree about what they train, and a job that fails leaves the others alone.
 """
 
 from __future__ import annotations
 
 import ctypes
-import difflib
 import os
-import re
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from genfound import paths
+from genfound.command_line import USER_ERRORS, JobError, complain, frugal
 from genfound.work import held
-
-SEVERAL_TYPES = (
-    "model.learn_sigma", "objective.time_shift", "sampler.shift", "sampler.steps",
-    "labels", "size", "sizes", "rope.target",
-)  # fmt: skip
-"""Keys whose values may be of another type than their default."""
-
-ALWAYS_SET = ("objective.", "sampler.", "guidance.")
-"""Groups of which only keys that are null may be null."""
-
-OF_THE_RUN = ("sampler", "guidance")
-"""Groups that a command with `from=RUN` takes from the run, unless they are chosen."""
-
-
-class JobError(ValueError):
-    """A job failed in a process of its own, where it has said why."""
-
-
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
-"""What a user can mend; said in one line, with the traceback in the run's FAILED."""
-
-
-LESS = {
-    "train": "a smaller data.max_tokens (dense layouts: data.batch_size; the global step stays what it is), "
-    "model.activation_checkpointing=true, or a smaller sample.batch for previews",
-    "sample": "a smaller batch or size",
-    "evaluate": "a smaller batch or sizes",
-    "encode": "a smaller tokenizer.pixels_per_call, data.max_image_tokens, or tokenizer.precision=bf16 (another "
-    "out=, once there are shards)",
-}
-"""What a command needs less memory with."""
-
-
-@contextmanager
-def frugal(command: str) -> Iterator[None]:
-    """Name the way out where a device has no more memory.
-
-    Raises:
-        ValueError: that was so.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or command not in LESS:
-            raise
-        reason = str(error).partition(". See documentation")[0].splitlines()[0]
-        raise ValueError(f"{reason} -- it needs less with {LESS[command]}") from error
-
-
-def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
-
-    Exits with 1, after one line on standard error for each, if the configuration or a job is wrong.
-    """
-    errors: list[str] = []
-
-    def job(cfg: DictConfig) -> None:
-        try:
-            _check(cfg, config_name)
-            with frugal(config_name):
-                task(cfg)
-        except USER_ERRORS as error:
-            errors.append(str(error))
-            complain(str(error))
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        _refuse_new_keys(sys.argv[1:])
-        _added[:] = _choices_of_the_run(config_name, sys.argv[1:])
-        sys.argv[1:] = [*_added, *sys.argv[1:]]
-        hydra.main(version_base="1.3", config_path=paths.config_dir(), config_name=config_name)(job)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        errors.append(str(error))
-        complain(_composition_error(error, config_name))
-    sys.exit(1 if errors else 0)
-
-
-def complain(message: str) -> None:
-    """One line on standard error."""
-    if message:
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def train(cfg: DictConfig) -> None:
@@ -182,102 +93,6 @@ def _reached(cfg: DictConfig, result: dict[str, Any]) -> bool:
 
 def _summary(result: dict[str, Any]) -> str:
     return "  ".join(f"{key} {value}" for key, value in result.items())
-
-
-def _check(cfg: DictConfig, config_name: str) -> None:
-    """Refuse values that are missing, or of another type than the default.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
-    choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
-    default, given = (paths.flatten(paths.plain(c, resolve=False)) for c in (hydra.compose(config_name, choices), cfg))
-    for key, value in given.items():
-        usual = default.get(key)
-        if usual is None or usual == "???" or (value is None and not key.startswith(ALWAYS_SET)):
-            continue
-        if not (_alike(value, usual) or (key in SEVERAL_TYPES and value is not None)):
-            raise ValueError(f"{key}={value} must be {TYPES[type(usual)]}, such as {usual}")
-
-
-TYPES = {float: "a number", int: "a whole number", bool: "true or false", list: "a list", str: "a text"}
-
-
-def _alike(value: Any, usual: Any) -> bool:
-    """Whether a value is of the type of another one; whole numbers are numbers, truth values are not."""
-    if isinstance(usual, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(usual, list) and usual and isinstance(value, list):
-        return all(_alike(item, usual[0]) for item in value)
-    return type(value) is type(usual) or type(usual) not in TYPES
-
-
-_added: list[str] = []
-
-
-def _choices_of_the_run(config_name: str, arguments: list[str]) -> list[str]:
-    """`sampler=NAME guidance=NAME` of the run in `from=`, so that single keys of them can be set.
-
-    With what such an option must be told, the weaker network of autoguidance.
-    """
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    origin = Path(given.get("from", ""))
-    folder = origin.parent.parent if origin.suffix == ".ckpt" else origin
-    if config_name not in ("sample", "evaluate") or "from" not in given or not (folder / "config.yaml").is_file():
-        return []
-    config, choices = paths.read_config(folder), []
-    for group in (group for group in OF_THE_RUN if group not in given):
-        name = config[group]["name"]
-        choices.append(f"{group}={name}")
-        needed = [key for key, value in paths.read_option(group, name).items() if value == "???"]
-        choices += [f"{group}.{key}='{config[group][key]}'" for key in needed if f"{group}.{key}" not in given]
-    return choices
-
-
-def chosen() -> list[str]:
-    """The overrides of the command line, without the choices that were added for the run."""
-    return [override for override in HydraConfig.get().overrides.task if override not in _added]
-
-
-def _refuse_new_keys(arguments: list[str]) -> None:
-    """`+key=value` would add a key that nothing reads."""
-    for argument in arguments:
-        match = re.match(r"(\+{1,2})(?!hydra)([^=]+)=", argument)
-        if match:
-            raise ValueError(f"unknown key {match[2]}: {argument} would add it, and nothing would read it; drop the +")
-
-
-def _composition_error(error: Exception, config_name: str) -> str:
-    """Hydra's messages, in one line that names the key and the nearest real one."""
-    text = f"{error} {error.__cause__ or ''}"
-    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    if key and ("not in struct" in text or "Could not override" in text):
-        groups = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-        group = key[1].partition(".")[0]
-        foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
-        near = difflib.get_close_matches(key[1], _known_keys(config_name, sys.argv[1:]), 1, 0.85 if foreign else 0.6)
-        return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-    listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"
-    option = re.search(listed, text, re.DOTALL)
-    if option:
-        return f"{option[1]}={option[2]} is unknown; choose one of {', '.join(option[3].split())}"
-    return text
-
-
-def _known_keys(config_name: str, arguments: list[str]) -> list[str]:
-    """The keys of a configuration with these choices of options."""
-    groups = [path.name for path in Path(paths.config_dir()).iterdir() if path.is_dir()]
-    choices = [argument for argument in arguments if argument.partition("=")[0] in groups]
-    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
-        try:
-            composed = hydra.compose(config_name, choices)
-        except HydraException:
-            composed = hydra.compose(config_name)
-        flat = paths.flatten(paths.plain(composed, resolve=False))
-    return sorted(flat.keys() | {key.rpartition(".")[0] for key in flat})
 
 
 def _worker(folder: Path) -> None:

@@ -71,8 +71,8 @@ def load(path: str | Path, weights: str = "ema", **hints: Any) -> Loaded:
         path: a run `runs/<study>/<name>` (its newest checkpoint), a file in its checkpoints/, a file of
             `genfound.convert`, or an official checkpoint (.pt, .pth, .bin, .safetensors, an accelerate folder).
         weights: `ema` (the first decay) or `raw`.
-        hints: what an official file does not tell: `family` (DiT and SiT look alike), `num_heads` for a size that
-            was never published, `tokenizer` (a folder with its weights), and any other key of `model`.
+        hints: what an official file does not tell, or `None`: `family` (DiT and SiT look alike), `num_heads` for a
+            size that was never published, `tokenizer` (a folder with its weights), and any other key of `model`.
 
     Raises:
         FileNotFoundError: nothing is there, or the run has no checkpoint.
@@ -91,6 +91,7 @@ def load(path: str | Path, weights: str = "ema", **hints: Any) -> Loaded:
 
 def find(path: Path, weights: str, **hints: Any) -> Found:
     """Read weights of any origin; see `load`."""
+    hints = {key: value for key, value in hints.items() if value is not None}
     found = _ours(path, weights)
     if found is None:
         return _released(_open(path, weights, hints.pop("family", None)), hints, path)

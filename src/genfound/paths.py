@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
                 f"{folder} was trained with another configuration ({listed}); "
                 "choose another name=..., or allow_changes=true to continue it changed"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    write_atomically(file, lambda temporary: temporary.write_text(text))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -143,23 +143,27 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that a reader never sees half of it."""
+def write_atomically(file: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a file under another name, so that a reader never sees half of it; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(file)
+    try:
+        save(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def mark_done(folder: Path, result: Mapping[str, Any]) -> None:
     """Record that a run reached its end, and where that was."""
     (folder / "FAILED").unlink(missing_ok=True)
-    write_atomically(folder / "DONE", json.dumps(dict(result)) + "\n")
+    write_atomically(folder / "DONE", lambda temporary: temporary.write_text(json.dumps(dict(result)) + "\n"))
 
 
 def mark_failed(folder: Path, traceback: str) -> None:
     """Record why a run stopped."""
     (folder / "DONE").unlink(missing_ok=True)
-    write_atomically(folder / "FAILED", traceback)
+    write_atomically(folder / "FAILED", lambda temporary: temporary.write_text(traceback))
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

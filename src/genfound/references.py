@@ -166,9 +166,8 @@ def prepare_reference(
             reference = read_reference(path, tool.extractor)
             return reference, _facts(reference, str(path), rule)
         where, view, given = Where("path", str(path)), GIVEN, given_statistics(path)
-    own = (
-        file_hash(path) if where.path == str(path) and path.is_file() else None
-    )  # before its images are used, so that they are checked
+    # Hashed before its images are used, because that compares their checksums.
+    own = file_hash(path) if where.path == str(path) and path.is_file() else None
     reference = read_reference(_kept(where, view, given, tool, place), tool.extractor)
     if own is not None:
         reference = replace(reference, hash=own)

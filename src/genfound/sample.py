@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
-from genfound import launch, paths
+from genfound import checks, command_line, launch, paths
 
 FEW = 10
 
@@ -25,15 +24,14 @@ def _task(cfg: DictConfig) -> None:
 
     launch.keep_freed_memory()
     config = paths.plain(cfg)
-    hints = {key: value for key, value in config["hints"].items() if value is not None}
-    loaded = load(config["from"], weights=config["weights"], **hints)
+    loaded = load(config["from"], weights=config["weights"], **config["hints"])
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])
-    chosen = launch.chosen()
+    chosen = command_line.chosen()
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
     labels = list(range(min(len(loaded.class_names), FEW))) if config["labels"] is None else config["labels"]
-    sizes = loaded.sizes if config["size"] is None else _sizes(config["size"])
+    sizes = loaded.sizes if config["size"] is None else checks.sizes("size", config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
     device = build.device(config["accelerator"])
     how = {**loaded.config, **settings, "sample": {"uint8": config["uint8"] or loaded.config["sample"]["uint8"]}}
@@ -49,20 +47,6 @@ def _task(cfg: DictConfig) -> None:
     print(f"{len(images)} images and their grid: {out / 'grid.png'}")
 
 
-def _sizes(size: Any) -> list[tuple[int, int]]:
-    """[H, W] or [[H, W], ...] -> pairs.
-
-    Raises:
-        ValueError: anything else.
-    """
-    pairs = size if isinstance(size, list) and size and isinstance(size[0], list) else [size]
-    if not all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(side, int) for side in pair) for pair in pairs
-    ):
-        raise ValueError(f"size={size} must be [height,width] or a list of such pairs, in pixels")
-    return [(pair[0], pair[1]) for pair in pairs]
-
-
 def _default_out(origin: Path, chosen: list[str]) -> Path:
     """In the run that is sampled from, or beside the file."""
     settings = [c for c in chosen if not c.startswith(("from=", "out="))]
@@ -73,7 +57,7 @@ def _default_out(origin: Path, chosen: list[str]) -> Path:
 
 def main() -> None:
     """Console entry point."""
-    launch.entry(_task, "sample")
+    command_line.entry(_task, "sample")
 
 
 if __name__ == "__main__":

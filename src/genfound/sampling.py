@@ -21,10 +21,11 @@ from torch import Tensor
 from genfound import build, paths, samplers
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
+from genfound.checks import known
 from genfound.data.pictures import to_uint8
 from genfound.layouts import Layout
 from genfound.loading import Loaded, load
-from genfound.objectives.base import GuidedNet, Objective, known
+from genfound.objectives.base import GuidedNet, Objective
 from genfound.reporting.progress import Progress, silent
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
@@ -189,8 +190,14 @@ class Sampling:
         field = self.objective.field(guided(net, self.guidance, self.objective.time_range, self.weak))
         options = {key: value for key, value in self.sampler.items() if key not in ("name", "steps")}
         sampler: Callable[..., Batch] = functools.partial(SAMPLERS[self.sampler["name"]], **options)
+
+        def stepped(step: int, _: Batch) -> None:
+            under_way((step + 1) / (len(times) + 1))
+
+        # An adaptive sampler would keep the states at all times for this, and show them at its end.
+        each = None if samplers.adapts(self.sampler) else stepped
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            batch = sampler(field, batch, times, rng, lambda step, _: under_way((step + 1) / (len(times) + 1)))
+            batch = sampler(field, batch, times, rng, each)
         real = torch.arange(len(labels), device=self.device) < len(requests)
         if not batch.x.isfinite().all():
             raise FloatingPointError(

@@ -15,7 +15,7 @@ from genfound.metrics import protocol
 from genfound.metrics.images import FolderImages, ImageSet, image_files, note_of
 from genfound.metrics.npz import file_hash
 from genfound.metrics.protocol import Drawing
-from genfound.samplers.adaptive import ADAPTIVE
+from genfound.samplers import adapts
 from genfound.tokenizers import Tokenizer
 
 Config = Mapping[str, Any]
@@ -115,7 +115,7 @@ def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.
 
 def _couples(sampler: Config) -> bool:
     """Whether the steps of an image depend on the others of its network call."""
-    return sampler["name"] == "dopri5" and sampler["method"] in ADAPTIVE and sampler["norm"] == "batch"
+    return adapts(sampler) and sampler["norm"] == "batch"
 
 
 def _folder_hash(images: FolderImages) -> str:

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from genfound import launch
+from genfound import command_line, launch
 
 
 def _task(cfg: DictConfig) -> None:
@@ -11,7 +11,7 @@ def _task(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console entry point."""
-    launch.entry(_task, "train")
+    command_line.entry(_task, "train")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from genfound import checkpoints
+from genfound.paths import write_atomically
 
 State = Mapping[str, Tensor]
 
@@ -109,14 +110,8 @@ def write(path: Path, state: State, note: Mapping[str, Any] | None = None) -> No
     if path.suffix != ".safetensors":
         checkpoints.save(tensors, path)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        metadata = {"format": "pt"} if note is None else {"format": "pt", OURS: json.dumps(note)}
-        safetensors.torch.save_file(tensors, temporary, metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = {"format": "pt"} if note is None else {"format": "pt", OURS: json.dumps(note)}
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
 def unwrapped(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

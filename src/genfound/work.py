@@ -41,6 +41,12 @@ def held(folder: Path, way_out: str = "give out=...", wait: bool = False) -> Ite
         _remove_empty(file.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that others may remove at any time; `exist_ok` looks twice, and fails if it goes in between."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+
+
 def remove(work: Path) -> None:
     """Remove a folder of work, and the one that it lies in unless there is other work."""
     shutil.rmtree(work, ignore_errors=True)
@@ -65,7 +71,7 @@ def run_apart(command: Sequence[str], environment: Mapping[str, str]) -> int:
 def _locked(file: Path, folder: Path, way_out: str | None) -> int:
     """The descriptor of a lock, for this process and what it starts; waits for it if there is no way out."""
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         try:
             lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:

@@ -295,9 +295,9 @@ def test_the_null_label_exists_only_with_label_dropout() -> None:
     ("options", "words"),
     [
         ({"width": 36}, r"model\.width=36.*model\.heads=2"),
-        ({"time": "data0"}, r"model\.time=data0 is unknown; choose index or data1"),
-        ({"positions": "learned"}, r"model\.positions=learned is unknown; choose rope or none"),
-        ({"adaln": "swin"}, r"model\.adaln=swin is unknown; choose normal or lora or swiglu"),
+        ({"time": "data0"}, r"model\.time=data0 is unknown; choose one of index, data1"),
+        ({"positions": "learned"}, r"model\.positions=learned is unknown; choose one of rope, none"),
+        ({"adaln": "swin"}, r"model\.adaln=swin is unknown; choose one of normal, lora, swiglu"),
         ({"adaln_rank": None}, r"model\.adaln=lora with model\.adaln_rank=None: lora needs a rank"),
         ({"adaln": "normal"}, r"model\.adaln=normal with model\.adaln_rank=8: lora needs a rank"),
         ({"ffn": "relu"}, r"model\.ffn=relu is unknown"),

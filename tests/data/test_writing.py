@@ -84,3 +84,25 @@ def test_a_failed_write_leaves_nothing_and_the_old_file(tmp_path: Path) -> None:
         write_whole(tmp_path / "a", full)
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_folder_that_another_process_removes_while_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, calls = os.mkdir, []
+
+    def gone(path: str | Path, *arguments: int) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileExistsError(errno.EEXIST, "File exists")  # it was there, and is not any more
+        make(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", gone)
+    write_whole(tmp_path / "a", lambda temporary: temporary.write_text("whole"))
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / PARTIAL).touch()
+    with pytest.raises(NotADirectoryError):
+        write_whole(tmp_path / "a", lambda temporary: temporary.write_text(""))

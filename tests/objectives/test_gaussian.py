@@ -239,7 +239,7 @@ def test_an_unknown_name_lists_the_choices(key: str, choices: list[str]) -> None
 def test_options_that_cannot_train_are_refused() -> None:
     with pytest.raises(ValueError, match=r"objective\.loss=mse does not train objective\.variance=learned_range"):
         gaussian(loss="mse")
-    with pytest.raises(ValueError, match=r"objective\.timesteps=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"objective\.timesteps=0 must be a whole number of at least 1"):
         gaussian(timesteps=0)
 
 

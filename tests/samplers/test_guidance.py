@@ -127,7 +127,7 @@ def test_an_interval_is_two_ordered_times(interval: list[float]) -> None:
 
 
 def test_unknown_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"guidance\.channels=rgb is unknown; choose all or first3"):
+    with pytest.raises(ValueError, match=r"guidance\.channels=rgb is unknown; choose one of all, first3"):
         cfg(Toy(), channels="rgb")
 
 
@@ -283,10 +283,10 @@ def test_networks_must_count_time_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "choices"), [("ends", "inclusive or strict"), ("schedule", "constant or linear or power_cosine")]
+    ("key", "choices"), [("ends", "inclusive, strict"), ("schedule", "constant, linear, power_cosine")]
 )
 def test_unknown_options_are_refused(key: str, choices: str) -> None:
-    with pytest.raises(ValueError, match=rf"guidance\.{key}=wrong is unknown; choose {choices}"):
+    with pytest.raises(ValueError, match=rf"guidance\.{key}=wrong is unknown; choose one of {choices}"):
         cfg(Toy(), **{key: "wrong"})
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
+from genfound.checks import known
 from genfound.layers.attention import attend, packed_attention
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
 from genfound.layers.ffn import SwiGLU, feed_forward
@@ -101,10 +102,10 @@ class FiT(Backbone):
     ) -> None:
         super().__init__()
         head = _head_size(width, heads)
-        self.time = _choice("time", time, "index", "data1")
+        self.time = known("model.time", time, ("index", "data1"))
         self.null_label = num_classes if label_drop > 0 else None
         self.token_spec = TokenSpec(channels, patch_size)
-        with_rope = _choice("positions", positions, "rope", "none") == "rope"
+        with_rope = known("model.positions", positions, ("rope", "none")) == "rope"
         self.rope = Rope.of(head, rope_theta, rope_scaling) if with_rope else None
         self.time_shifting = time_shifting
         self.clamp_time = clamp_time
@@ -263,7 +264,7 @@ def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:
     Raises:
         ValueError: an unknown kind, or a rank that the kind does not take.
     """
-    _choice("adaln", kind, "normal", "lora", "swiglu")
+    known("model.adaln", kind, ("normal", "lora", "swiglu"))
     if (rank is None) == (kind == "lora"):
         raise ValueError(f"model.adaln={kind} with model.adaln_rank={rank}: lora needs a rank, the others take null")
     if kind == "swiglu":
@@ -379,9 +380,3 @@ def _head_size(width: int, heads: int) -> int:
     if width % (4 * heads):
         raise ValueError(f"model.width={width} over model.heads={heads} must be a multiple of 4 for rotary positions")
     return width // heads
-
-
-def _choice(key: str, value: str, *known: str) -> str:
-    if value not in known:
-        raise ValueError(f"model.{key}={value} is unknown; choose {' or '.join(known)}")
-    return value

@@ -14,8 +14,9 @@ from genfound import build, paths
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.periodic import Periodic
+from genfound.checks import sizes
 from genfound.drawing import DATA, Drawn, make_requests
-from genfound.evaluation import Asked, check, circumstances, pairs, protocol_of, settings
+from genfound.evaluation import Asked, check, circumstances, protocol_of, settings
 from genfound.extraction import network_hash, shown, weak_hash
 from genfound.metrics.features import Features
 from genfound.metrics.figures import check_count, measure
@@ -58,7 +59,8 @@ class Evaluation(Periodic):
         self.place = Place(folder / "evaluations", references, 1, trainer["accelerator"])
         self.work = self.place.out / "work/training"
         self.data = DataSet(parts.config, parts.tokenizer.spec, len(parts.images.class_names))
-        self.sizes: list[Size | str] = [DATA] if config["sizes"] in (None, DATA) else list(pairs(config["sizes"]))
+        wanted = config["sizes"]
+        self.sizes: list[Size | str] = [DATA] if wanted in (None, DATA) else list(sizes("sizes", wanted))
         unit = parts.tokenizer.spec.stride * parts.config["model"]["patch_size"]
         for size in self.sizes:
             if not isinstance(size, str):

@@ -46,7 +46,7 @@ class Metrics(lightning.Callback):
     def _clear(self, module: GenerativeModule) -> None:
         self._loss = torch.zeros((), device=module.device)
         self._bins = torch.zeros(2, BINS, device=module.device)  # summed loss, number of images
-        self._named: dict[str, Tensor] = {}  # parts of the loss; and what the network says of each micro-batch
+        self._named: dict[str, Tensor] = {}  # parts of the loss, and what the network adds to it
         self.speed.clear()
 
     def on_train_batch_start(
@@ -71,8 +71,7 @@ class Metrics(lightning.Callback):
         weights = image_weight(images.tokens, module.objective.weight) * images.real
         self._loss += (weights * losses.total.detach()).sum() / micro.step_weight
         self._add_named({name: (weights * term).sum() / micro.step_weight for name, term in losses.terms.items()})
-        said = module.net.extra_losses() | module.net.diagnostics()
-        self._add_named({name: value.mean() / module.share for name, value in said.items()})
+        self._add_named({name: value / module.share for name, value in module.net.extra_losses().items()})
         low, high = module.objective.time_range
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
@@ -104,6 +103,7 @@ class Metrics(lightning.Callback):
         for i, (value, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
             if count:
                 metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
+        metrics |= {f"train/{name}": value.item() for name, value in module.net.diagnostics().items()}
         metrics["train/grad_norm"] = float(module.grad_norm)
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
         metrics |= self.speed.metrics(speed.tolist(), trainer.world_size)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from genfound.data.views import at_least
+from genfound.checks import whole
 
 Distance = Callable[[np.ndarray], np.ndarray]
 """Signed distance (negative inside) of points (..., 2) as x to the right and y downwards; objects have radius 1."""
@@ -119,8 +119,10 @@ class Shapes:
     ) -> None:
         if view not in ("native", "square"):
             raise ValueError(f"data.view={view} is unknown; choose native or square")
-        at_least(0, holdout=holdout)
-        at_least(1, images=images, size=size, max_tokens=max_tokens, sides=min(sides, default=0))
+        whole("data.holdout", holdout, 0)
+        least_one = {"images": images, "size": size, "max_tokens": max_tokens, "sides": min(sides, default=0)}
+        for key, value in least_one.items():
+            whole(f"data.{key}", value, 1)
         sides = list(sides) if view == "native" else [size]
         for side in sides:
             if side % unit:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from genfound.checks import whole
+
 FEWEST_TOKENS = 16
 """FiT's recipe leaves smaller images out."""
 
@@ -147,9 +149,10 @@ class Views:
         Raises:
             ValueError: see above; or a number that is too small.
         """
-        at_least(1, size=data["size"], max_tokens=data["max_tokens"])
-        at_least(1, or_null=True, max_image_tokens=data["max_image_tokens"])
-        at_least(2, or_null=True, holdout=data["holdout"])
+        for key, least in (("size", 1), ("max_tokens", 1)):
+            whole(f"data.{key}", data[key], least)
+        for key, least in (("max_image_tokens", 1), ("holdout", 2)):
+            whole(f"data.{key}", data[key], least, or_null=True)
         limit = min(data["max_image_tokens"] or data["max_tokens"], data["max_tokens"])
         return cls(data["view"], data["size"], unit, limit)
 
@@ -187,21 +190,6 @@ class Views:
             return 0
         sides = zip(heights, widths, strict=True)
         return sum((h // self.unit) * (w // self.unit) > self.max_tokens for h, w in sides)
-
-
-def at_least(least: int, or_null: bool = False, **numbers: object) -> None:
-    """Check numbers of `data`, by key.
-
-    Raises:
-        ValueError: one is smaller, or not whole; or null, unless that is allowed.
-    """
-    for key, number in numbers.items():
-        if number is None and or_null:
-            continue
-        if not isinstance(number, int) or number < least:
-            given = "null" if number is None else number
-            allowed = ", or null" if or_null else ""
-            raise ValueError(f"data.{key}={given} must be a whole number of at least {least}{allowed}")
 
 
 def _first(slot: Sequence[str], places: Mapping[str, np.ndarray]) -> np.ndarray:

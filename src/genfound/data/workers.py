@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 from torch.utils.data import DataLoader, Dataset
 
-from genfound.data.views import at_least
+from genfound.checks import whole
 
 Item = TypeVar("Item")
 AHEAD = 4
@@ -39,7 +39,7 @@ def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_me
     Raises:
         ValueError, OSError: as the data set raised it; or a worker was killed.
     """
-    at_least(0, num_workers=workers)
+    whole("data.num_workers", workers, 0)
     loader = DataLoader(
         _Caught(dataset),
         batch_size=None,

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..work import make_folder
+
 PARTIAL = ".partial"
 """Folder of unfinished files, beside where they belong."""
 
@@ -42,7 +44,7 @@ def write_whole(file: Path, save: Callable[[Path], object]) -> None:
 def _created(file: Path) -> int:
     """The mode of an empty file that is there now, also where no lock has kept others from removing its folder."""
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         with contextlib.suppress(FileNotFoundError):
             file.touch()
             return file.stat().st_mode
@@ -74,9 +76,9 @@ def _partial(beside: Path) -> Iterator[Path]:
 def _entered(folder: Path) -> int:
     """A descriptor that shares the lock of the folder, which is there."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-            descriptor = os.open(folder, os.O_RDONLY)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             _locked(descriptor, fcntl.LOCK_SH)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), folder.stat()):

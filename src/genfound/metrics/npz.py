@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import tokenize
 import zipfile
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
+
+from genfound.paths import write_atomically
 
 BLOCK = 1 << 20
 DAMAGE = (
@@ -36,9 +37,8 @@ class Stack(NamedTuple):
 
 def write_npz(file: Path, arrays: Mapping[str, np.ndarray | Stack]) -> None:
     """Write arrays uncompressed, the file whole or not at all; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+
+    def save(temporary: Path) -> None:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -49,9 +49,8 @@ def write_npz(file: Path, arrays: Mapping[str, np.ndarray | Stack]) -> None:
                             member.write(np.ascontiguousarray(image).tobytes())
                     else:
                         np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(file, save)
 
 
 def read_member(file: Path, name: str) -> np.ndarray | None:

@@ -7,7 +7,6 @@ seed give the same probe, so that two runs on one data set share it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.nn.functional import cross_entropy, interpolate, relu
 
 from genfound.metrics.extractor import full_precision, tensors_hash, to_tensor
 from genfound.metrics.images import Chosen, ImageSet, digest
+from genfound.paths import write_atomically
 
 SIDE, WIDTH = 32, 64
 IMAGES, EPOCHS, BATCH, RATE, SEED = 4096, 6, 64, 3e-3, 0
@@ -76,11 +76,9 @@ class Probe:
 
     def save(self, file: Path) -> None:
         """Write the probe, whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
         state = {key: value.cpu().contiguous() for key, value in self.net.state_dict().items()}
-        save_file(state, temporary, {"probe": json.dumps({"accuracy": self.accuracy})})
-        temporary.replace(file)
+        note = {"probe": json.dumps({"accuracy": self.accuracy})}
+        write_atomically(file, lambda temporary: save_file(state, temporary, note))
 
     @classmethod
     def load(cls, file: Path, device: torch.device) -> Probe:

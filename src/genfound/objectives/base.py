@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -86,41 +85,3 @@ def told_steps(net: GuidedNet) -> GuidedNet:
     net = copy.copy(net)
     net.time = "index"  # type: ignore[attr-defined]
     return net
-
-
-def number(key: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
-    """The value, if it is a finite number in [low, high], and above `low` where it has to be.
-
-    Raises:
-        ValueError: it is not.
-    """
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if numeric and math.isfinite(value) and low <= value <= high and not (above and value == low):
-        return float(value)
-    least = f" above {low:g}" if above else f" of at least {low:g}" if math.isfinite(low) else ""
-    most = f"{' and' if least else ''} at most {high:g}" if math.isfinite(high) else ""
-    raise ValueError(f"{key}={value} must be a finite number{least}{most}")
-
-
-def interval(key: str, value: object) -> tuple[float, float]:
-    """The value, if it is [low, high] with low <= high.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
-        low, high = number(key, value[0]), number(key, value[1])
-        if low <= high:
-            return low, high
-    raise ValueError(f"{key}={value} must be [low, high] with low <= high")
-
-
-def known(key: str, value: str, names: Collection[str]) -> str:
-    """The value, if it is one of the names.
-
-    Raises:
-        ValueError: it is not; the message lists them.
-    """
-    if value not in names:
-        raise ValueError(f"{key}={value} is unknown; choose one of {', '.join(names)}")
-    return value

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, known, number
+from genfound.checks import known, number
+from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during
 from genfound.objectives.clock import ask, told
 from genfound.objectives.conversions import PREDICTIONS, Views
 from genfound.objectives.paths import PATHS, Path, PathPoint

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, known, told_steps
+from genfound.checks import known, whole
+from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, told_steps
 from genfound.objectives.betas import SCHEDULES, Sections, spaced
 from genfound.objectives.likelihood import discretised_bits, kl_bits
 from genfound.objectives.process import (
@@ -77,8 +78,7 @@ class Gaussian:
         clip_x0: bool,
         weight: str,
     ) -> None:
-        if timesteps < 1:
-            raise ValueError(f"objective.timesteps={timesteps} must be at least 1")
+        whole("objective.timesteps", timesteps, 1)
         betas = SCHEDULES[known("objective.schedule", schedule, SCHEDULES)](timesteps)
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError(

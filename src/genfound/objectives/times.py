@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import interval, number
+from genfound.checks import interval, number, whole
 from genfound.objectives.paths import Path
 from genfound.rng import Rng
 
@@ -138,6 +138,5 @@ def time_grid(steps: int, start: float, end: float) -> Tensor:
     Raises:
         ValueError: fewer than one step.
     """
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"sampler.steps={steps} must be a whole number of at least 1")
+    whole("sampler.steps", steps, 1)
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)

@@ -26,6 +26,11 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
+def adapts(options: Mapping[str, Any]) -> bool:
+    """Whether a sampler, `{name, steps, ...}`, chooses its own steps by the error that they make."""
+    return options["name"] == "dopri5" and options["method"] in adaptive.ADAPTIVE
+
+
 def check(options: Mapping[str, Any]) -> None:
     """Raise a ValueError for a value that a sampler, `{name, steps, ...}`, does not take."""
     if "shift" in options:
@@ -34,4 +39,4 @@ def check(options: Mapping[str, Any]) -> None:
         CHECKS[options["name"]](**{key: value for key, value in options.items() if key != "name"})
 
 
-__all__ = ["SAMPLERS", "Sampler", "check"]
+__all__ = ["SAMPLERS", "Sampler", "adapts", "check"]

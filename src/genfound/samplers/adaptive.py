@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import Field, known, number
+from genfound.checks import known, number
+from genfound.objectives.base import Field
 from genfound.objectives.times import shifted_grid
 from genfound.samplers.base import Progress, StepRng
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import Field, number
+from genfound.checks import number
+from genfound.objectives.base import Field
 from genfound.objectives.gaussian import GaussianField
 from genfound.objectives.process import noise_from_x0
 from genfound.samplers.base import Progress, StepRng

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genfound import checks
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet, number
-from genfound.objectives.base import interval as span
+from genfound.objectives.base import GuidedNet
 
 
 class Unguided:
@@ -79,18 +79,18 @@ class Guided(ABC):
         schedule: str = "constant",
         power: float = 1.0,
     ) -> None:
-        _choice("channels", channels, "all", "first3")
-        _choice("ends", ends, "inclusive", "strict")
-        _choice("schedule", schedule, "constant", "linear", "power_cosine")
-        self.low, self.high = span("guidance.interval", interval)
+        checks.known("guidance.channels", channels, ("all", "first3"))
+        checks.known("guidance.ends", ends, ("inclusive", "strict"))
+        checks.known("guidance.schedule", schedule, ("constant", "linear", "power_cosine"))
+        self.low, self.high = checks.interval("guidance.interval", interval)
         self.net = net
         self.time: str = getattr(net, "time", "data0")
-        self.scale = number("guidance.scale", scale)
+        self.scale = checks.number("guidance.scale", scale)
         self.channels = channels
         self.time_range = time_range
         self.ends = ends
         self.schedule = schedule
-        self.power = number("guidance.power", power, 0, above=True)
+        self.power = checks.number("guidance.power", power, 0, above=True)
         self.decided: bool | None = None
 
     def __call__(self, batch: Batch, t: float) -> Tensor:
@@ -212,7 +212,7 @@ class AutoGuidance(Guided):
 
     def __init__(self, net: Backbone, weak: Backbone, *args: Any, labels: str = "same", **options: Any) -> None:
         super().__init__(net, *args, **options)
-        self.labels = _choice("labels", labels, "same", "null_label")
+        self.labels = checks.known("guidance.labels", labels, ("same", "null_label"))
         self.weak = weak
         if getattr(weak, "time", "data0") != self.time:
             raise ValueError("guidance.weights: the weaker network counts time in the other direction")
@@ -232,12 +232,6 @@ class AutoGuidance(Guided):
         y = batch.y if self.labels == "same" else torch.full_like(batch.y, self.weak.null_label or 0)
         reference: Tensor = self.weak(replace(batch, y=y), _same_time(batch, t))
         return conditional, reference
-
-
-def _choice(key: str, value: str, *names: str) -> str:
-    if value not in names:
-        raise ValueError(f"guidance.{key}={value} is unknown; choose {' or '.join(names)}")
-    return value
 
 
 def _same_time(batch: Batch, t: float) -> Tensor:

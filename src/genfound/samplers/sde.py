@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import Field, known, number
+from genfound.checks import known, number
+from genfound.objectives.base import Field
 from genfound.objectives.conversions import Views
 from genfound.objectives.flow import FlowField
 from genfound.objectives.paths import Path, PathPoint
