@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from genfound import build, paths
+from genfound import build, checkpoints, paths
 from genfound.backbones.base import Backbone
 from genfound.backbones.nit import NiT
 from genfound.batch import Batch
@@ -120,3 +120,24 @@ def run_dir(folder: Path, *overrides: str) -> Path:
     """A run directory that `genfound.fit.fit` can train."""
     paths.claim(folder, paths.compose("train", overrides), allow_changes=False)
     return folder
+
+
+def state_differences(one: Path, other: Path) -> list[str]:
+    """Where the newest checkpoints of two runs are not the same bit by bit, but for Lightning's counts of epochs."""
+    states = [dict(checkpoints.read(checkpoints.newest(run / "checkpoints"))) for run in (one, other)]
+    for state in states:
+        del state["epoch"], state["loops"]
+        assert state["ema"] and state["optimizer_states"]
+    return differences(*states)
+
+
+def differences(one: Any, other: Any, key: str = "") -> list[str]:
+    """Dotted keys at which two checkpoints are not the same, bit by bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = sorted(one.keys() | other.keys(), key=str)
+        return [found for k in keys for found in differences(one.get(k), other.get(k), f"{key}.{k}".lstrip("."))]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for i, (a, b) in pairs for found in differences(a, b, f"{key}.{i}")]
+    same = torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+    return [] if same else [key]

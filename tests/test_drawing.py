@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genfound.drawing import PART, Drawn, make_requests
+from genfound.drawing import PART, Drawn, requests_by_rule
 from genfound.reporting.progress import Progress
 from genfound.sampling import Request
 from tests.metrics.sets import Pictures
@@ -24,16 +24,16 @@ class Sampler:
 
 
 def requests(n: int = 150, size: Any = (4, 6)) -> list[Request]:
-    return make_requests(n, "random", size, 10, 0, None)
+    return requests_by_rule(n, "random", size, 10, 0, None)
 
 
 def test_the_rules_of_labels() -> None:
     data = Pictures([(4, 6), (8, 2), (5, 5)] * 10)
-    uniform = [r.label for r in make_requests(2000, "random", (4, 4), 10, 0, None)]
+    uniform = [r.label for r in requests_by_rule(2000, "random", (4, 4), 10, 0, None)]
     assert min(Counter(uniform).values()) > 150 and max(Counter(uniform).values()) < 250
-    balanced = [r.label for r in make_requests(2000, "balanced", (4, 4), 10, 0, None)]
+    balanced = [r.label for r in requests_by_rule(2000, "balanced", (4, 4), 10, 0, None)]
     assert set(Counter(balanced).values()) == {200} and balanced[:20] != sorted(balanced[:20])
-    as_data = make_requests(60, "data", "data", 10, 0, data)
+    as_data = requests_by_rule(60, "data", "data", 10, 0, data)
     pairs = Counter((r.label, r.size) for r in as_data)
     wanted = Counter((int(y), (int(h), int(w))) for y, (h, w) in zip(data.labels, data.sizes, strict=True))
     assert pairs == Counter({pair: 2 * count for pair, count in wanted.items()})
@@ -41,7 +41,7 @@ def test_the_rules_of_labels() -> None:
 
 def test_random_labels_of_fewer_images_are_the_first_of_more() -> None:
     assert requests(20) == requests(150)[:20]
-    assert make_requests(50, "random", (4, 6), 10, 1, None) != requests(50)
+    assert requests_by_rule(50, "random", (4, 6), 10, 1, None) != requests(50)
 
 
 def test_wrong_rules_are_refused() -> None:
@@ -51,7 +51,7 @@ def test_wrong_rules_are_refused() -> None:
         ((10, "data", (4, 4)), "need the data set"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_requests(*options, 10, 0, None)  # type: ignore[arg-type]
+            requests_by_rule(*options, 10, 0, None)  # type: ignore[arg-type]
 
 
 def test_any_number_of_processes_and_an_interruption_give_the_same_images(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import genfound
+from genfound import build, launch, paths
+from genfound.callbacks import preview
 from genfound.fit import fit
 from tests.cli.commands import TINY
-from tests.helpers import run_dir
+from tests.helpers import composed, run_dir, state_differences
 
 WRONG = {
     "sampler.steps=0": r"sampler\.steps=0 must be a whole number of at least 1",
@@ -22,3 +26,102 @@ def test_settings_of_previews_are_checked_before_the_first_step(options: str, tm
     with pytest.raises(ValueError, match=WRONG[options]):
         fit(folder)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("extra", ["batch.packs=2", "ema.decays=[0.9,0.99]", "trainer.checkpoint_every=2"])
+def test_whatever_is_saved_continues_bit_by_bit(extra: str, tmp_path: Path) -> None:
+    """Weights, averages, optimizer and the place in the data, also where several micro-batches make a step."""
+    for name, ends in (("straight", [7]), ("resumed", [2, 3, 7])):
+        for end in ends:
+            fit(run_dir(tmp_path / name, *TINY, extra, f"trainer.max_steps={end}"))
+    assert not state_differences(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_run_without_averages_says_so(tmp_path: Path) -> None:
+    fit(run_dir(tmp_path, *TINY, "ema.decays=[]", "trainer.max_steps=1"))
+    assert genfound.load(tmp_path, weights="raw").class_names
+    with pytest.raises(ValueError, match=r"keeps no average of its weights \(ema\.decays=\[\]\); set weights=raw"):
+        genfound.load(tmp_path)
+
+
+def test_a_run_that_failed_at_its_very_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last checkpoint is written when the last picture is."""
+    folder = run_dir(tmp_path, *TINY, "budget.images=40", "trainer.checkpoint_every=1", "trainer.preview_every=1000")
+    with monkeypatch.context() as context:
+        context.setattr(preview, "save_grid", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            launch.run(folder)
+    assert "No space left" in (folder / "FAILED").read_text()
+    launch.run(folder)
+    assert paths.finished(folder) and not (folder / "FAILED").exists()
+    assert len(list((folder / "samples").glob("*.png"))) == 1
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_ended(tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, *TINY, "trainer.max_steps=2")
+    fit(folder)
+    done = (folder / "DONE").read_text()
+    (folder / "DONE").unlink()
+    fit(folder)
+    assert (folder / "DONE").read_text() == done
+
+
+@pytest.mark.parametrize("model", ["nit_tiny", "fitv2_tiny"])
+@pytest.mark.parametrize("sides", [[8], [24]])
+def test_held_out_images_may_have_other_sizes(
+    model: str, sides: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller ones, of which more would fit a pack, and larger ones."""
+    source = build.source
+
+    def others(config: Any, spec: Any, split: str) -> Any:
+        data = {**config["data"], "sides": sides} if split == "val" else config["data"]
+        return source({**config, "data": data}, spec, split)
+
+    monkeypatch.setattr(build, "source", others)
+    fit(
+        run_dir(tmp_path, *TINY, f"model={model}", "data.max_tokens=1024", "trainer.max_steps=2", "trainer.val_every=1")
+    )
+    assert "val/loss_ema" in (tmp_path / "metrics.jsonl").read_text()
+
+
+SENSELESS = {
+    "trainer.keep=-1": "trainer.keep=-1 must be a whole number of at least 1",
+    "trainer.preview_every=0": "trainer.preview_every=0 must be a whole number of at least 1",
+    "trainer.log_every=null": "trainer.log_every=null must be a whole number",
+    "trainer.devices=0": "trainer.devices=0 must be",
+    "trainer.eval_every=-5": "trainer.eval_every=-5 must be a whole number of at least 1, or null",
+    "sample.batch=0": "sample.batch=0 must be",
+    "budget.images=-3": "budget.images=-3 must be",
+    "batch.packs=0": "batch.packs=0 must be",
+    "ema.decays=[1.5]": "ema.decays=1.5 must be a finite number of at least 0 and at most 1",
+    "optimizer.clip=0": "optimizer.clip=0 must be a finite number above 0",
+    "model.label_drop=2": "model.label_drop=2 must be",
+    "data.num_workers=null": "data.num_workers=null must be",
+}
+
+
+@pytest.mark.parametrize("override", SENSELESS)
+def test_numbers_that_make_no_sense_are_refused(override: str) -> None:
+    with pytest.raises(ValueError) as error:
+        launch.check(composed(*TINY, override))
+    assert SENSELESS[override] in str(error.value)
+
+
+@pytest.mark.parametrize("group", ["trainer", "data", "optimizer", "model"])
+def test_every_option_makes_sense(group: str) -> None:
+    for file in sorted((Path(paths.config_dir()) / group).glob("*.yaml")):
+        if "???" not in file.read_text():
+            launch.check(composed(f"{group}={file.stem}"))
+
+
+def test_the_first_process_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("genfound.fit.fit", lambda _: (_ for _ in ()).throw(ValueError("shard 3 is damaged")))
+    for rank in (1, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit):
+            launch._worker(tmp_path)
+    assert capsys.readouterr().err == "error: shard 3 is damaged\n"
+    assert "shard 3 is damaged" in (tmp_path / "FAILED").read_text()

@@ -68,6 +68,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "data": {"root": "/old", "max_tokens": 64},
         "trainer": {"max_steps": 5},
         "seed": 0,
+        **{group: {} for group in ("tokenizer", "layout", "objective", "sampler", "guidance", "optimizer")},
     }
     for key, value in changes.items():
         group, _, leaf = key.partition("__")
@@ -136,6 +137,10 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path, key: str, value
 def test_reading_something_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is not a run directory: it has no config\.yaml"):
         paths.read_config(tmp_path)
+    for text, message in (("a: [", "is damaged"), ("- 1", "is damaged"), ("lr: 1", r"config\.yaml has no model")):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            paths.read_config(tmp_path)
 
 
 def test_flatten() -> None:
@@ -148,7 +153,8 @@ def test_flatten() -> None:
 
 def test_done_and_failed_exclude_each_other(tmp_path: Path) -> None:
     assert paths.finished(tmp_path) is None
-    paths.mark_failed(tmp_path, "Traceback ...")
+    assert paths.mark_failed(tmp_path, "Traceback ...")
+    assert not paths.mark_failed(tmp_path, "of another process")
     assert (tmp_path / "FAILED").read_text() == "Traceback ..."
     paths.mark_done(tmp_path, {"images": 5, "loss": None})
     assert paths.finished(tmp_path) == {"images": 5, "loss": None}

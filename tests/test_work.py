@@ -1,3 +1,4 @@
+import builtins
 import os
 import signal
 import subprocess
@@ -58,11 +59,13 @@ def test_work_belongs_to_one_process(tmp_path: Path) -> None:
     assert not (tmp_path / "out/work").exists()
 
 
-def test_one_can_wait_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other, _ = started(HOLD, str(tmp_path / "a"), "0.5")
+def test_one_can_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    other, _ = started(HOLD, str(tmp_path / "a"), "60")
+    monkeypatch.setattr(builtins, "print", lambda *told, **_: (said.append(told[0]), other.kill()))
     with held(tmp_path / "a", wait=True):
-        assert other.wait(5) == 0
-    assert "waiting for another process" in capsys.readouterr().out
+        assert other.wait(60) == -signal.SIGKILL
+    assert said == [f"waiting for another process, which makes {tmp_path / 'a'}"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -9,7 +9,7 @@ import functools
 import importlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,17 @@ class Parts:
         return self.plan.per_step // self.ranks
 
     @property
+    def workers(self) -> int:
+        """Processes that read for a rank."""
+        return min(self.config["data"]["num_workers"], os.cpu_count() or 1)
+
+    @property
+    def held_out_plan(self) -> Plan:
+        """Steps over the held-out images, in a fixed order that does not depend on the ranks."""
+        rows = self.layout.max_images if isinstance(self.layout, Packed) else None
+        return plan(self.config, self.held_out, self.tokenizer.spec, self.objective.weight, 1, 0, rows)
+
+    @property
     def assembly(self) -> Assembly:
         """From decoded images to batches."""
         return Assembly(self.tokenizer, self.layout, Rng(self.config["seed"], "encode"))
@@ -71,8 +82,7 @@ class Parts:
         """The training batches of a rank."""
         flips = Rng(self.config["seed"], "train") if self.config["data"]["flip"] else None
         batches = self.batches(self.images, flips)
-        workers = min(self.config["data"]["num_workers"], os.cpu_count() or 1)
-        return TrainLoader(batches, self.plan, rank, self.ranks, workers, self.device.type == "cuda")
+        return TrainLoader(batches, self.plan, rank, self.ranks, self.workers, self.device.type == "cuda")
 
     def report(self) -> list[str]:
         """What is about to be trained, in lines for the user."""
@@ -109,7 +119,7 @@ def parts(config: Config, ranks: int) -> Parts:
         held_out=held_out,
         net=backbone,
         objective=goal,
-        layout=layout(config, backbone, images, codec.spec),
+        layout=layout(config, backbone, [images, held_out], codec.spec),
         plan=plan(config, images, codec.spec, goal.weight, ranks, config["seed"]),
     )
 
@@ -185,17 +195,21 @@ def objective(config: Config) -> Objective:
     return built
 
 
-def layout(config: Config, backbone: Backbone, images: ImageSource, spec: Spec) -> Layout:
-    """The training layout, of static shape."""
+def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], spec: Spec) -> Layout:
+    """The layout of training and held-out images, of static shape.
+
+    Raises:
+        ValueError: the images do not have one size, which a dense layout needs.
+    """
     name, patch = config["layout"]["name"], config["model"]["patch_size"]
     if name == "dense":
-        if len(np.unique(images.sizes, axis=0)) > 1:
+        if len(np.unique(np.concatenate([images.sizes for images in splits]), axis=0)) > 1:
             raise ValueError("layout=dense needs images of one size; set data.view=square, or layout=packed")
         return Dense(patch)
     if name == "padded":
-        return Padded(patch, int(token_counts(images, spec, patch).max()))
+        return Padded(patch, max(int(token_counts(images, spec, patch).max(initial=0)) for images in splits))
     tokens = config["data"]["max_tokens"]
-    limit = max_images(token_counts(images, spec, patch), tokens)
+    limit = max_images(token_counts(splits[0], spec, patch), tokens)
     return Packed(patch, tokens, limit, filler_label=backbone.null_label or 0)
 
 
@@ -205,8 +219,10 @@ def sampling_layout(config: Config) -> Layout:
     return {"dense": Dense, "padded": Padded, "packed": Packed}[name](patch)
 
 
-def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: int, seed: int) -> Plan:
-    """The global steps over a source.
+def plan(
+    config: Config, images: ImageSource, spec: Spec, weight: str, ranks: int, seed: int, rows: int | None = None
+) -> Plan:
+    """The global steps over a source; a pack has at most `rows` images, or twice what it holds on average.
 
     Raises:
         ValueError: the global step does not divide into micro-batches of the ranks.
@@ -228,7 +244,7 @@ def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: in
             raise ValueError(
                 f"an image has {int(tokens.max())} tokens, more than data.max_tokens={budget}; raise data.max_tokens"
             )
-        grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
+        grouper = Packer(lambda k: int(tokens[order[k]]), budget, rows or max_images(tokens, budget))
     if per_step % ranks:
         raise ValueError(
             f"a global step of {per_step} micro-batches cannot be shared by trainer.devices={ranks}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfound.writing import write_whole
+
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write to a temporary file, flush it to the disk, rename; the old file survives any failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
+    """Write a checkpoint; the old file survives any failure."""
+
+    def dump(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # a full disk is an OSError only of a file object
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_whole(path, dump)
 
 
 def read(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
@@ -61,8 +58,11 @@ def _is_zip(path: Path) -> bool:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the largest step recorded inside it, or None."""
-    files = list(folder.glob("*.ckpt"))
-    return max(files, key=lambda file: int(read(file)["global_step"]), default=None)
+    files = [file for file in folder.glob("*.ckpt") if file.is_file()]
+    try:
+        return max(files, key=lambda file: int(read(file)["global_step"]), default=None)
+    except FileNotFoundError:  # the run goes on, and has removed one meanwhile
+        return newest(folder)
 
 
 def fill(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 from genfound.backbones.base import Backbone
 from genfound.metrics.images import ImageSet, digest
 from genfound.metrics.npz import write_npz
-from genfound.paths import write_atomically
 from genfound.reporting.progress import Progress, silent
 from genfound.rng import Rng
 from genfound.sampling import Request, Sampling
+from genfound.writing import write_whole
 
 PART = 64
 DATA = "data"
@@ -27,7 +27,7 @@ DATA = "data"
 LABEL_RULES = ("random", "balanced", DATA)
 
 
-def make_requests(
+def requests_by_rule(
     n: int, labels: str, size: tuple[int, int] | str, classes: int, seed: int, data: ImageSet | None
 ) -> list[Request]:
     """n images, numbered.
@@ -137,7 +137,7 @@ class Drawn:
 
         for part in missing:
             images = sampling.draw(net, [self.requests[k] for k in self.parts[part]], seed, within)
-            write_atomically(self._file(part), functools.partial(_save, np.stack(images)))
+            write_whole(self._file(part), functools.partial(np.save, arr=np.stack(images)))
             done += len(images)
 
     def __len__(self) -> int:
@@ -150,8 +150,3 @@ class Drawn:
 
     def _file(self, part: int) -> Path:
         return self.folder / f"images-{part:06d}.npy"
-
-
-def _save(images: np.ndarray, file: Path) -> None:
-    with open(file, "wb") as stream:  # numpy would add a suffix to a name
-        np.save(stream, images)

@@ -34,12 +34,12 @@ from genfound.data.latents import describe, encoder_digest
 from genfound.data.manifest import FORMAT, MANIFEST
 from genfound.data.names import shown
 from genfound.data.pictures import normalised, to_uint8
-from genfound.data.work import Call, Calls, Part, Shard
+from genfound.data.to_encode import Call, Calls, Part, Shard
 from genfound.data.workers import read_ahead
-from genfound.data.writing import write_whole
 from genfound.reporting.progress import Counter
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
+from genfound.writing import write_whole
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SAFE = "complete shards are safe: give the same command again"
@@ -177,8 +177,8 @@ class Encoding:
         image = self.parts[shard.split].read(shard.first).permute(1, 2, 0).numpy()
         picture = Image.fromarray(np.concatenate([image, to_uint8(self.codec.decode(latent)[0])], axis=1))
         file, save = self.place.file(shard), functools.partial(picture.save, format="PNG")
-        shown = file.with_suffix(".png")
-        self.place.write(lambda: write_whole(shown, save), shown)
+        beside = file.with_suffix(".png")
+        self.place.write(lambda: write_whole(beside, save), beside)
         self.place.write(lambda: filling.write(file, self.place.note(shard)), file)
 
 

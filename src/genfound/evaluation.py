@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from genfound import build, checks, paths
-from genfound.drawing import DATA, Drawn, check_labels, make_requests
-from genfound.extraction import DrawTask, Where, network_hash, perform, shown, weak_hash
-from genfound.loading import Loaded, load
+from genfound.drawing import DATA, Drawn, check_labels, requests_by_rule
+from genfound.extraction import NETWORK, DrawTask, Where, network_hash, perform, size_text, weak_hash
+from genfound.loading import Loaded, load, save
 from genfound.metrics import protocol
 from genfound.metrics.export import check_target, export
 from genfound.metrics.features import Features
@@ -68,6 +68,7 @@ class Samples:
         subject: whose they are.
         work: folder for what takes long.
         task: draws them; `None` if they are there.
+        network: what draws them.
     """
 
     images: ImageSet
@@ -77,7 +78,8 @@ class Samples:
     drawing: Drawing
     subject: Mapping[str, Any]
     work: Path
-    task: DrawTask | None
+    task: DrawTask | None = None
+    network: Loaded | None = None
 
 
 def evaluate(asked: Asked) -> list[Result]:
@@ -194,7 +196,7 @@ def check(config: Config) -> None:
             raise ValueError(f"table: {row} must have size, sampler and guidance")
         for group in GROUPS:
             if not isinstance(row.get(group), Mapping) or "name" not in row[group]:
-                raise ValueError(f"table: the row of {shown(row['size'])} must have a {group} with its name")
+                raise ValueError(f"table: the row of {size_text(row['size'])} must have a {group} with its name")
 
 
 def wanted_sizes(config: Config, loaded: Loaded) -> list[Size | str]:
@@ -225,20 +227,16 @@ def drawn(
     sampling = Sampling.of(how, objective, loaded.tokenizer, torch.device("cpu"), config["batch"], config["precision"])
     sampling.check(loaded.net)
     named = data.images("train") if DATA in (size, config["labels"]) else None
-    requests = make_requests(config["n"], config["labels"], size, data.classes, config["seed"], named)
+    requests = requests_by_rule(config["n"], config["labels"], size, data.classes, config["seed"], named)
     weak = weak_hash(sampling)
     drawing = drawing_of(config, how, loaded.tokenizer, place.device, weak)
     subject = subject_of(source, network_hash(loaded.net, loaded.config))
-    facts = [asdict(drawing), subject["hash"], shown(size), config["batch"], how["objective"], how["layout"]]
+    facts = [asdict(drawing), subject["hash"], size_text(size), config["batch"], how["objective"], how["layout"]]
     images = Drawn(place.out / "work" / digest(json.dumps([*facts, len(requests)])), requests)
     task = DrawTask(
         folder=str(images.folder),
-        source=str(source),
-        weights=config["weights"],
-        hash=subject["hash"],
         weak=weak,
         rope=config["rope"],
-        hints=config["hints"],
         config=how,
         seed=config["seed"],
         batch=config["batch"],
@@ -246,7 +244,7 @@ def drawn(
         accelerator=config["accelerator"],
     )
     where = Where("drawn", str(images.folder))
-    return Samples(images, where, len(requests), size, drawing, subject, images.folder, task)
+    return Samples(images, where, len(requests), size, drawing, subject, images.folder, task, loaded)
 
 
 def given(config: Config, source: Path, place: Place) -> Samples:
@@ -260,13 +258,13 @@ def given(config: Config, source: Path, place: Place) -> Samples:
     if config["sizes"] not in (None, DATA):
         wanted = checks.sizes("sizes", config["sizes"])
         if wanted != [size]:
-            asked = " and ".join(map(shown, wanted))
-            raise ValueError(f"from={source} holds images of {shown(size or 'mixed')} pixels, not {asked}")
+            asked = " and ".join(map(size_text, wanted))
+            raise ValueError(f"from={source} holds images of {size_text(size or 'mixed')} pixels, not {asked}")
     subject, drawing, noted = told_of(source, images)
     count = min(config["n"], len(images))
     marked = DATA if noted == DATA else size or "mixed"
     work = place.out / "work" / f"{images.key}-{count}"
-    return Samples(images, Where("path", str(source)), count, marked, drawing, subject, work, None)
+    return Samples(images, Where("path", str(source)), count, marked, drawing, subject, work)
 
 
 def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:
@@ -280,7 +278,7 @@ def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:
         rows = [row for row in config["table"] if row["size"] == list(size)]
         if not rows:
             raise ValueError(
-                f"protocol={asked.protocol} has no row for {shown(size)}; add one to table, or choose another"
+                f"protocol={asked.protocol} has no row for {size_text(size)}; add one to table, or choose another"
             )
         base |= {group: {**paths.read_option(group, rows[0][group]["name"]), **rows[0][group]} for group in GROUPS}
     found = {group: run_or_chosen(group, base, config, list(asked.chosen)) for group in GROUPS}
@@ -313,13 +311,14 @@ def _earlier(config: Config, place: Place) -> list[Result]:
 
 
 def _draw(samples: Samples, place: Place) -> None:
-    assert samples.task is not None and isinstance(samples.images, Drawn)
+    assert samples.task is not None and samples.network is not None and isinstance(samples.images, Drawn)
     samples.images.begin()
     missing = samples.images.missing
     if missing < samples.count:
         print(f"{samples.count - missing:,} of {samples.count:,} samples are there already", flush=True)
     try:
         if missing:
+            save(samples.network, samples.work / NETWORK)
             perform(samples.task, place.devices, samples.work / "task.json")
     finally:
         if samples.images.missing == samples.count:
@@ -331,4 +330,4 @@ def _target(config: Config, size: Size | str, sizes: int) -> str | None:
     if config["export"] is None or sizes == 1:
         return config["export"]
     path = Path(config["export"])
-    return str(path.with_name(f"{path.stem}-{shown(size)}{path.suffix}"))
+    return str(path.with_name(f"{path.stem}-{size_text(size)}{path.suffix}"))

@@ -38,6 +38,9 @@ from genfound.work import run_apart
 NO_CHANGE = ("attention", "activation_checkpointing")
 """Options of a model that say how, not what, it computes."""
 
+NETWORK = "network.safetensors"
+"""What draws, in the folder of its images."""
+
 VIEWS = ("crop", "as_is", "same_size")
 
 
@@ -80,7 +83,7 @@ class Where:
         if self.view == "same_size":
             fitting = np.flatnonzero((images.sizes == np.array(self.size)).all(axis=1))
             if not len(fitting):
-                raise ValueError(f"reference_view=same_size: no reference image is {shown(self.size)} pixels")
+                raise ValueError(f"reference_view=same_size: no reference image is {size_text(self.size)} pixels")
             images = Chosen(images, fitting)
         if self.shuffled:
             order = Rng(0, "reference").permutation("order", len(images)).numpy()
@@ -97,7 +100,7 @@ class Where:
         return Drawn.open(Path(self.path)) if self.kind == "drawn" else open_images(Path(self.path))
 
 
-def shown(size: Any) -> str:
+def size_text(size: Any) -> str:
     """[256, 128] -> 256x128; a text as it is."""
     return size if isinstance(size, str) else "x".join(map(str, size))
 
@@ -172,13 +175,9 @@ class DrawTask:
     """Drawing the requests of a folder.
 
     Attributes:
-        folder: see `Drawn`.
-        source: what `loading.load` takes; of a run one checkpoint, so that every process has the same.
-        weights: ema or raw.
-        hash: of the network; see `network_hash`.
+        folder: see `Drawn`; the network lies there too, since a run that goes on removes its checkpoints.
         weak: hash of the tensors of the weaker network of autoguidance, if there is one.
         rope: changes of the network's rotary positions; see `positions.reposition`.
-        hints: for `loading.load`.
         config: with the sampler, guidance and byte rule to use.
         seed: of the noise.
         batch: images per network call.
@@ -187,12 +186,8 @@ class DrawTask:
     """
 
     folder: str
-    source: str
-    weights: str
-    hash: str
     weak: str | None
     rope: Mapping[str, Any]
-    hints: Mapping[str, Any]
     config: Mapping[str, Any]
     seed: int
     batch: int
@@ -204,11 +199,9 @@ class DrawTask:
         """Draw this process's share.
 
         Raises:
-            ValueError: a network is not the one that it was when the task was made.
+            ValueError: the weaker network is not the one that it was when the task was made.
         """
-        loaded = load(self.source, weights=self.weights, **self.hints)
-        if network_hash(loaded.net, loaded.config) != self.hash:
-            raise ValueError(f"from={self.source} has changed while it is evaluated; give the command again")
+        loaded = load(Path(self.folder) / NETWORK)
         reposition(loaded.net, self.rope)
         objective = build.objective(self.config)
         sampling = Sampling.of(self.config, objective, loaded.tokenizer, device, self.batch, self.precision)

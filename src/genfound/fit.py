@@ -50,7 +50,9 @@ def fit(folder: Path) -> None:
     if rank == 0:
         print("\n".join([*parts.report(), f"continuing from {newest}" if newest else "starting from step 0"]))
     if start["images_seen"] >= budget or start["global_step"] >= (config["trainer"]["max_steps"] or np.inf):
-        print(f"{folder} has reached its end: {start['images_seen']:,} images in {start['global_step']:,} steps")
+        if rank == 0:
+            print(f"{folder} has reached its end: {start['images_seen']:,} images in {start['global_step']:,} steps")
+            _mark_done(folder, start["images_seen"], start["global_step"])
         return
 
     module = _module(parts, budget, rank, new=newest is None)
@@ -65,8 +67,7 @@ def fit(folder: Path) -> None:
     if trainer.interrupted:
         raise KeyboardInterrupt
     if rank == 0:
-        result = {"images": module.images_seen, "steps": trainer.global_step, "loss": _last_loss(folder)}
-        paths.mark_done(folder, result)
+        _mark_done(folder, module.images_seen, trainer.global_step)
         print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps; everything is in {folder}")
 
 
@@ -108,9 +109,8 @@ def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]
 
 def validation_micros(parts: build.Parts, wanted: int) -> list[Micro]:
     """Micro-batches that hold the first `wanted` held-out images of a fixed order; independent of the ranks."""
-    plan = build.plan(parts.config, parts.held_out, parts.tokenizer.spec, parts.objective.weight, ranks=1, seed=0)
     micros: list[Micro] = []
-    for step in plan.steps():
+    for step in parts.held_out_plan.steps():
         micros += step
         if sum(len(m.indices) for m in micros) >= min(wanted, len(parts.held_out.labels)):
             break
@@ -122,7 +122,8 @@ def _callbacks(
 ) -> list[lightning.Callback]:
     """In the order in which they act after a step: average, measure, judge, evaluate, draw, save."""
     settings, names = parts.config["trainer"], parts.images.class_names
-    ema = Ema(parts.config["ema"]["decays"] or [parts.config["optimizer"]["ema_decay"]])
+    decays = parts.config["ema"]["decays"]
+    ema = Ema([parts.config["optimizer"]["ema_decay"]] if decays is None else decays)
     metrics = Metrics(sinks, settings["log_every"], loader)
     nonfinite = NonFinite(folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
     sizes = typical_sizes(parts.images.sizes)
@@ -135,7 +136,7 @@ def _callbacks(
     if len(parts.held_out.labels):
         batches = parts.batches(parts.held_out)
         micros = validation_micros(parts, settings["val_images"])
-        validation = [Validation(batches, micros, settings["val_every"], ema, metrics)]
+        validation = [Validation(batches, micros, settings["val_every"], ema, metrics, parts.workers)]
     evaluation = [Evaluation(folder, parts, ema, metrics)] if settings["eval_every"] else []
     return [
         ema,
@@ -153,7 +154,6 @@ def _trainer(folder: Path, parts: build.Parts, callbacks: list[lightning.Callbac
     return lightning.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",
         devices=settings["devices"],
-        num_nodes=settings["nodes"],
         strategy="ddp" if parts.ranks > 1 else "auto",
         precision=build.precision(settings["precision"], parts.device),  # type: ignore[arg-type]
         max_steps=settings["max_steps"] or -1,
@@ -182,6 +182,10 @@ def _sinks(folder: Path, config: Mapping[str, Any], budget: int, start: Mapping[
 
         sinks.append(Dashboard(folder, {**config, "provenance": provenance()}, config["logger"]["project"]))
     return sinks
+
+
+def _mark_done(folder: Path, images: int, steps: int) -> None:
+    paths.mark_done(folder, {"images": images, "steps": steps, "loss": _last_loss(folder)})
 
 
 def _last_loss(folder: Path) -> float | None:

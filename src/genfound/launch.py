@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,25 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from genfound import paths
+from genfound.checks import number, whole
 from genfound.command_line import USER_ERRORS, JobError, complain, frugal
-from genfound.work import held
+from genfound.work import ending_as_exit, held, run_apart
+
+AT_LEAST = {
+    "trainer": {
+        "devices": 1, "log_every": 1, "checkpoint_every": 1, "keep": 1, "val_every": 1, "val_images": 1,
+        "preview_every": 1, "nonfinite_limit": 1,
+    },
+    "sample": {"batch": 1},
+    "optimizer": {"warmup_images": 0, "tokens_per_step": 1, "images_per_step": 1, "budget_images": 1},
+    "data": {"num_workers": 0, "max_tokens": 1},
+}  # fmt: skip
+"""Whole numbers of a run, and the least that each may be."""
+
+OR_NULL = (
+    ("trainer", "max_steps"), ("trainer", "eval_every"), ("budget", "images"), ("batch", "packs"), ("batch", "images")
+)  # fmt: skip
+"""Whole numbers of at least 1, or null."""
 
 
 def train(cfg: DictConfig) -> None:
@@ -35,29 +52,56 @@ def train(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
+    config = paths.plain(cfg)
+    check(config)
     with held(folder, "choose name=..."):
-        paths.claim(folder, paths.plain(cfg), cfg.allow_changes)
         result = paths.finished(folder)
         if result and _reached(cfg, result):
+            paths.check_same(folder, config, cfg.allow_changes)
             print(f"[done before] {folder}  {_summary(result)}", flush=True)
-        elif sweeping or cfg.trainer.devices > 1:
+            return
+        paths.claim(folder, config, cfg.allow_changes)
+        if sweeping or cfg.trainer.devices > 1:
             _run_apart(folder, cfg.trainer.devices)
         else:
             run(folder)
 
 
 def run(folder: Path) -> None:
-    """Train the run of a directory in this process; leave DONE or FAILED there."""
+    """Train the run of a directory in this process; leave DONE or FAILED there.
+
+    Raises:
+        JobError: it failed as another of its processes did, which has said why.
+    """
     keep_freed_memory()
+    if os.environ.get("RANK", "0") == "0":
+        (folder / "FAILED").unlink(missing_ok=True)
     from genfound.fit import fit
 
     try:
-        with frugal("train"):
+        with ending_as_exit(), frugal("train"):
             fit(folder)
-    except BaseException:
-        if os.environ.get("RANK", "0") == "0":
-            paths.mark_failed(folder, traceback.format_exc())
+    except BaseException as error:
+        first = paths.mark_failed(folder, traceback.format_exc())
+        if isinstance(error, USER_ERRORS) and not first:
+            raise JobError from error
         raise
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a number of the run that makes no sense."""
+    for group, keys in AT_LEAST.items():
+        for key, least in keys.items():
+            whole(f"{group}.{key}", config[group][key], least)
+    for group, key in OR_NULL:
+        whole(f"{group}.{key}", config[group][key], 1, or_null=True)
+    for decay in config["ema"]["decays"] or ():
+        number("ema.decays", decay, 0, 1)
+    number("model.label_drop", config["model"]["label_drop"], 0, 1)
+    for key in ("lr", "weight_decay"):
+        number(f"optimizer.{key}", config["optimizer"][key], 0)
+    if config["optimizer"]["clip"] is not None:
+        number("optimizer.clip", config["optimizer"]["clip"], 0, above=True)
 
 
 def keep_freed_memory() -> None:
@@ -77,7 +121,7 @@ def _run_apart(folder: Path, devices: int) -> None:
     command = [sys.executable]
     if devices > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    code = subprocess.run([*command, "-m", "genfound.launch", str(folder)], check=False, close_fds=False).returncode
+    code = run_apart([*command, "-m", "genfound.launch", str(folder)], os.environ)
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     summary = "" if code else _summary(paths.finished(folder) or {})
     print(f"[{'failed' if code else 'done'}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
@@ -100,8 +144,7 @@ def _worker(folder: Path) -> None:
     try:
         run(folder)
     except USER_ERRORS as error:
-        if os.environ.get("RANK", "0") == "0":
-            complain(str(error))
+        complain(str(error))
         sys.exit(1)
 
 

@@ -100,9 +100,14 @@ def find(path: Path, weights: str, **hints: Any) -> Found:
     return found
 
 
-def _ours(path: Path, weights: str) -> Found | None:
-    """Weights of a run or of a file of ours; `None` if it is something else."""
-    if weights not in ("ema", "raw"):
+def _ours(path: Path, weights: str | None) -> Found | None:
+    """Weights of a run or of a file of ours; `None` if it is something else.
+
+    Args:
+        path: see `load`.
+        weights: `ema`, `raw`, or `None`: averaged ones where there are any.
+    """
+    if weights not in ("ema", "raw", None):
         raise ValueError(f"weights={weights} is unknown; choose ema or raw")
     folder = path.parent.parent if path.is_file() else path
     if (folder / "config.yaml").is_file() and (path.is_dir() or path.suffix == ".ckpt"):
@@ -116,13 +121,15 @@ def _ours(path: Path, weights: str) -> Found | None:
     return Found(note["config"], own, note["class_names"], _pairs(note["sizes"]), kept)
 
 
-def _of_run(folder: Path, path: Path, weights: str) -> Found:
+def _of_run(folder: Path, path: Path, weights: str | None) -> Found:
     file = path if path.is_file() else checkpoints.newest(folder / "checkpoints")
     if file is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     state = checkpoints.read(file)
     tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
-    if weights == "ema" and state["ema"]:
+    if weights == "ema" and not state["ema"]:
+        raise ValueError(f"{folder} keeps no average of its weights (ema.decays=[]); set weights=raw")
+    if weights != "raw" and state["ema"]:
         tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
     data = state["run"]
     return Found(paths.read_config(folder), tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
@@ -283,9 +290,17 @@ def convert(path: Path, to: str, file_format: str | None, weights: str = "ema", 
         weight_files.write(file, state)
     else:
         state = {**found.state, **{f"{weight_files.KEPT}{key}": tensor for key, tensor in kept.items()}}
-        note = {"config": found.config, "class_names": found.class_names, "sizes": found.sizes}
-        weight_files.write(file, state, note)
+        weight_files.write(file, state, _note(found))
     return Written(file, chosen, len(state), sum(tensor.numel() for tensor in state.values()))
+
+
+def save(loaded: Loaded, file: Path) -> None:
+    """Write a model to a .safetensors that `load` takes, whatever it was loaded from."""
+    weight_files.write(file, loaded.net.state_dict(), _note(loaded))
+
+
+def _note(model: Found | Loaded) -> dict[str, Any]:
+    return {"config": model.config, "class_names": model.class_names, "sizes": model.sizes}
 
 
 def _destination(path: Path, to: str, chosen: str) -> Path:
@@ -321,7 +336,7 @@ def initialise(net: Backbone, path: Path) -> list[str]:
         ValueError: the weights are not of this architecture; nothing has been copied then.
     """
     family = type(net).__module__.rpartition(".")[2]
-    found, remarks = _ours(path, "ema"), [f"starting from the weights of {path}"]
+    found, remarks = _ours(path, None), [f"starting from the weights of {path}"]
     if found is None:
         official = _open(path, "ema", "sit" if family == "sit" else "dit")
         origin, state = official.family, FAMILIES[official.family].ours(official.state)

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from genfound.writing import write_whole
 
 NOT_IDENTITY = (
     "runs", "study", "name", "allow_changes", "trainer", "logger", "launcher",
     "data.root", "data.index", "data.num_workers", "tokenizer.weights",
 )  # fmt: skip
 """Keys that may change between two calls of the same run."""
+
+GROUPS = ("model", "data", "tokenizer", "layout", "objective", "sampler", "guidance", "optimizer", "trainer")
+"""What the configuration of any run has."""
 
 LONGEST_NAME = 100
 
@@ -66,13 +72,23 @@ def run_dir(cfg: DictConfig, overrides: Sequence[str]) -> Path:
 
 
 def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
-    """Write config.yaml into a run directory, or check that the run there is this one.
+    """Write config.yaml into a run directory.
+
+    Raises:
+        ValueError: see `check_same`.
+    """
+    check_same(folder, config, allow_changes)
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    write_whole(folder / "config.yaml", lambda temporary: temporary.write_text(text))
+
+
+def check_same(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
+    """Check that the run of a directory, if there is one, is this one.
 
     Raises:
         ValueError: a run with another configuration has been trained there; the message lists the keys.
     """
-    file = folder / "config.yaml"
-    if file.exists() and any((folder / "checkpoints").glob("*.ckpt")) and not allow_changes:
+    if (folder / "config.yaml").exists() and any((folder / "checkpoints").glob("*.ckpt")) and not allow_changes:
         before, now = flatten(read_config(folder)), flatten(config)
         changed = [k for k in sorted(before.keys() | now.keys()) if is_identity(k) and before.get(k) != now.get(k)]
         if changed:
@@ -81,8 +97,6 @@ def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
                 f"{folder} was trained with another configuration ({listed}); "
                 "choose another name=..., or allow_changes=true to continue it changed"
             )
-    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
-    write_atomically(file, lambda temporary: temporary.write_text(text))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -90,11 +104,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder is not a run directory.
+        ValueError: its config.yaml is damaged, or of something else.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
-    return plain(OmegaConf.load(file))
+    try:
+        config = plain(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, AssertionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    missing = [group for group in GROUPS if group not in config]
+    if missing:
+        raise ValueError(f"{folder} is not a run directory: its config.yaml has no {missing[0]}")
+    return config
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -143,27 +165,21 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_atomically(file: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file under another name, so that a reader never sees half of it; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save(temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def mark_done(folder: Path, result: Mapping[str, Any]) -> None:
     """Record that a run reached its end, and where that was."""
     (folder / "FAILED").unlink(missing_ok=True)
-    write_atomically(folder / "DONE", lambda temporary: temporary.write_text(json.dumps(dict(result)) + "\n"))
+    write_whole(folder / "DONE", lambda temporary: temporary.write_text(json.dumps(dict(result)) + "\n"))
 
 
-def mark_failed(folder: Path, traceback: str) -> None:
-    """Record why a run stopped."""
+def mark_failed(folder: Path, traceback: str) -> bool:
+    """Record why a run stopped, unless another of its processes has; whether this one did."""
     (folder / "DONE").unlink(missing_ok=True)
-    write_atomically(folder / "FAILED", lambda temporary: temporary.write_text(traceback))
+    try:
+        with open(folder / "FAILED", "x") as out:
+            out.write(traceback)
+    except FileExistsError:
+        return False
+    return True
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from genfound import checkpoints
-from genfound.paths import write_atomically
+from genfound.writing import write_whole
 
 State = Mapping[str, Tensor]
 
@@ -111,7 +111,7 @@ def write(path: Path, state: State, note: Mapping[str, Any] | None = None) -> No
         checkpoints.save(tensors, path)
         return
     metadata = {"format": "pt"} if note is None else {"format": "pt", OURS: json.dumps(note)}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
 def unwrapped(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from genfound.writing import make_folder
+
 GRACE = 40
 """Seconds for processes to end when they are told to; torchrun takes up to 30 to end its own."""
 
@@ -41,12 +43,6 @@ def held(folder: Path, way_out: str = "give out=...", wait: bool = False) -> Ite
         _remove_empty(file.parent)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder that others may remove at any time; `exist_ok` looks twice, and fails if it goes in between."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True)
-
-
 def remove(work: Path) -> None:
     """Remove a folder of work, and the one that it lies in unless there is other work."""
     shutil.rmtree(work, ignore_errors=True)
@@ -55,7 +51,7 @@ def remove(work: Path) -> None:
 
 def run_apart(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Exit status of a command; if this process is interrupted or terminated, so is the command."""
-    with _ending_as_exit():
+    with ending_as_exit():
         process = subprocess.Popen(command, env=dict(environment), close_fds=False, start_new_session=True)
         try:
             return process.wait()
@@ -65,7 +61,7 @@ def run_apart(command: Sequence[str], environment: Mapping[str, str]) -> int:
                 try:
                     process.wait(GRACE)
                 except subprocess.TimeoutExpired:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def _locked(file: Path, folder: Path, way_out: str | None) -> int:
@@ -100,7 +96,7 @@ def _lock(descriptor: int, folder: Path, way_out: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _ending_as_exit() -> Iterator[None]:
+def ending_as_exit() -> Iterator[None]:
     """Signals that would end this process at once raise SystemExit, so that it can clean up."""
 
     def end(number: int, _: Any) -> None:

@@ -28,12 +28,20 @@ class Toy(Backbone):
 class Training:
     """A module and the two facts about the trainer that the callback looks at."""
 
-    def __init__(self, *decays: float, names: tuple[str, ...] = ("a", "b"), step: int = 0) -> None:
+    def __init__(
+        self,
+        *decays: float,
+        names: tuple[str, ...] = ("a", "b"),
+        step: int = 0,
+        checkpoint: dict[str, Any] | None = None,
+    ) -> None:
         self.net = Toy(names)
         self.module = training_module(self.net)
         self.trainer: Any = SimpleNamespace(global_step=step)
         self.ema = Ema(decays)
-        self.ema.on_fit_start(self.trainer, self.module)
+        if checkpoint is not None:
+            self.ema.on_load_checkpoint(self.trainer, self.module, checkpoint)
+        self.ema.on_train_start(self.trainer, self.module)
 
     def set(self, value: float) -> None:
         with torch.no_grad():
@@ -83,7 +91,7 @@ def test_several_decays() -> None:
 def test_averages_are_float32_and_see_small_changes() -> None:
     training = Training(0.9999)
     training.net.to(torch.bfloat16)
-    training.ema.on_fit_start(training.trainer, training.module)
+    training.ema.on_train_start(training.trainer, training.module)
     training.micro_batch(0.5)
     average = training.ema.averages[0.9999]["weights.a"]
     assert average.dtype == torch.float32
@@ -113,8 +121,7 @@ def test_a_checkpoint_brings_the_averages_back() -> None:
     training.ema.on_save_checkpoint(training.trainer, training.module, checkpoint)
     assert checkpoint["state_dict"] == {"net.weights.a": "live"}
     assert list(checkpoint["ema"]) == ["0.9", "0.5"]
-    resumed = Training(0.9, 0.5, step=2)
-    resumed.ema.on_load_checkpoint(resumed.trainer, resumed.module, checkpoint)
+    resumed = Training(0.9, 0.5, step=2, checkpoint=checkpoint)
     resumed.micro_batch()  # not a step of its own
     for other in (training, resumed):
         other.micro_batch(0.7)
@@ -124,14 +131,12 @@ def test_a_checkpoint_brings_the_averages_back() -> None:
 def test_a_decay_that_the_checkpoint_lacks_is_named() -> None:
     training, checkpoint = Training(0.9), {}
     training.ema.on_save_checkpoint(training.trainer, training.module, checkpoint)
-    other = Training(0.9, 0.99)
     with pytest.raises(ValueError, match=r"ema\.decays=\[0\.9, 0\.99\], but the checkpoint has only 0\.9"):
-        other.ema.on_load_checkpoint(other.trainer, other.module, checkpoint)
+        Training(0.9, 0.99, checkpoint=checkpoint)
 
 
 def test_averages_of_another_network_are_refused() -> None:
     training, checkpoint = Training(0.9), {}
     training.ema.on_save_checkpoint(training.trainer, training.module, checkpoint)
-    other = Training(0.9, names=("a", "c"))
     with pytest.raises(ValueError, match="belong to other parameters"):
-        other.ema.on_load_checkpoint(other.trainer, other.module, checkpoint)
+        Training(0.9, names=("a", "c"), checkpoint=checkpoint)

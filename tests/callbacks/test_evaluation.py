@@ -11,6 +11,7 @@ from genfound.callbacks.evaluation import Evaluation
 from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.nonfinite import NonFinite
 from genfound.callbacks.saving import Saving
+from genfound.drawing import Drawn
 from genfound.metrics.protocol import read_results
 from genfound.reporting.sinks import JsonLines
 from tests.helpers import run_dir
@@ -66,6 +67,18 @@ def test_figures_are_logged_stored_and_do_not_disturb_the_training(tmp_path: Pat
     assert results[0].subject["images_seen"] < results[1].subject["images_seen"]
     assert results[0].subject["hash"] != results[1].subject["hash"]
     assert not (tmp_path / "watched/evaluations/work").exists()
+
+
+def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: Any) -> None:
+        raise FloatingPointError("an image is not finite")
+
+    notes: list[str] = []
+    monkeypatch.setattr(Drawn, "draw", diverge)
+    monkeypatch.setattr(JsonLines, "note", lambda _, text: notes.append(text))
+    state = trained(tmp_path / "run", True)
+    assert state["global_step"] == 12 and read_results(tmp_path / "run") == []
+    assert "no evaluation: an image is not finite" in notes
 
 
 def test_the_command_measures_the_same_weights_alike(tmp_path: Path) -> None:

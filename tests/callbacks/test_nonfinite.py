@@ -63,3 +63,15 @@ def test_too_many_in_a_row_stop_the_run(poison: set[int], tmp_path: Path) -> Non
         fit(folder)
     state = checkpoints.read(checkpoints.newest(folder / "checkpoints"))
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_the_last_steps_are_judged_too(poison: set[int], tmp_path: Path) -> None:
+    poison.update((1, 2, 3, 4))
+    short = run_dir(tmp_path / "short", *FP32, "trainer.max_steps=5", "trainer.log_every=50")
+    fit(short)
+    assert len((short / "nonfinite.jsonl").read_text().splitlines()) == 4
+    folder = run_dir(
+        tmp_path / "run", *FP32, "trainer.max_steps=5", "trainer.log_every=50", "trainer.nonfinite_limit=3"
+    )
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        fit(folder)

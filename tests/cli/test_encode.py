@@ -36,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> Path:
     """A store of pixels that was encoded without a break."""
-    assert genfound("encode", *COMMON, *PIXEL, "out=straight", cwd=folder).returncode == 0
+    result = genfound("encode", *COMMON, *PIXEL, "out=straight", cwd=folder)
+    assert result.returncode == 0 and "images/s" in result.stdout and " left" in result.stdout, result.stderr
     return folder / "straight"
 
 
@@ -57,8 +58,8 @@ def kill_somewhere(command: list[str], store: Path, chance: random.Random) -> No
     process.wait()
 
 
-def killed(store: Path, options: list[str]) -> str:
-    """What the last of four attempts says; the others are killed."""
+def kill_three_times(store: Path, options: list[str]) -> None:
+    """Encode in four attempts, of which the first three are killed."""
     chance = random.Random(0)
     command = [sys.executable, "-m", "genfound.encode", *options, f"out={store}"]
     for _ in range(3):
@@ -68,19 +69,17 @@ def killed(store: Path, options: list[str]) -> str:
     assert result.returncode == 0, result.stderr
     assert f"{len(times)} of {shards(store)} shards are there and intact" in result.stdout
     assert {name: (store / name).stat().st_mtime_ns for name in times} == times  # none was encoded again
-    return result.stdout
 
 
 def test_killed_three_times_it_ends_in_the_same_bytes(folder: Path, straight: Path) -> None:
-    output = killed(folder / "killed", [*COMMON, *PIXEL])
+    kill_three_times(folder / "killed", [*COMMON, *PIXEL])
     assert contents(folder / "killed") == contents(straight)
-    assert "images/s" in output and " left" in output
 
 
 @pytest.mark.slow
 def test_so_does_a_network(folder: Path) -> None:
     assert genfound("encode", *COMMON, *DC_AE, "out=network", cwd=folder).returncode == 0
-    killed(folder / "killed_network", [*COMMON, *DC_AE])
+    kill_three_times(folder / "killed_network", [*COMMON, *DC_AE])
     assert contents(folder / "killed_network") == contents(folder / "network")
 
 

@@ -1,5 +1,6 @@
 """`python -m genfound.train`: a run and its directory, its continuation, sweeps, and wrong input."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.cli.commands import TINY, genfound, one_error, variables
+from tests.helpers import state_differences
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -57,9 +59,7 @@ def test_the_same_command_with_more_steps_continues(straight: Path, tmp_path: Pa
     assert "continuing from" in second.stdout and "step-00000005.ckpt" in second.stdout
     run = tmp_path / "runs/default/run"
     assert losses(run) == losses(straight)
-    ours, theirs = (torch.load(r / "checkpoints/step-00000012.ckpt", weights_only=True) for r in (run, straight))
-    for key, tensor in theirs["state_dict"].items():
-        assert torch.equal(ours["state_dict"][key], tensor), key
+    assert not state_differences(run, straight)
 
 
 def test_a_killed_run_goes_on_where_it_was(straight: Path, tmp_path: Path) -> None:
@@ -72,11 +72,35 @@ def test_a_killed_run_goes_on_where_it_was(straight: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "DONE").exists()
-    result = genfound("train", *TINY, "trainer.checkpoint_every=3", "trainer.max_steps=60", "name=run", cwd=tmp_path)
+    steps = max(12, int(max(file.stem for file in (run / "checkpoints").glob("*.ckpt"))[-8:]) + 1)
+    end = f"trainer.max_steps={steps}"
+    result = genfound("train", *TINY, "trainer.checkpoint_every=3", end, "name=run", cwd=tmp_path)
     assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
     resumed = losses(run)
-    assert list(resumed) == list(range(1, 61))
+    assert list(resumed) == list(range(1, steps + 1))
     assert {step: resumed[step] for step in losses(straight)} == losses(straight)
+
+
+def test_a_job_ends_with_the_process_that_launched_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "genfound.train", "-m", *TINY, "budget.images=400000", "name=run"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=variables(), stdout=subprocess.DEVNULL)
+    run = tmp_path / "runs/default/run"
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job = next(job for job in jobs() if str(run.relative_to(tmp_path)) in job.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert not job.exists() and (run / "FAILED").exists()
+
+
+def jobs() -> list[Path]:
+    """The command lines of the jobs that are running."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [file] if "genfound.launch" in file.read_text() else []
+    return found
 
 
 def test_a_sweep_names_its_jobs_and_outlives_a_failing_one(tmp_path: Path) -> None:
@@ -115,6 +139,7 @@ WRONG = {
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
+    "trainer.keep=0": "trainer.keep=0 must be a whole number of at least 1",
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from genfound.data.destination import Destination
 from genfound.data.manifest import MANIFEST, read_manifest, write_manifest
-from genfound.data.work import Shard
+from genfound.data.to_encode import Shard
 from tests.stores import contents, encoded, tree
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.metrics.runs import untrained_run
+from tests.metrics.runs import evaluated, untrained_run
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +15,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared, as a user's are: the probe is trained once."""
-    return tmp_path_factory.mktemp("references")
+def references(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, as a user's are: the probe of the run is trained once, with a reference of it."""
+    folder = tmp_path_factory.mktemp("references")
+    evaluated(run, folder, sizes=[16, 16], out=str(tmp_path_factory.mktemp("first")))
+    return folder

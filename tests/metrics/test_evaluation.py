@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -240,26 +241,21 @@ def test_what_was_kept_of_another_number_of_images_is_not_taken(run: Path, refer
 def test_a_run_that_trains_on_is_measured_as_it_was(
     run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = tmp_path / "run"
+    copy, prepare = tmp_path / "run", evaluation.prepare_reference
     shutil.copytree(run, copy)
-    options = {"sizes": [16, 16]}
-    expected = evaluated(copy, references, **options, out=str(tmp_path / "a"))[0]
-    prepare = evaluation.prepare_reference
     state = checkpoints.read(copy / "checkpoints/step-00000003.ckpt")
+    moved = {"0.9": {name: tensor + 0.1 for name, tensor in state["ema"]["0.9"].items()}}
+    later = {**state, "ema": moved, "global_step": 9}
 
-    def training_goes_on(*arguments: Any) -> Any:
-        moved = {"0.9": {name: tensor + 0.1 for name, tensor in state["ema"]["0.9"].items()}}
-        checkpoints.save({**state, "ema": moved, "global_step": 9}, copy / f"checkpoints/{names[0]}.ckpt")
-        return prepare(*arguments)
+    def found(out: str, meanwhile: Callable[[], object]) -> tuple[Any, Any]:
+        monkeypatch.setattr(evaluation, "prepare_reference", lambda *arguments: (meanwhile(), prepare(*arguments))[1])
+        result = evaluated(copy, references, sizes=[16, 16], out=str(tmp_path / out))[0]
+        return result.figures, result.subject
 
-    names = ["step-00000009"]
-    monkeypatch.setattr(evaluation, "prepare_reference", training_goes_on)
-    found = evaluated(copy, references, **options, out=str(tmp_path / "b"))[0]
-    assert (found.figures, found.subject) == (expected.figures, expected.subject)
-    names[0] = "step-00000003"
+    expected = found("undisturbed", lambda: None)
+    assert found("newer", lambda: checkpoints.save(later, copy / "checkpoints/step-00000009.ckpt")) == expected
     (copy / "checkpoints/step-00000009.ckpt").unlink()
-    with pytest.raises(ValueError, match="has changed while it is evaluated; give the command again"):
-        evaluated(copy, references, **options, out=str(tmp_path / "c"))
+    assert found("removed", lambda: shutil.rmtree(copy)) == expected
 
 
 def test_whatever_was_set_otherwise_is_listed(run: Path, references: Path, tmp_path: Path) -> None:

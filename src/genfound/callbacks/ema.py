@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,31 +26,37 @@ class Ema(lightning.Callback):
     def __init__(self, decays: Sequence[float]) -> None:
         self.decays = list(decays)
         self.averages: dict[float, dict[str, Tensor]] = {}
+        self._saved: Mapping[str, Mapping[str, Tensor]] | None = None
         self._steps = 0
-
-    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Copy the weights, unless a checkpoint is about to bring the averages."""
-        for decay in self.decays:
-            self.averages[decay] = {name: p.detach().float().clone() for name, p in _trained(module)}
-        self._steps = trainer.global_step
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the averages.
+        """Keep the averages of the checkpoint until training starts.
 
         Raises:
             ValueError: the checkpoint lacks one of the decays, or a parameter.
         """
-        saved = checkpoint["ema"]
+        saved, names = checkpoint["ema"], {name for name, _ in _trained(module)}
         missing = [decay for decay in self.decays if str(decay) not in saved]
         if missing:
             raise ValueError(f"ema.decays={self.decays}, but the checkpoint has only {', '.join(saved)}")
-        for decay, average in self.averages.items():
-            if average.keys() != saved[str(decay)].keys():
-                raise ValueError("the averages in the checkpoint belong to other parameters")
-            for name, tensor in average.items():
-                tensor.copy_(saved[str(decay)][name])
+        if any(saved[str(decay)].keys() != names for decay in self.decays):
+            raise ValueError("the averages in the checkpoint belong to other parameters")
+        self._saved = saved
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Begin with the weights, or the averages of the checkpoint, where the weights are.
+
+        Only now has Lightning restored everything, and moved it to the device.
+        """
+        for decay in self.decays:
+            weights = dict(_trained(module)) if self._saved is None else self._saved[str(decay)]
+            self.averages[decay] = {
+                name: weights[name].detach().to(p.device, torch.float32, copy=True) for name, p in _trained(module)
+            }
+        self._saved = None
+        self._steps = trainer.global_step
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]

@@ -15,9 +15,9 @@ from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.periodic import Periodic
 from genfound.checks import sizes
-from genfound.drawing import DATA, Drawn, make_requests
+from genfound.drawing import DATA, Drawn, requests_by_rule
 from genfound.evaluation import Asked, check, circumstances, protocol_of, settings
-from genfound.extraction import network_hash, shown, weak_hash
+from genfound.extraction import network_hash, size_text, weak_hash
 from genfound.metrics.features import Features
 from genfound.metrics.figures import check_count, measure
 from genfound.metrics.images import digest
@@ -84,10 +84,10 @@ class Evaluation(Periodic):
         """Evaluate at every size."""
         figures: dict[str, float] = {}
         for size in self.sizes:
-            prefix = "eval" if len(self.sizes) == 1 else f"eval/{shown(size)}"
+            prefix = "eval" if len(self.sizes) == 1 else f"eval/{size_text(size)}"
             found = self._evaluate(trainer, module, size)
             figures |= {f"{prefix}/{name}": value for name, value in found.items()}
-        for sink in self.metrics.sinks:
+        for sink in self.metrics.sinks if figures else ():
             sink.log({"images_seen": module.images_seen, **figures}, trainer.global_step)
 
     def _prepare(self) -> None:
@@ -98,17 +98,23 @@ class Evaluation(Periodic):
             self.references[size] = prepare_reference(config, size, self.data, self.tool, self.place)
 
     def _evaluate(self, trainer: lightning.Trainer, module: GenerativeModule, size: Size | str) -> dict[str, float]:
-        """Figures on the first rank; nothing on the others."""
+        """Figures on the first rank; nothing on the others, and where samples are not finite."""
         assert self.tool is not None
-        share = trainer.global_rank, trainer.world_size
+        share, reason = (trainer.global_rank, trainer.world_size), ""
         module.eval()
         with self.ema.swapped(module):
             weights = network_hash(module.net, self.parts.config)
             drawn = Drawn(self.work / self._key(weights, size), self.requests[size])
             drawn.begin()
-            drawn.draw(module.net, self.samplings[size], self.asked.config["seed"], *share)
+            try:
+                drawn.draw(module.net, self.samplings[size], self.asked.config["seed"], *share)
+            except FloatingPointError as error:
+                reason = str(error)
         module.train()
-        trainer.strategy.barrier()
+        if not trainer.strategy.reduce_boolean_decision(not reason):
+            for sink in self.metrics.sinks:
+                sink.note(f"no evaluation: {reason or 'samples of another process are not finite'}")
+            return {}
         features = Features(drawn.folder / "features", len(drawn))
         features.extract(drawn, self.tool.extractor, *share)
         trainer.strategy.barrier()
@@ -132,7 +138,7 @@ class Evaluation(Periodic):
     def _requests(self, size: Size | str) -> Sequence[Request]:
         config = self.asked.config
         named = self.data.images("train") if DATA in (size, config["labels"]) else None
-        return make_requests(config["n"], config["labels"], size, self.data.classes, config["seed"], named)
+        return requests_by_rule(config["n"], config["labels"], size, self.data.classes, config["seed"], named)
 
     def _how(self, size: Size | str) -> dict[str, Any]:
         return pinned(settings(self.asked, self.parts.config, size))
@@ -154,7 +160,7 @@ class Evaluation(Periodic):
         """Of the work on these weights: whatever could change an image or a feature."""
         assert self.tool is not None
         facts = [asdict(self.drawings[size]), self.asked.config["batch"], len(self.requests[size])]
-        return digest(weights, shown(size), self.tool.extractor.hash, json.dumps(facts))
+        return digest(weights, size_text(size), self.tool.extractor.hash, json.dumps(facts))
 
 
 def asked(folder: Path, run: Mapping[str, Any]) -> Asked:

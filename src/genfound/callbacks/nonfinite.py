@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genfound.data.loader import Item
+from genfound.data.plan import Micro
 from genfound.module import GenerativeModule
 
 
@@ -30,7 +31,7 @@ class NonFinite(lightning.Callback):
         self.skipped = 0
         self._in_a_row = 0
         self._norms: list[tuple[int, Tensor]] = []
-        self._micros: dict[int, list[tuple[Item, Tensor]]] = {}
+        self._micros: dict[int, list[tuple[Micro, Tensor]]] = {}
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
@@ -42,11 +43,17 @@ class NonFinite(lightning.Callback):
         """
         assert isinstance(module, GenerativeModule) and module.losses is not None
         step = batch[1].step
-        self._micros.setdefault(step, []).append((batch, module.losses.t))
+        self._micros.setdefault(step, []).append((batch[1], module.losses.t))
         if trainer.global_step <= step or module.grad_norm is None:
             return
         self._norms.append((step, module.grad_norm.detach()))
         if len(self._norms) >= self.every:
+            self.look(module.seed)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """The last steps, before they are saved."""
+        assert isinstance(module, GenerativeModule)
+        if self._norms:
             self.look(module.seed)
 
     def look(self, seed: int) -> None:
@@ -67,7 +74,7 @@ class NonFinite(lightning.Callback):
 
     def _write(self, step: int, seed: int) -> None:
         with open(self.file, "a") as out:
-            for (_, micro), t in self._micros[step]:
+            for micro, t in self._micros[step]:
                 times = t.tolist()[: len(micro.indices)]
                 line = {"step": step, "micro_batch": micro.number, "seed": seed, "images": micro.indices, "t": times}
                 out.write(json.dumps(line) + "\n")

@@ -39,8 +39,8 @@ class Saving(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at multiples of `every`."""
-        if trainer.global_step % self.every == 0:
+        """Save at multiples of `every`; the end of the run comes after what else is done there."""
+        if trainer.global_step % self.every == 0 and not trainer.should_stop:
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

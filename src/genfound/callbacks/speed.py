@@ -38,8 +38,9 @@ class Speed:
         self.calibrated = True
         times = torch.zeros(len(batch.y), device=batch.x.device)
         autocast: AbstractContextManager[None] = module.trainer.precision_plugin.forward_context()
-        with torch.no_grad(), autocast, FlopCounterMode(display=False) as counter:
-            module.net(batch, times)
+        with torch.no_grad(), autocast:
+            with FlopCounterMode(display=False) as counter:
+                module.net(batch, times)
             self.matmul_rate = matmul_rate(batch.x.device)
         self.forward_flops = counter.get_total_flops()
 

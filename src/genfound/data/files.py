@@ -25,7 +25,7 @@ from PIL import Image
 
 from genfound.data.names import Names, shown
 from genfound.data.views import Views
-from genfound.data.writing import alone, write_whole
+from genfound.writing import alone, write_whole
 
 MANY = 20_000
 """So many new files are announced, because looking into them takes a while."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genfound.data.writing import write_whole
+from genfound.writing import write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "genfound latents 2"

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genfound.data.writing import write_whole
+from genfound.writing import write_whole
 
 MOST_OPEN = 512
 """Descriptors that a reader keeps at a time."""

@@ -45,7 +45,6 @@ class Features:
         self, images: ImageSet, extractor: Extractor, rank: int = 0, ranks: int = 1, progress: Progress = silent
     ) -> None:
         """Compute the files of this process that are not there yet."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         files = list(enumerate(self.files))[rank::ranks]
         sizes = [len(self._numbers(place)) for place, _ in files]
         with ThreadPoolExecutor(READERS) as pool:

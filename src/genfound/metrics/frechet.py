@@ -65,12 +65,6 @@ class Moments:
         self.total += rows.sum(dim=0)
         self.products.addmm_(rows.T, rows)
 
-    def merge(self, other: Moments) -> None:
-        """Add the sums of other rows."""
-        self.count += other.count
-        self.total += other.total
-        self.products += other.products
-
     def gaussian(self) -> Gaussian:
         """Mean, and covariance with the divisor N - 1.
 

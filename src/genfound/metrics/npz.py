@@ -14,7 +14,7 @@ from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
-from genfound.paths import write_atomically
+from genfound.writing import write_whole
 
 BLOCK = 1 << 20
 DAMAGE = (
@@ -50,7 +50,7 @@ def write_npz(file: Path, arrays: Mapping[str, np.ndarray | Stack]) -> None:
                     else:
                         np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
-    write_atomically(file, save)
+    write_whole(file, save)
 
 
 def read_member(file: Path, name: str) -> np.ndarray | None:

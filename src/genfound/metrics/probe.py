@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, interpolate, relu
 
 from genfound.metrics.extractor import full_precision, tensors_hash, to_tensor
 from genfound.metrics.images import Chosen, ImageSet, digest
-from genfound.paths import write_atomically
+from genfound.writing import write_whole
 
 SIDE, WIDTH = 32, 64
 IMAGES, EPOCHS, BATCH, RATE, SEED = 4096, 6, 64, 3e-3, 0
@@ -78,7 +78,7 @@ class Probe:
         """Write the probe, whole or not at all."""
         state = {key: value.cpu().contiguous() for key, value in self.net.state_dict().items()}
         note = {"probe": json.dumps({"accuracy": self.accuracy})}
-        write_atomically(file, lambda temporary: save_file(state, temporary, note))
+        write_whole(file, lambda temporary: save_file(state, temporary, note))
 
     @classmethod
     def load(cls, file: Path, device: torch.device) -> Probe:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genfound.paths import flatten
+from genfound.writing import make_folder
 
 UNKNOWN = "unknown"
 """Of images whose making is not recorded."""
@@ -142,7 +143,7 @@ class Result:
 
     def append_to(self, folder: Path) -> None:
         """Add a line to the results of a folder, unless the same figures under the same protocol are there."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if any(replace(old, provenance=self.provenance) == self for old in read_results(folder)):
             return
         with open(folder / RESULTS, "a") as out:

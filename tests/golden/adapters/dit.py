@@ -282,7 +282,7 @@ def train(fixture: Fixture) -> Results:
     module = module_of(net, objective, config["model"], call["lr"])
     optimizer, ema = module.configure_optimizers(), Ema([call["ema_decay"]])
     trainer: Any = SimpleNamespace(global_step=0)
-    ema.on_fit_start(trainer, module)
+    ema.on_train_start(trainer, module)
     shape = call["x_shape"]
     grid = tuple(side // net.token_spec.patch_size for side in shape[2:])
 

@@ -118,7 +118,7 @@ def train_steps(fixture: Fixture) -> Results:
     module = official.module(rectified_flow(logit_normal), optimizer)
     stepper, ema = module.configure_optimizers(), Ema([config["ema_decay"]])
     trainer: Any = SimpleNamespace(global_step=0)
-    ema.on_fit_start(trainer, module)
+    ema.on_train_start(trainer, module)
     counted, losses = Counted(), []
     for step in range(config["steps"]):
         batch = dense(given["x"], given["y"], official.patch_size)

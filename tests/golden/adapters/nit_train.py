@@ -73,7 +73,7 @@ def train(fixture: Fixture) -> Results:
     module = Drawn(net, objective, recipe, label_drop=0.0, seed=0, budget=1, micro_batches=1, ranks=1)
     optimizer: Any = module.configure_optimizers()
     trainer: Any = SimpleNamespace(global_step=0)
-    ema.on_fit_start(trainer, module)
+    ema.on_train_start(trainer, module)
     losses, projections, norms = [], [], []
     for step in range(fixture["options"]["steps"]):
         latent, sizes = given[f"latent.{step}"], given[f"hw_list.{step}"].tolist()

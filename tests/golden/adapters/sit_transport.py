@@ -316,7 +316,7 @@ def train(fixture: Fixture) -> Results:
     module = module_of(net, objective, fixture["config"]["model"], call["lr"])
     optimizer, ema = module.configure_optimizers(), Ema([call["ema_decay"]])
     trainer: Any = SimpleNamespace(global_step=0)
-    ema.on_fit_start(trainer, module)
+    ema.on_train_start(trainer, module)
     shape, p = call["x_shape"], net.token_spec.patch_size
 
     def outwards(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

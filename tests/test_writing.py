@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genfound.data import writing
-from genfound.data.writing import PARTIAL, STALE, write_whole
+from genfound import writing
+from genfound.writing import PARTIAL, STALE, make_folder, write_whole
 
 
 def none(*_: object) -> None:
@@ -102,7 +102,9 @@ def test_a_folder_that_another_process_removes_while_it_is_made(
     assert (tmp_path / "a").read_text() == "whole"
 
 
-def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / PARTIAL).touch()
-    with pytest.raises(NotADirectoryError):
-        write_whole(tmp_path / "a", lambda temporary: temporary.write_text(""))
+def test_what_is_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(FileExistsError):
+            make_folder(tmp_path / name)

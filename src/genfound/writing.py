@@ -9,13 +9,28 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..work import make_folder
-
 PARTIAL = ".partial"
 """Folder of unfinished files, beside where they belong."""
 
+ATTEMPTS = 100
+"""To make a folder that other processes remove."""
+
 STALE = 3600
 """After so many seconds without a change an unfinished file is given up where a file system has no locks."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, though other processes remove empty ones at the same time.
+
+    `exist_ok` alone looks twice, and fails if the folder goes in between.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            return folder.mkdir(parents=True, exist_ok=True)
+    return folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_whole(file: Path, save: Callable[[Path], object]) -> None:
@@ -78,7 +93,7 @@ def _entered(folder: Path) -> int:
     while True:
         make_folder(folder)
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = os.open(folder, os.O_RDONLY)
             _locked(descriptor, fcntl.LOCK_SH)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), folder.stat()):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from genfound.data import work
+from genfound.data import to_encode
 from genfound.data.base import PictureSource
 from genfound.data.image_tree import ImageTree
+from genfound.data.to_encode import Calls, Part
 from genfound.data.views import Entries
-from genfound.data.work import Calls, Part
 from tests.stores import tree
 
 
@@ -33,7 +33,7 @@ def test_a_shard_has_so_many_images_with_all_their_entries() -> None:
 
 
 def test_a_shard_has_no_more_bytes_than_it_may_unless_one_image_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "LARGEST", 600)
+    monkeypatch.setattr(to_encode, "LARGEST", 600)
     sizes = [[10, 10], [10, 10], [10, 20], [30, 30], [5, 5], [10, 10]]
     assert borders(part(sizes), 100, 2.0) == [(0, 2), (2, 3), (3, 4), (4, 6)]
     assert borders(part(sizes), 100, 1.5) == [(0, 3), (3, 4), (4, 6)]
