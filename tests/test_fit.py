@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ WRONG = {
     "sampler.steps=0": r"sampler\.steps=0 must be a whole number of at least 1",
     "guidance.interval=[0.7,0.2]": r"guidance\.interval=.* low <= high",
     "model.label_drop=0": r"guidance needs a null label: .* guidance=none",
+    "layout=dense": "layout=dense does not fit NiT",
     "objective=gaussian_x0 sampler=ddim objective.timesteps=30 sampler.steps=40": "40 steps cannot be chosen from 30",
 }
 
@@ -95,6 +97,11 @@ SENSELESS = {
     "budget.images=-3": "budget.images=-3 must be",
     "batch.packs=0": "batch.packs=0 must be",
     "ema.decays=[1.5]": "ema.decays=1.5 must be a finite number of at least 0 and at most 1",
+    "ema.decays=0.9": "ema.decays=0.9 must be a list, such as [0.9999,0.999]",
+    "optimizer.ema_decay=2": "optimizer.ema_decay=2 must be",
+    "optimizer.betas=[0.9,2]": "optimizer.betas=2 must be",
+    "model.depth=0": "model.depth=0 must be a whole number of at least 1",
+    "batch.packs=null batch.images=4": "batch.images counts nothing in layout=packed; set batch.packs",
     "optimizer.clip=0": "optimizer.clip=0 must be a finite number above 0",
     "model.label_drop=2": "model.label_drop=2 must be",
     "data.num_workers=null": "data.num_workers=null must be",
@@ -104,8 +111,21 @@ SENSELESS = {
 @pytest.mark.parametrize("override", SENSELESS)
 def test_numbers_that_make_no_sense_are_refused(override: str) -> None:
     with pytest.raises(ValueError) as error:
-        launch.check(composed(*TINY, override))
+        launch.check(composed(*TINY, *override.split()))
     assert SENSELESS[override] in str(error.value)
+
+
+def test_parameters_that_do_not_exist_cannot_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.trainable=\['lora'\]: no parameter has one of these"):
+        fit(run_dir(tmp_path, *TINY, "optimizer.trainable=[lora]"))
+
+
+def test_the_end_of_the_budget_is_validated_and_drawn_once(tmp_path: Path) -> None:
+    fit(run_dir(tmp_path, *TINY, "budget.images=60", "trainer.val_every=1", "trainer.preview_every=1000"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    validated = [line["images_seen"] for line in lines if "val/loss" in line]
+    assert validated == sorted(set(validated)) and validated[-1] >= 60
+    assert [file.stem for file in (tmp_path / "samples").glob("*.png")] == [f"images-{validated[-1]:09d}"]
 
 
 @pytest.mark.parametrize("group", ["trainer", "data", "optimizer", "model"])

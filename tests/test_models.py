@@ -62,3 +62,16 @@ def test_it_learns_and_resumes_exactly(model: str, objective: str, tmp_path: Pat
     assert losses(tmp_path / "resumed") == values
     assert not state_differences(straight, tmp_path / "resumed")
     assert not genfound.load(tmp_path / "resumed").net.training
+
+
+OFFICIAL = sorted((Path(paths.config_dir()) / "experiment/official").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [*FILES, *OFFICIAL], ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_whatever_it_sets_is_set(file: Path) -> None:
+    """Nothing that is composed later takes it back."""
+    group = "model" if file.parent.name == "model" else "experiment"
+    name = file.stem if group == "model" else f"official/{file.stem}"
+    own = paths.flatten({key: value for key, value in paths.read_yaml(file).items() if key != "defaults"})
+    whole = paths.flatten(composed(f"{group}={name}"))
+    assert {key: whole.get(key) for key in own} == own

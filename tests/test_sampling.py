@@ -117,7 +117,7 @@ def test_a_label_that_does_not_exist_lists_the_classes(label: int | str) -> None
 
 
 def test_there_must_be_something_to_draw() -> None:
-    with pytest.raises(ValueError, match="n=0 must be at least 1"):
+    with pytest.raises(ValueError, match="n=0 must be a whole number of at least 1"):
         make_requests([0], [(8, 8)], 0, NAMES)
 
 

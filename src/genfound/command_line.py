@@ -89,7 +89,7 @@ def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
     try:
         _refuse_new_keys(sys.argv[1:])
         _added[:] = _choices_of_the_run(config_name, sys.argv[1:])
-        sys.argv[1:] = [*_added, *sys.argv[1:]]
+        sys.argv[1:] = [*sys.argv[1:], *_added]  # the flag -m does not find what follows another override
         hydra.main(version_base="1.3", config_path=paths.config_dir(), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         errors.append(str(error))
@@ -162,11 +162,15 @@ def chosen() -> list[str]:
 
 
 def _refuse_new_keys(arguments: list[str]) -> None:
-    """`+key=value` would add a key that nothing reads."""
+    """`+key=value` would add a key that nothing reads, `~key` take one away that something reads."""
     for argument in arguments:
         match = re.match(r"(\+{1,2})(?!hydra)([^=]+)=", argument)
         if match:
-            raise ValueError(f"unknown key {match[2]}: {argument} would add it, and nothing would read it; drop the +")
+            raise ValueError(
+                f"{argument} would add the unknown key {match[2]}, which nothing reads; drop the {match[1]}"
+            )
+        if argument.startswith("~"):
+            raise ValueError(f"{argument} would take away a key that is read; set {argument[1:]}=... instead")
 
 
 def _composition_error(error: Exception, config_name: str) -> str:
@@ -179,6 +183,11 @@ def _composition_error(error: Exception, config_name: str) -> str:
         foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
         near = difflib.get_close_matches(key[1], _known_keys(config_name, sys.argv[1:]), 1, 0.85 if foreign else 0.6)
         return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+    experiment = re.search(r"Could not find 'experiment/([^']+)'", text)
+    if experiment:  # Hydra lists nothing where the default is null
+        folder = Path(paths.config_dir()) / "experiment"
+        names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+        return f"experiment={experiment[1]} is unknown; choose one of {', '.join(names)}"
     listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"
     option = re.search(listed, text, re.DOTALL)
     if option:

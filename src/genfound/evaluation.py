@@ -100,6 +100,8 @@ def evaluate(asked: Asked) -> list[Result]:
         loaded = _load(config, source)
         data = DataSet(loaded.config, loaded.tokenizer.spec, len(loaded.class_names))
     sizes: Sequence[Size | str | None] = [None] if loaded is None else wanted_sizes(config, loaded)
+    if len(sizes) > 1:
+        print(f"{len(sizes)} sizes, {config['n']:,} samples of each; sizes=... chooses", flush=True)
     tool = prepare_extractor(config, data, place)
     results = []
     for size in sizes:
@@ -318,6 +320,7 @@ def _draw(samples: Samples, place: Place) -> None:
         print(f"{samples.count - missing:,} of {samples.count:,} samples are there already", flush=True)
     try:
         if missing:
+            print(f"drawing {size_text(samples.size)}, {samples.drawing.how()}", flush=True)
             save(samples.network, samples.work / NETWORK)
             perform(samples.task, place.devices, samples.work / "task.json")
     finally:

@@ -42,6 +42,10 @@ OR_NULL = (
 """Whole numbers of at least 1, or null."""
 
 
+SIZES = {"depth", "width", "heads", "patch_size"}
+"""Whole numbers of at least 1 of the models that have them."""
+
+
 def train(cfg: DictConfig) -> None:
     """Launch one job of `genfound.train`.
 
@@ -95,13 +99,23 @@ def check(config: Mapping[str, Any]) -> None:
             whole(f"{group}.{key}", config[group][key], least)
     for group, key in OR_NULL:
         whole(f"{group}.{key}", config[group][key], 1, or_null=True)
-    for decay in config["ema"]["decays"] or ():
-        number("ema.decays", decay, 0, 1)
-    number("model.label_drop", config["model"]["label_drop"], 0, 1)
+    decays, model, optimizer = config["ema"]["decays"], config["model"], config["optimizer"]
+    if not isinstance(decays, list | None):
+        raise ValueError(f"ema.decays={decays} must be a list, such as [0.9999,0.999]")
+    for key, value in (("ema.decays", decays or ()), ("optimizer.betas", optimizer["betas"])):
+        for decay in value:
+            number(key, decay, 0, 1)
+    for key in SIZES & model.keys():
+        whole(f"model.{key}", model[key], 1)
+    number("model.label_drop", model["label_drop"], 0, 1)
+    number("optimizer.ema_decay", optimizer["ema_decay"], 0, 1)
     for key in ("lr", "weight_decay"):
-        number(f"optimizer.{key}", config["optimizer"][key], 0)
-    if config["optimizer"]["clip"] is not None:
-        number("optimizer.clip", config["optimizer"]["clip"], 0, above=True)
+        number(f"optimizer.{key}", optimizer[key], 0)
+    if optimizer["clip"] is not None:
+        number("optimizer.clip", optimizer["clip"], 0, above=True)
+    read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
+    if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
+        raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
 
 
 def keep_freed_memory() -> None:

@@ -202,7 +202,9 @@ def _config(family: str, options: Mapping[str, Any], path: Path) -> Config:
     config["model"] |= options
     missing = [key for key, value in config["model"].items() if value == "???"]
     if missing:
-        raise ValueError(f"{path} is of no published size, and its shapes do not tell {missing[0]}; say num_heads=...")
+        raise ValueError(
+            f"{path} is of no published size, and its shapes do not tell {missing[0]}; say hints.num_heads=..."
+        )
     return config
 
 

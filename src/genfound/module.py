@@ -56,6 +56,8 @@ class GenerativeModule(lightning.LightningModule):
         if trainable := optimizer.get("trainable"):
             for name, parameter in net.named_parameters():
                 parameter.requires_grad_(any(part in name for part in trainable))
+            if not any(parameter.requires_grad for parameter in net.parameters()):
+                raise ValueError(f"optimizer.trainable={trainable}: no parameter has one of these in its name")
         self.objective = objective
         self.settings = optimizer
         self.label_drop = label_drop

@@ -30,6 +30,9 @@ NOT_IDENTITY = (
 GROUPS = ("model", "data", "tokenizer", "layout", "objective", "sampler", "guidance", "optimizer", "trainer")
 """What the configuration of any run has."""
 
+GRID = "grid.png"
+"""Of `genfound.sample`, beside its images."""
+
 LONGEST_NAME = 100
 
 

@@ -60,7 +60,14 @@ class DataSet:
 
     def of_store(self, root: Path) -> DataSet:
         """The latents of a store in the place of its own images."""
-        holdout = read_manifest(root)["source"]["holdout"]
+        manifest, spec = read_manifest(root), self.spec
+        made = manifest["tokenizer"]
+        if (made["channels"], made["stride"]) != (spec.channels, spec.stride):
+            raise ValueError(
+                f"reference={root} holds latents of another tokenizer ({made['channels']} channels at stride "
+                f"{made['stride']}, the run's have {spec.channels} at {spec.stride}); give images"
+            )
+        holdout = manifest["source"]["holdout"]
         own = {"max_image_tokens": None, **self.config["data"]}
         data = {**own, "source": "store", "root": str(root), "holdout": holdout, "flip": False}
         return replace(self, config={**self.config, "data": data})
@@ -133,6 +140,8 @@ def _train(images: ImageSet, data: DataSet, file: Path, place: Place) -> None:
     probe.save(file)
     share = "" if probe.accuracy is None else f"; it recognises {probe.accuracy:.1%} of held-out images"
     print(f"probe: {file}{share}", flush=True)
+    if probe.accuracy is not None and probe.accuracy < 2 / data.classes:
+        print("warning: the probe has learned next to nothing of this data; its figures say as little", flush=True)
 
 
 def prepare_reference(

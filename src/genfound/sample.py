@@ -24,6 +24,7 @@ def _task(cfg: DictConfig) -> None:
 
     launch.keep_freed_memory()
     config = paths.plain(cfg)
+    checks.whole("batch", config["batch"], 1)
     loaded = load(config["from"], weights=config["weights"], **config["hints"])
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
@@ -39,12 +40,21 @@ def _task(cfg: DictConfig) -> None:
     sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"], config["precision"])
 
     out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
+    classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in loaded.class_names]
+    names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
+    _refuse_others(out, names)
     images = sampling.draw(loaded.net.to(device), requests, config["seed"], Counter("images"))
-    for image, request in zip(images, requests, strict=True):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", loaded.class_names[request.label])
-        save_png(out / f"{request.number:05d}_{name}_{request.size[0]}x{request.size[1]}.png", image)
-    save_grid(out / "grid.png", images, requests, loaded.class_names)
-    print(f"{len(images)} images and their grid: {out / 'grid.png'}")
+    for name, image in zip(names, images, strict=True):
+        save_png(out / name, image)
+    save_grid(out / paths.GRID, images, requests, loaded.class_names)
+    print(f"{len(images)} images and their grid: {out / paths.GRID}")
+
+
+def _refuse_others(out: Path, names: list[str]) -> None:
+    """Raise a ValueError if a folder holds images that are not about to be written anew."""
+    others = sorted({file.name for file in out.glob("*.png")} - {*names, paths.GRID})
+    if others:
+        raise ValueError(f"out={out} holds other images ({others[0]}); choose another out=..., or remove them")
 
 
 def _default_out(origin: Path, chosen: list[str]) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor
 from genfound import build, paths, samplers
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
-from genfound.checks import known
+from genfound.checks import known, sizes, whole
 from genfound.data.pictures import to_uint8
 from genfound.layouts import Layout
 from genfound.loading import Loaded, load
@@ -300,8 +300,10 @@ def sample(
     if guidance is not None:
         scaled = isinstance(guidance, int | float)
         config["guidance"] = {**_own("guidance", "cfg", config), "scale": guidance} if scaled else guidance
+    whole("batch", batch, 1)
     build.objective(config)  # refuses a sampler that does not fit
-    requests = make_requests(labels, [size or loaded.sizes[0]], n, loaded.class_names)
+    wanted = loaded.sizes[:1] if size is None else sizes("size", list(size) if isinstance(size, Sequence) else size)
+    requests = make_requests([labels] if isinstance(labels, str) else labels, wanted, n, loaded.class_names)
     device = next(loaded.net.parameters()).device
     sampling = Sampling.of(config, loaded.objective, loaded.tokenizer, device, batch)
     if isinstance(loaded.tokenizer, Absent):
@@ -352,8 +354,9 @@ def make_requests(
     Raises:
         ValueError: a label is neither a class number nor a class name, or n is not positive.
     """
-    if n < 1:
-        raise ValueError(f"n={n} must be at least 1")
+    whole("n", n, 1)
+    if not labels:
+        raise ValueError("labels=[]: give at least one class")
     numbers = [label_number(label, class_names) for label in labels]
     wanted = [(label, size) for size in sizes for _ in range(n) for label in numbers]
     return [Request(label, size, number) for number, (label, size) in enumerate(wanted)]
@@ -363,7 +366,7 @@ def label_number(label: int | str, class_names: Sequence[str]) -> int:
     """The number of a class given by number or name."""
     if isinstance(label, str) and label in class_names:
         return list(class_names).index(label)
-    if isinstance(label, int) and 0 <= label < len(class_names):
+    if type(label) is int and 0 <= label < len(class_names):
         return label
     names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
     count = len(class_names)

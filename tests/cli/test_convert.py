@@ -39,7 +39,7 @@ WRONG = {
     "from=nowhere.pt": "there is no run nowhere.pt",
     "from=cut_dit.pt": "cut_dit.pt is damaged",
     "from=other.pt": f"of none of {', '.join(FAMILIES)}",
-    "from=dit.pt": "say num_heads=",
+    "from=dit.pt": "say hints.num_heads=",
     "from=nit.pt to=x.pt format=genfound": "must end in .safetensors",
     "from=nit.pt format=torch": "format=torch is unknown; choose official or genfound",
     "from=nit.pt hints.family=gan": "family=gan is unknown",

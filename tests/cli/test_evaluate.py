@@ -115,6 +115,11 @@ def test_a_store_of_latents_is_a_reference(run: Path, tmp_path: Path) -> None:
     assert of_store["figures"] == pytest.approx(
         of_data["figures"], rel=1e-4
     )  # the store has the images in its own order
+    other = ["tokenizer=dc_ae", "tokenizer.weights=random_tiny", "data=shapes", "accelerator=cpu", "out=other"]
+    encoded = genfound("encode", *other, "data.images=40", "data.sides=[32]", cwd=tmp_path)
+    assert encoded.returncode == 0, encoded.stderr
+    error = one_error(genfound("evaluate", f"from={run}", *QUICK, "reference=other", "sizes=[16,16]", cwd=tmp_path))
+    assert "reference=other holds latents of another tokenizer (" in error
 
 
 WRONG = {

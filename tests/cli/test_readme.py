@@ -18,7 +18,7 @@ from tests.helpers import composed
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = [*TINY, "trainer.max_steps=2", "data.max_tokens=1024", "batch.packs=2"]
+SHORT = [*TINY, "batch.images=16", "trainer.max_steps=2", "data.max_tokens=1024", "batch.packs=2"]
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -60,6 +60,17 @@ def test_single_keys_are_those_of_the_sampler_of_the_run(tmp_path: Path) -> None
     assert "sampler.shift: it is not an option of sampler=ddim" in error
 
 
+def test_a_sweep_of_samples_and_a_folder_with_other_images(run: Path, tmp_path: Path) -> None:
+    arguments = [f"from={run}", "labels=[1]", "size=[16,16]", "batch=1", "sampler.steps=1,2"]
+    swept = genfound("sample", "-m", *arguments, "out=out-${sampler.steps}", cwd=tmp_path)
+    assert swept.returncode == 0, swept.stderr
+    assert sorted(folder.name for folder in tmp_path.glob("out-*")) == ["out-1", "out-2"]
+    again = [f"from={run}", "size=[16,16]", "batch=1", "sampler.steps=1", "out=out-1"]
+    assert genfound("sample", *again, "labels=[1]", cwd=tmp_path).returncode == 0
+    error = one_error(genfound("sample", *again, "labels=[2]", cwd=tmp_path))
+    assert "out=out-1 holds other images (00000_square_16x16.png); choose another out=" in error
+
+
 def test_shifted_times_may_follow_the_size(run: Path, tmp_path: Path) -> None:
     arguments = [f"from={run}", "labels=[1]", "size=[16,16]", "batch=1", "sampler.steps=2", "sampler.shift=auto"]
     assert genfound("sample", *arguments, "out=out", cwd=tmp_path).returncode == 0
@@ -71,8 +82,11 @@ WRONG = {
     "size=[15,16]": "the nearest legal sizes are [14,16] and [16,16]",
     "size=[0,16]": "the nearest legal sizes are [2,16]",
     "size=16": "size=16 must be [height,width]",
-    "n=0": "n=0 must be at least 1",
+    "n=0": "n=0 must be a whole number of at least 1",
     "weights=best": "weights=best is unknown",
+    "batch=0": "batch=0 must be a whole number of at least 1",
+    "labels=[]": "labels=[]: give at least one class",
+    "~guidance.scale": "~guidance.scale would take away a key that is read",
     "sampler.steps=0": "sampler.steps=0 must be a whole number of at least 1",
     "sampler.steps=2.5": "sampler.steps=2.5 must be a whole number",
     "sampler.steps=null": "sampler.steps=None must be a whole number",

@@ -129,7 +129,7 @@ WRONG = {
     "model.depth=deep": "model.depth=deep must be a whole number",
     "model.heads=5": "model.width=32 over model.heads=5",
     "model.channels=4": "tokenizer is pixel (3 channels) but model.channels is 4",
-    "layout=dense": "layout=dense does not fit NiT",
+    "layout=dense": "batch.packs counts nothing in layout=dense; set batch.images",
     "data.sides=[13]": "the nearest legal sides are 12 and 14",
     "data.max_tokens=64": "more than data.max_tokens=64",
     "data.view=round": "data.view=round is unknown",
@@ -139,6 +139,7 @@ WRONG = {
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
+    "experiment=best": "experiment=best is unknown; choose one of official/dit",
     "trainer.keep=0": "trainer.keep=0 must be a whole number of at least 1",
 }
 

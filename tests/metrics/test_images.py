@@ -7,7 +7,17 @@ from PIL import Image
 
 from genfound.data.views import center_crop
 from genfound.metrics.export import export
-from genfound.metrics.images import Chosen, Cropped, FolderImages, ImageSet, NpzImages, cover, note_of, open_images
+from genfound.metrics.images import (
+    Chosen,
+    Cropped,
+    FolderImages,
+    ImageSet,
+    NpzImages,
+    cover,
+    image_files,
+    note_of,
+    open_images,
+)
 from tests.metrics.sets import Pictures, save_pngs
 
 NOTE = {"drawing": {"seed": 3}}
@@ -171,3 +181,13 @@ def test_what_adm_ignores_is_no_damage(tmp_path: Path) -> None:
 def test_a_member_named_protocol_of_others_is_none_of_ours(note: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", np.stack(Pictures([(4, 4)] * 3).images), protocol=note)
     assert note_of(tmp_path / "x.npz") is None
+
+
+def test_the_grid_of_samples_is_no_sample(tmp_path: Path) -> None:
+    for name in ("00000_a.png", "grid.png", "class/grid.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    assert [file.relative_to(tmp_path).as_posix() for file in image_files(tmp_path)] == [
+        "00000_a.png",
+        "class/grid.png",
+    ]

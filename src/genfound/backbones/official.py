@@ -69,5 +69,5 @@ def family_of(state: State, said: str) -> str:
         return "nit"
     named = [name for name in ("dit", "sit") if name in said.lower()]
     if len(named) != 1:
-        raise ValueError("these weights fit DiT and SiT alike; say family=dit or family=sit")
+        raise ValueError("these weights fit DiT and SiT alike; say hints.family=dit or hints.family=sit")
     return named[0]

@@ -10,7 +10,9 @@ from genfound.module import GenerativeModule
 
 
 class Periodic(lightning.Callback):
-    """Calls `act` after each step with which another `every` images have been seen; a resumed run keeps the rhythm.
+    """Calls `act` after each step with which another `every` images have been seen, and at the end of the budget.
+
+    A resumed run keeps the rhythm. One that is only cut short is not worth a last call.
 
     Args:
         every: images between two calls.
@@ -19,6 +21,7 @@ class Periodic(lightning.Callback):
     def __init__(self, every: int) -> None:
         self.every = every
         self._rounds = 0
+        self._acted = -1
 
     def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """What is done; on every rank."""
@@ -37,4 +40,11 @@ class Periodic(lightning.Callback):
         rounds = module.images_seen // self.every
         if rounds > self._rounds:
             self._rounds = rounds
+            self._acted = module.images_seen
+            self.act(trainer, module)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Act once more, unless that was just done."""
+        assert isinstance(module, GenerativeModule)
+        if module.images_seen >= module.budget and module.images_seen != self._acted:
             self.act(trainer, module)

@@ -46,12 +46,6 @@ class Preview(Periodic):
         self.ema = ema
         self.metrics = metrics
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """The grid of a run that has reached its budget; one that is only cut short is not worth the time."""
-        assert isinstance(module, GenerativeModule)
-        if module.images_seen >= module.budget:
-            self.act(trainer, module)
-
     def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Draw and write the grid, on rank 0."""
         file = self.folder / f"images-{module.images_seen:09d}.png"

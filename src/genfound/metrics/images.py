@@ -15,6 +15,7 @@ from PIL import Image
 from genfound.data.base import PictureSource
 from genfound.data.views import resize
 from genfound.metrics.npz import headers, read_member
+from genfound.paths import GRID
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
@@ -222,8 +223,9 @@ def open_images(path: Path) -> NpzImages | FolderImages:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image file below a folder, hidden ones left out, sorted by path."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    """Every image file below a folder, sorted by path; hidden ones, and the grid of `genfound.sample`, left out."""
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = (p for p in files if p != folder / GRID)
     visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     return sorted(visible, key=lambda p: p.relative_to(folder).as_posix())
 

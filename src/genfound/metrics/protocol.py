@@ -58,6 +58,10 @@ class Drawing:
         whole = isinstance(note, Mapping) and note.keys() == {field.name for field in fields(cls)}
         return cls(**note) if whole else cls.unknown()
 
+    def how(self) -> str:
+        """Sampler and guidance, in a line."""
+        return f"sampler {_said(self.sampler)}, guidance {_said(self.guidance)}"
+
     @classmethod
     def unknown(cls) -> Drawing:
         """Of images from elsewhere."""

@@ -29,9 +29,12 @@ class Terminal:
             self._bar.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Show the newest training line; a validation loss stays until the next one."""
+        """Show figures, or the newest training line, in which a validation loss stays until the next one."""
         if "val/loss" in metrics:
             self._validation = f"  val {metrics['val/loss']:.4f} (ema {metrics['val/loss_ema']:.4f})"
+        figures = [f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith("eval")]
+        if figures:
+            self.note(f"step {step:,}  {'  '.join(figures)}")
         if "train/loss" not in metrics:
             return
         seen = int(metrics["images_seen"])
