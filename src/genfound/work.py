@@ -51,17 +51,34 @@ def remove(work: Path) -> None:
 
 def run_apart(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Exit status of a command; if this process is interrupted or terminated, so is the command."""
-    with ending_as_exit():
-        process = subprocess.Popen(command, env=dict(environment), close_fds=False, start_new_session=True)
+    processes: list[subprocess.Popen[bytes]] = []
+    started = threading.Event()
+
+    def start() -> None:
         try:
-            return process.wait()
+            processes.append(subprocess.Popen(command, env=environment, close_fds=False, start_new_session=True))
         finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(GRACE)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
+            started.set()
+
+    with ending_as_exit():
+        try:
+            threading.Thread(target=start).start()  # a signal interrupts the main thread, so never a half-begun start
+            started.wait()
+            return processes[0].wait()
+        finally:
+            started.wait()
+            for process in processes:
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Terminate a process that has not ended, and kill its group if it takes too long."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _locked(file: Path, folder: Path, way_out: str | None) -> int:
