@@ -324,6 +324,7 @@ def _draw(samples: Samples, place: Place) -> None:
             save(samples.network, samples.work / NETWORK)
             perform(samples.task, place.devices, samples.work / "task.json")
     finally:
+        (samples.work / NETWORK).unlink(missing_ok=True)
         if samples.images.missing == samples.count:
             remove(samples.work)
 

@@ -55,3 +55,11 @@ def test_the_operations_counted_are_those_of_the_network() -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module.net(batch, torch.zeros(2))
     assert speed.forward_flops == counter.get_total_flops() > 0
+
+
+def test_what_a_network_says_of_itself_is_in_every_line(tmp_path: Path) -> None:
+    short = ["model=dit_moe_tiny", "batch.images=16", "trainer.max_steps=2", "trainer.log_every=1", "sample.batch=4"]
+    fit(run_dir(tmp_path, *short, "trainer.val_images=16", "logger=jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    loads = [line["train/experts/layer00/load_max"] for line in lines if "train/loss" in line]
+    assert len(loads) == 2 and all(0 < load <= 1 for load in loads)

@@ -92,18 +92,19 @@ class Metrics(lightning.Callback):
 
     def _write(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         steps = trainer.global_step - self._logged
-        named = torch.stack([self._loss, *self._named.values()]) / steps
+        said = {name: value / trainer.world_size for name, value in module.net.diagnostics().items()}
+        averaged = {name: value / steps for name, value in {"loss": self._loss, **self._named}.items()}
+        named = torch.stack([value.float() for value in (*averaged.values(), *said.values())])
         packed = torch.cat([named, self._bins.flatten(), self.speed.sums(module.device)])
         total = trainer.strategy.reduce(packed, reduce_op="sum")
         assert isinstance(total, Tensor) and module.grad_norm is not None
         of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])
-        names = ("loss", *self._named)
+        names = (*averaged, *said)
         metrics: dict[str, float] = {"images_seen": module.images_seen}
         metrics |= {f"train/{name}": value for name, value in zip(names, of_loss.tolist(), strict=True)}
         for i, (value, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
             if count:
                 metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
-        metrics |= {f"train/{name}": value.item() for name, value in module.net.diagnostics().items()}
         metrics["train/grad_norm"] = float(module.grad_norm)
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
         metrics |= self.speed.metrics(speed.tolist(), trainer.world_size)
