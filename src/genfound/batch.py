@@ -77,19 +77,26 @@ class Batch:
         """(B, D) vectors, one per image -> packed (T, D), otherwise (B, 1, D)."""
         return v[:, None] if self.image_of is None else v.index_select(0, self.image_of)
 
+    def sum_per_image(self, values: Tensor) -> Tensor:
+        """Sum of an x-shaped tensor over each image's own elements -> (B,), 0 where not real."""
+        if self.image_of is not None:
+            assert self.cu_seqlens is not None
+            total = torch.segment_reduce(values.flatten(1).sum(dim=1), "sum", offsets=self.cu_seqlens.long())
+        elif self.mask is not None:
+            total = (values.flatten(2).sum(dim=2) * self.mask).sum(dim=1)
+        else:
+            total = values.flatten(1).sum(dim=1)
+        return torch.where(self.real, total, torch.zeros_like(total))
+
     def per_image(self, error: Tensor) -> Tensor:
         """Mean of an x-shaped tensor over each image's own elements -> (B,), 0 where not real."""
         if self.image_of is not None:
-            assert self.cu_seqlens is not None
-            per_token = error.flatten(1).mean(dim=1)  # (T,)
-            total = torch.segment_reduce(per_token, "sum", offsets=self.cu_seqlens.long())
-            mean = total / self.tokens.clamp(min=1)
+            elements = self.tokens * error[0].numel()
         elif self.mask is not None:
-            per_token = error.flatten(2).mean(dim=2) * self.mask  # (B, N)
-            mean = per_token.sum(dim=1) / self.mask.sum(dim=1).clamp(min=1)
+            elements = self.mask.sum(dim=1) * error[0, 0].numel()
         else:
-            mean = error.flatten(1).mean(dim=1)
-        return torch.where(self.real, mean, torch.zeros_like(mean))
+            elements = torch.full_like(self.tokens, error[0].numel())
+        return self.sum_per_image(error) / elements.clamp(min=1)
 
     def join(self, other: Batch) -> Batch:
         """The rows of this batch followed by the rows of another one of the same layout."""

@@ -40,7 +40,6 @@ def log_likelihood(
     Returns:
         (B,) log-densities, 0 on rows that are not real, and the batch of noise.
     """
-    count = latent_numbers(batch)
     evaluations = 0
 
     def slope(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -51,12 +50,13 @@ def log_likelihood(
             x = state[0].detach().requires_grad_()
             velocity = field.velocity(replace(batch, x=x), t.item())
             (gradient,) = torch.autograd.grad((velocity * signs).sum(), x)
-        return velocity.detach(), batch.per_image(gradient * signs) * count
+        return velocity.detach(), batch.sum_per_image(gradient * signs)
 
     start = (batch.x.float(), torch.zeros(len(batch.y), device=batch.x.device))
     with torch.no_grad():
         walk = times.to(batch.x.device)
         states = integrate(slope, start, walk, method=method, atol=[atol] * 2, rtol=[rtol] * 2)
         noise, gained = states[0][-1], states[1][-1]
-        prior = -0.5 * count * (math.log(2 * math.pi) + batch.per_image(noise**2))
+        count = latent_numbers(batch)
+        prior = -0.5 * (count * math.log(2 * math.pi) + batch.sum_per_image(noise**2))
     return torch.where(batch.real, prior + gained, 0.0), replace(batch, x=noise)

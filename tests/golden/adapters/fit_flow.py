@@ -142,8 +142,8 @@ def sample(fixture: Fixture) -> Results:
     out = SAMPLERS[name](objective.field(around), batch, objective.times(name, steps), noise, **options)
     final = by_row(out.x, config["network"])
     first = replace(out, **{key: getattr(out, key)[:n] for key in ("x", "y", "sizes", "real", "mask")})
-    latent = Padded(net.token_spec.patch_size).to_latents(first.x, first)
-    return {"final": final, "latent": torch.stack(latent)}
+    latent = Padded(net.token_spec.patch_size).to_latents(first.x, first)  # sizes may differ
+    return {"final": final, "latent": latent}
 
 
 def sampling_inputs(fixture: Fixture) -> dict[str, Any]:
