@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
+import pytest
 import torch
 
 from genfound.rng import Rng
@@ -53,8 +56,32 @@ def test_anchor() -> None:
     """A change of these numbers changes every run that continues."""
     rng = Rng(7, "train", 17)
     assert rng.integer("noise") == 8583426498952741217
-    assert rng.permutation("pass", 8).tolist() == [4, 0, 3, 1, 2, 6, 7, 5]
-    torch.testing.assert_close(rng.normal("noise", (3,)), torch.tensor([1.5338145, -0.1688890, -1.5925563]))
+    assert rng.permutation("pass", 8).tolist() == [3, 4, 7, 2, 6, 5, 0, 1]
+    torch.testing.assert_close(rng.uniform("time", (3,)), torch.tensor([0.2012203, 0.6709291, 0.344033]))
+    torch.testing.assert_close(rng.normal("noise", (3,)), torch.tensor([-1.0808138, 1.0358721, -1.0131000]))
+
+
+def test_draws_whose_seeds_agree_in_32_bits_differ() -> None:
+    """torch's generators on the CPU keep 32 bits of a seed, of which a run soon has two that are equal."""
+    one, other = (Rng(0, "train", pack) for pack in (12753, 57134))
+    assert one.integer("time") % 2**32 == other.integer("time") % 2**32
+    assert not torch.equal(one.uniform("time", (8,)), other.uniform("time", (8,)))
+
+
+def test_generators_hold_the_words_of_their_name() -> None:
+    """The state of torch's generator is set as bytes; numpy's is the same one, made of the same words."""
+    words = np.frombuffer(hashlib.shake_128(b"7/train/17/noise").digest(2496), "<u4")
+    theirs = np.random.MT19937()
+    theirs.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
+    ours = torch.randint(0, 2**20, (2000,), generator=Rng(7, "train", 17).generator("noise"))
+    assert ours.tolist() == (theirs.random_raw(2000) % 2**20).tolist()
+
+
+@pytest.mark.gpu
+def test_cuda_generators_are_seeded_by_the_integer() -> None:
+    rng = Rng(7, "train", 17)
+    expected = torch.Generator("cuda").manual_seed(rng.integer("noise"))
+    assert torch.equal(rng.normal("noise", (9,), "cuda"), torch.randn(9, generator=expected, device="cuda"))
 
 
 def test_laws() -> None:

@@ -154,7 +154,7 @@ def source(config: Config, spec: Spec, split: str) -> ImageSource:
 
 
 def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
-    """The backbone for a tokenizer and a number of classes, initialised from the seed.
+    """The backbone for a tokenizer and a number of classes, initialised from the seed; on `meta` without values.
 
     Raises:
         ValueError: channels of model and tokenizer differ, or the layout is not one of the backbone's.
@@ -170,13 +170,15 @@ def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
     if options.get("learn_sigma") == "auto":
         with torch.device("cpu"):  # also where the network itself is built without memory, on meta
             options["learn_sigma"] = objective(config).learned_variance
-    torch.manual_seed(Rng(config["seed"]).integer("initialise"))
-    built: Backbone = construct("model", options, channels=spec.channels, num_classes=num_classes)
+    with torch.device("meta"):
+        built: Backbone = construct("model", options, channels=spec.channels, num_classes=num_classes)
     if config["layout"]["name"] not in built.layouts:
         raise ValueError(
             f"layout={config['layout']['name']} does not fit {type(built).__name__}; "
             f"choose layout={' or '.join(built.layouts)}"
         )
+    if torch.get_default_device().type != "meta":
+        built.materialise(Rng(config["seed"], "initialise"))
     return built
 
 

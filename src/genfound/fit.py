@@ -75,7 +75,7 @@ def _module(parts: build.Parts, budget: int, rank: int, new: bool) -> Generative
     """What Lightning trains; a new run starts from the weights of `init_from`."""
     config = parts.config
     if new and config["init_from"]:
-        remarks = initialise(parts.net, Path(config["init_from"]))
+        remarks = initialise(parts.net, Path(config["init_from"]), config["seed"])
         if rank == 0:
             print("\n".join(remarks), flush=True)
     if config["trainer"]["compile"]:

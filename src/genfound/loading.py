@@ -16,6 +16,7 @@ from genfound.backbones import dit_moe
 from genfound.backbones.base import Backbone
 from genfound.backbones.official import FAMILIES, family_of
 from genfound.objectives.base import Objective
+from genfound.rng import Rng
 from genfound.tokenizers import Absent, Spec, Tokenizer
 
 Config = dict[str, Any]
@@ -324,11 +325,11 @@ def _differing(state: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> dict
 LABELS, ROUTER = "y_embedder.embedding_table.weight", "blocks.0.mlp.router.weight"
 
 
-def initialise(net: Backbone, path: Path) -> list[str]:
+def initialise(net: Backbone, path: Path, seed: int) -> list[str]:
     """Start a new network from trained weights, averaged ones where there are any.
 
     A label table of another number of classes stays as it was initialised; a DiT-MoE
-    of one expert becomes one of several.
+    of one expert becomes one of several, whose routers are drawn from the seed.
 
     Returns:
         What is not as in the file, in lines for the user.
@@ -346,7 +347,7 @@ def initialise(net: Backbone, path: Path) -> list[str]:
         origin, state = str(found.config["model"]["_target_"]).split(".")[-2], dict(found.state)
     own = net.state_dict()
     if family == "dit_moe" and (origin != family or len(state[ROUTER]) != len(own[ROUTER])):
-        state = dit_moe.upcycle(state, len(own[ROUTER]), torch.Generator().manual_seed(0))
+        state = dit_moe.upcycle(state, len(own[ROUTER]), Rng(seed, "upcycle").generator("routers"))
         remarks.append("  every expert begins as a copy of the one in the file; the routers are new")
     if LABELS in state and len(state[LABELS]) != len(own[LABELS]):
         remarks.append(f"  the label table is new: {path} has {len(state[LABELS])} rows, this model {len(own[LABELS])}")

@@ -24,6 +24,7 @@ from genfound.batch import Batch
 from genfound.layers.attention import attend
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
 from genfound.layers.modulation import full_precision, modulate, zero
+from genfound.rng import Rng
 
 EMA_DRIFT = 1e-3
 """How far an averaged, saved position table may be from the true one (float32 averaging drifts by 2e-4)."""
@@ -113,16 +114,9 @@ class DiT(Backbone):
             return checkpoint(block, x, c, use_reentrant=False)
         return block(x, c)
 
-    def initialise(self) -> None:
-        """Xavier-uniform matrices, normal(0.02) embeddings, zeros where adaLN-Zero starts as identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.first, self.t_embedder.second):
-            nn.init.normal_(layer.weight, std=0.02)
+    def initialise(self, rng: Rng | None = None) -> None:
+        """As in `Backbone`; zeros where adaLN-Zero starts as identity."""
+        super().initialise(rng)
         for block in self.blocks:
             zero(block.adaln)
         zero(self.final_layer)

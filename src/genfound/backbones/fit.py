@@ -31,6 +31,7 @@ from genfound.layers.ffn import SwiGLU, feed_forward
 from genfound.layers.modulation import full_precision, zero
 from genfound.layers.norm import norm_layer
 from genfound.layers.rope import Rope, Rotation, rotate, row_major
+from genfound.rng import Rng
 
 
 class FiT(Backbone):
@@ -149,16 +150,9 @@ class FiT(Backbone):
         p = self.token_spec.patch_size
         return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=batch.x.shape[2] // p, p=p, q=p)
 
-    def initialise(self) -> None:
-        """Xavier-uniform matrices, normal(0.02) embeddings, zeros where adaLN-Zero starts as identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.first, self.t_embedder.second):
-            nn.init.normal_(layer.weight, std=0.02)
+    def initialise(self, rng: Rng | None = None) -> None:
+        """As in `Backbone`; zeros where adaLN-Zero starts as identity."""
+        super().initialise(rng)
         for name, module in self.named_modules():
             if name.endswith("adaln"):
                 zero(module.fc2 if isinstance(module, SwiGLU) else list(module.children())[-1])

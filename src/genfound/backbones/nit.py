@@ -27,6 +27,7 @@ from genfound.layers.attention import packed_attention
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
 from genfound.layers.modulation import full_precision, modulate, zero
 from genfound.layers.rope import Rope, Rotation, rotate, row_major
+from genfound.rng import Rng
 
 
 class NiT(Backbone):
@@ -116,15 +117,9 @@ class NiT(Backbone):
         out: Tensor = self.final_layer(x, c, batch)  # (T, P)
         return out
 
-    def initialise(self) -> None:
-        """Xavier-uniform matrices, normal(0.02) embeddings, zeros where adaLN-Zero starts as identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.first, self.t_embedder.second):
-            nn.init.normal_(layer.weight, std=0.02)
+    def initialise(self, rng: Rng | None = None) -> None:
+        """As in `Backbone`; zeros where adaLN-Zero starts as identity."""
+        super().initialise(rng)
         for block in self.blocks:
             assert isinstance(block, Block)
             zero(block.adaln[-1])

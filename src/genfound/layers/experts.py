@@ -20,6 +20,7 @@ from torch.nn.functional import grouped_mm, linear, silu
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from genfound.layers.ffn import SwiGLU
+from genfound.layers.initial import Draw
 from genfound.layers.modulation import full_precision
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -58,7 +59,12 @@ class Router(nn.Module):
         self.top_k = top_k
         self.normalise = normalise and top_k > 1
         self.weight = nn.Parameter(torch.empty(experts, width))
-        nn.init.uniform_(self.weight, -1 / sqrt(width), 1 / sqrt(width))
+        self.initialise(Draw(self))
+
+    def initialise(self, draw: Draw) -> None:
+        """Uniform in 1 / sqrt(D), as a linear layer of torch."""
+        bound = 1 / sqrt(self.weight.shape[1])
+        draw(nn.init.uniform_, self.weight, a=-bound, b=bound)
 
     def forward(self, x: Tensor) -> Routing:
         """Route the tokens x (B, N, D)."""
@@ -144,9 +150,13 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
-        bound = sqrt(6 / (width + hidden))
+        self.initialise(Draw(self))
+
+    def initialise(self, draw: Draw) -> None:
+        """Xavier-uniform as separate matrices."""
+        bound = sqrt(6 / sum(self.down.shape[1:]))
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+            draw(nn.init.uniform_, parameter, a=-bound, b=bound)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (B, N, D) -> (B, N, D), the weighted sum of the chosen experts, in float32 where the weights are."""

@@ -240,8 +240,8 @@ def fill_part(module: torch.nn.Module, fixture: Fixture, name: str) -> None:
 @adapter("dit", "dit.init", notes=_All())
 def initialisation(fixture: Fixture) -> Results:
     """Zeros exactly, spreads within what the number of elements allows, uniform laws within their bounds."""
-    torch.manual_seed(0)
     net = build(fixture["config"])
+    net.initialise(Rng(0))
     grid = (fixture["config"].get("input_size", 32) // net.token_spec.patch_size,) * 2
     ours = to_official(net.state_dict(), net.token_spec.patch_size, grid)
     for key, entry in fixture["outputs"].items():

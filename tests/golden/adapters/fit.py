@@ -25,6 +25,7 @@ from genfound.backbones.fit import (
 from genfound.batch import Batch
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
+from genfound.rng import Rng
 from genfound.sampling import guided
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.fill import inputs, parameters, tensor
@@ -238,8 +239,8 @@ def size(config: Mapping[str, Any]) -> dict[str, Any]:
 @adapter("fit", "init", notes=("kind",))
 def initialisation(fixture: Fixture) -> Results:
     """The law of every parameter, from one network; the laws are names, which are compared here."""
-    torch.manual_seed(0)
     net = build(fixture["config"], clamp_time=False)
+    net.initialise(Rng(0))
     laws = {key: law(value) for key, value in to_official(net.state_dict()).items()}
     assert laws == fixture["outputs"]["kind"]["values"]
     return {}
