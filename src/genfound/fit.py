@@ -114,7 +114,7 @@ def _callbacks(
     decays = parts.config["ema"]["decays"]
     ema = Ema([parts.config["optimizer"]["ema_decay"]] if decays is None else decays)
     metrics = Metrics(sinks, settings["log_every"], loader)
-    nonfinite = NonFinite(folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
+    nonfinite = NonFinite(sinks, folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
     sizes = typical_sizes(parts.images.sizes)
     batch = parts.config["sample"]["batch"]
     sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch, settings["precision"])

@@ -34,7 +34,7 @@ class Noisy(Pixel):
 
 
 def built(*overrides: str) -> build.Parts:
-    config = composed("data.holdout=150", "trainer.val_images=45", "data.max_tokens=256", *overrides)
+    config = composed("data.images=500", "data.holdout=150", "trainer.val_images=25", "data.max_tokens=256", *overrides)
     return replace(build.parts(config, 1), tokenizer=Noisy())
 
 
@@ -53,7 +53,7 @@ def figures(*overrides: str, ranks: int = 1) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("options", [(*NIT, "data.max_tokens=128"), NIT, FIT, DIT], ids=["small", "nit", "fit", "dit"])
-@pytest.mark.parametrize("wanted", [45, 150, 1000])
+@pytest.mark.parametrize("wanted", [45, 1000])
 def test_the_first_images_of_a_fixed_order_are_shown_once_each(options: tuple[str, ...], wanted: int) -> None:
     parts, order = built(*options), Order(150, 0)
     micros, count = parts.validation(wanted), min(wanted, 150)
@@ -90,7 +90,7 @@ def test_the_figures_are_those_of_any_packing_layout_and_number_of_ranks(case: s
     assert wanted["val/loss"] != pytest.approx(wanted["val/loss_ema"], rel=1e-3)
     for options in others:
         assert figures(*options) == pytest.approx(wanted, rel=1e-5)
-    for ranks in (2, 3, 100):  # also more than there are micro-batches
+    for ranks in (2, 100):  # also more than there are micro-batches
         assert figures(*first, ranks=ranks) == pytest.approx(wanted, rel=1e-5)
 
 
