@@ -140,21 +140,6 @@ def test_a_perfect_network_has_no_loss(prediction: str, path: str, weighting: st
         assert (losses.total < 1e-6).all()
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("path", PATHS)
-def test_losses_and_gradients_are_finite_also_on_filler(prediction: str, weighting: str, path: str) -> None:
-    batch = three_layouts(SIZES)["packed3"]
-    scale = torch.ones(len(batch.x), 1, requires_grad=True)
-    flow = linear_flow(prediction=prediction, weighting=weighting, path=path, time="uniform")
-    losses = flow.loss(lambda b, t: b.x * scale, batch, Rng(0))
-    losses.total.sum().backward()
-    assert losses.total.isfinite().all()
-    assert scale.grad is not None
-    assert scale.grad.isfinite().all()
-    assert (scale.grad[39:] == 0).all()
-
-
 @pytest.mark.parametrize(
     ("options", "train", "sample"),
     [
