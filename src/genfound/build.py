@@ -24,7 +24,7 @@ from genfound.data.loader import MicroBatches, TrainLoader
 from genfound.data.order import Order
 from genfound.data.packing import Chunker, Grouper, Packer
 from genfound.data.pictures import Assembly
-from genfound.data.plan import Plan
+from genfound.data.plan import Micro, Plan, each_once
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
@@ -63,25 +63,37 @@ class Parts:
         """Processes that read for a rank."""
         return min(self.config["data"]["num_workers"], os.cpu_count() or 1)
 
-    @property
-    def held_out_plan(self) -> Plan:
-        """Steps over the held-out images, in a fixed order that does not depend on the ranks."""
-        rows = self.layout.max_images if isinstance(self.layout, Packed) else None
-        return plan(self.config, self.held_out, self.tokenizer.spec, self.objective.weight, 1, 0, rows)
+    def validation(self, images: int) -> list[Micro]:
+        """Micro-batches of the first held-out images of a fixed order, each image once; independent of the ranks.
+
+        Raises:
+            ValueError: a held-out image has more tokens than a pack.
+        """
+        tokens = token_counts(self.held_out, self.tokenizer.spec, self.layout.patch_size)
+        budget, rows = math.inf, self.config["data"]["batch_size"]
+        if not isinstance(self.layout, Dense):
+            budget = token_budget(self.config, tokens)
+            rows = self.layout.max_images if isinstance(self.layout, Packed) else max_images(tokens, budget)
+        return each_once(Order(len(tokens), 0), tokens, images, budget, rows, self.objective.weight)
 
     @property
     def assembly(self) -> Assembly:
         """From decoded images to batches."""
         return Assembly(self.tokenizer, self.layout, Rng(self.config["seed"], "encode"))
 
-    def batches(self, images: ImageSource, flips: Rng | None = None) -> MicroBatches:
+    @property
+    def validation_assembly(self) -> Assembly:
+        """From held-out images to batches, the same in every run."""
+        return Assembly(self.tokenizer, self.layout, Rng(0, "val"))
+
+    def batches(self, images: ImageSource, assembly: Assembly, flips: Rng | None = None) -> MicroBatches:
         """Reads micro-batches; where the tokenizer is a network, they are encoded on the training device."""
-        return MicroBatches(images, None if self.tokenizer.online else self.assembly, flips)
+        return MicroBatches(images, None if self.tokenizer.online else assembly, flips)
 
     def loader(self, rank: int) -> TrainLoader:
         """The training batches of a rank."""
         flips = Rng(self.config["seed"], "train") if self.config["data"]["flip"] else None
-        batches = self.batches(self.images, flips)
+        batches = self.batches(self.images, self.assembly, flips)
         return TrainLoader(batches, self.plan, rank, self.ranks, self.workers, self.device.type == "cuda")
 
     def report(self) -> list[str]:
@@ -207,7 +219,7 @@ def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], sp
     if name == "dense":
         if len(np.unique(np.concatenate([images.sizes for images in splits]), axis=0)) > 1:
             raise ValueError("layout=dense needs images of one size; set data.view=square, or layout=packed")
-        return Dense(patch)
+        return Dense(patch, config["data"]["batch_size"], filler_label=backbone.null_label or 0)
     if name == "padded":
         return Padded(patch, max(int(token_counts(images, spec, patch).max(initial=0)) for images in splits))
     tokens = config["data"]["max_tokens"]
@@ -221,17 +233,14 @@ def sampling_layout(config: Config) -> Layout:
     return {"dense": Dense, "padded": Padded, "packed": Packed}[name](patch)
 
 
-def plan(
-    config: Config, images: ImageSource, spec: Spec, weight: str, ranks: int, seed: int, rows: int | None = None
-) -> Plan:
-    """The global steps over a source; a pack has at most `rows` images, or twice what it holds on average.
+def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: int, seed: int) -> Plan:
+    """The global steps over a source; a pack has at most twice as many images as it holds on average.
 
     Raises:
         ValueError: the global step does not divide into micro-batches of the ranks.
     """
     tokens = token_counts(images, spec, config["model"]["patch_size"])
     order = Order(len(tokens), seed)
-    budget = config["data"]["max_tokens"]
     grouper: Grouper
     if config["layout"]["name"] == "dense":
         micro = config["data"]["batch_size"]
@@ -241,18 +250,29 @@ def plan(
             raise ValueError(f"batch.images must be a multiple of data.batch_size={micro}")
         grouper = Chunker(micro)
     else:
+        budget = token_budget(config, tokens)
         per_step = config["batch"]["packs"] or max(round(config["optimizer"]["tokens_per_step"] / budget), 1)
-        if int(tokens.max()) > budget:
-            raise ValueError(
-                f"an image has {int(tokens.max())} tokens, more than data.max_tokens={budget}; raise data.max_tokens"
-            )
-        grouper = Packer(lambda k: int(tokens[order[k]]), budget, rows or max_images(tokens, budget))
+        grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
     if per_step % ranks:
         raise ValueError(
             f"a global step of {per_step} micro-batches cannot be shared by trainer.devices={ranks}; "
             f"set batch.packs (or batch.images) to a multiple"
         )
     return Plan(order, tokens, grouper, per_step, weight, seed)
+
+
+def token_budget(config: Config, tokens: np.ndarray) -> int:
+    """Tokens of a pack.
+
+    Raises:
+        ValueError: an image has more.
+    """
+    budget: int = config["data"]["max_tokens"]
+    if int(tokens.max()) > budget:
+        raise ValueError(
+            f"an image has {int(tokens.max())} tokens, more than data.max_tokens={budget}; raise data.max_tokens"
+        )
+    return budget
 
 
 def max_images(tokens: np.ndarray, budget: int) -> int:

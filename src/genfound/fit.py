@@ -22,7 +22,6 @@ from genfound.callbacks.preview import Preview
 from genfound.callbacks.saving import AtomicCheckpointIO, Saving
 from genfound.callbacks.validation import Validation
 from genfound.data.loader import TrainLoader
-from genfound.data.plan import Micro
 from genfound.loading import initialise
 from genfound.module import GenerativeModule
 from genfound.reporting.provenance import provenance
@@ -107,16 +106,6 @@ def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]
     return [Request(label, size, number) for number, (label, size) in enumerate(pairs)]
 
 
-def validation_micros(parts: build.Parts, wanted: int) -> list[Micro]:
-    """Micro-batches that hold the first `wanted` held-out images of a fixed order; independent of the ranks."""
-    micros: list[Micro] = []
-    for step in parts.held_out_plan.steps():
-        micros += step
-        if sum(len(m.indices) for m in micros) >= min(wanted, len(parts.held_out.labels)):
-            break
-    return micros
-
-
 def _callbacks(
     folder: Path, parts: build.Parts, loader: TrainLoader, sinks: Sequence[Sink]
 ) -> list[lightning.Callback]:
@@ -125,7 +114,7 @@ def _callbacks(
     decays = parts.config["ema"]["decays"]
     ema = Ema([parts.config["optimizer"]["ema_decay"]] if decays is None else decays)
     metrics = Metrics(sinks, settings["log_every"], loader)
-    nonfinite = NonFinite(folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
+    nonfinite = NonFinite(sinks, folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
     sizes = typical_sizes(parts.images.sizes)
     batch = parts.config["sample"]["batch"]
     sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch, settings["precision"])
@@ -134,9 +123,7 @@ def _callbacks(
     facts = {"class_names": names, "sizes": sizes, "fingerprint": parts.images.fingerprint}
     validation: list[lightning.Callback] = []
     if len(parts.held_out.labels):
-        batches = parts.batches(parts.held_out)
-        micros = validation_micros(parts, settings["val_images"])
-        validation = [Validation(batches, micros, settings["val_every"], ema, metrics, parts.workers)]
+        validation = [Validation.of(parts, ema, metrics)]
     evaluation = [Evaluation(folder, parts, ema, metrics)] if settings["eval_every"] else []
     return [
         ema,

@@ -122,7 +122,7 @@ class GenerativeModule(lightning.LightningModule):
         batch, micro = item
         if isinstance(batch, Pictures):
             assert self.assembly is not None
-            return self.assembly(batch, micro.number, device), micro
+            return self.assembly(batch, micro.positions, device), micro
         return batch.to(device, non_blocking=True), micro
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -41,7 +41,7 @@ def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     facts = {"class_names": parts.images.class_names, "sizes": [[16, 16]], "fingerprint": parts.images.fingerprint}
     saving = Saving(folder / "checkpoints", 100, 1, loader, facts)
     watching = [Evaluation(folder, parts, ema, metrics)] if evaluate else []
-    callbacks = [ema, metrics, NonFinite(folder / "bad", 5, 5), *watching, saving]
+    callbacks = [ema, metrics, NonFinite([], folder / "bad", 5, 5), *watching, saving]
     fit._trainer(folder, parts, callbacks).fit(fit._module(parts, 10_000, 0, new=True), loader)
     return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
     def loss(self, net, batch, rng):  # type: ignore[no-untyped-def]
         losses = clean(self, net, batch, rng)
-        bad = rng.key[0] == "train" and rng.key[1] in numbers
-        return replace(losses, total=losses.total * float("nan")) if bad else losses
+        if rng.key[0] != "train" or rng.key[1] not in numbers:
+            return losses
+        terms = {name: term * float("nan") for name, term in losses.terms.items()}
+        return replace(losses, total=losses.total * float("nan"), terms=terms)
 
     monkeypatch.setattr(Flow, "loss", loss)
     return numbers
@@ -41,6 +44,34 @@ def test_a_poisoned_step_is_skipped_and_written_down(poison: set[int], tmp_path:
     state = checkpoints.read(checkpoints.newest(folder / "checkpoints"))
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
     assert all(tensor.isfinite().all() for tensor in state["ema"]["0.995"].values())
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("packs", [1, 2])
+def test_a_skipped_step_is_left_out_of_the_averages_and_named(
+    packs: int, poison: set[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a whole: of two micro-batches of a step, one alone is poisoned."""
+    poison.add(2 * packs)
+    runs = {}
+    for every in (1, 2):
+        options = ("objective.directional=0.5", "trainer.max_steps=5", f"batch.packs={packs}")
+        runs[every] = run_dir(tmp_path / f"every_{every}", *FP32, *options, f"trainer.log_every={every}")
+        fit(runs[every])
+        assert capsys.readouterr().out.count("skipped step 2: the gradient was not finite") == 1
+        notes = [line for line in logged(runs[every]) if "skipped" in line.get("note", "")]
+        assert len(notes) == 1 and str(runs[every] / "nonfinite.jsonl") in notes[0]["note"]
+        assert notes[0]["step"] == (3 if every == 1 else 4)
+    single, double = ([line for line in logged(runs[n]) if "train/loss" in line] for n in (1, 2))
+    assert [line["train/skipped"] for line in single] == [0, 0, 1, 0, 0]
+    assert [line["train/skipped"] for line in double] == [0, 1, 0]
+    assert single[2]["train/loss"] is None  # of no step at all
+    averages = [key for key in double[1] if key.startswith("train/") and key not in ("train/skipped", "train/lr")]
+    assert {"train/mse", "train/grad_norm"} < set(averages) and any("loss_t" in key for key in averages)
+    assert {key: double[1][key] for key in averages} == pytest.approx({key: single[3][key] for key in averages})
 
 
 def test_a_skipped_step_moves_no_weight(poison: set[int], tmp_path: Path) -> None:

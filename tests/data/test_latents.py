@@ -47,9 +47,9 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "tokenizer", lambda config: pytest.fail("weights were loaded"))
 
 
-def first(parts: build.Parts, *indices: int, number: int = 0) -> torch.Tensor:
-    micro = Micro(number, indices, indices, 0, 0, 1.0, 0)
-    return parts.batches(parts.images)[micro][0].x
+def first(parts: build.Parts, *indices: int, position: int = 0) -> torch.Tensor:
+    micro = Micro(0, tuple(range(position, position + len(indices))), indices, 0, 0, 1.0, 0)
+    return parts.batches(parts.images, parts.assembly)[micro][0].x
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -70,10 +70,10 @@ def test_latents_are_drawn_from_the_posterior_with_each_images_own_noise(store: 
     mean, logvar = parts.images.moments(5, False).chunk(2)
     count = mean[0].numel()
     assert torch.allclose(first(mode, 5)[:count], (mean * 0.18215).flatten(1).T, rtol=0, atol=1e-6)
-    drawn = first(parts, 5, number=7)
-    assert torch.equal(first(parts, 5, number=7), drawn)
-    assert not torch.equal(first(parts, 5, number=8), drawn)
-    noise = parts.assembly.rng.at(7, 0).normal("posterior", mean.shape)
+    drawn = first(parts, 5, position=7)
+    assert torch.equal(first(parts, 5, position=7), drawn)
+    assert not torch.equal(first(parts, 5, position=8), drawn)
+    noise = parts.assembly.rng.at(7).normal("posterior", mean.shape)
     expected = (mean + (0.5 * logvar).exp() * noise) * 0.18215
     assert torch.allclose(drawn[:count], expected.flatten(1).T, rtol=0, atol=1e-6)
 
@@ -84,7 +84,7 @@ def test_training_from_a_store_is_training_from_its_images(store: Path) -> None:
     direct = build.parts(config(store, *images), 1)
     for (a, m), (b, n), _ in zip(stored.loader(0), direct.loader(0), range(3), strict=False):
         assert m == n
-        batch = direct.assembly(b, n.number, torch.device("cpu"))
+        batch = direct.assembly(b, n.positions, torch.device("cpu"))
         assert torch.equal(a.y, batch.y)
         assert torch.allclose(a.x, batch.x, rtol=0, atol=1e-4)
 

@@ -8,19 +8,23 @@ import pytest
 from tests.cli.commands import TINY, genfound
 
 
-def curve(run: Path) -> list[float]:
+def curve(run: Path, key: str = "train/loss") -> list[float]:
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [line["train/loss"] for line in lines if "train/loss" in line]
+    return [line[key] for line in lines if key in line]
 
 
 def test_two_devices_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     for devices in (1, 2):
         arguments = [*TINY, "batch.packs=2", "trainer.max_steps=6", f"trainer.devices={devices}", f"name=on_{devices}"]
+        arguments += ["trainer.val_every=20", "trainer.val_images=17"]  # three micro-batches, which two do not divide
         result = genfound("train", *arguments, "trainer.precision=fp32", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     one, two = (curve(tmp_path / f"runs/default/on_{devices}") for devices in (1, 2))
     assert len(one) == 6
     assert two == pytest.approx(one, rel=1e-5)
+    for key in ("val/loss", "val/velocity_mse", "val/loss_ema", "val/velocity_mse_ema"):
+        one, two = (curve(tmp_path / f"runs/default/on_{devices}", key) for devices in (1, 2))
+        assert len(one) >= 2 and two == pytest.approx(one, rel=1e-5)
 
 
 def test_a_run_moves_from_two_devices_to_one(tmp_path: Path) -> None:

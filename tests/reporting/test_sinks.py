@@ -28,6 +28,17 @@ def test_each_moment_is_one_line_that_is_there_at_once(tmp_path: Path) -> None:
     sink.close()
 
 
+def test_notes_are_lines_of_their_step(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    sink = JsonLines(file, 0)
+    log(sink, 1)
+    sink.note("something happened", 2)
+    sink.close()
+    assert lines(file)[1] == {"step": 2, "note": "something happened"}
+    JsonLines(file, 1).close()
+    assert [line["step"] for line in lines(file)] == [1]
+
+
 def test_later_steps_are_dropped_on_resume(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     sink = JsonLines(file, 0)

@@ -113,7 +113,9 @@ class Evaluation(Periodic):
         module.train()
         if not trainer.strategy.reduce_boolean_decision(not reason):
             for sink in self.metrics.sinks:
-                sink.note(f"no evaluation: {reason or 'samples of another process are not finite'}")
+                sink.note(
+                    f"no evaluation: {reason or 'samples of another process are not finite'}", trainer.global_step
+                )
             return {}
         features = Features(drawn.folder / "features", len(drawn))
         features.extract(drawn, self.tool.extractor, *share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -23,8 +24,29 @@ USUAL = 5.0
 """Mean and standard deviation of normalised latents are within this, and its inverse."""
 
 
+@dataclass
+class Sums:
+    """Of some micro-batches.
+
+    Attributes:
+        named: the loss, its parts and what the network adds to it, by name.
+        bins: (2, BINS) losses of images by their time, and number of images.
+    """
+
+    named: dict[str, Tensor]
+    bins: Tensor
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add to the named ones."""
+        for name, value in values.items():
+            self.named[name] = self.named.get(name, 0.0) + value.detach().float()
+
+
 class Metrics(lightning.Callback):
     """Averages over `every` steps and hands them to the sinks on rank 0.
+
+    A step that the optimizer skips, since its gradient is not finite, is left out as a whole and counted in
+    `train/skipped`.
 
     Args:
         sinks: where the numbers go.
@@ -44,10 +66,14 @@ class Metrics(lightning.Callback):
         self._clear(module)
 
     def _clear(self, module: GenerativeModule) -> None:
-        self._loss = torch.zeros((), device=module.device)
-        self._bins = torch.zeros(2, BINS, device=module.device)  # summed loss, number of images
-        self._named: dict[str, Tensor] = {}  # parts of the loss, and what the network adds to it
+        self._taken = torch.zeros((), device=module.device)  # steps that were not skipped
+        self._grad_norm = torch.full((), math.nan, device=module.device)  # of the last of them
+        self._window = self._empty(module)
+        self._step = self._empty(module)
         self.speed.clear()
+
+    def _empty(self, module: GenerativeModule) -> Sums:
+        return Sums({}, torch.zeros(2, BINS, device=module.device))
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Item, batch_idx: int
@@ -58,31 +84,40 @@ class Metrics(lightning.Callback):
             assert isinstance(batch[0], Batch)
             self.speed.calibrate(module, batch[0])
             for sink in self.sinks:
-                sink.note(first_batch(batch[0]))
+                sink.note(first_batch(batch[0]), trainer.global_step)
         self._begin = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
     ) -> None:
-        """Add a micro-batch; write a line after `every` steps."""
+        """Add a micro-batch to its step, and a whole step to the window; write a line after `every` steps."""
         assert isinstance(module, GenerativeModule) and module.losses is not None
         losses, (images, micro) = module.losses, batch
         assert isinstance(images, Batch)
         weights = image_weight(images.tokens, module.objective.weight) * images.real
-        self._loss += (weights * losses.total.detach()).sum() / micro.step_weight
-        self._add_named({name: (weights * term).sum() / micro.step_weight for name, term in losses.terms.items()})
-        self._add_named({name: value / module.share for name, value in module.net.extra_losses().items()})
+        parts = {"loss": losses.total, **losses.terms}
+        self._step.add({name: (weights * part).sum() / micro.step_weight for name, part in parts.items()})
+        self._step.add({name: value / module.share for name, value in module.net.extra_losses().items()})
         low, high = module.objective.time_range
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
-            self._bins[row].index_add_(0, index, value.float())
+            self._step.bins[row].index_add_(0, index, value.float())
         self.speed.add(micro, images, time.perf_counter() - self._begin)
+        if trainer.global_step > micro.step:
+            self._end_step(module)
         if trainer.global_step >= self._logged + self.every:
             self._write(trainer, module)
 
-    def _add_named(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._named[name] = self._named.get(name, 0.0) + value.detach().float()
+    def _end_step(self, module: GenerativeModule) -> None:
+        """Add the step to the window unless it was skipped, without asking the device."""
+        assert module.grad_norm is not None
+        norm = module.grad_norm.detach()
+        finite = norm.isfinite()
+        self._taken += finite
+        self._grad_norm = torch.where(finite, norm, self._grad_norm)
+        self._window.add({name: torch.where(finite, value, 0.0) for name, value in self._step.named.items()})
+        self._window.bins += torch.where(finite, self._step.bins, 0.0)
+        self._step = self._empty(module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The last, shorter window."""
@@ -93,11 +128,11 @@ class Metrics(lightning.Callback):
     def _write(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         steps = trainer.global_step - self._logged
         said = {name: value / trainer.world_size for name, value in module.net.diagnostics().items()}
-        averaged = {name: value / steps for name, value in {"loss": self._loss, **self._named}.items()}
+        averaged = {name: value / self._taken for name, value in self._window.named.items()}
         named = torch.stack([value.float() for value in (*averaged.values(), *said.values())])
-        packed = torch.cat([named, self._bins.flatten(), self.speed.sums(module.device)])
+        packed = torch.cat([named, self._window.bins.flatten(), self.speed.sums(module.device)])
         total = trainer.strategy.reduce(packed, reduce_op="sum")
-        assert isinstance(total, Tensor) and module.grad_norm is not None
+        assert isinstance(total, Tensor)
         of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])
         names = (*averaged, *said)
         metrics: dict[str, float] = {"images_seen": module.images_seen}
@@ -105,7 +140,8 @@ class Metrics(lightning.Callback):
         for i, (value, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
             if count:
                 metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
-        metrics["train/grad_norm"] = float(module.grad_norm)
+        metrics["train/skipped"] = steps - int(self._taken)
+        metrics["train/grad_norm"] = float(self._grad_norm)
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
         metrics |= self.speed.metrics(speed.tolist(), trainer.world_size)
         for sink in self.sinks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ from torch import Tensor
 from genfound.data.loader import Item
 from genfound.data.plan import Micro
 from genfound.module import GenerativeModule
+from genfound.reporting.sinks import Sink
 
 
 class NonFinite(lightning.Callback):
     """Looks at the gradient norms of the last steps, in one transfer.
 
     Args:
+        sinks: hear of skipped steps.
         file: one JSON line per skipped step and micro-batch of this rank: images, times, seed.
         every: steps between two looks.
         limit: as many skipped steps in a row stop the run.
     """
 
-    def __init__(self, file: Path, every: int, limit: int) -> None:
+    def __init__(self, sinks: Sequence[Sink], file: Path, every: int, limit: int) -> None:
+        self.sinks = list(sinks)
         self.file = file
         self.every = every
         self.limit = limit
@@ -48,17 +52,22 @@ class NonFinite(lightning.Callback):
             return
         self._norms.append((step, module.grad_norm.detach()))
         if len(self._norms) >= self.every:
-            self.look(module.seed)
+            self.look(module.seed, trainer.global_step)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The last steps, before they are saved."""
         assert isinstance(module, GenerativeModule)
         if self._norms:
-            self.look(module.seed)
+            self.look(module.seed, trainer.global_step)
 
-    def look(self, seed: int) -> None:
-        """Judge the remembered steps."""
+    def look(self, seed: int, now: int) -> None:
+        """Judge the remembered steps after step `now`."""
         finite = torch.stack([norm for _, norm in self._norms]).isfinite().tolist()
+        skipped = [step for (step, _), good in zip(self._norms, finite, strict=True) if not good]
+        if skipped:
+            steps = f"step{'s' if len(skipped) > 1 else ''} {', '.join(f'{step:,}' for step in skipped)}"
+            for sink in self.sinks:
+                sink.note(f"skipped {steps}: the gradient was not finite; images and times are in {self.file}", now)
         for (step, _), good in zip(self._norms, finite, strict=True):
             self._in_a_row = 0 if good else self._in_a_row + 1
             if not good:

@@ -57,7 +57,7 @@ class Preview(Periodic):
                 images = self.sampling.draw(module.net, self.requests, seed=0)
         except FloatingPointError as error:
             for sink in self.metrics.sinks:
-                sink.note(f"no preview: {error}")
+                sink.note(f"no preview: {error}", trainer.global_step)
             return
         finally:
             module.train()

@@ -1,32 +1,44 @@
-"""Loss on images that are never trained on, at fixed times and noise."""
+"""Loss and velocity error on images that are never trained on, at fixed times and noise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import lightning
 import torch
 from torch import Tensor
 
 from genfound.batch import Batch
+from genfound.build import Parts
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.periodic import Periodic
 from genfound.data.loader import MicroBatches
+from genfound.data.pictures import Assembly, Pictures
 from genfound.data.plan import Micro
 from genfound.data.workers import read_ahead
 from genfound.module import GenerativeModule
+from genfound.objectives.base import Objective
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 
+TIMES = (0.02, 0.98)
+"""Ends of the times of the velocity error: every published process has these ratios of noise to signal."""
+
+GOLDEN = (5**0.5 - 1) / 2
+
 
 class Validation(Periodic):
-    """`val/loss` of the live weights and `val/loss_ema` of the average.
+    """`val/loss` and `val/velocity_mse` of the live weights, and with the suffix `_ema` of the average.
 
-    The same images meet the same times and noise every time, so that two values differ only by the weights.
+    `val/loss` is the objective's own loss; `val/velocity_mse` compares objectives, see `Objective.velocity_error`:
+    the mean over images at times uniform on `TIMES`, without any weight. Noise and times of an image depend on its
+    place among the held-out images alone, so both are the same for any packing, layout and number of ranks.
 
     Args:
         batches: reads micro-batches of the held-out images.
+        assembly: lays them out, encoded where that was left to the training device.
         micros: which; shared out over the ranks.
         every: images between two evaluations.
         ema: holds the average.
@@ -35,37 +47,82 @@ class Validation(Periodic):
     """
 
     def __init__(
-        self, batches: MicroBatches, micros: Sequence[Micro], every: int, ema: Ema, metrics: Metrics, workers: int
+        self,
+        batches: MicroBatches,
+        assembly: Assembly,
+        micros: Sequence[Micro],
+        every: int,
+        ema: Ema,
+        metrics: Metrics,
+        workers: int,
     ) -> None:
         super().__init__(every)
         self.batches = batches
+        self.assembly = assembly
         self.micros = micros
         self.ema = ema
         self.metrics = metrics
         self.workers = workers
 
-    @torch.no_grad()
+    @classmethod
+    def of(cls, parts: Parts, ema: Ema, metrics: Metrics) -> Validation:
+        """On the held-out images of a run."""
+        settings, assembly = parts.config["trainer"], parts.validation_assembly
+        micros = parts.validation(settings["val_images"])
+        batches = parts.batches(parts.held_out, assembly)
+        return cls(batches, assembly, micros, settings["val_every"], ema, metrics, parts.workers)
+
     def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
-        """Both losses of each batch, reduced over ranks, to the sinks."""
-        module.eval()
-        sums = torch.zeros(3, device=module.device, dtype=torch.float64)  # of live weights, of the average, of images
-        for item in read_ahead(self.batches, self.micros[trainer.global_rank :: trainer.world_size], self.workers):
-            batch, micro = module.transfer_batch_to_device(item, module.device, 0)
-            assert isinstance(batch, Batch)
-            weights = image_weight(batch.tokens, module.objective.weight) * batch.real
-            live = self._loss(trainer, module, batch, micro)
-            with self.ema.swapped(module):
-                average = self._loss(trainer, module, batch, micro)
-            sums += torch.stack([(weights * live).sum(), (weights * average).sum(), weights.sum()]).double()
-        module.train()
+        """The four figures, reduced over ranks, to the sinks."""
+        sums = self.sums(module, trainer.precision_plugin.forward_context, trainer.global_rank, trainer.world_size)
         total = trainer.strategy.reduce(sums, reduce_op="sum")
         assert isinstance(total, Tensor)
-        values = (total[:2] / total[2]).tolist()
-        metrics = {"images_seen": module.images_seen, **dict(zip(("val/loss", "val/loss_ema"), values, strict=True))}
+        metrics = {"images_seen": module.images_seen, **self.figures(total)}
         for sink in self.metrics.sinks:
             sink.log(metrics, trainer.global_step)
 
-    def _loss(self, trainer: lightning.Trainer, module: GenerativeModule, batch: Batch, micro: Micro) -> Tensor:
-        """(B,) losses of the images of a batch."""
-        with trainer.precision_plugin.forward_context():
-            return module.objective.loss(module.net, batch, Rng(0, "val", micro.number)).total
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        """The metrics from the sums of all ranks."""
+        step = self.micros[0]
+        names = ("val/loss", "val/velocity_mse", "val/loss_ema", "val/velocity_mse_ema")
+        means = sums / sums.new_tensor([step.step_weight, step.images_seen])
+        return dict(zip(names, means.flatten().tolist(), strict=True))
+
+    @torch.no_grad()
+    def sums(
+        self, module: GenerativeModule, context: Callable[[], AbstractContextManager[None]], rank: int, ranks: int
+    ) -> Tensor:
+        """(2, 2) float64 of this rank's images: weighted losses and velocity errors, of live weights and average."""
+        module.eval()
+        totals = torch.zeros(2, 2, dtype=torch.float64, device=module.device)
+        for images, micro in read_ahead(self.batches, self.micros[rank::ranks], self.workers):
+            encoded = self.assembly(images, micro.positions, module.device) if isinstance(images, Pictures) else images
+            batch = encoded.to(module.device)
+            part, times, noise = self._draws(batch, micro, module.objective)
+            weights = image_weight(batch.tokens, module.objective.weight) * batch.real
+            swaps: tuple[AbstractContextManager[None], ...] = (nullcontext(), self.ema.swapped(module))
+            for i, swapped in enumerate(swaps):
+                with swapped, context():
+                    loss = module.objective.loss_at(module.net, batch, part, noise).total
+                    error = module.objective.velocity_error(module.net, batch, times, noise)
+                totals[i] += torch.stack([(weights * loss).double().sum(), error.double().sum()])
+        module.train()
+        return totals
+
+    def _draws(self, batch: Batch, micro: Micro, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) draws of the time law, (B,) times of the velocity error, and noise shaped like the batch."""
+        layout, cpu = self.assembly.layout, torch.device("cpu")
+        streams = [Rng(0, "val", k) for k in micro.positions]
+        shapes = [latent.shape for latent in layout.to_latents(batch.x, batch)]
+        drawn = [stream.normal("noise", shape) for stream, shape in zip(streams, shapes, strict=True)]
+        noise = layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
+        part = torch.cat([objective.time_law(stream, 1, cpu) for stream in streams])
+        filler = (0, len(batch.y) - len(streams))
+        rows = (torch.nn.functional.pad(v, filler, value=0.5) for v in (part, uniform_times(micro.positions)))
+        return (*(v.to(batch.x.device) for v in rows), noise.to(batch.x.device))  # type: ignore[return-value]
+
+
+def uniform_times(positions: Sequence[int]) -> Tensor:
+    """(n,) float64 times, spread evenly over `TIMES` by the multiples of the golden ratio, however many there are."""
+    low, high = TIMES
+    return low + (high - low) * ((torch.tensor(positions, dtype=torch.float64) + 0.5) * GOLDEN % 1)

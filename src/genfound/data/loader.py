@@ -42,7 +42,7 @@ class MicroBatches(Dataset[Item]):
         if self.assembly is None:
             assert isinstance(images, Pictures)
             return images, micro
-        return self.assembly(images, micro.number, torch.device("cpu")), micro
+        return self.assembly(images, micro.positions, torch.device("cpu")), micro
 
     def _read(self, wanted: list[tuple[int, bool]]) -> Pictures | Moments:
         """The images of these indices, mirrored or not."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 TokensAt = Callable[[int], int]
@@ -34,6 +34,18 @@ class Grouper(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a recorded state."""
+
+
+def in_order(tokens: Sequence[int], max_tokens: float, max_images: int) -> Iterator[range]:
+    """Places 0 .. n-1, each once: runs of consecutive ones, as many as fit, and the last with what is left."""
+    first = total = 0
+    for place, count in enumerate(tokens):
+        if place > first and (total + count > max_tokens or place - first == max_images):
+            yield range(first, place)
+            first, total = place, 0
+        total += count
+    if tokens:
+        yield range(first, len(tokens))
 
 
 class Packer:

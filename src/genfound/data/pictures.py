@@ -8,6 +8,7 @@ before is only normalised.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -66,7 +67,7 @@ class Assembly:
     Args:
         tokenizer: encodes images; one for stored moments also normalises these.
         layout: lays latents out.
-        rng: noise of a stochastic tokenizer, by number of the micro-batch.
+        rng: noise of a stochastic tokenizer, by position of the image.
     """
 
     def __init__(self, tokenizer: Tokenizer, layout: Layout, rng: Rng) -> None:
@@ -74,8 +75,8 @@ class Assembly:
         self.layout = layout
         self.rng = rng
 
-    def __call__(self, images: Pictures | Moments, number: int, device: torch.device) -> Batch:
-        """Encode the images of a micro-batch on a device, or normalise their moments, and lay them out there."""
+    def __call__(self, images: Pictures | Moments, positions: Sequence[int], device: torch.device) -> Batch:
+        """Encode the images at these positions on a device, or normalise their moments, and lay them out there."""
         known = isinstance(images, Moments)
         tensors = images.values if isinstance(images, Moments) else images.images
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -84,8 +85,9 @@ class Assembly:
         latents: dict[int, Tensor] = {}
         for places in by_size.values():
             group = torch.stack([tensors[place] for place in places]).to(device, non_blocking=True)
+            keys = [positions[place] for place in places]
             height, width = (side // (1 if known else self.tokenizer.spec.stride) for side in group.shape[-2:])
-            noise = self._noise((height, width), places, number, device) if self.tokenizer.stochastic else None
+            noise = self._noise((height, width), keys, device) if self.tokenizer.stochastic else None
             encoded = self._normalise(group, noise) if known else self.tokenizer.encode(normalised(group), noise)
             latents |= zip(places, encoded, strict=True)
         ordered = [latents[place] for place in range(len(latents))]
@@ -94,11 +96,10 @@ class Assembly:
     def _normalise(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         return cast(Normaliser, self.tokenizer).normalise(moments.float(), noise)
 
-    def _noise(self, size: tuple[int, int], places: list[int], number: int, device: torch.device) -> Tensor:
+    def _noise(self, size: tuple[int, int], positions: list[int], device: torch.device) -> Tensor:
         """Standard normal numbers shaped like latents of this size; each image has its own."""
-        streams = [self.rng.at(number, place) for place in places]
         shape = (self.tokenizer.spec.channels, *size)
-        return torch.stack([stream.normal("posterior", shape, device) for stream in streams])
+        return torch.stack([self.rng.at(k).normal("posterior", shape, device) for k in positions])
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from genfound.data.order import Order
-from genfound.data.packing import Grouper
+from genfound.data.packing import Grouper, in_order
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 
@@ -41,6 +41,27 @@ class Micro:
     step: int
     step_weight: float
     images_seen: int
+
+
+def each_once(
+    order: Order, tokens: np.ndarray, images: int, max_tokens: float, max_images: int, weight: str
+) -> list[Micro]:
+    """One step that holds the first images of an order, at most all of them, each once and in order.
+
+    Args:
+        order: position -> image.
+        tokens: (n,) tokens of each image of the data set.
+        images: how many are wanted.
+        max_tokens, max_images: of a micro-batch.
+        weight: rule of the loss weights.
+    """
+    indices = [order[k] for k in range(min(images, len(tokens)))]
+    counts = [int(tokens[i]) for i in indices]
+    total = float(image_weight(np.array(counts, dtype=float), weight).sum())
+    return [
+        Micro(j, tuple(ks), tuple(indices[k] for k in ks), sum(counts[k] for k in ks), 0, total, len(indices))
+        for j, ks in enumerate(in_order(counts, max_tokens, max_images))
+    ]
 
 
 class Plan:

@@ -10,6 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from genfound.batch import Batch
+from genfound.objectives.conversions import Views
+from genfound.objectives.times import TimeLaw
 from genfound.rng import Rng
 
 Net = Callable[[Batch, Tensor], Tensor]
@@ -61,9 +63,41 @@ class Objective(Protocol):
     learned_variance: bool
     outputs: Mapping[str, object]
     """What makes two networks' outputs mean the same, by the keys of the configuration."""
+    time_law: TimeLaw
 
     def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
         """The loss of each image; all randomness comes from `rng`."""
+        part = self.time_law(rng, len(batch.y), batch.x.device)
+        return self.loss_at(net, batch, part, rng.normal("noise", batch.x.shape, batch.x.device))
+
+    def loss_at(self, net: Net, batch: Batch, part: Tensor, noise: Tensor) -> Losses:
+        """The loss of each image at these times and with this noise.
+
+        Args:
+            net: the backbone in training.
+            batch: data.
+            part: (B,) what `time_law` drew; rows that are not real are at the middle time whatever it says.
+            noise: shaped like `batch.x`.
+        """
+
+    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Views:
+        """The network's output on noised data.
+
+        Args:
+            net: the backbone.
+            batch: data.
+            time: (B,) float64 times of the linear path, inside (0, 1): sigma / alpha = time / (1 - time).
+            noise: shaped like `batch.x`.
+        """
+
+    def velocity_error(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Tensor:
+        """(B,) mean squared error of the predicted `noise - data`, the velocity of the linear path; see `views`.
+
+        It is the same number for every objective whose network says the same of states with equal ratios of
+        noise to signal, whatever it predicts, on whatever path.
+        """
+        views = self.views(net, batch, time, noise)
+        return batch.per_image((views.noise - views.x0 - (noise - batch.x)) ** 2)
 
     def field(self, net: GuidedNet) -> Field:
         """The views of the network's output that samplers use."""

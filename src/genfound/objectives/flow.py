@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from genfound.batch import Batch
 from genfound.checks import known, number
-from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during
+from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during
 from genfound.objectives.clock import ask, told
 from genfound.objectives.conversions import PREDICTIONS, Views
 from genfound.objectives.paths import PATHS, Path, PathPoint
 from genfound.objectives.times import TIME_LAWS, check_shift, shift_factor, shifted, time_grid, windowed
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
-from genfound.rng import Rng
 
 
-class Flow:
+class Flow(Objective):
     """x_t = alpha x + sigma noise; the network predicts its velocity, its noise, its data or its score.
 
     Where a prediction or a weighting is infinite at an end of the path, times keep a distance from that end:
@@ -97,13 +96,12 @@ class Flow:
             raise ValueError(f"objective.{key}={eps} must be at least 0 and less than half of the path")
         return eps, self.path.end - (eps if self.path.pure else 0.0)
 
-    def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
+    def loss_at(self, net: Net, batch: Batch, part: Tensor, noise: Tensor) -> Losses:
         """Squared error of the prediction, averaged over each image's own elements, times its weighting.
 
         With a directional loss `terms` are `mse` and `directional`.
         """
-        t = self.draw_times(batch, rng)  # (B,)
-        noise = rng.normal("noise", batch.x.shape, batch.x.device)
+        t = self.training_times(batch, part)  # (B,)
         point = self.path.point(t.clamp(min=self.train_interval[0]))
         spread = point.of(batch)
         out = ask(net, replace(batch, x=spread.state(batch.x, noise)), t, self.path.end, self.prediction)
@@ -122,20 +120,26 @@ class Flow:
         turned = self.directional * batch.per_image(turn(net, batch, out, velocity))
         return Losses(total=mse + turned, t=t.float(), terms={"mse": mse, "directional": turned})
 
-    def draw_times(self, batch: Batch, rng: Rng) -> Tensor:
-        """(B,) float64 times of training; 0 on rows that are not real.
+    def training_times(self, batch: Batch, part: Tensor) -> Tensor:
+        """(B,) float64 times of training from what the time law drew; the middle one on rows that are not real.
 
         They are brought into their interval in SiT's arithmetic, float32 of end - t, on whose last digit the sigma
         of its variance-preserving path depends near data.
         """
-        part = self.time_law(rng, len(batch.y), batch.x.device)
         if self.time_shift != 1:
             part = shifted(part, shift_factor("objective.time_shift", self.time_shift, batch))
         (low, high), end = self.train_interval, self.path.end
         t = end * part
         if (low, high) != self.time_range:
             t = end - ((end * (1 - part)).float() * ((high - low) / end) + (end - high)).double()
-        return torch.where(batch.real, t, torch.zeros_like(t))
+        return torch.where(batch.real, t, (low + high) / 2)
+
+    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Views:
+        """What the network says where this path has the linear path's ratio of noise to signal."""
+        t = self.path.time_of(time / (1 - time))
+        point = self.path.point(t).of(batch)
+        noised = replace(batch, x=point.state(batch.x, noise))
+        return Views(self.prediction, ask(net, noised, t, self.path.end, self.prediction), noised.x, point)
 
     def times(self, sampler: str, steps: int | str) -> Tensor:
         """steps + 1 equidistant times from noise to data.

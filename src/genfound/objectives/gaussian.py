@@ -12,9 +12,11 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.checks import known, whole
-from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, told_steps
+from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during, told_steps
 from genfound.objectives.betas import SCHEDULES, Sections, spaced
+from genfound.objectives.conversions import Views
 from genfound.objectives.likelihood import discretised_bits, kl_bits
+from genfound.objectives.paths import PATHS
 from genfound.objectives.process import (
     Process,
     Tables,
@@ -23,9 +25,8 @@ from genfound.objectives.process import (
     q_sample,
     x0_from_noise,
 )
-from genfound.objectives.times import time_grid
+from genfound.objectives.times import TimeLaw, time_grid
 from genfound.objectives.weighting import EXPONENTS
-from genfound.rng import Rng
 
 Gradient = Callable[[Batch, float], Tensor]
 """Of log p(y | x_t) with respect to x_t, shaped like `batch.x`."""
@@ -40,7 +41,7 @@ class Reverse(NamedTuple):
     x0: Tensor
 
 
-class Gaussian:
+class Gaussian(Objective):
     """x_t = sqrt(a_t) x + sqrt(1 - a_t) noise at whole steps t; the network predicts noise or data.
 
     Losses of an image, means over its elements; vb is the term of the variational bound, in bits:
@@ -99,6 +100,7 @@ class Gaussian:
             "objective.prediction": prediction,
             "objective.variance": "learned" if self.learned_variance else "fixed",
         }
+        self.time_law: TimeLaw = lambda rng, n, device: rng.uniform("time", (n,), device)
         self.time_range = (0.0, float(timesteps - 1))
         if loss == "mse" and self.learned_variance:
             raise ValueError(
@@ -106,17 +108,23 @@ class Gaussian:
                 "choose objective.loss=hybrid or objective.variance=fixed_large"
             )
 
-    def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
-        """The loss of each image at a step drawn uniformly; terms `mse` and `vb`."""
-        device = batch.x.device
-        draw = rng.uniform("time", (len(batch.y),), device) * len(self.process)  # (B,)
-        step = torch.where(batch.real, draw.long(), 0)
-        noise = rng.normal("noise", batch.x.shape, device)
-        tables = self.process.on(device)
+    def loss_at(self, net: Net, batch: Batch, part: Tensor, noise: Tensor) -> Losses:
+        """The loss of each image at a whole step; terms `mse` and `vb`."""
+        step = torch.where(batch.real, (part * len(self.process)).long(), len(self.process) // 2)  # (B,)
+        tables = self.process.on(batch.x.device)
         c, t = tables.at(batch, step), tables.timesteps[step]
         noised = replace(batch, x=q_sample(c, batch.x, noise))
         terms = self._terms(c, batch, noised, noise, net(noised, t).float())
         return Losses(total=torch.stack(list(terms.values())).sum(0), t=t, terms=terms)
+
+    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Views:
+        """What the network says at the ratio of noise to signal of the linear path, told the time between two steps."""
+        path, ratio = PATHS["cosine"], time / (1 - time)  # on which the variances of signal and noise add up to 1, too
+        point = path.point(path.time_of(ratio)).of(batch)
+        noised = replace(batch, x=point.state(batch.x, noise))
+        output = net(noised, self.process.timestep_of(ratio).float()).float()
+        kind = "noise" if self.prediction == "epsilon" else "x0"
+        return Views(kind, self.split(noised, output)[0], noised.x, point)
 
     def _terms(self, c: Tables, clean: Batch, noised: Batch, noise: Tensor, output: Tensor) -> dict[str, Tensor]:
         prediction, v = self.split(noised, output)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,6 +121,16 @@ class Process:
     def _increment(self, step: int) -> float:
         """By how much log alpha_bar falls at a step; outside the process as at its ends."""
         return math.log1p(-float(self.tables.betas[min(max(step, 0), len(self) - 1)]))
+
+    def timestep_of(self, ratio: Tensor) -> Tensor:
+        """The real timesteps at which sigma / alpha has these values (any shape, float64).
+
+        Between two steps log(t + 1) is linear in the logarithm of the ratio. Ratios beyond the ends are those of
+        the ends.
+        """
+        a = self.tables.alphas_cumprod
+        found = np.interp(ratio.log().cpu(), ((1 - a) / a).log() / 2, self.timesteps.double().log1p())
+        return torch.from_numpy(np.expm1(found)).to(ratio.device)
 
     def respaced(self, timesteps: Sequence[int]) -> Process:
         """The shorter process with the same q(x_t | x_0) at these timesteps of this one, in rising order."""

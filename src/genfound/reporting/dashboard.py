@@ -44,8 +44,9 @@ class Dashboard:
         """Log numbers against images seen."""
         self._run.log(dict(metrics))
 
-    def note(self, text: str) -> None:
-        """Not a number."""
+    def note(self, text: str, step: int) -> None:
+        """Log a text."""
+        self._run.log({"note": text})
 
     def picture(self, name: str, file: Path, images_seen: int) -> None:
         """Log a picture."""

@@ -15,8 +15,8 @@ class Sink(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of one moment; `images_seen` is among them."""
 
-    def note(self, text: str) -> None:
-        """A line for whoever watches."""
+    def note(self, text: str, step: int) -> None:
+        """A sentence about the run, after this step."""
 
     def picture(self, name: str, file: Path, images_seen: int) -> None:
         """A picture that has been written to a file."""
@@ -46,8 +46,9 @@ class JsonLines:
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._out.write(json.dumps({"step": step, **finite}) + "\n")
 
-    def note(self, text: str) -> None:
-        """Not a number."""
+    def note(self, text: str, step: int) -> None:
+        """Append a line."""
+        self._out.write(json.dumps({"step": step, "note": text}) + "\n")
 
     def picture(self, name: str, file: Path, images_seen: int) -> None:
         """Pictures are already files."""

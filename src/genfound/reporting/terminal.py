@@ -34,7 +34,7 @@ class Terminal:
             self._validation = f"  val {metrics['val/loss']:.4f} (ema {metrics['val/loss_ema']:.4f})"
         figures = [f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith("eval")]
         if figures:
-            self.note(f"step {step:,}  {'  '.join(figures)}")
+            self._print(f"step {step:,}  {'  '.join(figures)}")
         if "train/loss" not in metrics:
             return
         seen = int(metrics["images_seen"])
@@ -48,8 +48,12 @@ class Terminal:
         else:
             self._bar.update(self._task, completed=seen, description=text)
 
-    def note(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+    def note(self, text: str, step: int) -> None:
+        """Print a line."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        """Above the bar where there is one."""
         if self._bar is None:
             print(text, flush=True)
         else:
@@ -57,7 +61,7 @@ class Terminal:
 
     def picture(self, name: str, file: Path, images_seen: int) -> None:
         """Say where a picture is."""
-        self.note(f"{name}: {file}")
+        self._print(f"{name}: {file}")
 
     def close(self) -> None:
         """Leave the bar as it is."""
