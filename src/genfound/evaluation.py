@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from genfound import build, checks, paths
@@ -22,12 +23,23 @@ from genfound.loading import Loaded, load, save
 from genfound.metrics import protocol
 from genfound.metrics.export import check_target, export
 from genfound.metrics.features import Features
-from genfound.metrics.figures import check_convention, check_count, convention_of, measure
-from genfound.metrics.images import ImageSet, digest, open_images
+from genfound.metrics.figures import CONTENT, STORED, check_convention, check_count, convention_of, measure
+from genfound.metrics.images import Chosen, FolderImages, ImageSet, digest, ignored_files, open_images
+from genfound.metrics.npz import file_hash
 from genfound.metrics.protocol import UNKNOWN, Drawing, Protocol, Result
 from genfound.metrics.reference import common_size
 from genfound.positions import reposition
-from genfound.references import DECODED, GIVEN, DataSet, Place, Tool, prepare_extractor, prepare_reference
+from genfound.references import (
+    DECODED,
+    GIVEN,
+    DataSet,
+    Place,
+    Tool,
+    content,
+    prepare_extractor,
+    prepare_reference,
+    write_order,
+)
 from genfound.reporting.provenance import provenance
 from genfound.sampling import Sampling, check_size, run_or_chosen
 from genfound.subjects import checkpoint_of, drawing_of, is_images, pinned, subject_of, told_of
@@ -69,6 +81,7 @@ class Samples:
         work: folder for what takes long.
         task: draws them; `None` if they are there.
         network: what draws them.
+        order: of the files of a folder, by content.
     """
 
     images: ImageSet
@@ -80,6 +93,7 @@ class Samples:
     work: Path
     task: DrawTask | None = None
     network: Loaded | None = None
+    order: np.ndarray | None = None
 
 
 def evaluate(asked: Asked) -> list[Result]:
@@ -129,13 +143,15 @@ def result_of(
         if target is not None:
             note = {"drawing": asdict(samples.drawing), "subject": dict(samples.subject), "size": samples.size}
             print(f"samples: {export(samples.images, target, note)}", flush=True)
+        if samples.order is not None:
+            write_order(Path(str(samples.where.order)), samples.order)
         features = Features(samples.work / f"features-{tool.extractor.hash}-{samples.count}", samples.count)
         tool.extract(features, samples.where, place)
-        labels = None if samples.images.labels is None else samples.images.labels[: samples.count]
+        labels = samples.images.labels
         figures = measure(features, reference, tool.extractor, config["convention"], labels, place.device)
         result = Result(
             figures=figures,
-            protocol=protocol_of(asked, samples.count, samples.size, samples.drawing, tool, facts),
+            protocol=protocol_of(asked, samples.count, samples.size, samples.drawing, tool, facts, samples.order),
             subject=samples.subject,
             provenance=circumstances(place.device),
         )
@@ -146,9 +162,18 @@ def result_of(
 
 
 def protocol_of(
-    asked: Asked, count: int, size: Size | str, drawing: Drawing, tool: Tool, reference: Mapping[str, Any]
+    asked: Asked,
+    count: int,
+    size: Size | str,
+    drawing: Drawing,
+    tool: Tool,
+    reference: Mapping[str, Any],
+    order: np.ndarray | None = None,
 ) -> Protocol:
-    """The protocol of a result; what was set otherwise than its name says is listed."""
+    """The protocol of a result; what was set otherwise than its name says is listed.
+
+    `order` is that of files by content; `None`: as stored.
+    """
     return Protocol(
         name=asked.protocol,
         altered=_altered(asked, count, drawing, str(reference["view"])),
@@ -159,6 +184,7 @@ def protocol_of(
         convention=convention_of(asked.config["convention"], tool.extractor.name),
         reference=reference,
         versions=protocol.versions(),
+        order=STORED if order is None else CONTENT,
     )
 
 
@@ -262,11 +288,18 @@ def given(config: Config, source: Path, place: Place) -> Samples:
         if wanted != [size]:
             asked = " and ".join(map(size_text, wanted))
             raise ValueError(f"from={source} holds images of {size_text(size or 'mixed')} pixels, not {asked}")
-    subject, drawing, noted = told_of(source, images)
-    count = min(config["n"], len(images))
+    count, order = min(config["n"], len(images)), None
+    if isinstance(images, FolderImages):
+        hashed, order = content(images)
+    else:
+        hashed = file_hash(source)
+    subject, drawing, noted = told_of(source, hashed)
+    subject |= ignored_files(images)
     marked = DATA if noted == DATA else size or "mixed"
-    work = place.out / "work" / f"{images.key}-{count}"
-    return Samples(images, Where("path", str(source)), count, marked, drawing, subject, work)
+    chosen = Chosen(images, np.arange(count) if order is None else order[:count])
+    work = place.out / "work" / f"{chosen.key}-{count}"
+    where = Where("path", str(source), order=None if order is None else str(work / "order.npy"))
+    return Samples(chosen, where, count, marked, drawing, subject, work, order=order)
 
 
 def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from genfound import build
@@ -17,7 +20,7 @@ from genfound.metrics.extractor import WEIGHTS, Extractor
 from genfound.metrics.features import Features
 from genfound.metrics.figures import check_count
 from genfound.metrics.frechet import Gaussian
-from genfound.metrics.images import ImageSet, digest
+from genfound.metrics.images import FolderImages, ImageSet, by_content, digest, ignored_files
 from genfound.metrics.npz import file_hash, read_member
 from genfound.metrics.probe import probe_key, train_probe
 from genfound.metrics.reference import (
@@ -28,8 +31,10 @@ from genfound.metrics.reference import (
     reference_note,
     write_reference,
 )
+from genfound.reporting.progress import Counter
 from genfound.tokenizers import Spec
 from genfound.work import held
+from genfound.writing import write_whole
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]
@@ -162,8 +167,12 @@ def prepare_reference(
     """
     asked = str(config["reference"])
     rule, given, path = GIVEN, None, Path(asked)
+    ignored: dict[str, str] = {}
     if asked.partition(":")[0] == "data" or (path.is_dir() and not any(path.glob("*.npz"))):
         where = _view(config, asked, size, data)
+        if where.kind == "path":
+            images = FolderImages(path)
+            where, ignored = replace(where, order=str(_order(images, place))), ignored_files(images)
         stored = where.config is not None and where.config["data"].get("source", "images") != "images"
         view = f"{where.view}{DECODED}" if stored else where.view
     else:
@@ -180,7 +189,7 @@ def prepare_reference(
     reference = read_reference(_kept(where, view, given, tool, place), tool.extractor)
     if own is not None:
         reference = replace(reference, hash=own)
-    return reference, _facts(reference, asked if rule == GIVEN else str(path), rule)
+    return reference, {**_facts(reference, asked if rule == GIVEN else str(path), rule), **ignored}
 
 
 def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) -> Where:
@@ -189,7 +198,7 @@ def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) ->
     fixed = None if isinstance(size, str) else size
     if view != "as_is" and fixed is None:
         raise ValueError(f"reference_view={view} needs samples of one size; these are of several: reference_view=as_is")
-    options: dict[str, Any] = {"view": view, "size": fixed, "limit": config["reference_images"], "shuffled": True}
+    options: dict[str, Any] = {"view": view, "size": fixed, "limit": config["reference_images"]}
     root, named = Path(asked), asked.partition(":")[0] == "data"
     if not named and not (root / MANIFEST).is_file():
         return Where("path", asked, **options)
@@ -199,7 +208,30 @@ def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) ->
     if data is None:
         raise ValueError(f"reference={asked}: images alone tell no data set and no decoder; give an .npz or a folder")
     data = data if named else data.of_store(root)
-    return Where("data", None, data.config, split, (data.spec.channels, data.spec.stride), **options)
+    return Where("data", None, data.config, split, (data.spec.channels, data.spec.stride), shuffled=True, **options)
+
+
+def content(images: FolderImages) -> tuple[str, np.ndarray]:
+    """16 digits of the SHA-256 of a folder's images, and their order by it; neither follows from their names."""
+    digests = images.digests(Counter("files read"))
+    order = by_content(digests)
+    return hashlib.sha256(digests[order].tobytes()).hexdigest()[:16], order
+
+
+def write_order(file: Path, order: np.ndarray) -> None:
+    """Write an order for `Where`."""
+    write_whole(file, functools.partial(np.save, arr=order))
+
+
+def _order(images: FolderImages, place: Place) -> Path:
+    """The file of the order of these images by content, kept because all of them are read for it."""
+    file = place.references / f"{images.key}.order.npy"
+    if not file.is_file():
+        with held(file, wait=True):
+            if not file.is_file():
+                print(f"reference: reading {len(images):,} files, once, for their order by content", flush=True)
+                write_order(file, content(images)[1])
+    return file
 
 
 def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: Tool, place: Place) -> Path:

@@ -26,6 +26,9 @@ SPLIT, NEIGHBOURS = 5000, 3
 FULL = 50_000
 """The count that goes without saying; a figure of any other carries it in its name."""
 
+STORED, CONTENT = "as stored", "by content"
+"""Orders of samples: that of an npz file, or of the numbers they are drawn by; and that of the SHA-256 of files."""
+
 
 def measure(
     samples: Features,
@@ -73,6 +76,11 @@ def check_convention(convention: str, extractor: str) -> None:
 def convention_of(convention: str, extractor: str) -> str:
     """As the protocol names it: figures of a probe have a convention of their own."""
     return PROBE if extractor == PROBE else convention
+
+
+def depends_on_order(convention: str, count: int) -> bool:
+    """Whether a figure depends on the order of the samples: a divided Inception Score, or a kernel distance."""
+    return convention == "torch_fidelity" or (convention != PROBE and count > SPLIT)
 
 
 def check_count(what: str, count: int | None, extractor: Extractor) -> None:
