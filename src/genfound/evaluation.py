@@ -19,11 +19,19 @@ import torch
 from genfound import build, checks, paths
 from genfound.drawing import DATA, Drawn, check_labels, requests_by_rule
 from genfound.extraction import NETWORK, DrawTask, Where, network_hash, perform, size_text, weak_hash
-from genfound.loading import Loaded, load, save
+from genfound.loading import Loaded, hints_of, load, save
 from genfound.metrics import protocol
 from genfound.metrics.export import check_target, export
 from genfound.metrics.features import Features
-from genfound.metrics.figures import CONTENT, STORED, check_convention, check_count, convention_of, measure
+from genfound.metrics.figures import (
+    CONTENT,
+    STORED,
+    check_convention,
+    check_count,
+    check_reference,
+    convention_of,
+    measure,
+)
 from genfound.metrics.images import Chosen, FolderImages, ImageSet, digest, ignored_files, open_images
 from genfound.metrics.npz import file_hash
 from genfound.metrics.protocol import UNKNOWN, Drawing, Protocol, Result
@@ -45,6 +53,7 @@ from genfound.sampling import Sampling, check_size, run_or_chosen
 from genfound.subjects import checkpoint_of, drawing_of, is_images, pinned, subject_of, told_of
 from genfound.tokenizers import Absent
 from genfound.work import held, remove
+from genfound.writing import check_folder
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]
@@ -105,22 +114,29 @@ def evaluate(asked: Asked) -> list[Result]:
     config, source = asked.config, Path(asked.config["from"])
     check(config)
     place = place_of(config, source)
+    check_folder("out", place.out)
+    check_folder("references", place.references)
     earlier = _earlier(config, place)
     loaded = data = None
     if is_images(source):
+        if _moved(config):
+            raise ValueError(f"data.{next(iter(_moved(config)))}: images alone have no data set; from=RUN has one")
         asked = replace(asked, chosen=[])  # their sampler and guidance are what they were
     else:
         source = checkpoint_of(source)
         loaded = _load(config, source)
         data = DataSet(loaded.config, loaded.tokenizer.spec, len(loaded.class_names))
     sizes: Sequence[Size | str | None] = [None] if loaded is None else wanted_sizes(config, loaded)
+    targets = [_target(config, size, len(sizes)) for size in sizes]
+    for target, size in zip(targets, sizes, strict=True):
+        if target is not None:
+            check_target(target, one_size=size != DATA)
+    ours = [drawn(asked, source, loaded, size, data, place) for size in sizes] if loaded is not None else []
     if len(sizes) > 1:
         print(f"{len(sizes)} sizes, {config['n']:,} samples of each; sizes=... chooses", flush=True)
     tool = prepare_extractor(config, data, place)
     results = []
-    for size in sizes:
-        samples = given(config, source, place) if loaded is None else drawn(asked, source, loaded, size, data, place)
-        target = _target(config, samples.size, len(sizes))
+    for samples, target in zip(ours or [given(config, source, place)], targets, strict=True):
         results.append(result_of(asked, samples, data, tool, place, target))
         print("\n".join(results[-1].lines()), flush=True)
     if len(results) + len(earlier) > 1:
@@ -137,6 +153,7 @@ def result_of(
     if target is not None:
         check_target(target, one_size=samples.size not in (DATA, "mixed"))
     reference, facts = prepare_reference(config, samples.size, data, tool, place)
+    check_reference(reference, tool.extractor, config["convention"])
     with held(samples.work):
         if samples.task is not None:
             _draw(samples, place)
@@ -327,11 +344,20 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def _load(config: Config, source: Path) -> Loaded:
-    loaded = load(source, weights=config["weights"], **config["hints"])
+    loaded = load(source, weights=config["weights"], **hints_of(config))
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])
-    return loaded
+    moved = _moved(config)
+    foreign = sorted(moved.keys() - loaded.config["data"].keys())
+    if foreign:
+        raise ValueError(f"data.{foreign[0]} is not an option of the data of {config['from']}")
+    return replace(loaded, config={**loaded.config, "data": {**loaded.config["data"], **moved}})
+
+
+def _moved(config: Config) -> dict[str, str]:
+    """Where the data of the run are now, as far as that is set."""
+    return {key: value for key, value in config["data"].items() if value is not None}
 
 
 def _earlier(config: Config, place: Place) -> list[Result]:
@@ -362,7 +388,7 @@ def _draw(samples: Samples, place: Place) -> None:
             remove(samples.work)
 
 
-def _target(config: Config, size: Size | str, sizes: int) -> str | None:
+def _target(config: Config, size: Size | str | None, sizes: int) -> str | None:
     """Where the samples of a size are exported to: its name carries the size if there are several."""
     if config["export"] is None or sizes == 1:
         return config["export"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import shutil
@@ -22,7 +23,7 @@ from genfound.metrics.figures import check_count
 from genfound.metrics.frechet import Gaussian
 from genfound.metrics.images import FolderImages, ImageSet, by_content, digest, ignored_files
 from genfound.metrics.npz import file_hash, read_member
-from genfound.metrics.probe import probe_key, train_probe
+from genfound.metrics.probe import is_guessing, probe_key, train_probe
 from genfound.metrics.reference import (
     Reference,
     choose_reference,
@@ -33,7 +34,7 @@ from genfound.metrics.reference import (
 )
 from genfound.reporting.progress import Counter
 from genfound.tokenizers import Spec
-from genfound.work import held
+from genfound.work import held, wait_until
 from genfound.writing import write_whole
 
 Config = Mapping[str, Any]
@@ -60,8 +61,17 @@ class DataSet:
     classes: int
 
     def images(self, split: str) -> ImageSet:
-        """Its images; `split` is `train` or `val`."""
-        return data_images(self.config, self.spec, split)
+        """Its images; `split` is `train` or `val`.
+
+        Raises:
+            ValueError: there are more or fewer classes than the run was trained on.
+        """
+        images = data_images(self.config, self.spec, split)
+        found = len(images.source.class_names)
+        if found != self.classes:
+            root = self.config["data"].get("root")
+            raise ValueError(f"data.root={root} has {found:,} classes, and the run was trained on {self.classes:,}")
+        return images
 
     def of_store(self, root: Path) -> DataSet:
         """The latents of a store in the place of its own images."""
@@ -87,12 +97,15 @@ class Place:
         references: statistics and probes that other evaluations can use too.
         devices: number of processes.
         accelerator: `auto`, `cpu` or `cuda`.
+        rank, ranks: of the processes that share the work and are there already, as in training.
     """
 
     out: Path
     references: Path
     devices: int
     accelerator: str
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -108,8 +121,12 @@ class Tool:
     file: Path
 
     def extract(self, features: Features, where: Where, place: Place) -> None:
-        """Compute what is not there yet."""
-        if not features.complete:
+        """Compute what is not there yet; with the other ranks, if there are any, and it waits for them."""
+        if place.ranks > 1:
+            progress = Counter(f"features on the first of {place.ranks} processes")
+            features.extract(where.open(place.device), self.extractor, place.rank, place.ranks, progress)
+            wait_until(lambda: features.complete)
+        elif not features.complete:
             folder, file = str(features.folder), str(self.file)
             task = ExtractTask(folder, where, features.count, self.extractor.name, file, place.accelerator)
             perform(task, place.devices, features.folder.with_suffix(".task"))
@@ -141,11 +158,12 @@ def prepare_extractor(config: Config, data: DataSet | None, place: Place) -> Too
 
 def _train(images: ImageSet, data: DataSet, file: Path, place: Place) -> None:
     print("training a probe on the data set", flush=True)
-    probe = train_probe(images, data.images("val"), data.classes, place.device)
+    held_out = data.images("val")
+    probe = train_probe(images, held_out, data.classes, place.device)
     probe.save(file)
     share = "" if probe.accuracy is None else f"; it recognises {probe.accuracy:.1%} of held-out images"
     print(f"probe: {file}{share}", flush=True)
-    if probe.accuracy is not None and probe.accuracy < 2 / data.classes:
+    if probe.accuracy is not None and held_out.labels is not None and is_guessing(probe.accuracy, held_out.labels):
         print("warning: the probe has learned next to nothing of this data; its figures say as little", flush=True)
 
 
@@ -241,14 +259,29 @@ def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: T
     if not file.is_file():
         if given is None:
             check_count("reference", len(images), tool.extractor)
+        features = Features(file.with_suffix(".parts"), len(images))
+        if place.rank != 0:
+            _share(file, features, images, tool, place)
+            return file
         with held(file, wait=True):
             if not file.is_file():
                 print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
-                features = Features(file.with_suffix(".parts"), len(images))
                 tool.extract(features, where, place)
                 write_reference(file, features, images, tool.extractor, {"view": view}, given, place.device)
                 shutil.rmtree(features.folder)
     return file
+
+
+def _share(file: Path, features: Features, images: ImageSet, tool: Tool, place: Place) -> None:
+    """What a rank other than the first does for a file of statistics: its features, unless the file is there first."""
+
+    def go_on(done: float, total: int) -> None:
+        if file.is_file():
+            raise FileExistsError(file)
+
+    with contextlib.suppress(FileExistsError):
+        features.extract(images, tool.extractor, place.rank, place.ranks, go_on)
+    wait_until(file.is_file)
 
 
 def _facts(reference: Reference, origin: str, rule: str) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from genfound import build, checkpoints, evaluation
 from genfound.drawing import Drawn
 from genfound.evaluation import Asked, settings
 from genfound.metrics.images import open_images
-from genfound.metrics.kernel_distance import kernel_distance
 from genfound.metrics.npz import file_hash
 from genfound.metrics.protocol import differences, read_results
 from genfound.paths import config_dir
@@ -324,7 +322,7 @@ def test_the_names_of_files_change_no_figure(
     for module in ("references", "extraction"):
         monkeypatch.setattr(f"genfound.{module}.open_extractor", lambda *_: Averages())
     monkeypatch.setattr("genfound.metrics.figures.SPLIT", 30)
-    monkeypatch.setattr("genfound.metrics.figures.kernel_distance", functools.partial(kernel_distance, size=20))
+    monkeypatch.setattr("genfound.metrics.figures.SUBSET", 20)
     samples = sorted_and_renamed(tmp_path / "s", Pictures([(8, 8)] * 120, seed=1))
     reals = sorted_and_renamed(tmp_path / "r", Pictures([(8, 8)] * 90, seed=2))
     options = {"extractor": "inception", "convention": convention, "reference_images": 70, "n": 100}
