@@ -13,26 +13,47 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from genfound import build, checks, paths
 from genfound.drawing import DATA, Drawn, check_labels, requests_by_rule
 from genfound.extraction import NETWORK, DrawTask, Where, network_hash, perform, size_text, weak_hash
-from genfound.loading import Loaded, load, save
+from genfound.loading import Loaded, hints_of, load, save
 from genfound.metrics import protocol
 from genfound.metrics.export import check_target, export
 from genfound.metrics.features import Features
-from genfound.metrics.figures import check_convention, check_count, convention_of, measure
-from genfound.metrics.images import ImageSet, digest, open_images
+from genfound.metrics.figures import (
+    CONTENT,
+    STORED,
+    check_convention,
+    check_count,
+    check_reference,
+    convention_of,
+    measure,
+)
+from genfound.metrics.images import Chosen, FolderImages, ImageSet, digest, ignored_files, open_images
+from genfound.metrics.npz import file_hash
 from genfound.metrics.protocol import UNKNOWN, Drawing, Protocol, Result
 from genfound.metrics.reference import common_size
 from genfound.positions import reposition
-from genfound.references import DECODED, GIVEN, DataSet, Place, Tool, prepare_extractor, prepare_reference
+from genfound.references import (
+    DECODED,
+    GIVEN,
+    DataSet,
+    Place,
+    Tool,
+    content,
+    prepare_extractor,
+    prepare_reference,
+    write_order,
+)
 from genfound.reporting.provenance import provenance
 from genfound.sampling import Sampling, check_size, run_or_chosen
 from genfound.subjects import checkpoint_of, drawing_of, is_images, pinned, subject_of, told_of
 from genfound.tokenizers import Absent
 from genfound.work import held, remove
+from genfound.writing import check_folder
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]
@@ -69,6 +90,7 @@ class Samples:
         work: folder for what takes long.
         task: draws them; `None` if they are there.
         network: what draws them.
+        order: of the files of a folder, by content.
     """
 
     images: ImageSet
@@ -80,6 +102,7 @@ class Samples:
     work: Path
     task: DrawTask | None = None
     network: Loaded | None = None
+    order: np.ndarray | None = None
 
 
 def evaluate(asked: Asked) -> list[Result]:
@@ -91,22 +114,29 @@ def evaluate(asked: Asked) -> list[Result]:
     config, source = asked.config, Path(asked.config["from"])
     check(config)
     place = place_of(config, source)
+    check_folder("out", place.out)
+    check_folder("references", place.references)
     earlier = _earlier(config, place)
     loaded = data = None
     if is_images(source):
+        if _moved(config):
+            raise ValueError(f"data.{next(iter(_moved(config)))}: images alone have no data set; from=RUN has one")
         asked = replace(asked, chosen=[])  # their sampler and guidance are what they were
     else:
         source = checkpoint_of(source)
         loaded = _load(config, source)
         data = DataSet(loaded.config, loaded.tokenizer.spec, len(loaded.class_names))
     sizes: Sequence[Size | str | None] = [None] if loaded is None else wanted_sizes(config, loaded)
+    targets = [_target(config, size, len(sizes)) for size in sizes]
+    for target, size in zip(targets, sizes, strict=True):
+        if target is not None:
+            check_target(target, one_size=size != DATA)
+    ours = [drawn(asked, source, loaded, size, data, place) for size in sizes] if loaded is not None else []
     if len(sizes) > 1:
         print(f"{len(sizes)} sizes, {config['n']:,} samples of each; sizes=... chooses", flush=True)
     tool = prepare_extractor(config, data, place)
     results = []
-    for size in sizes:
-        samples = given(config, source, place) if loaded is None else drawn(asked, source, loaded, size, data, place)
-        target = _target(config, samples.size, len(sizes))
+    for samples, target in zip(ours or [given(config, source, place)], targets, strict=True):
         results.append(result_of(asked, samples, data, tool, place, target))
         print("\n".join(results[-1].lines()), flush=True)
     if len(results) + len(earlier) > 1:
@@ -123,19 +153,22 @@ def result_of(
     if target is not None:
         check_target(target, one_size=samples.size not in (DATA, "mixed"))
     reference, facts = prepare_reference(config, samples.size, data, tool, place)
+    check_reference(reference, tool.extractor, config["convention"])
     with held(samples.work):
         if samples.task is not None:
             _draw(samples, place)
         if target is not None:
             note = {"drawing": asdict(samples.drawing), "subject": dict(samples.subject), "size": samples.size}
             print(f"samples: {export(samples.images, target, note)}", flush=True)
+        if samples.order is not None:
+            write_order(Path(str(samples.where.order)), samples.order)
         features = Features(samples.work / f"features-{tool.extractor.hash}-{samples.count}", samples.count)
         tool.extract(features, samples.where, place)
-        labels = None if samples.images.labels is None else samples.images.labels[: samples.count]
+        labels = samples.images.labels
         figures = measure(features, reference, tool.extractor, config["convention"], labels, place.device)
         result = Result(
             figures=figures,
-            protocol=protocol_of(asked, samples.count, samples.size, samples.drawing, tool, facts),
+            protocol=protocol_of(asked, samples.count, samples.size, samples.drawing, tool, facts, samples.order),
             subject=samples.subject,
             provenance=circumstances(place.device),
         )
@@ -146,9 +179,18 @@ def result_of(
 
 
 def protocol_of(
-    asked: Asked, count: int, size: Size | str, drawing: Drawing, tool: Tool, reference: Mapping[str, Any]
+    asked: Asked,
+    count: int,
+    size: Size | str,
+    drawing: Drawing,
+    tool: Tool,
+    reference: Mapping[str, Any],
+    order: np.ndarray | None = None,
 ) -> Protocol:
-    """The protocol of a result; what was set otherwise than its name says is listed."""
+    """The protocol of a result; what was set otherwise than its name says is listed.
+
+    `order` is that of files by content; `None`: as stored.
+    """
     return Protocol(
         name=asked.protocol,
         altered=_altered(asked, count, drawing, str(reference["view"])),
@@ -159,6 +201,7 @@ def protocol_of(
         convention=convention_of(asked.config["convention"], tool.extractor.name),
         reference=reference,
         versions=protocol.versions(),
+        order=STORED if order is None else CONTENT,
     )
 
 
@@ -262,11 +305,18 @@ def given(config: Config, source: Path, place: Place) -> Samples:
         if wanted != [size]:
             asked = " and ".join(map(size_text, wanted))
             raise ValueError(f"from={source} holds images of {size_text(size or 'mixed')} pixels, not {asked}")
-    subject, drawing, noted = told_of(source, images)
-    count = min(config["n"], len(images))
+    count, order = min(config["n"], len(images)), None
+    if isinstance(images, FolderImages):
+        hashed, order = content(images)
+    else:
+        hashed = file_hash(source)
+    subject, drawing, noted = told_of(source, hashed)
+    subject |= ignored_files(images)
     marked = DATA if noted == DATA else size or "mixed"
-    work = place.out / "work" / f"{images.key}-{count}"
-    return Samples(images, Where("path", str(source)), count, marked, drawing, subject, work)
+    chosen = Chosen(images, np.arange(count) if order is None else order[:count])
+    work = place.out / "work" / f"{chosen.key}-{count}"
+    where = Where("path", str(source), order=None if order is None else str(work / "order.npy"))
+    return Samples(chosen, where, count, marked, drawing, subject, work, order=order)
 
 
 def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:
@@ -294,11 +344,20 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def _load(config: Config, source: Path) -> Loaded:
-    loaded = load(source, weights=config["weights"], **config["hints"])
+    loaded = load(source, weights=config["weights"], **hints_of(config))
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])
-    return loaded
+    moved = _moved(config)
+    foreign = sorted(moved.keys() - loaded.config["data"].keys())
+    if foreign:
+        raise ValueError(f"data.{foreign[0]} is not an option of the data of {config['from']}")
+    return replace(loaded, config={**loaded.config, "data": {**loaded.config["data"], **moved}})
+
+
+def _moved(config: Config) -> dict[str, str]:
+    """Where the data of the run are now, as far as that is set."""
+    return {key: value for key, value in config["data"].items() if value is not None}
 
 
 def _earlier(config: Config, place: Place) -> list[Result]:
@@ -329,7 +388,7 @@ def _draw(samples: Samples, place: Place) -> None:
             remove(samples.work)
 
 
-def _target(config: Config, size: Size | str, sizes: int) -> str | None:
+def _target(config: Config, size: Size | str | None, sizes: int) -> str | None:
     """Where the samples of a size are exported to: its name carries the size if there are several."""
     if config["export"] is None or sizes == 1:
         return config["export"]

@@ -56,8 +56,9 @@ class Where:
         spec: channels and stride of the run's latents; stored latents are decoded, their means.
         view: `crop` brings images to `size`, `same_size` takes only those that have it, `as_is` takes all.
         size: (height, width).
+        order: a .npy file of the order in which they are taken.
         shuffled: in a fixed random order.
-        limit: only so many of them, if shuffled.
+        limit: only the first so many of them.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Where:
     spec: tuple[int, int] = (0, 0)
     view: str = "as_is"
     size: tuple[int, int] | None = None
+    order: str | None = None
     shuffled: bool = False
     limit: int | None = None
 
@@ -80,6 +82,8 @@ class Where:
         if self.view not in VIEWS:
             raise ValueError(f"reference_view={self.view} is unknown; choose one of {', '.join(VIEWS)}")
         images = self._whole(torch.device(device))
+        if self.order is not None:
+            images = Chosen(images, np.load(self.order))
         if self.view == "same_size":
             fitting = np.flatnonzero((images.sizes == np.array(self.size)).all(axis=1))
             if not len(fitting):
@@ -88,6 +92,8 @@ class Where:
         if self.shuffled:
             order = Rng(0, "reference").permutation("order", len(images)).numpy()
             images = Chosen(images, order[: self.limit])
+        elif self.limit is not None:
+            images = Chosen(images, np.arange(len(images))[: self.limit])
         if self.view == "crop" and self.size is not None:
             images = Cropped(images, (int(self.size[0]), int(self.size[1])))
         return images

@@ -90,6 +90,11 @@ def load(path: str | Path, weights: str = "ema", **hints: Any) -> Loaded:
     return Loaded(net.eval(), build.objective(config), tokenizer, config, found.class_names, found.sizes)
 
 
+def hints_of(config: Mapping[str, Any]) -> Config:
+    """Hints for `load` in conf/sample.yaml and conf/evaluate.yaml, with where the tokenizer of a run is now."""
+    return {**config["hints"], "tokenizer": config["hints"]["tokenizer"] or config["tokenizer"]["weights"]}
+
+
 def find(path: Path, weights: str, **hints: Any) -> Found:
     """Read weights of any origin; see `load`."""
     hints = {key: value for key, value in hints.items() if value is not None}
@@ -133,7 +138,8 @@ def _of_run(folder: Path, path: Path, weights: str | None) -> Found:
     if weights != "raw" and state["ema"]:
         tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
     data = state["run"]
-    return Found(paths.read_config(folder), tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
+    config = paths.located(paths.read_config(folder), folder)
+    return Found(config, tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
 
 
 class _Official(NamedTuple):

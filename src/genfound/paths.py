@@ -30,6 +30,9 @@ NOT_IDENTITY = (
 GROUPS = ("model", "data", "tokenizer", "layout", "objective", "sampler", "guidance", "optimizer", "trainer")
 """What the configuration of any run has."""
 
+PLACES = (("data", "root"), ("data", "index"), ("tokenizer", "weights"), ("guidance", "weights"))
+"""Keys of a run that are paths, by group."""
+
 GRID = "grid.png"
 """Of `genfound.sample`, beside its images."""
 
@@ -120,6 +123,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{folder} is not a run directory: its config.yaml has no {missing[0]}")
     return config
+
+
+def located(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration of a run; its relative paths lead where they did in training, if the run has not moved."""
+    runs, run = Path(config.get("runs", "")), folder.resolve()
+    origin = run.parents[min(len(runs.parts) + 1, len(run.parents) - 1)]
+    if origin == Path.cwd() or origin / runs / str(config.get("study")) != run.parent:
+        return dict(config)
+    found = {group: dict(config[group]) for group in {group for group, _ in PLACES}}
+    for group, key in PLACES:
+        value = found[group].get(key)
+        if isinstance(value, str) and (origin / value).exists():
+            found[group][key] = str(origin / value)
+    return {**config, **found}
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from genfound import build
@@ -17,9 +21,9 @@ from genfound.metrics.extractor import WEIGHTS, Extractor
 from genfound.metrics.features import Features
 from genfound.metrics.figures import check_count
 from genfound.metrics.frechet import Gaussian
-from genfound.metrics.images import ImageSet, digest
+from genfound.metrics.images import FolderImages, ImageSet, by_content, digest, ignored_files
 from genfound.metrics.npz import file_hash, read_member
-from genfound.metrics.probe import probe_key, train_probe
+from genfound.metrics.probe import is_guessing, probe_key, train_probe
 from genfound.metrics.reference import (
     Reference,
     choose_reference,
@@ -28,8 +32,10 @@ from genfound.metrics.reference import (
     reference_note,
     write_reference,
 )
+from genfound.reporting.progress import Counter
 from genfound.tokenizers import Spec
-from genfound.work import held
+from genfound.work import held, wait_until
+from genfound.writing import write_whole
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]
@@ -55,8 +61,17 @@ class DataSet:
     classes: int
 
     def images(self, split: str) -> ImageSet:
-        """Its images; `split` is `train` or `val`."""
-        return data_images(self.config, self.spec, split)
+        """Its images; `split` is `train` or `val`.
+
+        Raises:
+            ValueError: there are more or fewer classes than the run was trained on.
+        """
+        images = data_images(self.config, self.spec, split)
+        found = len(images.source.class_names)
+        if found != self.classes:
+            root = self.config["data"].get("root")
+            raise ValueError(f"data.root={root} has {found:,} classes, and the run was trained on {self.classes:,}")
+        return images
 
     def of_store(self, root: Path) -> DataSet:
         """The latents of a store in the place of its own images."""
@@ -82,12 +97,15 @@ class Place:
         references: statistics and probes that other evaluations can use too.
         devices: number of processes.
         accelerator: `auto`, `cpu` or `cuda`.
+        rank, ranks: of the processes that share the work and are there already, as in training.
     """
 
     out: Path
     references: Path
     devices: int
     accelerator: str
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -103,8 +121,12 @@ class Tool:
     file: Path
 
     def extract(self, features: Features, where: Where, place: Place) -> None:
-        """Compute what is not there yet."""
-        if not features.complete:
+        """Compute what is not there yet; with the other ranks, if there are any, and it waits for them."""
+        if place.ranks > 1:
+            progress = Counter(f"features on the first of {place.ranks} processes")
+            features.extract(where.open(place.device), self.extractor, place.rank, place.ranks, progress)
+            wait_until(lambda: features.complete)
+        elif not features.complete:
             folder, file = str(features.folder), str(self.file)
             task = ExtractTask(folder, where, features.count, self.extractor.name, file, place.accelerator)
             perform(task, place.devices, features.folder.with_suffix(".task"))
@@ -136,11 +158,12 @@ def prepare_extractor(config: Config, data: DataSet | None, place: Place) -> Too
 
 def _train(images: ImageSet, data: DataSet, file: Path, place: Place) -> None:
     print("training a probe on the data set", flush=True)
-    probe = train_probe(images, data.images("val"), data.classes, place.device)
+    held_out = data.images("val")
+    probe = train_probe(images, held_out, data.classes, place.device)
     probe.save(file)
     share = "" if probe.accuracy is None else f"; it recognises {probe.accuracy:.1%} of held-out images"
     print(f"probe: {file}{share}", flush=True)
-    if probe.accuracy is not None and probe.accuracy < 2 / data.classes:
+    if probe.accuracy is not None and held_out.labels is not None and is_guessing(probe.accuracy, held_out.labels):
         print("warning: the probe has learned next to nothing of this data; its figures say as little", flush=True)
 
 
@@ -162,8 +185,12 @@ def prepare_reference(
     """
     asked = str(config["reference"])
     rule, given, path = GIVEN, None, Path(asked)
+    ignored: dict[str, str] = {}
     if asked.partition(":")[0] == "data" or (path.is_dir() and not any(path.glob("*.npz"))):
         where = _view(config, asked, size, data)
+        if where.kind == "path":
+            images = FolderImages(path)
+            where, ignored = replace(where, order=str(_order(images, place))), ignored_files(images)
         stored = where.config is not None and where.config["data"].get("source", "images") != "images"
         view = f"{where.view}{DECODED}" if stored else where.view
     else:
@@ -180,7 +207,7 @@ def prepare_reference(
     reference = read_reference(_kept(where, view, given, tool, place), tool.extractor)
     if own is not None:
         reference = replace(reference, hash=own)
-    return reference, _facts(reference, asked if rule == GIVEN else str(path), rule)
+    return reference, {**_facts(reference, asked if rule == GIVEN else str(path), rule), **ignored}
 
 
 def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) -> Where:
@@ -189,7 +216,7 @@ def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) ->
     fixed = None if isinstance(size, str) else size
     if view != "as_is" and fixed is None:
         raise ValueError(f"reference_view={view} needs samples of one size; these are of several: reference_view=as_is")
-    options: dict[str, Any] = {"view": view, "size": fixed, "limit": config["reference_images"], "shuffled": True}
+    options: dict[str, Any] = {"view": view, "size": fixed, "limit": config["reference_images"]}
     root, named = Path(asked), asked.partition(":")[0] == "data"
     if not named and not (root / MANIFEST).is_file():
         return Where("path", asked, **options)
@@ -199,7 +226,30 @@ def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) ->
     if data is None:
         raise ValueError(f"reference={asked}: images alone tell no data set and no decoder; give an .npz or a folder")
     data = data if named else data.of_store(root)
-    return Where("data", None, data.config, split, (data.spec.channels, data.spec.stride), **options)
+    return Where("data", None, data.config, split, (data.spec.channels, data.spec.stride), shuffled=True, **options)
+
+
+def content(images: FolderImages) -> tuple[str, np.ndarray]:
+    """16 digits of the SHA-256 of a folder's images, and their order by it; neither follows from their names."""
+    digests = images.digests(Counter("files read"))
+    order = by_content(digests)
+    return hashlib.sha256(digests[order].tobytes()).hexdigest()[:16], order
+
+
+def write_order(file: Path, order: np.ndarray) -> None:
+    """Write an order for `Where`."""
+    write_whole(file, functools.partial(np.save, arr=order))
+
+
+def _order(images: FolderImages, place: Place) -> Path:
+    """The file of the order of these images by content, kept because all of them are read for it."""
+    file = place.references / f"{images.key}.order.npy"
+    if not file.is_file():
+        with held(file, wait=True):
+            if not file.is_file():
+                print(f"reference: reading {len(images):,} files, once, for their order by content", flush=True)
+                write_order(file, content(images)[1])
+    return file
 
 
 def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: Tool, place: Place) -> Path:
@@ -209,14 +259,29 @@ def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: T
     if not file.is_file():
         if given is None:
             check_count("reference", len(images), tool.extractor)
+        features = Features(file.with_suffix(".parts"), len(images))
+        if place.rank != 0:
+            _share(file, features, images, tool, place)
+            return file
         with held(file, wait=True):
             if not file.is_file():
                 print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
-                features = Features(file.with_suffix(".parts"), len(images))
                 tool.extract(features, where, place)
                 write_reference(file, features, images, tool.extractor, {"view": view}, given, place.device)
                 shutil.rmtree(features.folder)
     return file
+
+
+def _share(file: Path, features: Features, images: ImageSet, tool: Tool, place: Place) -> None:
+    """What a rank other than the first does for a file of statistics: its features, unless the file is there first."""
+
+    def go_on(done: float, total: int) -> None:
+        if file.is_file():
+            raise FileExistsError(file)
+
+    with contextlib.suppress(FileExistsError):
+        features.extract(images, tool.extractor, place.rank, place.ranks, go_on)
+    wait_until(file.is_file)
 
 
 def _facts(reference: Reference, origin: str, rule: str) -> dict[str, Any]:

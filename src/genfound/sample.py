@@ -15,7 +15,7 @@ FEW = 10
 def _task(cfg: DictConfig) -> None:
     from genfound import build
     from genfound.data.pictures import save_png
-    from genfound.loading import load
+    from genfound.loading import hints_of, load
     from genfound.positions import reposition
     from genfound.reporting.grid import save_grid
     from genfound.reporting.progress import Counter
@@ -25,7 +25,7 @@ def _task(cfg: DictConfig) -> None:
     launch.keep_freed_memory()
     config = paths.plain(cfg)
     checks.whole("batch", config["batch"], 1)
-    loaded = load(config["from"], weights=config["weights"], **config["hints"])
+    loaded = load(config["from"], weights=config["weights"], **hints_of(config))
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])

@@ -225,9 +225,13 @@ def _weaker(weights: str, objective: Objective) -> Backbone:
     """The other network of autoguidance.
 
     Raises:
-        ValueError: it was trained to predict something else.
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be loaded, or was trained to predict something else.
     """
-    other = load(weights)
+    try:
+        other = load(weights)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"guidance.weights={weights}: {error}") from None
     for key, value in objective.outputs.items():
         found = other.objective.outputs.get(key, f"that of {other.objective.name}")
         if found != value:

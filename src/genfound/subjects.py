@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 from genfound import build, checkpoints
 from genfound.extraction import decoder_of
 from genfound.metrics import protocol
-from genfound.metrics.images import FolderImages, ImageSet, image_files, note_of
-from genfound.metrics.npz import file_hash
+from genfound.metrics.images import image_files, note_of
 from genfound.metrics.protocol import Drawing
 from genfound.samplers import adapts
 from genfound.tokenizers import Tokenizer
@@ -33,7 +31,7 @@ def is_images(path: Path) -> bool:
         return False
     if not any(path.iterdir()):
         raise FileNotFoundError(f"from={path} is an empty folder")
-    return bool(image_files(path))
+    return bool(image_files(path)[0])
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -64,13 +62,16 @@ def subject_of(source: Path, network: str) -> dict[str, Any]:
     return {"from": str(run), "checkpoint": source.name, "images_seen": seen, "hash": network}
 
 
-def told_of(source: Path, images: ImageSet) -> tuple[dict[str, Any], Drawing, Any]:
+def told_of(source: Path, hashed: str) -> tuple[dict[str, Any], Drawing, Any]:
     """Whose images they are, how they were drawn, and of which size, by the note of their export if it is whole.
 
+    Args:
+        source: an npz file or a folder.
+        hashed: of its images.
+
     Raises:
-        ValueError: the images or their note are damaged.
+        ValueError: the note is damaged.
     """
-    hashed = _folder_hash(images) if isinstance(images, FolderImages) else file_hash(source)
     note = note_of(source) or {}
     drawing, subject = Drawing.told(note.get("drawing")), note.get("subject")
     if not isinstance(subject, dict) or not {"from", "hash"} <= subject.keys() or drawing == Drawing.unknown():
@@ -116,11 +117,3 @@ def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.
 def _couples(sampler: Config) -> bool:
     """Whether the steps of an image depend on the others of its network call."""
     return adapts(sampler) and sampler["norm"] == "batch"
-
-
-def _folder_hash(images: FolderImages) -> str:
-    hashed = hashlib.sha256()
-    for file in images.files:
-        hashed.update(file.relative_to(images.folder).as_posix().encode())
-        hashed.update(file.read_bytes())
-    return hashed.hexdigest()[:16]

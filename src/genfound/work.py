@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from genfound.writing import make_folder
 
 GRACE = 40
 """Seconds for processes to end when they are told to; torchrun takes up to 30 to end its own."""
+
+PAUSE = 1.0
+"""Seconds between two looks at what another process does."""
 
 
 @contextlib.contextmanager
@@ -41,6 +45,12 @@ def held(folder: Path, way_out: str = "give out=...", wait: bool = False) -> Ite
         file.unlink(missing_ok=True)
         os.close(lock)
         _remove_empty(file.parent)
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Wait for what another process does, however long it takes: collectives end a run after their timeout."""
+    while not done():
+        time.sleep(PAUSE)
 
 
 def remove(work: Path) -> None:

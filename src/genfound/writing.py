@@ -33,6 +33,15 @@ def make_folder(folder: Path) -> None:
     return folder.mkdir(parents=True, exist_ok=True)
 
 
+def check_folder(key: str, folder: Path) -> None:
+    """Raise a ValueError that names the key if a folder can be neither written nor made."""
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{key}={folder}: {nearest} is not a folder; choose another {key}=...")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={folder}: {nearest} cannot be written; choose another {key}=...")
+
+
 def write_whole(file: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a file elsewhere, and give it its name when it is on the disk.
 

@@ -33,10 +33,12 @@ def test_run_npz_and_folder_of_the_same_images_have_the_same_figures(
     options = {"extractor_weights": probe(references), "reference": str(reference), "reference_view": "crop"}
     given = [evaluated(file, references, **options)[0] for file in files]
     for result in (*drawn, *given):
-        assert result.figures == drawn[0].figures
+        in_order = result.protocol.order == "as stored"
+        assert result.figures == (drawn[0].figures if in_order else pytest.approx(drawn[0].figures, rel=1e-9))
         assert differences(result.protocol, drawn[0].protocol) == []
         assert result.subject["hash"] == drawn[0].subject["hash"]
     assert set(drawn[0].figures) == {"fd_probe", "accuracy_probe", "precision_probe", "recall_probe"}
+    assert [result.protocol.order for result in given] == ["as stored", "by content"]
     assert (tmp_path / "x.npz.evaluations/results.jsonl").is_file()
 
 
@@ -299,6 +301,65 @@ def test_references_of_the_same_images_at_two_places_are_the_same(run: Path, ref
         results += evaluated(run, references, **options, **more)
     assert differences(results[0].protocol, results[1].protocol) == []
     assert results[0].protocol.reference["from"] != results[1].protocol.reference["from"]
+
+
+def sorted_and_renamed(folder: Path, pictures: Pictures) -> tuple[Path, Path]:
+    """The same files under two sets of names: sorted by class, and in no order."""
+    given = save_pngs(folder / "files", pictures)
+    by_class, renamed = folder / "by_class", folder / "renamed"
+    draw = np.random.default_rng(0).permutation(len(pictures))
+    for number, label in enumerate(pictures.labels):
+        for target in (by_class / f"{label}" / f"{number:04d}.png", renamed / f"{draw[number]:04d}.png"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(given / f"{number:04d}.png", target)
+    return by_class, renamed
+
+
+@pytest.mark.parametrize("convention", ["adm", "torch_fidelity"])
+def test_the_names_of_files_change_no_figure(
+    convention: str, run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("references", "extraction"):
+        monkeypatch.setattr(f"genfound.{module}.open_extractor", lambda *_: Averages())
+    monkeypatch.setattr("genfound.metrics.figures.SPLIT", 30)
+    monkeypatch.setattr("genfound.metrics.figures.SUBSET", 20)
+    samples = sorted_and_renamed(tmp_path / "s", Pictures([(8, 8)] * 120, seed=1))
+    reals = sorted_and_renamed(tmp_path / "r", Pictures([(8, 8)] * 90, seed=2))
+    options = {"extractor": "inception", "convention": convention, "reference_images": 70, "n": 100}
+    results = [
+        evaluated(sample, references, **options, reference=str(real), out=str(tmp_path / "out"))[0]
+        for sample, real in zip(samples, reals, strict=True)
+    ]
+    assert len(results[0].figures) >= 5 and results[0].figures == results[1].figures
+    assert differences(results[0].protocol, results[1].protocol) == ["drawing (unknown)"]
+    assert results[0].subject["hash"] == results[1].subject["hash"]
+    assert results[0].protocol.order == "by content"
+
+
+def test_a_probes_figures_follow_no_names_either(run: Path, references: Path, tmp_path: Path) -> None:
+    pictures = Pictures([(16, 16)] * 100)
+    folders = sorted_and_renamed(tmp_path, pictures)
+    numbers = {image.tobytes(): label for image, label in zip(pictures.images, pictures.labels, strict=True)}
+    options = {"extractor_weights": probe(references), "reference": of_probe(references), "n": 80}
+    results = []
+    for folder in folders:
+        images = open_images(folder)
+        labels = [numbers[images[k].tobytes()] for k in range(len(images))]
+        (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+        results += evaluated(folder, references, **options, out=str(tmp_path / "out"))
+    assert results[0].figures == results[1].figures and "accuracy_probe" in results[0].figures
+
+
+def test_what_is_ignored_is_printed_and_recorded(
+    run: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [save_pngs(tmp_path / name, Pictures([(16, 16)] * 80, seed)) for seed, name in enumerate("ab")]
+    for folder in folders:
+        (folder / "notes.txt").write_text("no image")
+    options = {"extractor_weights": probe(references), "reference": str(folders[1]), "out": str(tmp_path / "out")}
+    result = evaluated(folders[0], references, **options)[0]
+    assert result.subject["ignored"] == result.protocol.reference["ignored"] == "1 .txt"
+    assert capsys.readouterr().out.count("ignored 1 .txt") == 2
 
 
 def test_samples_belong_to_one_evaluation_at_a_time(run: Path, references: Path, tmp_path: Path) -> None:

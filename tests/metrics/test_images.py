@@ -1,4 +1,6 @@
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from genfound.metrics.images import (
     FolderImages,
     ImageSet,
     NpzImages,
+    by_content,
     cover,
     image_files,
     note_of,
@@ -187,7 +190,43 @@ def test_the_grid_of_samples_is_no_sample(tmp_path: Path) -> None:
     for name in ("00000_a.png", "grid.png", "class/grid.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    assert [file.relative_to(tmp_path).as_posix() for file in image_files(tmp_path)] == [
-        "00000_a.png",
-        "class/grid.png",
-    ]
+    files, ignored = image_files(tmp_path)
+    assert [file.relative_to(tmp_path).as_posix() for file in files] == ["00000_a.png", "class/grid.png"]
+    assert not ignored
+
+
+def test_no_file_is_left_out_in_silence(tmp_path: Path) -> None:
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for folder in (images, elsewhere / "deeper"):
+        folder.mkdir(parents=True)
+    names = ("a.png", "b.TIF", "c.jfif", "d.webp", "e.bmp", "f.gif", "g.jpeg")
+    for name in (*names, "._a.png"):
+        suffix = {"c.jfif": "jpeg"}.get(name, Path(name).suffix[1:].lower())
+        Image.new("RGB", (4, 4)).save(images / name, format={"tif": "tiff"}.get(suffix, suffix))
+    Image.new("RGB", (4, 4)).save(elsewhere / "deeper/h.png")
+    for name in ("notes.txt", "list.TXT", "Makefile", ".DS_Store"):
+        (images / name).write_text("no image")
+    (images / "linked").symlink_to(elsewhere)
+    (images / "again.png").symlink_to(images / "a.png")
+    (elsewhere / "deeper/round").symlink_to(elsewhere)
+    found = FolderImages(images)
+    assert [file.name for file in found.files] == ["a.png", "again.png", *names[1:], "h.png"]
+    assert all(found[k].shape == (4, 4, 3) for k in range(len(found)))
+    assert found.ignored == {".txt": 2, "hidden": 1, "without suffix": 1}
+    (images / "lost.png").symlink_to(images / "nowhere.png")
+    with pytest.raises(FileNotFoundError, match=r"lost.png is a link that leads nowhere"):
+        FolderImages(images)
+
+
+def test_the_order_by_content_does_not_follow_the_names(tmp_path: Path) -> None:
+    pictures = Pictures([(6, 6)] * 40)
+    given = FolderImages(save_pngs(tmp_path / "a", pictures))
+    moved = tmp_path / "b"
+    (moved / "class").mkdir(parents=True)
+    for number, place in enumerate(np.random.default_rng(0).permutation(40)):
+        shutil.copy(given.files[number], moved / ("class" if place % 2 else "") / f"{place:02d}.png")
+    renamed = FolderImages(moved)
+    one, other = by_content(given.digests()), by_content(renamed.digests())
+    assert same(Chosen(given, one), Chosen(renamed, other))
+    assert one.tolist() != list(range(40)) and sorted(one.tolist()) == list(range(40))
+    assert hashlib.sha256(given.files[3].read_bytes()).digest() == given.digests()[3].astype(">u8").tobytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from genfound.drawing import DATA, Drawn, requests_by_rule
 from genfound.evaluation import Asked, check, circumstances, protocol_of, settings
 from genfound.extraction import network_hash, size_text, weak_hash
 from genfound.metrics.features import Features
-from genfound.metrics.figures import check_count, measure
+from genfound.metrics.figures import check_count, check_reference, measure
 from genfound.metrics.images import digest
 from genfound.metrics.protocol import Drawing, Result
 from genfound.metrics.reference import Reference
@@ -28,7 +28,7 @@ from genfound.references import DataSet, Place, Tool, prepare_extractor, prepare
 from genfound.sampling import Request, Sampling, check_size
 from genfound.subjects import drawing_of, pinned
 from genfound.tokenizers import Tokenizer
-from genfound.work import remove
+from genfound.work import remove, wait_until
 
 Size = tuple[int, int]
 
@@ -72,13 +72,10 @@ class Evaluation(Periodic):
         self.drawings = {size: self._drawing(size) for size in self.sizes}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Continue the rhythm; make probe and references, on the first rank, or find them."""
+        """Continue the rhythm; make probe and references, or find them, on all ranks together."""
         super().on_train_start(trainer, module)
-        if trainer.is_global_zero:
-            self._prepare()
-        trainer.strategy.barrier()
-        if not trainer.is_global_zero:
-            self.tool = prepare_extractor(self.asked.config, self.data, self.place)
+        self.place = replace(self.place, rank=trainer.global_rank, ranks=trainer.world_size)
+        self._prepare()
 
     def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Evaluate at every size."""
@@ -96,6 +93,7 @@ class Evaluation(Periodic):
         check_count(f"trainer.eval_protocol={self.asked.protocol}", config["n"], self.tool.extractor)
         for size in self.sizes:
             self.references[size] = prepare_reference(config, size, self.data, self.tool, self.place)
+            check_reference(self.references[size][0], self.tool.extractor, config["convention"])
 
     def _evaluate(self, trainer: lightning.Trainer, module: GenerativeModule, size: Size | str) -> dict[str, float]:
         """Figures on the first rank; nothing on the others, and where samples are not finite."""
@@ -119,12 +117,13 @@ class Evaluation(Periodic):
             return {}
         features = Features(drawn.folder / "features", len(drawn))
         features.extract(drawn, self.tool.extractor, *share)
-        trainer.strategy.barrier()
         figures: dict[str, float] = {}
         if trainer.is_global_zero:
+            wait_until(lambda: features.complete)
             figures = self._measure(drawn, features, size, {"images_seen": module.images_seen, "hash": weights})
             remove(self.work)  # with what interrupted evaluations have left
-        trainer.strategy.barrier()
+        wait_until(lambda: not drawn.folder.exists())
+        trainer.strategy.barrier()  # nobody begins another folder while the first rank removes this one
         return figures
 
     def _measure(self, drawn: Drawn, features: Features, size: Size | str, subject: dict[str, Any]) -> dict[str, float]:

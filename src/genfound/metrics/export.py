@@ -14,6 +14,7 @@ from PIL import Image
 
 from genfound.metrics.images import LABELS, NOTE, ImageSet
 from genfound.metrics.npz import Stack, write_npz
+from genfound.writing import check_folder
 
 
 def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:
@@ -44,11 +45,14 @@ def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:
 
 
 def check_target(to: str, one_size: bool) -> None:
-    """Raise a ValueError for images of several sizes in an npz file, or a folder that is not empty."""
+    """Raise a ValueError for images of several sizes in an npz file, or a place that is taken or cannot be written."""
     path = Path(to)
+    check_folder("export", path.parent)
     if path.suffix == ".npz":
         if not one_size:
             raise ValueError(f"export={to}: an npz file holds images of one size; give a folder instead")
+        if path.is_dir():
+            raise ValueError(f"export={to} is a folder; give a file ending in .npz, or a folder of another name")
     elif path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"export={to} exists; give an empty folder, or a file ending in .npz")
 

@@ -12,7 +12,7 @@ from genfound.metrics.extractor import Extractor
 from genfound.metrics.features import Features
 from genfound.metrics.frechet import frechet_distance
 from genfound.metrics.inception_score import adm_score, torch_fidelity_score
-from genfound.metrics.kernel_distance import kernel_distance
+from genfound.metrics.kernel_distance import SUBSET, kernel_distance
 from genfound.metrics.precision_recall import ADM_BLOCK, BLOCK, manifold, precision_recall
 from genfound.metrics.reference import Reference
 
@@ -25,6 +25,9 @@ PROBE = "probe"
 SPLIT, NEIGHBOURS = 5000, 3
 FULL = 50_000
 """The count that goes without saying; a figure of any other carries it in its name."""
+
+STORED, CONTENT = "as stored", "by content"
+"""Orders of samples: that of an npz file, or of the numbers they are drawn by; and that of the SHA-256 of files."""
 
 
 def measure(
@@ -51,7 +54,7 @@ def measure(
     """
     check_convention(convention, extractor.name)
     check_count("n", samples.count, extractor)
-    check_count("reference", reference.note.get("images"), extractor)
+    check_reference(reference, extractor, convention)
     if extractor.name == PROBE:
         figures = _probe_figures(samples, reference, labels, device)
     else:
@@ -75,12 +78,30 @@ def convention_of(convention: str, extractor: str) -> str:
     return PROBE if extractor == PROBE else convention
 
 
+def depends_on_order(convention: str, count: int) -> bool:
+    """Whether a figure depends on the order of the samples: a divided Inception Score, or a kernel distance."""
+    return convention == "torch_fidelity" or (convention != PROBE and count > SPLIT)
+
+
 def check_count(what: str, count: int | None, extractor: Extractor) -> None:
     """Raise a ValueError if a Frechet distance would be one of singular covariances."""
     if count is not None and count < extractor.width:
         raise ValueError(
             f"{what}: {count:,} images are fewer than the {extractor.width:,} features of {extractor.name}; their "
             f"covariance is singular and the distance means nothing; use at least {extractor.width:,}"
+        )
+
+
+def check_reference(reference: Reference, extractor: Extractor, convention: str) -> None:
+    """Raise a ValueError for a reference of too few images: see `check_count`, or too few points for a figure."""
+    check_count("reference", reference.note.get("images"), extractor)
+    points = len(reference.points) if reference.points is not None else None
+    if points is not None and convention == "torch_fidelity" and points < SUBSET:
+        raise ValueError(f"kid: subsets of {SUBSET:,} images need at least as many, and the reference has {points:,}")
+    if points is not None and points <= NEIGHBOURS:
+        raise ValueError(
+            f"reference: {points} images are too few for precision and recall, which need {NEIGHBOURS} nearest "
+            "neighbours of each; give more, or statistics alone"
         )
 
 
@@ -107,7 +128,7 @@ def _inception_figures(
     if reference.points is not None:
         points = samples.column("pool")
         if convention == "torch_fidelity":
-            kid = kernel_distance(points, reference.points)
+            kid = kernel_distance(points, reference.points, size=SUBSET)
             figures |= {"kid": kid.mean, "kid_std": kid.std}
         figures |= _shares(points, reference.points, convention == "adm_half", device)
     return figures

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +19,17 @@ from genfound.data.base import PictureSource
 from genfound.data.views import resize
 from genfound.metrics.npz import headers, read_member
 from genfound.paths import GRID
+from genfound.reporting.progress import Progress, silent
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+)  # fmt: skip
 MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
 """Of files that become RGB without a choice: no transparency, no 16 bits."""
+
+READERS = 16
+"""Threads that read files for their hashes."""
 
 LABELS, NOTE = "labels.txt", "protocol.json"
 """Beside exported images: one label per image, and how the images were made."""
@@ -84,16 +94,19 @@ class NpzImages:
 
 
 class FolderImages:
-    """All images below a folder, in the order of their paths.
+    """All images below a folder, in the order of their paths, which `labels.txt` follows.
+
+    Attributes:
+        ignored: how many files are no images by their suffix, or are hidden; by kind.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no image, or a link leads nowhere.
         ValueError: the labels beside them are of another number.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = image_files(folder)
+        self.files, self.ignored = image_files(folder)
         if not self.files:
             raise FileNotFoundError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
         self.labels = _read_labels(folder / LABELS, len(self.files))
@@ -106,6 +119,15 @@ class FolderImages:
         for number, file in enumerate(self.files):
             with _opened(file) as picture:
                 found[number] = picture.height, picture.width
+        return found
+
+    def digests(self, progress: Progress = silent) -> np.ndarray:
+        """(n, 4) uint64, the SHA-256 of each file, which is read for it."""
+        found = np.empty((len(self), 4), dtype=np.uint64)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, READERS)) as pool:
+            for number, hashed in enumerate(pool.map(_sha256, self.files)):
+                found[number] = np.frombuffer(hashed, dtype=">u8")
+                progress(number + 1, len(self))
         return found
 
     def __len__(self) -> int:
@@ -222,12 +244,52 @@ def open_images(path: Path) -> NpzImages | FolderImages:
     return NpzImages(path)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Every image file below a folder, sorted by path; hidden ones, and the grid of `genfound.sample`, left out."""
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    found = (p for p in files if p != folder / GRID)
-    visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(visible, key=lambda p: p.relative_to(folder).as_posix())
+def by_content(digests: np.ndarray) -> np.ndarray:
+    """The order of files by their SHA-256 (n, 4): fixed and as good as random, whatever their names are."""
+    return np.lexsort(digests.T[::-1])
+
+
+def image_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """Every image file below a folder, sorted by path, and how many others there are of each kind.
+
+    Links are followed. What `export` and `genfound.sample` write beside images is neither.
+
+    Raises:
+        FileNotFoundError: a link leads nowhere.
+    """
+    own = [folder / name for name in (GRID, LABELS, NOTE)]
+    found, ignored = [], Counter[str]()
+    for path, hidden in _below(folder, frozenset(), hidden=False):
+        image = path.suffix.lower() in SUFFIXES
+        if hidden:
+            ignored["hidden"] += image
+        elif image and path not in own:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is a link that leads nowhere; mend or remove it")
+            found.append(path)
+        elif path not in own:
+            ignored[path.suffix.lower() or "without suffix"] += 1
+    return sorted(found, key=lambda p: p.relative_to(folder).as_posix()), dict(sorted((+ignored).items()))
+
+
+def ignored_files(images: ImageSet) -> dict[str, str]:
+    """What a protocol says of the files beside images: `{"ignored": "1 hidden, 2 .txt"}`, or nothing."""
+    ignored = images.ignored if isinstance(images, FolderImages) else {}
+    return {"ignored": ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())} if ignored else {}
+
+
+def _below(folder: Path, above: frozenset[tuple[int, int]], hidden: bool) -> Iterator[tuple[Path, bool]]:
+    """Files in a folder and those below it, through links but never round in circles; and whether each is hidden."""
+    stat = folder.stat()
+    if (stat.st_dev, stat.st_ino) in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path, unseen = folder / entry.name, hidden or entry.name.startswith(".")
+            if entry.is_dir():
+                yield from _below(path, above | {(stat.st_dev, stat.st_ino)}, unseen)
+            else:
+                yield path, unseen
 
 
 def note_of(path: Path) -> dict[str, Any] | None:
@@ -263,6 +325,11 @@ def digest(*parts: str | bytes) -> str:
     for part in parts:
         hashed.update(part.encode() if isinstance(part, str) else part)
     return hashed.hexdigest()
+
+
+def _sha256(file: Path) -> bytes:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _opened(file: Path) -> Image.Image:

@@ -37,8 +37,14 @@ def adm_score(logits: Tensor, split_size: int) -> Score:
 
 
 def torch_fidelity_score(logits: Tensor, splits: int = SPLITS, shuffle: bool = True) -> Score:
-    """torch-fidelity's score of logits (N, K): float64, rows shuffled by a fixed seed, `splits` splits."""
+    """torch-fidelity's score of logits (N, K): float64, rows shuffled by a fixed seed, `splits` splits.
+
+    Raises:
+        ValueError: fewer images than splits.
+    """
     count = len(logits)
+    if count < splits:
+        raise ValueError(f"inception_score: {count} images cannot be divided into {splits} splits")
     order = np.random.RandomState(SHUFFLE_SEED).permutation(count) if shuffle else np.arange(count)
     p = logits.double()[torch.from_numpy(order).to(logits.device)].softmax(dim=1)
     bounds = [i * count // splits for i in range(splits + 1)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SEED = 2020
+SUBSET = 1000
 
 
 class KernelDistance(NamedTuple):
@@ -18,7 +19,7 @@ class KernelDistance(NamedTuple):
     std: float
 
 
-def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size: int = 1000) -> KernelDistance:
+def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size: int = SUBSET) -> KernelDistance:
     """Kernel (x.y / D + 1)^3 on random subsets of features (N, D); the terms within a set are unbiased.
 
     Raises:

@@ -57,7 +57,7 @@ def manifold(
     """
     deepest = max(k)
     if len(features) <= deepest:
-        raise ValueError(f"{len(features)} images are too few for the {deepest}th nearest neighbour of each")
+        raise ValueError(f"{len(features)} images are too few for {deepest} nearest neighbours of each")
     if not features.isfinite().all():
         raise ValueError("a feature is not finite")
     radii = []

@@ -132,6 +132,16 @@ def train_probe(images: ImageSet, held_out: ImageSet, classes: int, device: torc
     return Probe(net, accuracy, device)
 
 
+def is_guessing(accuracy: float, labels: np.ndarray) -> bool:
+    """Whether an accuracy on held-out images of these labels says little more than their commonest class.
+
+    That is so up to three standard errors above its share, and never beyond half the way from there to 1.
+    """
+    guess = float(np.bincount(labels).max()) / len(labels)
+    error = (guess * (1 - guess) / min(len(labels), HELD_OUT)) ** 0.5
+    return accuracy <= guess + min(3 * error, (1 - guess) / 2)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Sums in one order, whatever the machine."""
@@ -163,7 +173,8 @@ def _fit(net: ProbeNet, inputs: Tensor, labels: Tensor) -> None:
 def _accuracy(net: ProbeNet, held_out: ImageSet) -> float | None:
     if not len(held_out):
         return None
-    inputs, labels = _data(Chosen(held_out, np.arange(min(len(held_out), HELD_OUT))))
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(SEED))[:HELD_OUT].numpy()
+    inputs, labels = _data(Chosen(held_out, order))
     return float((net(inputs)[1].argmax(dim=1) == labels).double().mean())
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from genfound.metrics.figures import STORED, depends_on_order
 from genfound.paths import flatten
 from genfound.writing import make_folder
 
@@ -17,7 +18,7 @@ UNKNOWN = "unknown"
 
 RESULTS = "results.jsonl"
 LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "torchdiffeq", "genfound")
-NOT_COMPARED = ("name", "altered", "reference.from", "reference.rule", "drawing.guidance.weights")
+NOT_COMPARED = ("name", "altered", "reference.from", "reference.rule", "reference.ignored", "drawing.guidance.weights")
 """What a protocol is called, where things lie, and by which rule they were found; hashes say what they are."""
 
 
@@ -76,6 +77,7 @@ class Protocol:
         name: a named protocol.
         altered: its keys that were set otherwise.
         count: number of samples.
+        order: of the samples; see `figures.depends_on_order`.
         size: [height, width], `data` for those of the data set, or `mixed`.
         drawing: see `Drawing`.
         extractor: name and hash.
@@ -93,11 +95,13 @@ class Protocol:
     convention: str
     reference: Mapping[str, Any]
     versions: Mapping[str, str]
+    order: str = STORED
 
     def facts(self) -> dict[str, Any]:
         """{dotted key: value} of what is compared; see `NOT_COMPARED`."""
         flat = flatten(json.loads(json.dumps(asdict(self))))
-        return {key: value for key, value in flat.items() if key not in NOT_COMPARED}
+        unused = () if depends_on_order(self.convention, self.count) else ("order",)
+        return {key: value for key, value in flat.items() if key not in (*NOT_COMPARED, *unused)}
 
     def lines(self) -> list[str]:
         """For the user."""
@@ -106,7 +110,7 @@ class Protocol:
         shown = "x".join(map(str, self.size)) if not isinstance(self.size, str) else self.size
         return [
             f"protocol {title}",
-            f"  {self.count:,} samples of {shown}, labels {d.labels}, seed {d.seed}",
+            f"  {self.count:,} samples of {shown}, labels {d.labels}, seed {d.seed}, order {self.order}",
             f"  weights {d.weights}, in {d.precision}"
             + ("" if d.rope in (None, UNKNOWN) else f", rope {_said(d.rope)}"),
             f"  sampler {_said(d.sampler)}" + ("" if d.batch in (None, UNKNOWN) else f", {d.batch} images together"),

@@ -1,0 +1,74 @@
+"""Two processes evaluate during training; neither ends the other by waiting for it."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import distributed
+from torch import multiprocessing as mp
+
+from genfound import build, fit, paths, references
+from genfound.callbacks import evaluation
+from genfound.callbacks.ema import Ema
+from genfound.callbacks.metrics import Metrics
+from genfound.metrics.protocol import read_results
+from tests.callbacks.test_evaluation import EVALUATED
+from tests.helpers import run_dir
+from tests.metrics.runs import TINY
+
+LIMIT, LONG = 3.0, 7.0
+"""Seconds after which a collective gives up, and that the first process alone is busy."""
+
+
+def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+    def slowed(*arguments: Any) -> Any:
+        time.sleep(LONG)
+        return function(*arguments)
+
+    return slowed
+
+
+def evaluating(rank: int, folder: Path) -> None:
+    """One of two processes: prepares an evaluation and does it, with the first one slow where it works alone."""
+    torch.set_num_threads(1)
+    compose = paths.compose
+    paths.compose = lambda name, overrides: {**compose(name, overrides), "n": 130, "reference_images": 130}
+    references.write_reference = slow(references.write_reference)
+    evaluation.measure = slow(evaluation.measure)
+    config = paths.read_config(folder)
+    config["trainer"] |= EVALUATED
+    parts = build.parts(config, 2)
+    ema = Ema([0.9])
+    acting = evaluation.Evaluation(folder, parts, ema, Metrics([], 1, parts.loader(rank)))
+    module = fit._module(parts, 10_000, rank, new=True).eval()
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    distributed.barrier()
+    group = distributed.new_group(timeout=timedelta(seconds=LIMIT))
+
+    def agree(decision: bool) -> bool:
+        agreed = torch.tensor(int(decision))
+        distributed.all_reduce(agreed, distributed.ReduceOp.MIN)
+        return bool(agreed)
+
+    strategy = SimpleNamespace(barrier=lambda: distributed.barrier(group), reduce_boolean_decision=agree)
+    trainer: Any = SimpleNamespace(
+        global_rank=rank, world_size=2, is_global_zero=rank == 0, global_step=0, strategy=strategy
+    )
+    ema.on_train_start(trainer, module)
+    acting.on_train_start(trainer, module)
+    parts_of_rank = sorted(file.name for file in folder.parent.rglob("*.parts/*.npz"))
+    assert not parts_of_rank, "features of the reference are removed when its file is there"
+    acting.act(trainer, module)
+    distributed.destroy_process_group()
+
+
+def test_ranks_wait_as_long_as_the_first_one_works_alone(tmp_path: Path) -> None:
+    folder = run_dir(tmp_path / "run", *TINY, "batch.packs=2", f"runs={tmp_path}", "trainer.precision=fp32")
+    mp.spawn(evaluating, (folder,), nprocs=2)
+    assert [result.protocol.count for result in read_results(folder)] == [130]
+    assert len(list((tmp_path / ".references").glob("*.npz"))) == 1
+    assert not (folder / "evaluations/work").exists()
