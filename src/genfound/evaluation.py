@@ -37,7 +37,7 @@ from genfound.work import held, remove
 Config = Mapping[str, Any]
 Size = tuple[int, int]
 GROUPS = ("sampler", "guidance")
-COUNTS = ("n", "batch", "devices", "reference_images")
+COUNTS = ("n", "batch", "devices", "reference_images", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def given(config: Config, source: Path, place: Place) -> Samples:
     Raises:
         ValueError: images of another size than asked for.
     """
-    images = open_images(source)
+    images = open_images(source, config["max_pixels"])
     size = common_size(images)
     if config["sizes"] not in (None, DATA):
         wanted = checks.sizes("sizes", config["sizes"])
@@ -266,7 +266,9 @@ def given(config: Config, source: Path, place: Place) -> Samples:
     count = min(config["n"], len(images))
     marked = DATA if noted == DATA else size or "mixed"
     work = place.out / "work" / f"{images.key}-{count}"
-    return Samples(images, Where("path", str(source)), count, marked, drawing, subject, work)
+    return Samples(
+        images, Where("path", str(source), max_pixels=config["max_pixels"]), count, marked, drawing, subject, work
+    )
 
 
 def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Where:
         size: (height, width).
         shuffled: in a fixed random order.
         limit: only so many of them, if shuffled.
+        max_pixels: of a file in a folder, see `data.opening.opened`.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Where:
     size: tuple[int, int] | None = None
     shuffled: bool = False
     limit: int | None = None
+    max_pixels: int | None = None
 
     def open(self, device: torch.device | str = "cpu") -> ImageSet:
         """The images; a device decodes stored latents.
@@ -97,7 +99,8 @@ class Where:
             assert self.config is not None
             return data_images(self.config, Spec(*self.spec), self.split, device)
         assert self.path is not None
-        return Drawn.open(Path(self.path)) if self.kind == "drawn" else open_images(Path(self.path))
+        path = Path(self.path)
+        return Drawn.open(path) if self.kind == "drawn" else open_images(path, self.max_pixels)
 
 
 def size_text(size: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from genfound import build
 from genfound.data.manifest import MANIFEST, read_manifest
+from genfound.data.names import visible
 from genfound.extraction import ExtractTask, Where, data_images, open_extractor, perform
 from genfound.metrics.extractor import WEIGHTS, Extractor
 from genfound.metrics.features import Features
@@ -140,7 +141,8 @@ def _train(images: ImageSet, data: DataSet, file: Path, place: Place) -> None:
     probe.save(file)
     share = "" if probe.accuracy is None else f"; it recognises {probe.accuracy:.1%} of held-out images"
     print(f"probe: {file}{share}", flush=True)
-    if probe.accuracy is not None and probe.accuracy < 2 / data.classes:
+    chance = 1 / data.classes
+    if probe.accuracy is not None and probe.accuracy < min(2 * chance, (1 + chance) / 2):
         print("warning: the probe has learned next to nothing of this data; its figures say as little", flush=True)
 
 
@@ -162,7 +164,7 @@ def prepare_reference(
     """
     asked = str(config["reference"])
     rule, given, path = GIVEN, None, Path(asked)
-    if asked.partition(":")[0] == "data" or (path.is_dir() and not any(path.glob("*.npz"))):
+    if asked.partition(":")[0] == "data" or (path.is_dir() and not visible(path, "*.npz")):
         where = _view(config, asked, size, data)
         stored = where.config is not None and where.config["data"].get("source", "images") != "images"
         view = f"{where.view}{DECODED}" if stored else where.view
@@ -192,7 +194,7 @@ def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) ->
     options: dict[str, Any] = {"view": view, "size": fixed, "limit": config["reference_images"], "shuffled": True}
     root, named = Path(asked), asked.partition(":")[0] == "data"
     if not named and not (root / MANIFEST).is_file():
-        return Where("path", asked, **options)
+        return Where("path", asked, **options, max_pixels=config["max_pixels"])
     split = asked.partition(":")[2] or "train" if named else "train"
     if split not in ("train", "val"):
         raise ValueError(f"reference={asked} is unknown; choose data, data:train or data:val")

@@ -171,9 +171,9 @@ class Counted:
         self.files: list[str] = []
         decode = image_folder.open_rgb
 
-        def counting(file: Path) -> Image.Image:
+        def counting(file: Path, max_pixels: int | None) -> Image.Image:
             self.files.append(file.name)
-            return decode(file)
+            return decode(file, max_pixels)
 
         monkeypatch.setattr(image_folder, "open_rgb", counting)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from genfound.data.base import PictureSource
+from genfound.data.names import hidden
+from genfound.data.opening import opened
 from genfound.data.views import resize
 from genfound.metrics.npz import headers, read_member
 from genfound.paths import GRID
@@ -86,13 +89,18 @@ class NpzImages:
 class FolderImages:
     """All images below a folder, in the order of their paths.
 
+    Args:
+        folder: hidden files in it are left out.
+        max_pixels: see `data.opening.opened`.
+
     Raises:
         FileNotFoundError: there is none.
         ValueError: the labels beside them are of another number.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
         self.folder = folder
+        self.max_pixels = max_pixels
         self.files = image_files(folder)
         if not self.files:
             raise FileNotFoundError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
@@ -104,7 +112,7 @@ class FolderImages:
         """(n, 2) int64, from the headers of the files."""
         found = np.empty((len(self.files), 2), dtype=np.int64)
         for number, file in enumerate(self.files):
-            with _opened(file) as picture:
+            with self._opened(file) as picture:
                 found[number] = picture.height, picture.width
         return found
 
@@ -118,13 +126,19 @@ class FolderImages:
             ValueError: the file cannot be decoded, or has transparency or more than 8 bits.
         """
         file = self.files[number]
-        with _opened(file) as picture:
-            if picture.mode not in MODES or "transparency" in picture.info:
-                raise ValueError(f"{file} is {picture.mode} with transparency or 16 bits; convert it to 8-bit RGB")
-            try:
+        with self._opened(file) as picture:
+            mode = picture.mode
+            if mode in MODES and "transparency" not in picture.info:
                 return np.array(picture.convert("RGB"))
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"{file} cannot be decoded: {error}") from None
+        raise ValueError(f"{file} is {mode} with transparency or 16 bits; convert it to 8-bit RGB")
+
+    @contextlib.contextmanager
+    def _opened(self, file: Path) -> Iterator[Image.Image]:
+        try:
+            with opened(file, self.max_pixels, "max_pixels") as picture:
+                yield picture
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read as an image: {error}") from None
 
 
 class Sourced:
@@ -208,15 +222,15 @@ def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(picture.crop((left, top, left + width, top + height)))
 
 
-def open_images(path: Path) -> NpzImages | FolderImages:
-    """An npz file, or a folder of images.
+def open_images(path: Path, max_pixels: int | None = None) -> NpzImages | FolderImages:
+    """An npz file, or a folder of images of at most `max_pixels` each, see `data.opening.opened`.
 
     Raises:
         FileNotFoundError: nothing is there, or the folder is empty.
         ValueError: a file that is no npz, or one that does not hold images.
     """
     if path.is_dir():
-        return FolderImages(path)
+        return FolderImages(path, max_pixels)
     if path.is_file() and path.suffix != ".npz":
         raise ValueError(f"{path} is neither an .npz file nor a folder of images")
     return NpzImages(path)
@@ -226,7 +240,7 @@ def image_files(folder: Path) -> list[Path]:
     """Every image file below a folder, sorted by path; hidden ones, and the grid of `genfound.sample`, left out."""
     files = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     found = (p for p in files if p != folder / GRID)
-    visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    visible = (p for p in found if not any(hidden(part) for part in p.relative_to(folder).parts))
     return sorted(visible, key=lambda p: p.relative_to(folder).as_posix())
 
 
@@ -263,13 +277,6 @@ def digest(*parts: str | bytes) -> str:
     for part in parts:
         hashed.update(part.encode() if isinstance(part, str) else part)
     return hashed.hexdigest()
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
 
 
 def _read_labels(file: Path, count: int) -> np.ndarray | None:
