@@ -266,9 +266,8 @@ def given(config: Config, source: Path, place: Place) -> Samples:
     count = min(config["n"], len(images))
     marked = DATA if noted == DATA else size or "mixed"
     work = place.out / "work" / f"{images.key}-{count}"
-    return Samples(
-        images, Where("path", str(source), max_pixels=config["max_pixels"]), count, marked, drawing, subject, work
-    )
+    where = Where("path", str(source), max_pixels=config["max_pixels"])
+    return Samples(images, where, count, marked, drawing, subject, work)
 
 
 def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:

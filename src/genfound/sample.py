@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from genfound import checks, command_line, launch, paths
-from genfound.data.names import visible
+from genfound.data.names import numbered, visible
 
 FEW = 10
 
@@ -44,6 +44,9 @@ def _task(cfg: DictConfig) -> None:
     classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in loaded.class_names]
     names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
     _refuse_others(out, names)
+    if numbered(loaded.class_names):
+        drawn = dict.fromkeys(loaded.class_names[request.label] for request in requests)
+        print(f"classes are named by numbers, and labels are these names: {', '.join(drawn)}", flush=True)
     images = sampling.draw(loaded.net.to(device), requests, config["seed"], Counter("images"))
     for name, image in zip(names, images, strict=True):
         save_png(out / name, image)

@@ -20,6 +20,7 @@ from tests.helpers import composed
 RED = (200, 30, 30)
 DEFAULTS: dict[str, Any] = {
     "holdout": None, "view": "native", "size": 16, "max_tokens": 64, "max_image_tokens": None, "check": "header",
+    "max_pixels": None,
     "unit": 8, "split": "train", "seed": 0,
 }  # fmt: skip
 
