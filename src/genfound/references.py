@@ -176,7 +176,7 @@ def prepare_reference(
         if reference_note(path) is not None or read_member(path, "arr_0") is None:
             reference = read_reference(path, tool.extractor)
             return reference, _facts(reference, str(path), rule)
-        where, view, given = Where("path", str(path)), GIVEN, given_statistics(path)
+        where, view, given = Where("path", str(path)), GIVEN, given_statistics(path) or None
     # Hashed before its images are used, because that compares their checksums.
     own = file_hash(path) if where.path == str(path) and path.is_file() else None
     reference = read_reference(_kept(where, view, given, tool, place), tool.extractor)

@@ -66,14 +66,7 @@ def read_reference(file: Path, extractor: Extractor) -> Reference:
             f"reference={file} was made with the extractor {told}, and this is {extractor.name} {extractor.hash}; "
             "give a reference of the same extractor"
         )
-    gaussians = {}
-    for column, names in STATISTICS.items():
-        mean, covariance = (read_member(file, name) for name in names)
-        if mean is not None and covariance is not None:
-            try:
-                gaussians[column] = Gaussian(_double(mean), _double(covariance))
-            except ValueError as error:
-                raise ValueError(f"reference={file}: {', '.join(names)}: {error}") from None
+    gaussians = given_statistics(file)
     if "pool" not in gaussians or len(gaussians["pool"].mean) != extractor.width:
         raise ValueError(
             f"reference={file} must have mu and sigma of the {extractor.width:,} features of {extractor.name}"
@@ -140,18 +133,21 @@ def reference_note(file: Path) -> dict[str, Any] | None:
     return note if isinstance(made_by, dict) and {"name", "hash"} <= made_by.keys() else None
 
 
-def given_statistics(file: Path) -> dict[str, Gaussian] | None:
-    """Statistics that ADM's file carries besides its images.
+def given_statistics(file: Path) -> dict[str, Gaussian]:
+    """Statistics that a file holds, ADM's besides its images.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: they are damaged, or are no numbers.
     """
     found = {}
     for column, names in STATISTICS.items():
         mean, covariance = (read_member(file, name) for name in names)
         if mean is not None and covariance is not None:
-            found[column] = Gaussian(_double(mean), _double(covariance))
-    return found or None
+            try:
+                found[column] = Gaussian(_double(mean), _double(covariance))
+            except ValueError as error:
+                raise ValueError(f"reference={file}: {', '.join(names)}: {error}") from None
+    return found
 
 
 def choose_reference(folder: Path, size: tuple[int, int]) -> tuple[Path, str]:
@@ -218,4 +214,6 @@ def common_size(images: ImageSet) -> tuple[int, int] | None:
 
 
 def _double(array: np.ndarray) -> Tensor:
-    return torch.tensor(np.asarray(array), dtype=torch.float64)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{array.dtype} is no type of real numbers")
+    return torch.tensor(np.asarray(array, dtype=np.float64))
