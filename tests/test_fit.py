@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import genfound
 from genfound import build, launch, paths
 from genfound.callbacks import preview
-from genfound.fit import fit
+from genfound.fit import fit, typical_sizes
 from tests.cli.commands import TINY
 from tests.helpers import composed, run_dir, state_differences
 
@@ -20,6 +21,21 @@ WRONG = {
     "layout=dense": "layout=dense does not fit NiT",
     "objective=gaussian_x0 sampler=ddim objective.timesteps=30 sampler.steps=40": "40 steps cannot be chosen from 30",
 }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "typical"),
+    [
+        ([(8, 8)], [(8, 8)]),
+        ([(8, 16), (16, 8)], [(16, 8), (8, 16)]),
+        ([(8, 8), (16, 8), (8, 16)], [(8, 8), (8, 16), (16, 8)]),
+        ([(8, 8)] * 98 + [(4, 16), (16, 4)], [(8, 8)]),
+    ],
+)
+def test_typical_sizes_of_few_images_are_those_there_are(
+    sizes: list[tuple[int, int]], typical: list[tuple[int, int]]
+) -> None:
+    assert typical_sizes(np.array(sizes)) == typical
 
 
 @pytest.mark.parametrize("options", WRONG)

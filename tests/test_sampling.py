@@ -116,6 +116,39 @@ def test_a_label_that_does_not_exist_lists_the_classes(label: int | str) -> None
         label_number(label, NAMES)
 
 
+TO_ELEVEN = sorted(map(str, range(12)))
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "number"),
+    [
+        (TO_ELEVEN, 10, 2), (TO_ELEVEN, 2, 4), (TO_ELEVEN, "2", 4),
+        (["1", "2", "3"], 1, 0), (["1", "2", "3"], 3, 2), (["007", "021"], 21, 1), (["00", "01"], 1, 1),
+        (["-1", "1"], -1, 0), (["10", "apple", "pear"], 10, 0), (["10", "apple", "pear"], 1, 1),
+        (["1", "apple", "pear"], 1, 0), (["1", "01"], 1, 0), (["0", "1", "2"], np.int64(2), 2),
+        (["a", "b"], np.int64(1), 1),
+    ],
+)  # fmt: skip
+def test_a_number_is_a_name_where_a_class_has_it(names: list[str], label: int | str, number: int) -> None:
+    assert label_number(label, names) == number
+    assert (
+        make_requests(np.array([label]) if isinstance(label, int) else [label], [(8, 8)], 1, names)[0].label == number
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "message"),
+    [
+        (["1", "2", "3"], 0, r"labels: 0 is not one of the 3 classes \(1, 2, 3\)"),
+        (["01", "001"], 1, r"labels: 1 is not one of the 2 classes \(01, 001\)"),
+        (["a", "b"], True, r"labels: True is not one of the 2 classes 0\.\.1 \(a, b\)"),
+    ],
+)
+def test_a_number_that_names_no_class_is_not_taken_for_a_place(names: list[str], label: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        label_number(label, names)
+
+
 def test_there_must_be_something_to_draw() -> None:
     with pytest.raises(ValueError, match="n=0 must be a whole number of at least 1"):
         make_requests([0], [(8, 8)], 0, NAMES)

@@ -58,7 +58,7 @@ from genfound.writing import check_folder
 Config = Mapping[str, Any]
 Size = tuple[int, int]
 GROUPS = ("sampler", "guidance")
-COUNTS = ("n", "batch", "devices", "reference_images")
+COUNTS = ("n", "batch", "devices", "reference_images", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def given(config: Config, source: Path, place: Place) -> Samples:
     Raises:
         ValueError: images of another size than asked for.
     """
-    images = open_images(source)
+    images = open_images(source, config["max_pixels"])
     size = common_size(images)
     if config["sizes"] not in (None, DATA):
         wanted = checks.sizes("sizes", config["sizes"])
@@ -315,7 +315,8 @@ def given(config: Config, source: Path, place: Place) -> Samples:
     marked = DATA if noted == DATA else size or "mixed"
     chosen = Chosen(images, np.arange(count) if order is None else order[:count])
     work = place.out / "work" / f"{chosen.key}-{count}"
-    where = Where("path", str(source), order=None if order is None else str(work / "order.npy"))
+    path = None if order is None else str(work / "order.npy")
+    where = Where("path", str(source), order=path, max_pixels=config["max_pixels"])
     return Samples(chosen, where, count, marked, drawing, subject, work, order=order)
 
 

@@ -59,6 +59,7 @@ class Where:
         order: a .npy file of the order in which they are taken.
         shuffled: in a fixed random order.
         limit: only the first so many of them.
+        max_pixels: of a file in a folder, see `data.opening.opened`.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Where:
     order: str | None = None
     shuffled: bool = False
     limit: int | None = None
+    max_pixels: int | None = None
 
     def open(self, device: torch.device | str = "cpu") -> ImageSet:
         """The images; a device decodes stored latents.
@@ -103,7 +105,8 @@ class Where:
             assert self.config is not None
             return data_images(self.config, Spec(*self.spec), self.split, device)
         assert self.path is not None
-        return Drawn.open(Path(self.path)) if self.kind == "drawn" else open_images(Path(self.path))
+        path = Path(self.path)
+        return Drawn.open(path) if self.kind == "drawn" else open_images(path, self.max_pixels)
 
 
 def size_text(size: Any) -> str:

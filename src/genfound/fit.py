@@ -96,7 +96,7 @@ def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:
     """Up to three (height, width): of middle, wide and tall images of a data set."""
     aspect = sizes[:, 1] / sizes[:, 0]
     order = np.lexsort((sizes.prod(axis=1), aspect))
-    picks = [sizes[order[int(q * (len(order) - 1))]] for q in (0.5, 0.94, 0.06)]
+    picks = [sizes[order[round(q * (len(order) - 1))]] for q in (0.5, 0.94, 0.06)]
     return list(dict.fromkeys((int(h), int(w)) for h, w in picks))
 
 

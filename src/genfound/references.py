@@ -16,6 +16,7 @@ import torch
 
 from genfound import build
 from genfound.data.manifest import MANIFEST, read_manifest
+from genfound.data.names import visible
 from genfound.extraction import ExtractTask, Where, data_images, open_extractor, perform
 from genfound.metrics.extractor import WEIGHTS, Extractor
 from genfound.metrics.features import Features
@@ -186,7 +187,7 @@ def prepare_reference(
     asked = str(config["reference"])
     rule, given, path = GIVEN, None, Path(asked)
     ignored: dict[str, str] = {}
-    if asked.partition(":")[0] == "data" or (path.is_dir() and not any(path.glob("*.npz"))):
+    if asked.partition(":")[0] == "data" or (path.is_dir() and not visible(path, "*.npz")):
         where = _view(config, asked, size, data)
         if where.kind == "path":
             images = FolderImages(path)
@@ -201,7 +202,7 @@ def prepare_reference(
         if reference_note(path) is not None or read_member(path, "arr_0") is None:
             reference = read_reference(path, tool.extractor)
             return reference, _facts(reference, str(path), rule)
-        where, view, given = Where("path", str(path)), GIVEN, given_statistics(path)
+        where, view, given = Where("path", str(path)), GIVEN, given_statistics(path) or None
     # Hashed before its images are used, because that compares their checksums.
     own = file_hash(path) if where.path == str(path) and path.is_file() else None
     reference = read_reference(_kept(where, view, given, tool, place), tool.extractor)
@@ -219,7 +220,7 @@ def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) ->
     options: dict[str, Any] = {"view": view, "size": fixed, "limit": config["reference_images"]}
     root, named = Path(asked), asked.partition(":")[0] == "data"
     if not named and not (root / MANIFEST).is_file():
-        return Where("path", asked, **options)
+        return Where("path", asked, **options, max_pixels=config["max_pixels"])
     split = asked.partition(":")[2] or "train" if named else "train"
     if split not in ("train", "val"):
         raise ValueError(f"reference={asked} is unknown; choose data, data:train or data:val")

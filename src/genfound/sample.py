@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from genfound import checks, command_line, launch, paths
+from genfound.data.names import numbered, visible
 
 FEW = 10
 
@@ -31,7 +32,7 @@ def _task(cfg: DictConfig) -> None:
     reposition(loaded.net, config["rope"])
     chosen = command_line.chosen()
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
-    labels = list(range(min(len(loaded.class_names), FEW))) if config["labels"] is None else config["labels"]
+    labels = loaded.class_names[:FEW] if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else checks.sizes("size", config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
     device = build.device(config["accelerator"])
@@ -43,6 +44,9 @@ def _task(cfg: DictConfig) -> None:
     classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in loaded.class_names]
     names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
     _refuse_others(out, names)
+    if numbered(loaded.class_names):
+        drawn = dict.fromkeys(loaded.class_names[request.label] for request in requests)
+        print(f"classes are named by numbers, and labels are these names: {', '.join(drawn)}", flush=True)
     images = sampling.draw(loaded.net.to(device), requests, config["seed"], Counter("images"))
     for name, image in zip(names, images, strict=True):
         save_png(out / name, image)
@@ -52,7 +56,7 @@ def _task(cfg: DictConfig) -> None:
 
 def _refuse_others(out: Path, names: list[str]) -> None:
     """Raise a ValueError if a folder holds images that are not about to be written anew."""
-    others = sorted({file.name for file in out.glob("*.png")} - {*names, paths.GRID})
+    others = sorted({file.name for file in visible(out, "*.png")} - {*names, paths.GRID})
     if others:
         raise ValueError(f"out={out} holds other images ({others[0]}); choose another out=..., or remove them")
 

@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from genfound import build, paths, samplers
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.checks import known, sizes, whole
+from genfound.data.names import numbered
 from genfound.data.pictures import to_uint8
 from genfound.layouts import Layout
 from genfound.loading import Loaded, load
@@ -284,7 +286,7 @@ def sample(
 
     Args:
         loaded: what `genfound.load` returned.
-        labels: class numbers or names.
+        labels: class numbers or names; a number that is the name of a class is this class.
         size: (height, width) in pixels; `None` is the most typical size of the training data.
         n: images per label.
         sampler: a name, or all options; `None` is the run's own.
@@ -359,7 +361,7 @@ def make_requests(
         ValueError: a label is neither a class number nor a class name, or n is not positive.
     """
     whole("n", n, 1)
-    if not labels:
+    if not len(labels):
         raise ValueError("labels=[]: give at least one class")
     numbers = [label_number(label, class_names) for label in labels]
     wanted = [(label, size) for size in sizes for _ in range(n) for label in numbers]
@@ -367,11 +369,23 @@ def make_requests(
 
 
 def label_number(label: int | str, class_names: Sequence[str]) -> int:
-    """The number of a class given by number or name."""
-    if isinstance(label, str) and label in class_names:
-        return list(class_names).index(label)
-    if type(label) is int and 0 <= label < len(class_names):
-        return label
+    """The place of a class among all, given by its name or by its place.
+
+    A number that is the name of a class is this class, wherever it stands. Where all classes are named by numbers
+    that are not their places, a number is always a name, with or without leading zeros.
+
+    Raises:
+        ValueError: there is no such class, or there are several.
+    """
+    whole_number = isinstance(label, Integral) and not isinstance(label, bool)
+    if (whole_number or isinstance(label, str)) and str(label) in class_names:
+        return list(class_names).index(str(label))
+    by_name = numbered(class_names)
+    if whole_number and not by_name and 0 <= int(label) < len(class_names):
+        return int(label)
+    same = [place for place, name in enumerate(class_names) if by_name and whole_number and int(name) == label]
+    if len(same) == 1:
+        return same[0]
     names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
-    count = len(class_names)
-    raise ValueError(f"labels: {label} is not one of the {count} classes 0..{count - 1} ({names})")
+    places = "" if by_name else f" 0..{len(class_names) - 1}"
+    raise ValueError(f"labels: {label} is not one of the {len(class_names)} classes{places} ({names})")

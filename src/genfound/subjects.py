@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from genfound import build, checkpoints
+from genfound.data.names import visible
 from genfound.extraction import decoder_of
 from genfound.metrics import protocol
 from genfound.metrics.images import image_files, note_of
@@ -27,9 +28,9 @@ def is_images(path: Path) -> bool:
     """
     if not path.is_dir():
         return path.suffix == ".npz"
-    if (path / "config.yaml").is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+    if (path / "config.yaml").is_file() or visible(path, "*.safetensors") or visible(path, "*.bin"):
         return False
-    if not any(path.iterdir()):
+    if not visible(path):
         raise FileNotFoundError(f"from={path} is an empty folder")
     return bool(image_files(path)[0])
 

@@ -52,6 +52,12 @@ def test_a_folder_with_a_shard_keeps_its_manifest(whole: Path, begun: dict[str, 
     assert Destination(store, begun).begun
 
 
+def test_what_a_system_leaves_in_a_folder_does_not_make_it_another_one(begun: dict[str, Any], tmp_path: Path) -> None:
+    for name in (".DS_Store", "Thumbs.db", "._train-00000.safetensors"):
+        (tmp_path / name).touch()
+    assert not Destination(tmp_path, begun).begun
+
+
 @pytest.mark.parametrize("name", ["notes.txt", MANIFEST, "train-00000.png"])
 def test_what_is_no_store_is_left_alone(begun: dict[str, Any], tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"name": "a web page"}')

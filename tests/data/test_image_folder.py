@@ -140,6 +140,51 @@ def test_hidden_folders_are_not_looked_into(tmp_path: Path) -> None:
     assert source.files == ["cats/a.png"]
 
 
+def test_what_systems_leave_beside_files_is_left_out(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    plain(root / "cats/a.png")
+    plain(root / "cats/__MACOSX/._a.png")
+    for name in ("cats/._a.png", "cats/Thumbs.db", "cats/.DS_Store", "cats/desktop.ini", "._cats", "Thumbs.db"):
+        (root / name).write_bytes(b"\0\5\26\7")
+    source = folder(root)
+    assert source.class_names == ["cats"] and source.files == ["cats/a.png"]
+    assert len(source.report()) == 1
+
+
+def test_files_above_the_limit_of_pixels_are_skipped_and_the_limit_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    plain(root / "cats/a.png")
+    plain(root / "cats/b.png", 48, 40)
+    assert folder(root).files == folder(root, max_pixels=48 * 40).files == ["cats/a.png", "cats/b.png"]
+    source = folder(root, max_pixels=32 * 40)
+    assert source.files == ["cats/a.png"] and source.image(0).shape == (32, 40, 3)
+    assert "b.png: its 48 x 40 pixels are more than data.max_pixels=1280" in source.report()[-1]
+    with pytest.raises(ValueError, match=r"data\.max_pixels=0 must be a whole number of at least 1, or null"):
+        folder(root, max_pixels=0)
+
+
+def test_wide_values_that_do_not_tell_what_is_white_are_skipped_and_named(tmp_path: Path) -> None:
+    root = plain(tmp_path / "images/cats/a.png").parents[1]
+    Image.fromarray(np.full((32, 40), 4.0, dtype=np.float32)).save(root / "cats/b.tif")
+    Image.fromarray(np.full((32, 40), 1.0, dtype=np.float32)).save(root / "cats/c.tif")
+    source = folder(root)
+    assert source.files == ["cats/a.png", "cats/c.tif"] and (source.image(1) == 255).all()
+    assert "b.tif: its values, 4 to 4 in mode F, do not tell what is white; convert it" in source.report()[-1]
+    assert "  1 converted from F to RGB" in source.report()
+
+
+def test_that_none_is_held_out_is_said(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for name in ("cats/a.png", "cats/b.png", "dogs/a.png"):
+        plain(root / name)
+    said = "  none held out for validation: no class has data.holdout=3 images"
+    assert said in folder(root, holdout=3).report()
+    assert len(folder(root, holdout=3, split="val").files) == 0
+    plain(root / "cats/c.png")
+    for source in (folder(root, holdout=3), folder(root, holdout=None)):
+        assert not any("held out" in line for line in source.report())
+
+
 def test_classes_are_sorted_and_files_may_lie_deeper(tmp_path: Path) -> None:
     root = tmp_path / "images"
     for name in ("dogs/b.png", "cats/deep/er/a.png", "cats/z.png"):
@@ -171,9 +216,9 @@ class Counted:
         self.files: list[str] = []
         decode = image_folder.open_rgb
 
-        def counting(file: Path) -> Image.Image:
+        def counting(file: Path, max_pixels: int | None) -> Image.Image:
             self.files.append(file.name)
-            return decode(file)
+            return decode(file, max_pixels)
 
         monkeypatch.setattr(image_folder, "open_rgb", counting)
 
@@ -226,9 +271,10 @@ def test_folders_do_not_share_an_index(tmp_path: Path) -> None:
         (lambda root: None, r"data\.root=.* is not a folder"),
         (lambda root: root.touch(), r"data\.root=.* is not a folder"),
         (lambda root: plain(root / "a.png"), r"data\.root=.* has no class folders; put the images into .*/<class>/"),
+        (lambda root: plain(root / "__MACOSX/a.png"), r"data\.root=.* has no class folders; put the images into"),
         (lambda root: (root / "cats").mkdir(parents=True), r"data\.root=.*: none of 0 files can be read"),
     ],
-    ids=["missing", "a file", "no classes", "nothing inside"],
+    ids=["missing", "a file", "no classes", "litter", "nothing inside"],
 )
 def test_a_wrong_root_is_named(tmp_path: Path, make: Any, message: str) -> None:
     make(tmp_path / "images")

@@ -20,6 +20,7 @@ from tests.helpers import composed
 RED = (200, 30, 30)
 DEFAULTS: dict[str, Any] = {
     "holdout": None, "view": "native", "size": 16, "max_tokens": 64, "max_image_tokens": None, "check": "header",
+    "max_pixels": None,
     "unit": 8, "split": "train", "seed": 0,
 }  # fmt: skip
 
@@ -182,7 +183,7 @@ def test_a_class_that_only_val_has_is_refused(images: Path) -> None:
 def test_headers_are_read_once_and_pixels_not_at_all(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
     examine = image_tree._examine
-    monkeypatch.setattr(image_tree, "_examine", lambda f, whole: (looked.append(f.name), examine(f, whole))[1])
+    monkeypatch.setattr(image_tree, "_examine", lambda f, **how: (looked.append(f.name), examine(f, **how))[1])
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
     first = tree(images)
     assert len(looked) == 15

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import os
 import pickle
+from pathlib import Path
 
-from genfound.data.names import Names, shown
+from genfound.data.names import Names, shown, visible
 
 ODD = ["n01/a.png", "n01/ü 日.png", "n01/line\nbreak.png", os.fsdecode(b"n01/caf\xe9.png"), "n01/tab\t.png"]
 
@@ -25,3 +26,11 @@ def test_any_name_can_be_printed_in_one_line() -> None:
     assert lines[:2] == ODD[:2]
     assert lines[2:] == ["n01/line\\nbreak.png", "n01/caf\\udce9.png", "n01/tab\\t.png"]
     assert all(line.encode() for line in lines)
+
+
+def test_hidden_files_and_litter_are_not_visible(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "._a.png", ".DS_Store", "Thumbs.db", "thumbs.png", "__MACOSX", "Desktop.ini"):
+        (tmp_path / name).touch()
+    assert [path.name for path in visible(tmp_path)] == ["a.png", "b.png", "thumbs.png"]
+    assert [path.name for path in visible(tmp_path, "a.*")] == ["a.png"]
+    assert visible(tmp_path / "absent") == []

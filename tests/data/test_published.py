@@ -97,6 +97,16 @@ def test_images_are_held_out_in_all_their_views(tmp_path: Path) -> None:
     assert not held_out(np.zeros(4), None).any()
 
 
+def test_appledouble_files_beside_nits_are_left_out(tmp_path: Path) -> None:
+    write_nit(tmp_path)
+    expected = nit(tmp_path).fingerprint
+    meta = next((tmp_path / "data_meta").iterdir())
+    for file in (meta.with_name(f"._{meta.name}"), tmp_path / f"._{meta.name}"):
+        file.write_bytes(b"\0\5\26\7")
+    (tmp_path / ".old-native-resolution").mkdir()
+    assert nit(tmp_path).fingerprint == expected
+
+
 def test_wrong_files_of_nit_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no data_meta/\*_meta\.jsonl of NiT"):
         nit(tmp_path)
@@ -179,6 +189,13 @@ def test_lightningdits_shards_are_read_in_order(tmp_path: Path) -> None:
     assert val.labels.tolist() == [0, 1, 2]
     assert torch.equal(val.moments(2, False), plain[5])
     assert "8 latents of LightningDiT in 3 classes" in source.report()[0]
+
+
+def test_appledouble_files_beside_lightningdits_shards_are_left_out(tmp_path: Path) -> None:
+    write_lightningdit(tmp_path)
+    shard = next(tmp_path.glob("*.safetensors"))
+    shard.with_name(f"._{shard.name}").write_bytes(b"\0\5\26\7")
+    assert len(lightningdit(tmp_path).labels) == 8
 
 
 def test_wrong_shards_of_lightningdit_are_named(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ def wrong(folder: Path, run: Path, references: Path) -> dict[str, tuple[Path, di
     np.savez(folder / "few.npz", np.zeros((40, 16, 16, 3), np.uint8))
     np.savez(folder / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (folder / "empty").mkdir()
+    (folder / "litter").mkdir()
+    (folder / "litter/.DS_Store").touch()
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     few, many = (save_pngs(folder / name, Pictures([(16, 16)] * n)) for name, n in (("few", 40), ("many", 80)))
     tool = {"extractor_weights": probe(references), "reference": str(few)}
@@ -63,6 +65,9 @@ def wrong(folder: Path, run: Path, references: Path) -> dict[str, tuple[Path, di
         "images of one size of two": (many, {**tool, "sizes": [[16, 16], [8, 8]]}, "16x16 pixels, not 16x16 and 8x8"),
         "a flipped byte": (folder / "flipped.npz", tool, r"flipped.npz is damaged .*arr_0.npy is not what its check"),
         "no such rule of positions": (run, {**at, "rope": {"rule": "yarm"}}, "rule=yarm is unknown"),
+        "a large image": (few, {**tool, "max_pixels": 255}, "0000.png .*16 x 16 pixels are more than max_pixels=255"),
+        "no pixel": (few, {**tool, "max_pixels": 0}, "max_pixels=0 must be"),
+        "only litter": (folder / "litter", tool, "litter is an empty folder"),
         "nothing there": (folder / "nowhere", {}, "nowhere"),
     }  # fmt: skip
 

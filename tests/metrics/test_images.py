@@ -67,7 +67,14 @@ def test_images_of_several_sizes_go_into_a_folder_only(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
-    for name, level in (("b/2.png", 2), ("a/10.png", 0), ("a/9.png", 1), (".hidden/0.png", 9), ("c.jpeg", 3)):
+    for name, level in (
+        ("b/2.png", 2),
+        ("a/10.png", 0),
+        ("a/9.png", 1),
+        (".hidden/0.png", 9),
+        ("__MACOSX/0.png", 9),
+        ("c.jpeg", 3),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / name)
     (tmp_path / "readme.txt").write_text("not an image")
@@ -128,11 +135,23 @@ def test_wrong_image_files_are_named(tmp_path: Path) -> None:
             FolderImages(tmp_path / name)[0]
     whole = save_pngs(tmp_path / "cut", Pictures([(40, 40)])) / "0000.png"
     whole.write_bytes(whole.read_bytes()[:900])
-    with pytest.raises(ValueError, match=r"0000.png cannot be decoded"):
+    with pytest.raises(ValueError, match=r"0000.png cannot be read as an image: "):
         FolderImages(tmp_path / "cut")[0]
     whole.write_bytes(b"")
     with pytest.raises(ValueError, match=r"0000.png cannot be read as an image"):
         FolderImages(tmp_path / "cut").sizes  # noqa: B018
+
+
+def test_images_above_the_limit_of_pixels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    folder = save_pngs(tmp_path / "x", Pictures([(4, 10), (6, 8)]))
+    with pytest.raises(
+        ValueError, match=r"0001.png cannot be read .*48 pixels.*; max_pixels=N takes images of up to N"
+    ):
+        FolderImages(folder).sizes  # noqa: B018
+    with pytest.raises(ValueError, match=r"0001.png cannot be read .*: its 6 x 8 pixels are more than max_pixels=47"):
+        open_images(folder, 47)[1]
+    assert open_images(folder, 48)[1].shape == (6, 8, 3)
 
 
 def test_labels_must_be_one_for_each_image(tmp_path: Path) -> None:

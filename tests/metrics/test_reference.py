@@ -85,11 +85,22 @@ def test_a_file_of_another_extractor_is_refused(tmp_path: Path) -> None:
         read_reference(adm(tmp_path / "adm.npz"), Probe())
 
 
-@pytest.mark.parametrize("broken", [{"sigma": np.eye(5)}, {"sigma": np.full((6, 6), np.nan)}])
+@pytest.mark.parametrize(
+    "broken", [{"sigma": np.eye(5)}, {"sigma": np.full((6, 6), np.nan)}, {"mu": np.array(list("abcdef"))}]
+)
 def test_damaged_statistics_are_refused(broken: dict[str, np.ndarray], tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", **{"mu": np.zeros(6), **broken})
-    with pytest.raises(ValueError, match=r"x.npz: mu, sigma: (statistics of shapes|the statistics hold)"):
+    np.savez(tmp_path / "x.npz", **{"mu": np.zeros(6), "sigma": np.eye(6), **broken})
+    with pytest.raises(
+        ValueError, match=r"x.npz: mu, sigma: (statistics of shapes|the statistics hold|<U1 is no type)"
+    ):
         read_reference(tmp_path / "x.npz", Averages())
+
+
+def test_statistics_of_any_real_numbers_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", mu=np.arange(6, dtype=">f8"), sigma=np.eye(6, dtype=np.float16))
+    (tmp_path / "._64x64.npz").touch()
+    found = given_statistics(tmp_path / "x.npz")["pool"]
+    assert found.mean.tolist() == [0, 1, 2, 3, 4, 5] and found.covariance.trace() == 6
 
 
 def test_the_reference_of_a_size(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def asked(folder: Path, run: Mapping[str, Any]) -> Asked:
         "weights": "raw" if run["ema"]["decays"] == [] else "ema",
         "precision": trainer["precision"],
         "batch": run["sample"]["batch"],
+        "max_pixels": run["data"].get("max_pixels"),
     }
     return Asked({**config, **own}, [], name)
 

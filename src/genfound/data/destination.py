@@ -17,6 +17,7 @@ import numpy as np
 
 from genfound.data import store
 from genfound.data.manifest import FORMAT, MANIFEST, fixed, read_manifest, store_digest, write_manifest
+from genfound.data.names import visible
 from genfound.data.shards import read_header
 from genfound.data.to_encode import Shard
 from genfound.paths import flatten
@@ -56,7 +57,7 @@ class Destination:
 
     def _claimed(self, ours: dict[str, Any]) -> dict[str, Any]:
         """The manifest of the folder, which is this store's or is made so."""
-        names = sorted(file.name for file in self.out.iterdir())
+        names = [file.name for file in visible(self.out)]
         held = any(SHARD.fullmatch(name) for name in names)
         try:
             theirs = read_manifest(self.out)
@@ -81,7 +82,7 @@ class Destination:
                 note = _note(file)
                 if note is not None and note.get("store") != self.digest:
                     raise ValueError(f"{file} belongs to another store; choose another out=...")
-            elif not (name.startswith(".") or (begun and (name == MANIFEST or PICTURE.fullmatch(name)))):
+            elif not (begun and (name == MANIFEST or PICTURE.fullmatch(name))):
                 raise ValueError(f"out={self.out} holds {name} and is no latent store; choose another out=...")
 
     def _compare(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ others wait for its index.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,12 +22,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from genfound.data.names import Names, shown
+from genfound.data.class_folders import remarks
+from genfound.data.names import Names, hidden, shown
 from genfound.data.views import Views
 from genfound.writing import alone, write_whole
 
 MANY = 20_000
 """So many new files are announced, because looking into them takes a while."""
+
+
+RULES = 2
+"""Counted up when files that were refused become readable, or the other way round."""
 
 
 class Look(NamedTuple):
@@ -96,47 +100,6 @@ class Files:
         write_whole(file, lambda temporary: temporary.write_text(json.dumps(vars(self))))
 
 
-@contextlib.contextmanager
-def decoding() -> Iterator[None]:
-    """Turn whatever Pillow stumbles over into an OSError, and be quiet about damaged EXIF data and large images."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except OSError:
-            raise
-        except Exception as error:  # decoders raise ValueError, SyntaxError, EOFError, struct.error and more
-            raise OSError(str(error) or type(error).__name__) from None
-
-
-def format_notes(picture: Image.Image, file: Path) -> list[str]:
-    """What is unusual about the format of a file, in the words of the report."""
-    notes = [] if picture.mode == "RGB" else [f"converted from {picture.mode} to RGB"]
-    suffix = Image.registered_extensions().get(file.suffix.lower())
-    if suffix != picture.format and not {suffix, picture.format} <= {"JPEG", "MPO"}:
-        notes.append(f"of format {picture.format} with the suffix {file.suffix}")
-    return notes
-
-
-def class_folders(root: Path) -> list[str]:
-    """Sorted names of the class folders.
-
-    Raises:
-        FileNotFoundError: the root is not a folder, has none inside, or has a link that leads nowhere.
-        PermissionError: the root cannot be listed.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root={root} is not a folder")
-    seen = [path for path in root.iterdir() if not path.name.startswith(".")]
-    lost = sorted(path for path in seen if path.is_symlink() and not path.exists())
-    if lost:
-        raise FileNotFoundError(f"{lost[0]} is a link that leads nowhere, perhaps of a class; mend or remove it")
-    names = sorted(path.name for path in seen if path.is_dir())
-    if not names:
-        raise FileNotFoundError(f"data.root={root} has no class folders; put the images into {root}/<class>/")
-    return names
-
-
 def labels(names: list[str], class_names: list[str]) -> np.ndarray:
     """(n,) int64, the place of each file's class folder among all."""
     numbers = {name: number for number, name in enumerate(class_names)}
@@ -152,6 +115,7 @@ class Viewed(ABC):
         places: in `found`, of the files that are taken.
         class_names: one name per class.
         views: what is shown of each.
+        holdout: of each class every holdout-th image was left to validation; `None`: none was.
 
     Attributes:
         files: names of the taken images, `class/file`.
@@ -162,11 +126,14 @@ class Viewed(ABC):
         items: (n,) int64, the entries of a pass; `labels`, `sizes` and `image` go by items.
     """
 
-    def __init__(self, root: Path, found: Files, places: list[int], class_names: list[str], views: Views) -> None:
+    def __init__(
+        self, root: Path, found: Files, places: list[int], class_names: list[str], views: Views, holdout: int | None
+    ) -> None:
         self.root = root
         self.found = found
         self.class_names = class_names
         self.views = views
+        self.holdout = holdout
         self.files = [found.names[i] for i in places]
         self.stamps = np.array([found.stamps[i] for i in places], dtype=np.int64)
         self.stand_ins: dict[int, int] = {}
@@ -211,7 +178,9 @@ class Viewed(ABC):
         notes[f"reduced to {views.max_tokens:,} tokens"] = views.reduced(found.heights, found.widths)
         notes["left out, they have too few tokens"] = len(self.files) - len(np.unique(self.entries.images))
         notes[f"shown in a pass, as {' and '.join(views.rules)}"] = len(self.items) if len(views.rules) > 1 else 0
-        lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
+        lines += [f"  {count:,} {note}" for note, count in notes.items() if count] + remarks(self.class_names)
+        if self.holdout is not None and len(self.files) == len(found.good):
+            lines.append(f"  none held out for validation: no class has data.holdout={self.holdout} images")
         if found.ignored:
             listed = ", ".join(f"{count:,} {suffix or 'without any'}" for suffix, count in found.ignored.items())
             lines.append(f"  {sum(found.ignored.values()):,} ignored because of their suffix: {shown(listed)}")
@@ -225,8 +194,8 @@ class Viewed(ABC):
 
 
 def index_file(index: Path, root: Path, purpose: str) -> Path:
-    """Where it is remembered what was found below a root for a purpose."""
-    key = os.fsencode(f"{root.resolve()} {purpose}")
+    """Where it is remembered what was found below a root for a purpose, by the present rules."""
+    key = os.fsencode(f"{root.resolve()} {purpose} {RULES}")
     return index / f"{hashlib.blake2b(key, digest_size=8).hexdigest()}.json"
 
 
@@ -287,7 +256,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
     """All that is no folder, in a folder and those in it; what is hidden is left out."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if hidden(entry.name):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 yield from _entries(entry.path)

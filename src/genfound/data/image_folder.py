@@ -7,13 +7,17 @@ runs, keyed by path, size and time of change, and later starts look only at new 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from genfound import checks
 from genfound.data import files
+from genfound.data.class_folders import class_folders
 from genfound.data.files import Look, Viewed
+from genfound.data.opening import format_notes, on_white, opened, upright
 from genfound.data.views import Views
 
 ORIENTATION = 0x0112
@@ -22,8 +26,8 @@ ORIENTATION = 0x0112
 class ImageFolder(Viewed):
     """Real images at their native sizes, centre-cropped, or in several views.
 
-    EXIF rotation is applied; palettes, grey, 16-bit and CMYK images are converted to RGB; transparency is
-    laid on white; of an animation the first frame is used.
+    EXIF rotation is applied; palettes, grey, CMYK and the like are converted to RGB, one channel of 16 or 32 bits by
+    the rule of `opening`; transparency is laid on white; of an animation the first frame is used.
 
     Args:
         root: folder with one folder per class.
@@ -32,6 +36,7 @@ class ImageFolder(Viewed):
         size: side of square views in pixels.
         max_tokens: of one pack.
         max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
+        max_pixels: files of more pixels are skipped; `None`: those that Pillow takes for decompression bombs.
         unit: pixels per token side.
         split: `train` or `val`.
         index: folder for what is remembered about the files.
@@ -54,15 +59,18 @@ class ImageFolder(Viewed):
         split: str,
         seed: int,
         index: str,
+        max_pixels: int | None = None,
     ) -> None:
         views = Views.of(
             {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
              "holdout": holdout}, unit,
         )  # fmt: skip
-        class_names = files.class_folders(Path(root))
-        cache = files.index_file(Path(index), Path(root), "image_folder")
-        found = files.known(Path(root), class_names, cache, _examine)
-        super().__init__(Path(root), found, found.split(holdout, split), class_names, views)
+        checks.whole("data.max_pixels", max_pixels, 1, or_null=True)
+        self.max_pixels = max_pixels
+        class_names = class_folders(Path(root))
+        cache = files.index_file(Path(index), Path(root), f"image_folder {max_pixels}")
+        found = files.known(Path(root), class_names, cache, functools.partial(_examine, max_pixels=max_pixels))
+        super().__init__(Path(root), found, found.split(holdout, split), class_names, views, holdout)
 
     def picture(self, number: int) -> Image.Image:
         """One of the images, RGB.
@@ -72,45 +80,36 @@ class ImageFolder(Viewed):
         """
         file = self.root / self.files[number]
         try:
-            return open_rgb(file)
+            return open_rgb(file, self.max_pixels)
         except OSError as error:
             raise ValueError(f"{file} could be read when training began and cannot now: {error}") from None
 
 
-def open_rgb(file: Path) -> Image.Image:
+def open_rgb(file: Path, max_pixels: int | None = None) -> Image.Image:
     """Decode a file by its content, upright, as RGB.
 
     Raises:
-        OSError: it cannot be decoded (truncated, empty, not an image).
+        OSError: it cannot be decoded (truncated, empty, not an image), has more pixels than allowed, or values that
+            do not tell what is white.
     """
-    with files.decoding(), Image.open(file) as picture:
+    with opened(file, max_pixels) as picture:
         picture.load()
-        return _rgb(ImageOps.exif_transpose(picture))
+        return on_white(upright(picture))
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey
-        grey = np.asarray(picture, dtype=np.float64)
-        return Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _examine(file: Path) -> Look:
+def _examine(file: Path, max_pixels: int | None) -> Look:
     """Decode a file once."""
-    picture = open_rgb(file)
-    with files.decoding(), Image.open(file) as original:
+    picture = open_rgb(file, max_pixels)
+    with opened(file, max_pixels) as original:
         return Look(picture.height, picture.width, _notes(original, file))
 
 
 def _notes(original: Image.Image, file: Path) -> list[str]:
     """What is unusual about a file, in the words of the report."""
-    notes = files.format_notes(original, file)
-    if original.getexif().get(ORIENTATION, 1) != 1:
-        notes.append("rotated upright by their EXIF tag")
+    notes = format_notes(original, file)
+    with contextlib.suppress(Exception):  # the parser of EXIF data raises SyntaxError, struct.error and more
+        if original.getexif().get(ORIENTATION, 1) != 1:
+            notes.append("rotated upright by their EXIF tag")
     if getattr(original, "n_frames", 1) > 1:
         notes.append("animated, of which the first frame is used")
     return notes

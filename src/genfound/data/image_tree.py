@@ -21,9 +21,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from genfound import checks
 from genfound.data import files
+from genfound.data.class_folders import class_folders
 from genfound.data.files import Look, Viewed
-from genfound.data.names import shown
+from genfound.data.names import shown, visible
+from genfound.data.opening import WIDE, as_stored, format_notes, opened
 from genfound.data.views import Views
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -41,6 +44,7 @@ class ImageTree(Viewed):
         size: side of square views in pixels.
         max_tokens: of one pack.
         max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
+        max_pixels: files of more pixels are skipped; `None`: those that Pillow takes for decompression bombs.
         check: `header` or `full`: how far a file is read when it is first seen.
         unit: pixels per token side.
         split: `train` or `val`.
@@ -65,9 +69,12 @@ class ImageTree(Viewed):
         split: str,
         seed: int,
         index: str,
+        max_pixels: int | None = None,
     ) -> None:
         if check not in ("header", "full"):
             raise ValueError(f"data.check={check} is unknown; choose header or full")
+        checks.whole("data.max_pixels", max_pixels, 1, or_null=True)
+        self.max_pixels = max_pixels
         views = Views.of(
             {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
              "holdout": holdout}, unit,
@@ -76,11 +83,11 @@ class ImageTree(Viewed):
         val_classes = _val_classes(Path(root), class_names)
         apart = split == "val" and bool(val_classes)
         folder = Path(root) / ("val" if apart else "train")
-        cache = files.index_file(Path(index), folder, f"image_tree {check}")
-        examine = functools.partial(_examine, whole=check == "full")
+        cache = files.index_file(Path(index), folder, f"image_tree {check} {max_pixels}")
+        examine = functools.partial(_examine, whole=check == "full", max_pixels=max_pixels)
         found = files.known(folder, val_classes if apart else class_names, cache, examine, SUFFIXES)
         places = found.good if val_classes else found.split(holdout, split)
-        super().__init__(folder, found, places, class_names, views)
+        super().__init__(folder, found, places, class_names, views, None if val_classes else holdout)
         self._unreadable = cache.with_suffix(".unreadable")
 
     def picture(self, number: int) -> Image.Image:
@@ -91,7 +98,7 @@ class ImageTree(Viewed):
         """
         for place in itertools.islice(self._class_from(number), TRIES):
             try:
-                picture = decode(self.root / self.files[place])
+                picture = decode(self.root / self.files[place], self.max_pixels)
             except OSError as error:
                 self._remark(place, error)
                 continue
@@ -134,14 +141,15 @@ class ImageTree(Viewed):
         print(f"warning: {file} cannot be read, an image of its class takes its place: {reason}", file=sys.stderr)
 
 
-def decode(file: Path) -> Image.Image:
-    """Decode a file by its content as the official code does: RGB, as stored, never turned.
+def decode(file: Path, max_pixels: int | None = None) -> Image.Image:
+    """Decode a file by its content as the official code does: RGB, as stored, never turned, transparency dropped.
 
     Raises:
-        OSError: it cannot be decoded (truncated, empty, not an image).
+        OSError: it cannot be decoded (truncated, empty, not an image), has more pixels than allowed, or values that
+            do not tell what is white.
     """
-    with files.decoding(), Image.open(file) as picture:
-        return picture.convert("RGB")
+    with opened(file, max_pixels) as picture:
+        return as_stored(picture)
 
 
 def _train_classes(root: Path) -> list[str]:
@@ -149,7 +157,7 @@ def _train_classes(root: Path) -> list[str]:
         raise FileNotFoundError(f"data.root={root} is not a folder")
     if not (root / "train").is_dir():
         raise FileNotFoundError(f"data.root={root} has no folder train; put the images into {root}/train/<class>/")
-    return files.class_folders(root / "train")
+    return class_folders(root / "train")
 
 
 def _val_classes(root: Path, train: list[str]) -> list[str]:
@@ -159,19 +167,19 @@ def _val_classes(root: Path, train: list[str]) -> list[str]:
         ValueError: some of them are not among those for training.
     """
     val = root / "val"
-    if not val.is_dir() or not any(p.is_dir() and not p.name.startswith(".") for p in val.iterdir()):
+    if not val.is_dir() or not any(path.is_dir() for path in visible(val)):
         return []
-    names = files.class_folders(val)
+    names = class_folders(val)
     unknown = sorted(set(names) - set(train))
     if unknown:
         raise ValueError(f"{val} has {len(unknown)} class folders that {root / 'train'} has not, such as {unknown[0]}")
     return names
 
 
-def _examine(file: Path, whole: bool) -> Look:
-    """Read the header of a file, or all of it."""
-    with files.decoding(), Image.open(file) as picture:
-        look = Look(picture.height, picture.width, files.format_notes(picture, file))
-        if whole:
-            picture.load()
+def _examine(file: Path, whole: bool, max_pixels: int | None) -> Look:
+    """Read the header of a file, or all of it; wider numbers than 8 bits are looked at in any case."""
+    with opened(file, max_pixels) as picture:
+        look = Look(picture.height, picture.width, format_notes(picture, file))
+        if whole or picture.mode.startswith(WIDE):
+            as_stored(picture)
         return look

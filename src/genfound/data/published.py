@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from genfound.data.names import visible
 from genfound.data.shards import Reader, Span, as_tensor, read_header, read_tensors
 from genfound.data.views import Entries, Views
 from genfound.tokenizers import Spec
@@ -171,7 +172,7 @@ class Nit:
 
 def _meta(root: Path, spec: Spec) -> tuple[list[str], list[str], Entries]:
     """Names of images, types, and an entry for each (image, type), from all meta files; each once."""
-    files = sorted([*root.glob("*_meta.jsonl"), *(root / "data_meta").glob("*_meta.jsonl")])
+    files = sorted([*visible(root, "*_meta.jsonl"), *visible(root / "data_meta", "*_meta.jsonl")])
     if not files:
         raise FileNotFoundError(f"data.root={root} has no data_meta/*_meta.jsonl of NiT")
     images: dict[str, int] = {}
@@ -200,7 +201,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str, int, int]]:
 def _folder(root: Path, kind: str) -> Path:
     """The folder of latents of a type."""
     ending = kind.removeprefix("fixed-")
-    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name.endswith(ending)]
+    folders = [folder for folder in visible(root, f"*{ending}") if folder.is_dir()]
     if not folders:
         raise FileNotFoundError(f"data.root={root} has no folder *{ending} with latents of type {kind}")
     return folders[0]
@@ -296,7 +297,7 @@ def shard_files(root: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there are none.
     """
-    files = sorted(root.glob("*.safetensors"))
+    files = visible(root, "*.safetensors")
     if not files:
         raise FileNotFoundError(f"data.root={root} has no *.safetensors of LightningDiT")
     return files

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from genfound.data.names import visible
 from genfound.metrics.images import LABELS, NOTE, ImageSet
 from genfound.metrics.npz import Stack, write_npz
 from genfound.writing import check_folder
@@ -53,7 +54,7 @@ def check_target(to: str, one_size: bool) -> None:
             raise ValueError(f"export={to}: an npz file holds images of one size; give a folder instead")
         if path.is_dir():
             raise ValueError(f"export={to} is a folder; give a file ending in .npz, or a folder of another name")
-    elif path.is_file() or (path.is_dir() and any(path.iterdir())):
+    elif path.is_file() or (path.is_dir() and visible(path)):
         raise ValueError(f"export={to} exists; give an empty folder, or a file ending in .npz")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from genfound.data.base import PictureSource
+from genfound.data.names import hidden
+from genfound.data.opening import opened
 from genfound.data.views import resize
 from genfound.metrics.npz import headers, read_member
 from genfound.paths import GRID
@@ -96,6 +99,10 @@ class NpzImages:
 class FolderImages:
     """All images below a folder, in the order of their paths, which `labels.txt` follows.
 
+    Args:
+        folder: hidden files in it are left out.
+        max_pixels: see `data.opening.opened`.
+
     Attributes:
         ignored: how many files are no images by their suffix, or are hidden; by kind.
 
@@ -104,8 +111,9 @@ class FolderImages:
         ValueError: the labels beside them are of another number.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
         self.folder = folder
+        self.max_pixels = max_pixels
         self.files, self.ignored = image_files(folder)
         if not self.files:
             raise FileNotFoundError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
@@ -117,7 +125,7 @@ class FolderImages:
         """(n, 2) int64, from the headers of the files."""
         found = np.empty((len(self.files), 2), dtype=np.int64)
         for number, file in enumerate(self.files):
-            with _opened(file) as picture:
+            with self._opened(file) as picture:
                 found[number] = picture.height, picture.width
         return found
 
@@ -140,13 +148,19 @@ class FolderImages:
             ValueError: the file cannot be decoded, or has transparency or more than 8 bits.
         """
         file = self.files[number]
-        with _opened(file) as picture:
-            if picture.mode not in MODES or "transparency" in picture.info:
-                raise ValueError(f"{file} is {picture.mode} with transparency or 16 bits; convert it to 8-bit RGB")
-            try:
+        with self._opened(file) as picture:
+            mode = picture.mode
+            if mode in MODES and "transparency" not in picture.info:
                 return np.array(picture.convert("RGB"))
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"{file} cannot be decoded: {error}") from None
+        raise ValueError(f"{file} is {mode} with transparency or 16 bits; convert it to 8-bit RGB")
+
+    @contextlib.contextmanager
+    def _opened(self, file: Path) -> Iterator[Image.Image]:
+        try:
+            with opened(file, self.max_pixels, "max_pixels") as picture:
+                yield picture
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read as an image: {error}") from None
 
 
 class Sourced:
@@ -230,15 +244,15 @@ def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(picture.crop((left, top, left + width, top + height)))
 
 
-def open_images(path: Path) -> NpzImages | FolderImages:
-    """An npz file, or a folder of images.
+def open_images(path: Path, max_pixels: int | None = None) -> NpzImages | FolderImages:
+    """An npz file, or a folder of images of at most `max_pixels` each, see `data.opening.opened`.
 
     Raises:
         FileNotFoundError: nothing is there, or the folder is empty.
         ValueError: a file that is no npz, or one that does not hold images.
     """
     if path.is_dir():
-        return FolderImages(path)
+        return FolderImages(path, max_pixels)
     if path.is_file() and path.suffix != ".npz":
         raise ValueError(f"{path} is neither an .npz file nor a folder of images")
     return NpzImages(path)
@@ -259,9 +273,9 @@ def image_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
     """
     own = [folder / name for name in (GRID, LABELS, NOTE)]
     found, ignored = [], Counter[str]()
-    for path, hidden in _below(folder, frozenset(), hidden=False):
+    for path, unseen in _below(folder, frozenset(), within=False):
         image = path.suffix.lower() in SUFFIXES
-        if hidden:
+        if unseen:
             ignored["hidden"] += image
         elif image and path not in own:
             if not path.is_file():
@@ -278,14 +292,14 @@ def ignored_files(images: ImageSet) -> dict[str, str]:
     return {"ignored": ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())} if ignored else {}
 
 
-def _below(folder: Path, above: frozenset[tuple[int, int]], hidden: bool) -> Iterator[tuple[Path, bool]]:
-    """Files in a folder and those below it, through links but never round in circles; and whether each is hidden."""
+def _below(folder: Path, above: frozenset[tuple[int, int]], within: bool) -> Iterator[tuple[Path, bool]]:
+    """Files below a folder, through links but never round in circles; whether each, or what it is in, is hidden."""
     stat = folder.stat()
     if (stat.st_dev, stat.st_ino) in above:
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            path, unseen = folder / entry.name, hidden or entry.name.startswith(".")
+            path, unseen = folder / entry.name, within or hidden(entry.name)
             if entry.is_dir():
                 yield from _below(path, above | {(stat.st_dev, stat.st_ino)}, unseen)
             else:
@@ -330,13 +344,6 @@ def digest(*parts: str | bytes) -> str:
 def _sha256(file: Path) -> bytes:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
 
 
 def _read_labels(file: Path, count: int) -> np.ndarray | None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfound.data.names import visible
 from genfound.metrics.extractor import Extractor
 from genfound.metrics.features import Features
 from genfound.metrics.frechet import Gaussian
@@ -65,14 +66,7 @@ def read_reference(file: Path, extractor: Extractor) -> Reference:
             f"reference={file} was made with the extractor {told}, and this is {extractor.name} {extractor.hash}; "
             "give a reference of the same extractor"
         )
-    gaussians = {}
-    for column, names in STATISTICS.items():
-        mean, covariance = (read_member(file, name) for name in names)
-        if mean is not None and covariance is not None:
-            try:
-                gaussians[column] = Gaussian(_double(mean), _double(covariance))
-            except ValueError as error:
-                raise ValueError(f"reference={file}: {', '.join(names)}: {error}") from None
+    gaussians = given_statistics(file)
     if "pool" not in gaussians or len(gaussians["pool"].mean) != extractor.width:
         raise ValueError(
             f"reference={file} must have mu and sigma of the {extractor.width:,} features of {extractor.name}"
@@ -139,18 +133,21 @@ def reference_note(file: Path) -> dict[str, Any] | None:
     return note if isinstance(made_by, dict) and {"name", "hash"} <= made_by.keys() else None
 
 
-def given_statistics(file: Path) -> dict[str, Gaussian] | None:
-    """Statistics that ADM's file carries besides its images.
+def given_statistics(file: Path) -> dict[str, Gaussian]:
+    """Statistics that a file holds, ADM's besides its images.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: they are damaged, or are no numbers.
     """
     found = {}
     for column, names in STATISTICS.items():
         mean, covariance = (read_member(file, name) for name in names)
         if mean is not None and covariance is not None:
-            found[column] = Gaussian(_double(mean), _double(covariance))
-    return found or None
+            try:
+                found[column] = Gaussian(_double(mean), _double(covariance))
+            except ValueError as error:
+                raise ValueError(f"reference={file}: {', '.join(names)}: {error}") from None
+    return found
 
 
 def choose_reference(folder: Path, size: tuple[int, int]) -> tuple[Path, str]:
@@ -163,7 +160,7 @@ def choose_reference(folder: Path, size: tuple[int, int]) -> tuple[Path, str]:
         FileNotFoundError: the folder holds neither.
         ValueError: two files are of the size, or a file does not tell its size.
     """
-    sizes = {file: reference_size(file) for file in sorted(folder.glob("*.npz"))}
+    sizes = {file: reference_size(file) for file in visible(folder, "*.npz")}
     if size in sizes.values():
         return _only(sizes, size, folder), "of this size"
     square = {found[0] ** 2: found for found in sizes.values() if found and found[0] == found[1]}
@@ -217,4 +214,6 @@ def common_size(images: ImageSet) -> tuple[int, int] | None:
 
 
 def _double(array: np.ndarray) -> Tensor:
-    return torch.tensor(np.asarray(array), dtype=torch.float64)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{array.dtype} is no type of real numbers")
+    return torch.tensor(np.asarray(array, dtype=np.float64))
