@@ -75,7 +75,7 @@ def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path: Path, mon
 
     notes: list[str] = []
     monkeypatch.setattr(Drawn, "draw", diverge)
-    monkeypatch.setattr(JsonLines, "note", lambda _, text: notes.append(text))
+    monkeypatch.setattr(JsonLines, "note", lambda _, text, step: notes.append(text))
     state = trained(tmp_path / "run", True)
     assert state["global_step"] == 12 and read_results(tmp_path / "run") == []
     assert "no evaluation: an image is not finite" in notes

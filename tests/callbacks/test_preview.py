@@ -17,12 +17,12 @@ class Diverging:
 
 
 def test_a_preview_that_diverges_does_not_end_the_training(tmp_path: Path) -> None:
-    notes: list[str] = []
-    sink = SimpleNamespace(note=notes.append)
+    notes: list[tuple[str, int]] = []
+    sink = SimpleNamespace(note=lambda *note: notes.append(note))
     ema: Any = SimpleNamespace(swapped=lambda module: nullcontext())
     sampling: Any = Diverging()
     preview = Preview(tmp_path, 10, sampling, [], [], ema, SimpleNamespace(sinks=[sink]))  # type: ignore[arg-type]
     module = training_module(small_nit())
-    preview.act(SimpleNamespace(is_global_zero=True), module)  # type: ignore[arg-type]
-    assert notes == ["no preview: an image is not finite"]
+    preview.act(SimpleNamespace(is_global_zero=True, global_step=7), module)  # type: ignore[arg-type]
+    assert notes == [("no preview: an image is not finite", 7)]
     assert module.training and not list(tmp_path.iterdir())
