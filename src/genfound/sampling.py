@@ -274,7 +274,7 @@ def _chunks(items: list[Any], size: int) -> list[list[Any]]:
 
 def sample(
     loaded: Loaded,
-    labels: Sequence[int | str],
+    labels: int | str | Sequence[int | str],
     size: tuple[int, int] | None = None,
     n: int = 1,
     sampler: str | Mapping[str, Any] | None = None,
@@ -309,7 +309,7 @@ def sample(
     whole("batch", batch, 1)
     build.objective(config)  # refuses a sampler that does not fit
     wanted = loaded.sizes[:1] if size is None else sizes("size", list(size) if isinstance(size, Sequence) else size)
-    requests = make_requests([labels] if isinstance(labels, str) else labels, wanted, n, loaded.class_names)
+    requests = make_requests([labels] if isinstance(labels, int | str) else labels, wanted, n, loaded.class_names)
     device = next(loaded.net.parameters()).device
     sampling = Sampling.of(config, loaded.objective, loaded.tokenizer, device, batch)
     if isinstance(loaded.tokenizer, Absent):

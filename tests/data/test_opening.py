@@ -56,6 +56,13 @@ def test_wide_numbers_that_do_not_tell_what_is_white_are_refused(
         read(saved(tmp_path, values))
 
 
+@pytest.mark.parametrize("read", [open_rgb, decode])
+def test_wide_numbers_whose_white_is_zero_are_refused(tmp_path: Path, read: Callable[[Path], Image.Image]) -> None:
+    Image.fromarray((GREY * 257).astype(np.uint16)).save(tmp_path / "x.tif", tiffinfo={262: 0})
+    with pytest.raises(OSError, match=r"its white is 0, which is not read in mode I;16"):
+        read(tmp_path / "x.tif")
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"])
 def test_modes_of_eight_bits_keep_their_colours(tmp_path: Path, mode: str) -> None:
     picture = Image.new("RGB", (16, 16), "white")

@@ -90,9 +90,7 @@ def test_a_file_of_another_extractor_is_refused(tmp_path: Path) -> None:
 )
 def test_damaged_statistics_are_refused(broken: dict[str, np.ndarray], tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", **{"mu": np.zeros(6), "sigma": np.eye(6), **broken})
-    with pytest.raises(
-        ValueError, match=r"x.npz: mu, sigma: (statistics of shapes|the statistics hold|<U1 is no type)"
-    ):
+    with pytest.raises(ValueError, match=r"x.npz: mu, sigma: (statistics of shapes|the statistics hold|<U1 is no)"):
         read_reference(tmp_path / "x.npz", Averages())
 
 

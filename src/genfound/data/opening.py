@@ -25,6 +25,9 @@ WIDE = ("I", "F")
 WHITES = {"I": (255, 2**16 - 1, 2**31 - 1), "F": (1, 255, 2**16 - 1)}
 """What may be white, by the first letter of the mode: the smallest that no value exceeds."""
 
+PHOTOMETRIC = 262
+"""Tag of TIFF; 0: white is zero, which Pillow heeds in 8 bits only."""
+
 DARK = 16
 """Values of less than this part of white leave open whether that is white; the smallest white is exempt."""
 
@@ -117,6 +120,8 @@ def as_stored(picture: Image.Image) -> Image.Image:
 
 def _scaled(picture: Image.Image) -> Image.Image:
     """One channel of wide numbers as 8-bit grey."""
+    if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+        raise OSError(f"its white is 0, which is not read in mode {picture.mode}; convert it to 8 bits")
     values = np.asarray(picture, dtype=np.float64)
     low, high = values.min(), values.max()
     whites = WHITES[picture.mode[0]]

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from genfound.data.class_folders import remarks
 from genfound.data.names import visible
 from genfound.data.shards import Reader, Span, as_tensor, read_header, read_tensors
 from genfound.data.views import Entries, Views
@@ -167,7 +168,7 @@ class Nit:
 
     def report(self) -> list[str]:
         """Counts and sizes."""
-        return [_summary(self.root, "NiT", self.labels, self.class_names, self.sizes)]
+        return _summary(self.root, "NiT", self.labels, self.class_names, self.sizes)
 
 
 def _meta(root: Path, spec: Spec) -> tuple[list[str], list[str], Entries]:
@@ -288,7 +289,7 @@ class LightningDit:
 
     def report(self) -> list[str]:
         """Counts and sizes."""
-        return [_summary(self.root, "LightningDiT", self.labels, self.class_names, self.sizes)]
+        return _summary(self.root, "LightningDiT", self.labels, self.class_names, self.sizes)
 
 
 def shard_files(root: Path) -> list[Path]:
@@ -381,9 +382,10 @@ class VaVae:
         raise ValueError("VA-VAE's network is no part of genfound: latents cannot be decoded")
 
 
-def _summary(root: Path, whose: str, labels: np.ndarray, class_names: list[str], sizes: np.ndarray) -> str:
+def _summary(root: Path, whose: str, labels: np.ndarray, class_names: list[str], sizes: np.ndarray) -> list[str]:
     low, high = sizes.min(0), sizes.max(0)
-    return (
-        f"{root}: {len(labels):,} latents of {whose} in {len(class_names)} classes, "
-        f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels (height x width)"
-    )
+    counts = f"{root}: {len(labels):,} latents of {whose} in {len(class_names)} classes, "
+    return [
+        f"{counts}{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels (height x width)",
+        *remarks(class_names),
+    ]

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfound.data.class_folders import remarks
 from genfound.data.manifest import REPAIR, fingerprint, read_manifest, store_digest
 from genfound.data.names import Names
 from genfound.data.shards import Reader, Span, as_tensor, read_header, read_tensors, write_tensors
@@ -305,6 +306,7 @@ class Store:
             f"{high[0]} x {high[1]} pixels (height x width), as {' and '.join(self.views.rules)}",
             f"  encoded by {codec['name']}, {' and '.join(codec['moments'])} in {self.manifest['dtype']}{mirrored}; "
             f"unscaled mean {mean:.3f}, std {std:.3f}",
+            *remarks(self.class_names),
             *([f"  {self._replaced:,} show others of their class, {UNREADABLE}"] if self._replaced else []),
         ]
 
