@@ -27,7 +27,7 @@ def is_images(path: Path) -> bool:
     """
     if not path.is_dir():
         return path.suffix == ".npz"
-    if (path / "config.yaml").is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+    if (path / "config.yaml").is_file() or any(path.glob("[!.]*.safetensors")) or any(path.glob("[!.]*.bin")):
         return False
     if not any(path.iterdir()):
         raise FileNotFoundError(f"from={path} is an empty folder")

@@ -163,7 +163,7 @@ def choose_reference(folder: Path, size: tuple[int, int]) -> tuple[Path, str]:
         FileNotFoundError: the folder holds neither.
         ValueError: two files are of the size, or a file does not tell its size.
     """
-    sizes = {file: reference_size(file) for file in sorted(folder.glob("*.npz"))}
+    sizes = {file: reference_size(file) for file in sorted(folder.glob("[!.]*.npz"))}
     if size in sizes.values():
         return _only(sizes, size, folder), "of this size"
     square = {found[0] ** 2: found for found in sizes.values() if found and found[0] == found[1]}
