@@ -161,3 +161,25 @@ def test_done_and_failed_exclude_each_other(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["DONE"]
     paths.mark_failed(tmp_path, "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["FAILED"]
+
+
+def test_paths_of_a_run_lead_where_they_led(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "home/runs/default/x"
+    for name in ("home/images", "home/weights", "home/runs/.index", "home/runs/default/x", "other"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    config = {
+        "runs": "runs", "study": "default", "data": {"root": "images", "index": "runs/.index"},
+        "tokenizer": {"weights": "hub/name"}, "guidance": {"weights": "weights"},
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path / "other")
+    found = paths.located(config, folder)
+    assert found["data"] == {"root": f"{tmp_path}/home/images", "index": f"{tmp_path}/home/runs/.index"}
+    assert found["tokenizer"] == {"weights": "hub/name"} and found["guidance"] == {
+        "weights": f"{tmp_path}/home/weights"
+    }
+    assert paths.located(config, tmp_path / "moved/x") == config
+    assert paths.located({**config, "runs": str(tmp_path / "home/runs")}, folder) == {
+        **config, "runs": str(tmp_path / "home/runs"),
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path / "home")
+    assert paths.located(config, Path("runs/default/x")) == config

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from genfound import writing
-from genfound.writing import PARTIAL, STALE, make_folder, write_whole
+from genfound.writing import PARTIAL, STALE, check_folder, make_folder, write_whole
 
 
 def none(*_: object) -> None:
@@ -108,3 +108,14 @@ def test_what_is_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     for name in ("file", "link"):
         with pytest.raises(FileExistsError):
             make_folder(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_is_named_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_folder("out", tmp_path / "a/b")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"out=.*file/b: .*file is not a folder; choose another out="):
+        check_folder("out", tmp_path / "file/b")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"export=.*b: .* cannot be written; choose another export="):
+        check_folder("export", tmp_path / "b")

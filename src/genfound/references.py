@@ -188,10 +188,7 @@ def prepare_reference(
     rule, given, path = GIVEN, None, Path(asked)
     ignored: dict[str, str] = {}
     if asked.partition(":")[0] == "data" or (path.is_dir() and not visible(path, "*.npz")):
-        where = _view(config, asked, size, data)
-        if where.kind == "path":
-            images = FolderImages(path)
-            where, ignored = replace(where, order=str(_order(images, place))), ignored_files(images)
+        where, ignored = _view(config, asked, size, data, place)
         stored = where.config is not None and where.config["data"].get("source", "images") != "images"
         view = f"{where.view}{DECODED}" if stored else where.view
     else:
@@ -211,8 +208,10 @@ def prepare_reference(
     return reference, {**_facts(reference, asked if rule == GIVEN else str(path), rule), **ignored}
 
 
-def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) -> Where:
-    """Images of a folder or of the data set, as samples of this size are compared with them."""
+def _view(
+    config: Config, asked: str, size: Size | str, data: DataSet | None, place: Place
+) -> tuple[Where, dict[str, str]]:
+    """Images of a folder or of the data set, as samples of this size are compared with them; see `ignored_files`."""
     view = config["reference_view"]
     fixed = None if isinstance(size, str) else size
     if view != "as_is" and fixed is None:
@@ -220,14 +219,17 @@ def _view(config: Config, asked: str, size: Size | str, data: DataSet | None) ->
     options: dict[str, Any] = {"view": view, "size": fixed, "limit": config["reference_images"]}
     root, named = Path(asked), asked.partition(":")[0] == "data"
     if not named and not (root / MANIFEST).is_file():
-        return Where("path", asked, **options, max_pixels=config["max_pixels"])
+        images = FolderImages(root)
+        order, ignored = str(_order(images, place)), ignored_files(images)
+        return Where("path", asked, order=order, **options, max_pixels=config["max_pixels"]), ignored
     split = asked.partition(":")[2] or "train" if named else "train"
     if split not in ("train", "val"):
         raise ValueError(f"reference={asked} is unknown; choose data, data:train or data:val")
     if data is None:
         raise ValueError(f"reference={asked}: images alone tell no data set and no decoder; give an .npz or a folder")
     data = data if named else data.of_store(root)
-    return Where("data", None, data.config, split, (data.spec.channels, data.spec.stride), shuffled=True, **options)
+    spec = (data.spec.channels, data.spec.stride)
+    return Where("data", None, data.config, split, spec, shuffled=True, **options), {}
 
 
 def content(images: FolderImages) -> tuple[str, np.ndarray]:

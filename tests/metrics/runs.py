@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def untrained_run(folder: Path, *overrides: str) -> Path:
+def untrained_run(folder: Path, *overrides: str, of: Sequence[str] = TINY) -> Path:
     """A run directory with a checkpoint of initial weights, whose average differs from them."""
-    run_dir(folder, *TINY, *overrides)
+    run_dir(folder, *of, *overrides)
     config = paths.read_config(folder)
     images = build.source(config, Pixel.spec, "train")
     net = build.net(config, Pixel.spec, len(images.class_names))

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.metrics.runs import evaluated, of_probe, probe
+from genfound.loading import hints_of
+from tests.helpers import composed
+from tests.metrics.runs import TINY, evaluated, of_probe, probe, untrained_run
 from tests.metrics.sets import Pictures, save_pngs
 
 
@@ -134,3 +137,102 @@ def test_the_folder_of_a_run_may_be_where_one_is(
     tool = {"extractor_weights": probe(references), "reference": of_probe(references)}
     evaluated(Path(), references, **tool)
     assert (tmp_path / "given.evaluations/results.jsonl").is_file()
+
+
+OUTPUTS = {
+    "a file as out": ({"out": "a.png"}, "out=.*a.png is not a folder; choose another out="),
+    "a file on the way to out": ({"out": "a.png/b/c"}, "out=.*c: .*a.png is not a folder"),
+    "references in a file": (
+        {"references": "a.png/b"},
+        "references=.*b: .*a.png is not a folder; choose",
+    ),
+    "an export below a file": ({"export": "a.png/x"}, "export=.*a.png: .*a.png is not a folder"),
+    "an npz that is a folder": ({"export": "taken.npz"}, r"export=.*taken.npz is a folder; give a file ending in .npz"),
+    "a full folder": ({"export": "full"}, "export=.*full exists; give an empty folder"),
+    "one of two taken": ({"export": "two", "sizes": [[16, 16], [12, 12]]}, "export=.*two-12x12 exists; give an empty"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_impossible_outputs_are_refused_before_the_work(
+    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for folder in ("taken.npz", "full/x", "two-12x12/x"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr("genfound.evaluation.prepare_extractor", lambda *_: pytest.fail("work was begun"))
+    settings, message = OUTPUTS[name]
+    paths = {key: str(tmp_path / value) for key, value in settings.items() if isinstance(value, str)}
+    options = {"sizes": [16, 16], "out": str(tmp_path / "out"), **settings, **paths}
+    references = Path(str(options.pop("references", tmp_path / "kept")))
+    with pytest.raises(ValueError, match=message):
+        evaluated(run, references, **options)
+
+
+def folder_run(root: Path) -> Path:
+    """A run on a folder of images, as it was trained from `root`: its paths are relative to it."""
+    for seed, name in enumerate(("p", "q")):
+        save_pngs(root / "images" / name, Pictures([(16, 16)] * 60, seed))
+    of = [override for override in TINY if not override.startswith(("data.images", "data.sides"))]
+    data = ["data=image_folder", "data.root=images", "tokenizer=pixel", "data.num_workers=0", "name=x"]
+    return untrained_run(root / "runs/default/x", *data, of=of)
+
+
+QUICK = {"n": 70, "reference_images": 70, "sizes": "data", "labels": "data"}
+
+
+def test_a_run_is_measured_wherever_it_and_its_images_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("origin", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "origin")
+    run = folder_run(tmp_path / "origin")
+    options, references = {**QUICK, "out": str(tmp_path / "out")}, tmp_path / "references"
+    at_home = evaluated(run, references, **options)[0]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    results = [evaluated(run, references, **options)[0]]
+    copy = tmp_path / "copied/run"
+    (copy / "checkpoints").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", copy)
+    shutil.copy(next((run / "checkpoints").glob("*.ckpt")), copy / "checkpoints")
+    moved = (tmp_path / "origin/images").rename(tmp_path / "moved")
+    for source in (run, copy):
+        with pytest.raises(FileNotFoundError, match=r"data.root=images is not a folder"):
+            evaluated(source, references, **options)
+        data = {"root": str(moved), "index": str(tmp_path / "index")}
+        results += evaluated(source, references, **options, data=data)
+    assert all(result.figures == at_home.figures for result in results)
+    (moved / "r").mkdir()
+    shutil.copy(moved / "p/0000.png", moved / "r")
+    with pytest.raises(ValueError, match=r"data.root=.*moved has 3 classes, and the run was trained on 2"):
+        evaluated(copy, references, **options, data={"root": str(moved), "index": str(tmp_path / "index")})
+
+
+def test_hidden_files_choose_nothing(references: Path, run: Path, tmp_path: Path) -> None:
+    folders = [save_pngs(tmp_path / name, Pictures([(16, 16)] * 80, seed)) for seed, name in enumerate("ab")]
+    for folder, name in zip(folders, ("._x.safetensors", "._x.npz"), strict=True):
+        (folder / name).write_text("what another system leaves beside a file")
+    tool = {"extractor_weights": probe(references), "reference": str(folders[1])}
+    assert evaluated(folders[0], references, **tool, out=str(tmp_path / "out"))[0].protocol.reference["images"] == 80
+
+
+def test_places_that_fit_nothing_are_refused(run: Path, references: Path, tmp_path: Path) -> None:
+    at = {"sizes": [16, 16], "out": str(tmp_path / "out")}
+    given = save_pngs(tmp_path / "given", Pictures([(16, 16)] * 80))
+    elsewhere = {"data": {"root": str(tmp_path), "index": None}}
+    tool = {"extractor_weights": probe(references), "reference": of_probe(references)}
+    with pytest.raises(ValueError, match=r"data.root is not an option of the data of .*run"):
+        evaluated(run, references, **at, **elsewhere)
+    with pytest.raises(ValueError, match=r"data.root: images alone have no data set"):
+        evaluated(given, references, **tool, **elsewhere)
+    with pytest.raises(FileNotFoundError, match=r"guidance.weights=nowhere: .*nowhere"):
+        evaluated(run, references, "guidance=autoguidance", "guidance.weights=nowhere", **at)
+    with pytest.raises(ValueError, match="tokenizer: Pixel"):
+        evaluated(run, references, **at, tokenizer={"weights": "x"})
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_the_commands_take_the_places_of_what_they_need(name: str) -> None:
+    places = ["tokenizer.weights=w", *(["data.root=r", "data.index=i", "reference=x"] if name == "evaluate" else [])]
+    config = composed("from=x", *places, name=name)
+    assert hints_of(config)["tokenizer"] == "w"
+    assert name == "sample" or config["data"] == {"root": "r", "index": "i"}

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genfound.metrics.features import Features
-from genfound.metrics.figures import check_convention, convention_of, measure, named
+from genfound.metrics.figures import check_convention, check_reference, convention_of, depends_on_order, measure, named
 from genfound.metrics.reference import Reference, read_reference, write_reference
 from tests.metrics.sets import Averages, Pictures
 
@@ -79,3 +80,19 @@ def test_a_probe_has_its_own_convention() -> None:
     assert (convention_of("adm_half", "inception"), convention_of("adm", "probe")) == ("adm_half", "probe")
     with pytest.raises(ValueError, match="convention=torch_fidelity is one of Inception's figures, and a probe has"):
         check_convention("torch_fidelity", "probe")
+
+
+def test_a_reference_of_too_few_points_is_refused(tmp_path: Path) -> None:
+    features, reference = prepared(tmp_path, Averages())
+    assert reference.points is not None
+    few, enough = (replace(reference, points=reference.points[:count]) for count in (3, 4))
+    with pytest.raises(ValueError, match="reference: 3 images are too few for precision and recall, which need 3 near"):
+        check_reference(few, Averages(), "adm")
+    check_reference(enough, Averages(), "adm")
+    check_reference(replace(reference, points=None), Averages(), "torch_fidelity")
+    assert "recall@60" in measure(features, enough, Averages(), "adm", None, CPU)
+
+
+def test_only_a_divided_score_and_subsets_depend_on_the_order() -> None:
+    assert not depends_on_order("adm", 5000) and depends_on_order("adm", 5001)
+    assert depends_on_order("torch_fidelity", 2048) and not depends_on_order("probe", 50_000)

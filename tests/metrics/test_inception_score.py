@@ -33,3 +33,9 @@ def test_the_formula() -> None:
     mean = p.mean(0)
     divergence = (p * (p.log() - mean.log())).sum(1).mean()
     assert adm_score(p.log(), 3).mean == pytest.approx(math.exp(divergence), rel=1e-12)
+
+
+def test_a_split_without_an_image_is_refused() -> None:
+    assert torch_fidelity_score(torch.zeros(10, 3)).mean == pytest.approx(1)
+    with pytest.raises(ValueError, match="inception_score: 9 images cannot be divided into 10 splits"):
+        torch_fidelity_score(torch.zeros(9, 3))

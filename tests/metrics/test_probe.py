@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from genfound.data.shapes import Shapes
+from genfound.metrics import probe as probe_module
 from genfound.metrics.images import Chosen, Sourced
-from genfound.metrics.probe import Probe, probe_key, train_probe
+from genfound.metrics.probe import HELD_OUT, Probe, is_guessing, probe_key, train_probe
 
 CPU = torch.device("cpu")
 
@@ -72,3 +73,32 @@ def test_the_number_of_threads_does_not_change_it() -> None:
         assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "counts", "guessing"),
+    [
+        (1.0, [50], True),  # of one class there is nothing to learn
+        (0.95, [50, 50], False),
+        (0.55, [500, 500], False),
+        (0.53, [500, 500], True),
+        (1.0, [2, 3], False),
+        (0.9, [90, 10], True),  # it always names the larger class
+        (0.99, [90, 10], False),
+        (0.11, [100] * 10, True),
+        (0.15, [100] * 10, False),
+        (0.01, [50] * 1000, False),
+    ],
+)
+def test_an_accuracy_is_judged_by_what_guessing_gives(accuracy: float, counts: list[int], guessing: bool) -> None:
+    assert is_guessing(accuracy, np.repeat(np.arange(len(counts)), counts)) == guessing
+
+
+def test_all_classes_are_held_out_also_where_images_are_sorted_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = shapes("train", 3000)
+    by_class = Chosen(images, np.argsort(images.labels, kind="stable"))
+    seen: list[np.ndarray] = []
+    data = probe_module._data
+    monkeypatch.setattr(probe_module, "_data", lambda chosen: (seen.append(chosen.labels), data(chosen))[1])
+    probe_module._accuracy(probe_module.ProbeNet(10).eval(), by_class)
+    assert len(seen[0]) == HELD_OUT and len(np.unique(seen[0])) == 10

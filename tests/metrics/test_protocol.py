@@ -140,3 +140,22 @@ def test_rope_and_the_images_of_a_call_are_differences_and_are_printed() -> None
 def test_a_making_that_is_not_told_whole_is_unknown(note: object) -> None:
     assert Drawing.told(note) == Drawing.unknown()
     assert Drawing.told(asdict(DRAWING)) == DRAWING
+
+
+def test_the_order_of_samples_is_a_difference_where_a_figure_depends_on_it() -> None:
+    by_content = replace(PROTOCOL, order="by content")
+    assert differences(PROTOCOL, by_content) == ["order"]
+    assert differences(*(replace(p, count=5000) for p in (PROTOCOL, by_content))) == []
+    assert "order by content" in "\n".join(by_content.lines())
+
+
+def test_a_result_that_does_not_tell_the_order_was_measured_as_stored(tmp_path: Path) -> None:
+    line = json.loads(json.dumps(asdict(result())))
+    del line["protocol"]["order"]
+    (tmp_path / RESULTS).write_text(json.dumps(line) + "\n")
+    assert read_results(tmp_path)[0].protocol.order == "as stored"
+
+
+def test_what_was_ignored_beside_a_reference_is_no_difference() -> None:
+    found = replace(PROTOCOL, reference={**PROTOCOL.reference, "ignored": "2 .txt"})
+    assert differences(PROTOCOL, found) == []
