@@ -279,8 +279,8 @@ def precision(wanted: str, device: torch.device) -> str:
     return names[wanted]
 
 
-def device(wanted: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device of this process.
+def device(wanted: str, local_rank: int | None = None) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` means from now on.
 
     Raises:
         ValueError: the accelerator is unknown or absent.
@@ -289,7 +289,13 @@ def device(wanted: str) -> torch.device:
         raise ValueError(f"accelerator={wanted} is unknown; choose auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("accelerator=cuda, but this machine has no CUDA device")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    found = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(found)
+    return found
 
 
 def published_spec(config: Config) -> Spec:
