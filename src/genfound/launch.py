@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from genfound import paths, processes
 from genfound.checks import number, whole
 from genfound.command_line import frugal
-from genfound.errors import JobError
+from genfound.errors import USER_ERRORS, JobError
 from genfound.work import ending_as_exit, held
 
 AT_LEAST = {
@@ -64,6 +64,8 @@ def train(cfg: DictConfig) -> None:
             paths.check_same(folder, config, cfg.allow_changes)
             print(f"[done before] {folder}  {_summary(result)}", flush=True)
             return
+        paths.check_same(folder, config, cfg.allow_changes)
+        _check_at_once(folder, config, sweeping)
         paths.claim(folder, config, cfg.allow_changes)
         if sweeping or cfg.trainer.devices > 1:
             _run_apart(folder, cfg.trainer.devices)
@@ -116,6 +118,21 @@ def check(config: Mapping[str, Any]) -> None:
     read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
     if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
         raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
+
+
+def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> None:
+    """Refuse what `build.check` finds before a process starts; a new run has that in its FAILED."""
+    from genfound import build
+
+    try:
+        build.check(config, config["trainer"]["devices"])
+    except USER_ERRORS:
+        if not (folder / "config.yaml").exists():
+            paths.claim(folder, config, allow_changes=False)
+            paths.mark_failed(folder, traceback.format_exc())
+        if sweeping:
+            print(f"[failed] {folder}", flush=True)
+        raise
 
 
 def keep_freed_memory() -> None:
