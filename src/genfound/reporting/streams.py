@@ -38,6 +38,6 @@ def make_lasting() -> None:
             io.BufferedWriter(_Lasting(descriptor, "w", closefd=False)),
             encoding=None if stream is None else stream.encoding,
             errors="backslashreplace",
-            line_buffering=stream is None or stream.line_buffering,
+            line_buffering=name == "stderr" or stream is None or stream.line_buffering,
         )
         setattr(sys, name, lasting)
