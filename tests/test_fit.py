@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import genfound
-from genfound import build, launch, paths
+from genfound import build, launch, paths, processes
 from genfound.callbacks import preview
 from genfound.fit import fit, typical_sizes
 from tests.cli.commands import TINY
@@ -151,13 +151,56 @@ def test_every_option_makes_sense(group: str) -> None:
             launch.check(composed(f"{group}={file.stem}"))
 
 
-def test_the_first_process_that_fails_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("genfound.fit.fit", lambda _: (_ for _ in ()).throw(ValueError("shard 3 is damaged")))
-    for rank in (1, 2):
-        monkeypatch.setenv("RANK", str(rank))
+def test_the_first_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter([ValueError("shard 3 is damaged"), RuntimeError("connection closed by peer")])
+    monkeypatch.setattr("genfound.fit.fit", lambda *_: (_ for _ in ()).throw(next(reasons)))
+    (tmp_path / "launch").mkdir()
+    monkeypatch.setenv(processes.LAUNCH, str(tmp_path / "launch"))
+    for rank in ("1", "2"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3"}.items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit):
             launch._worker(tmp_path)
-    assert capsys.readouterr().err == "error: shard 3 is damaged\n"
+    assert (tmp_path / "launch/reason").read_text() == "shard 3 is damaged"
     assert "shard 3 is damaged" in (tmp_path / "FAILED").read_text()
+
+
+REFUSED = {
+    "trainer.devices=3 batch.packs=2": "a global step of 2 micro-batches cannot be shared by trainer.devices=3",
+    "data=image_folder data.root=nowhere tokenizer=dc_ae tokenizer.weights=none/none": "data.root=nowhere is not a",
+    "model.channels=4": "tokenizer is pixel (3 channels) but model.channels is 4",
+    "tokenizer=sd_vae tokenizer.weights=none/none model.channels=5": "tokenizer is sdvae (4 channels) but",
+    "layout=dense batch.packs=null batch.images=64": "layout=dense does not fit NiT",
+    "sampler=ddpm": "sampler=ddpm cannot sample objective=flow",
+    "trainer.precision=fp8": "precision=fp8 is unknown",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_is_known_at_once_is_refused_before_anything_is_read(
+    options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "training_tokenizer", lambda _: pytest.fail("weights were looked for"))
+    config = composed(*TINY, *options.split())
+    with pytest.raises((ValueError, OSError)) as error:
+        build.parts(config, config["trainer"]["devices"])
+    assert REFUSED[options] in str(error.value)
+
+
+def test_more_devices_than_the_machine_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"trainer\.devices=4, but this machine has 2 CUDA device"):
+        build.check(composed(*TINY, "batch.packs=4"), 4)
+
+
+def test_variables_of_launchers_do_not_make_a_run_one_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a program calls `fit` itself, and Lightning looks for a cluster."""
+    found = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "NODE_RANK": "1", "SLURM_NTASKS": "4",
+             "SLURM_PROCID": "3", "SLURM_JOB_NAME": "job"}  # fmt: skip
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    fit(run_dir(tmp_path, *TINY, "batch.packs=2", "trainer.max_steps=1"))
+    assert json.loads((tmp_path / "DONE").read_text())["steps"] == 1

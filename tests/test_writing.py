@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +21,6 @@ def none(*_: object) -> None:
 
 def write_many(folder: Path, rank: int) -> int:
     """Files of one's own, and one that all write."""
-    os.environ["RANK"] = str(rank)
     for i in range(60):
         write_whole(folder / "common", lambda temporary: temporary.write_text("the same"))
         write_whole(folder / f"{rank}-{i}", lambda temporary: temporary.write_text("own"))
@@ -40,11 +40,12 @@ def test_processes_that_write_at_once_never_disturb_each_other(
     assert {file.read_text() for file in tmp_path.iterdir()} == {"own", "the same"}
 
 
-def test_temporaries_name_host_process_and_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "3")
+def test_temporaries_name_host_and_process_and_are_never_the_same(tmp_path: Path) -> None:
     names: list[str] = []
-    write_whole(tmp_path / "a", lambda temporary: names.append(temporary.name))
-    assert names == [f"{os.uname().nodename}-{os.getpid()}-3-a"]
+    for _ in range(2):
+        write_whole(tmp_path / "a", lambda temporary: names.append(temporary.name))
+    assert all(re.fullmatch(rf"{os.uname().nodename}-{os.getpid()}-[0-9a-f]{{8}}-a", name) for name in names)
+    assert names[0] != names[1]
 
 
 def test_what_killed_processes_left_goes_when_nobody_else_writes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,12 +113,41 @@ class Parts:
         ]
 
 
+def check(config: Config, ranks: int) -> None:
+    """Look for what is wrong with a training run and can be known at once, without reading weights or images.
+
+    Raises:
+        FileNotFoundError: `data.root` is not there.
+        ValueError: something does not fit together, or the machine has not so many devices.
+    """
+    place = device(config["trainer"]["accelerator"])
+    if place.type == "cuda" and ranks > torch.cuda.device_count():
+        raise ValueError(f"trainer.devices={ranks}, but this machine has {torch.cuda.device_count()} CUDA device(s)")
+    precision(config["trainer"]["precision"], place)
+    micro_batches(config, ranks)
+    root = config["data"].get("root")
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"data.root={root} is not a folder")
+    with torch.device("meta"):
+        net(config, _expected_spec(config), num_classes=1)
+    objective(config)
+
+
+def _expected_spec(config: Config) -> Spec:
+    """The published one of the tokenizer; what the model expects, where other weights or latents may have another."""
+    weights = Path(config["tokenizer"].get("weights") or "").expanduser()
+    if config["data"].get("source", "images") == "images" and (weights == Path() or not weights.is_dir()):
+        return published_spec(config)
+    return Spec(config["model"]["channels"] or 4, 1)
+
+
 def parts(config: Config, ranks: int) -> Parts:
     """Build a training run.
 
     Raises:
         ValueError: something does not fit together.
     """
+    check(config, ranks)
     codec = training_tokenizer(config)
     images, held_out = (source(config, codec.spec, split) for split in ("train", "val"))
     backbone = net(config, codec.spec, len(images.class_names))
@@ -243,22 +273,34 @@ def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: in
     order = Order(len(tokens), seed)
     grouper: Grouper
     if config["layout"]["name"] == "dense":
+        grouper = Chunker(config["data"]["batch_size"])
+    else:
+        budget = token_budget(config, tokens)
+        grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
+    return Plan(order, tokens, grouper, micro_batches(config, ranks), weight, seed)
+
+
+def micro_batches(config: Config, ranks: int) -> int:
+    """Micro-batches of all ranks in a global step.
+
+    Raises:
+        ValueError: the global step does not divide into micro-batches of the ranks.
+    """
+    if config["layout"]["name"] == "dense":
         micro = config["data"]["batch_size"]
         whole("data.batch_size", micro, 1)
         per_step, rest = divmod(config["batch"]["images"] or config["optimizer"]["images_per_step"], micro)
         if rest or not per_step:
             raise ValueError(f"batch.images must be a multiple of data.batch_size={micro}")
-        grouper = Chunker(micro)
     else:
-        budget = token_budget(config, tokens)
-        per_step = config["batch"]["packs"] or max(round(config["optimizer"]["tokens_per_step"] / budget), 1)
-        grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
+        tokens = config["optimizer"]["tokens_per_step"]
+        per_step = config["batch"]["packs"] or max(round(tokens / config["data"]["max_tokens"]), 1)
     if per_step % ranks:
         raise ValueError(
             f"a global step of {per_step} micro-batches cannot be shared by trainer.devices={ranks}; "
             f"set batch.packs (or batch.images) to a multiple"
         )
-    return Plan(order, tokens, grouper, per_step, weight, seed)
+    return per_step
 
 
 def token_budget(config: Config, tokens: np.ndarray) -> int:
@@ -301,8 +343,8 @@ def precision(wanted: str, device: torch.device) -> str:
     return names[wanted]
 
 
-def device(wanted: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device of this process.
+def device(wanted: str, local_rank: int | None = None) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` means from now on.
 
     Raises:
         ValueError: the accelerator is unknown or absent.
@@ -311,7 +353,13 @@ def device(wanted: str) -> torch.device:
         raise ValueError(f"accelerator={wanted} is unknown; choose auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("accelerator=cuda, but this machine has no CUDA device")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    found = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(found)
+    return found
 
 
 def published_spec(config: Config) -> Spec:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from genfound import paths
+from genfound import paths, processes
+from genfound.errors import USER_ERRORS, sentence
+from genfound.reporting.streams import make_lasting
 
 SEVERAL_TYPES = (
     "model.learn_sigma", "objective.time_shift", "sampler.shift", "sampler.steps",
@@ -34,14 +39,6 @@ OF_THE_RUN = ("sampler", "guidance")
 """Groups that a command with `from=RUN` takes from the run, unless they are chosen."""
 
 
-class JobError(ValueError):
-    """A job failed in a process of its own, where it has said why."""
-
-
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
-"""What a user can mend; said in one line, with the traceback in the run's FAILED."""
-
-
 LESS = {
     "train": "a smaller data.max_tokens (dense layouts: data.batch_size; the global step stays what it is), "
     "model.activation_checkpointing=true, or a smaller sample.batch for previews",
@@ -53,7 +50,7 @@ LESS = {
 """What a command needs less memory with."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def frugal(command: str) -> Iterator[None]:
     """Name the way out where a device has no more memory.
 
@@ -75,15 +72,22 @@ def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
     Exits with 1, after one line on standard error for each, if the configuration or a job is wrong.
     """
     errors: list[str] = []
+    make_lasting()
+    size, copies = processes.copies(os.environ)
+    inherited = processes.forget_inherited(os.environ)
+    if inherited and copies == 1:
+        print(f"note: ignoring {', '.join(inherited)}: this command is one process", file=sys.stderr, flush=True)
 
     def job(cfg: DictConfig) -> None:
         try:
+            if copies not in (1, OmegaConf.select(cfg, "num_nodes", default=1)):
+                _refuse_copies(size, copies, config_name)
             _check(cfg, config_name)
             with frugal(config_name):
                 task(cfg)
         except USER_ERRORS as error:
             errors.append(str(error))
-            complain(str(error))
+            complain(sentence(error))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -91,7 +95,7 @@ def entry(task: Callable[[DictConfig], None], config_name: str) -> None:
         _added[:] = _choices_of_the_run(config_name, sys.argv[1:])
         sys.argv[1:] = [*sys.argv[1:], *_added]  # the flag -m does not find what follows another override
         hydra.main(version_base="1.3", config_path=paths.config_dir(), config_name=config_name)(job)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         errors.append(str(error))
         complain(_composition_error(error, config_name))
     sys.exit(1 if errors else 0)
@@ -101,6 +105,22 @@ def complain(message: str) -> None:
     """One line on standard error."""
     if message:
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+SEVERAL_DEVICES = {
+    "train": " with trainer.devices=N",
+    "evaluate": " with devices=N",
+    "encode": " with devices=N, or on each of M machines with num_nodes=M node_rank=K",
+}
+"""How a command is given more than one device."""
+
+
+def _refuse_copies(size: str, copies: int, config_name: str) -> None:
+    """Raise a ValueError in each of several processes that would all do the same."""
+    raise ValueError(
+        f"{size}={copies}: a launcher has started {copies} copies of this command, which would all do the same; start "
+        f"it once{SEVERAL_DEVICES.get(config_name, '')}, or unset {size} if each of them is another command"
+    )
 
 
 def _check(cfg: DictConfig, config_name: str) -> None:
@@ -142,8 +162,8 @@ def _choices_of_the_run(config_name: str, arguments: list[str]) -> list[str]:
 
     With what such an option must be told, the weaker network of autoguidance.
     """
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    origin = Path(given.get("from", ""))
+    given = {override.key_or_group: override.value() for override in _parsed(arguments)}
+    origin = Path(str(given.get("from", "")))
     folder = origin.parent.parent if origin.suffix == ".ckpt" else origin
     if config_name not in ("sample", "evaluate") or "from" not in given or not (folder / "config.yaml").is_file():
         return []
@@ -152,8 +172,55 @@ def _choices_of_the_run(config_name: str, arguments: list[str]) -> list[str]:
         name = config[group]["name"]
         choices.append(f"{group}={name}")
         needed = [key for key, value in paths.read_option(group, name).items() if value == "???"]
-        choices += [f"{group}.{key}='{config[group][key]}'" for key in needed if f"{group}.{key}" not in given]
+        choices += [f"{group}.{k}={_quoted(str(config[group][k]))}" for k in needed if f"{group}.{k}" not in given]
     return choices
+
+
+def _parsed(arguments: list[str]) -> list[Override]:
+    """The overrides among the arguments of a command, as Hydra reads them.
+
+    Raises:
+        ValueError: its grammar refuses one; the message says what to write instead.
+    """
+    parser, found = OverridesParser.create(), []
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-"):
+            try:
+                found.append(parser.parse_override(argument))
+            except HydraException:
+                raise ValueError(_rewritten(argument, parser)) from None
+    return found
+
+
+def _rewritten(argument: str, parser: OverridesParser) -> str:
+    """What to write instead of an override that cannot be parsed."""
+    key, _, value = argument.partition("=")
+    if "\r" in argument:
+        return f"{argument!r} holds a carriage return: save the script with Unix line ends (sed -i 's/\\r$//' SCRIPT)"
+    if value.startswith("~"):
+        return f"{argument}: ~ stands for no folder after =; write {key}=$HOME{value[1:]}"
+    items = [item.strip() for item in value.strip("[]").split(",")]
+    items = [item if _parses(f"{key}={item}", parser) else _quoted(item) for item in items]
+    attempts = [f"[{','.join(items)}]"] if value.startswith("[") and value.endswith("]") else []
+    for attempt in (*attempts, _quoted(value)):
+        if _parses(written := f"{key}={attempt}", parser):
+            return (
+                f"{argument} cannot be read; quote texts with spaces, brackets, = or unusual letters: "
+                f"{shlex.quote(written)}"
+            )
+    return f"{argument} cannot be read; write key=value, with texts in quotes: 'key=\"a text\"'"
+
+
+def _parses(override: str, parser: OverridesParser) -> bool:
+    try:
+        parser.parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def chosen() -> list[str]:
@@ -175,6 +242,8 @@ def _refuse_new_keys(arguments: list[str]) -> None:
 
 def _composition_error(error: Exception, config_name: str) -> str:
     """Hydra's messages, in one line that names the key and the nearest real one."""
+    if isinstance(error, OverrideParseException):
+        return _rewritten(error.override, OverridesParser.create())
     text = f"{error} {error.__cause__ or ''}"
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
     if key and ("not in struct" in text or "Could not override" in text):

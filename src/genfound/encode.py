@@ -1,41 +1,14 @@
 """`python -m genfound.encode data=... data.root=... tokenizer=... out=STORE`: images to latents; resumable."""
 
-from __future__ import annotations
-
-import os
-import sys
-
 from omegaconf import DictConfig
 
-from genfound import command_line, launch, paths
+from genfound import command_line, paths
 
 
 def _task(cfg: DictConfig) -> None:
-    import torch
+    from genfound.encoding import encode_on_devices
 
-    from genfound import build
-    from genfound.checks import whole
-    from genfound.encoding import encode, end_with_group, run_group
-
-    end_with_group()
-    launch.keep_freed_memory()
-    config = paths.plain(cfg)
-    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in _PLACE.items())
-    device = build.device(config["accelerator"])
-    whole("devices", config["devices"], 1, or_null=True)
-    wanted = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
-    if ranks == 1 and wanted > 1:
-        if not run_group([sys.executable, "-m", "genfound.encode", *sys.argv[1:]], wanted):
-            raise command_line.JobError
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", local % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    encode(config, rank, ranks, device)
-
-
-_PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-"""What torchrun says of a process, also across machines."""
+    encode_on_devices(paths.plain(cfg))
 
 
 def main() -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +26,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genfound import build
+from genfound import build, launch, processes
 from genfound.checks import known, whole
+from genfound.command_line import complain, frugal
 from genfound.data import store
 from genfound.data.base import PictureSource
 from genfound.data.destination import Destination
@@ -36,7 +39,9 @@ from genfound.data.names import shown
 from genfound.data.pictures import normalised, to_uint8
 from genfound.data.to_encode import Call, Calls, Part, Shard
 from genfound.data.workers import read_ahead
+from genfound.errors import USER_ERRORS, JobError, sentence
 from genfound.reporting.progress import Counter
+from genfound.reporting.streams import make_lasting
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.writing import write_whole
@@ -218,6 +223,31 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
         print("\n".join(lines), flush=True)
 
 
+def encode_on_devices(config: Mapping[str, Any]) -> None:
+    """Encode this machine's share of a store, on all of its devices.
+
+    Raises:
+        ValueError: see `encode`; or a number of processes that makes no sense.
+        JobError: one of several processes failed, and has said why.
+    """
+    whole("devices", config["devices"], 1, or_null=True)
+    whole("num_nodes", config["num_nodes"], 1)
+    whole("node_rank", config["node_rank"], 0)
+    node, nodes = config["node_rank"], config["num_nodes"]
+    if node >= nodes:
+        raise ValueError(f"node_rank={node} must be less than num_nodes={nodes}")
+    device = build.device(config["accelerator"])
+    devices = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    if devices == 1:
+        launch.keep_freed_memory()
+        return encode(config, node, nodes, device)
+    with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
+        request = Path(folder) / "request.json"
+        request.write_text(json.dumps(dict(config)))
+        if not run_group([sys.executable, "-m", "genfound.encoding", str(request)], devices, node, nodes):
+            raise JobError
+
+
 def _replacements(replaced: Mapping[str, str]) -> list[str]:
     """What is said of images that could not be read."""
     if not replaced:
@@ -228,15 +258,12 @@ def _replacements(replaced: Mapping[str, str]) -> list[str]:
     return [f"{head} (data.check=full leaves them out):", *listed, *more]
 
 
-def run_group(command: list[str], processes: int) -> bool:
-    """Run a command in several processes, which know their places as those of torchrun do; False if one failed.
+def run_group(command: list[str], devices: int, node: int = 0, nodes: int = 1) -> bool:
+    """Run a command in a process for each device, which know their places as those of torchrun do; False if one failed.
 
     What several of them say on standard error is said once. Those that call `end_with_group` end with this process.
     """
-    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}
-    places = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
-    shared = threads | os.environ | {PARENT: str(os.getpid())}
-    group = [subprocess.Popen(command, env=shared | place, stderr=subprocess.PIPE, text=True) for place in places]
+    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // devices, 1))}
     said: set[str] = set()
 
     def relay(rank: int) -> int:
@@ -250,8 +277,12 @@ def run_group(command: list[str], processes: int) -> bool:
             print(f"error: {reason}; {SAFE}", file=sys.stderr, flush=True)
         return code
 
-    with ThreadPoolExecutor(processes) as pool:
-        return not any(list(pool.map(relay, range(processes))))
+    with tempfile.TemporaryDirectory(prefix="genfound-") as folder, ThreadPoolExecutor(devices) as pool:
+        shared = threads | os.environ | {PARENT: str(os.getpid()), processes.LAUNCH: folder}
+        shared["WORLD_SIZE"] = str(nodes * devices)
+        places = [{"RANK": str(node * devices + i), "LOCAL_RANK": str(i)} for i in range(devices)]
+        group = [subprocess.Popen(command, env=shared | place, stderr=subprocess.PIPE, text=True) for place in places]
+        return not any(list(pool.map(relay, range(devices))))
 
 
 def end_with_group() -> None:
@@ -271,3 +302,22 @@ def _moments(codec: Tokenizer, images: Tensor) -> Tensor:
 
 def _normalised(codec: Tokenizer, moments: Tensor) -> Tensor:
     return codec.normalise(moments) if isinstance(codec, Autoencoder) else moments
+
+
+def _worker(request: Path) -> None:
+    """One process of a group: `python -m genfound.encoding REQUEST_FILE`."""
+    end_with_group()
+    rank, ranks, local_rank = processes.place()
+    config = json.loads(request.read_text())
+    launch.keep_freed_memory()
+    with frugal("encode"):
+        encode(config, rank, ranks, build.device(config["accelerator"], local_rank))
+
+
+if __name__ == "__main__":
+    make_lasting()
+    try:
+        _worker(Path(sys.argv[1]))
+    except USER_ERRORS as error:
+        complain(sentence(error))
+        sys.exit(1)

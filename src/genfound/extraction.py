@@ -7,7 +7,6 @@ results, in which each writes its own files.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -18,8 +17,9 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from genfound import build, command_line, launch
+from genfound import build, launch, processes
 from genfound.backbones.base import Backbone
+from genfound.command_line import frugal
 from genfound.data.base import LatentSource, PictureSource
 from genfound.data.pictures import Normaliser, to_uint8
 from genfound.drawing import Drawn
@@ -33,7 +33,6 @@ from genfound.reporting.progress import Counter, Progress, silent
 from genfound.rng import Rng
 from genfound.sampling import Sampling
 from genfound.tokenizers import Spec, Tokenizer
-from genfound.work import run_apart
 
 NO_CHANGE = ("attention", "activation_checkpointing")
 """Options of a model that say how, not what, it computes."""
@@ -273,7 +272,7 @@ def perform(task: Task, devices: int, file: Path) -> None:
         file: where to write the task for them.
 
     Raises:
-        command_line.JobError: a process failed, and has said why.
+        JobError: a process failed, and why.
     """
     if devices == 1:
         task.run(0, 1, build.device(task.accelerator), Counter(task.makes))
@@ -281,38 +280,29 @@ def perform(task: Task, devices: int, file: Path) -> None:
     kind = next(name for name, cls in TASKS.items() if isinstance(task, cls))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"kind": kind, "task": asdict(task)}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    environment = dict(os.environ)
+    environment = {}
     if build.device(task.accelerator).type == "cpu":  # kernels may sum in another order with other numbers of threads
         environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     try:
-        code = run_apart([*command, "-m", "genfound.extraction", str(file)], environment)
+        processes.launch("genfound.extraction", file, devices, **environment)
     finally:
         file.unlink(missing_ok=True)
-    if code:
-        raise command_line.JobError
 
 
 def _worker(file: Path) -> None:
-    """One process: `python -m genfound.extraction TASK_FILE`, under torchrun."""
+    """One process of a group: `python -m genfound.extraction TASK_FILE`."""
+    rank, ranks, local = processes.place()
     stored = json.loads(file.read_text())
     options = stored["task"]
     if stored["kind"] == "extract":
         options["images"] = Where(**options["images"])
     task = TASKS[stored["kind"]](**options)
-    rank, ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = build.device(task.accelerator)
-    if device.type == "cuda":
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    device = build.device(task.accelerator, local)
     launch.keep_freed_memory()
-    try:
-        counter = Counter(f"{task.makes} on the first of {ranks} processes")
-        task.run(rank, ranks, device, counter if rank == 0 else silent)
-    except command_line.USER_ERRORS as error:
-        command_line.complain(str(error))
-        sys.exit(1)
+    counter = Counter(f"{task.makes} on the first of {ranks} processes")
+    task.run(rank, ranks, device, counter if rank == 0 else silent)
 
 
 if __name__ == "__main__":
-    _worker(Path(sys.argv[1]))
+    with processes.reporting(), frugal("evaluate"):
+        _worker(Path(sys.argv[1]))

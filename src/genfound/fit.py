@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 
 import lightning
 import numpy as np
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from genfound import build, checkpoints, paths
+from genfound import build, checkpoints, paths, processes
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
 from genfound.callbacks.metrics import Metrics
@@ -32,16 +33,35 @@ from genfound.sampling import Request, Sampling
 LABELS_IN_PREVIEW = 10
 
 
-def fit(folder: Path) -> None:
+class OneProcess(LightningEnvironment):
+    """Of a process that is alone, whatever the variables of its environment say."""
+
+    creates_processes_externally = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_global_rank(0)
+
+    def local_rank(self) -> int:
+        """The only one."""
+        return 0
+
+    def node_rank(self) -> int:
+        """The only one."""
+        return 0
+
+
+def fit(folder: Path, place: processes.Place = processes.ALONE) -> None:
     """Train the run of a directory, continuing from its newest checkpoint.
 
     Raises:
         ValueError: the configuration does not fit together, or not the data of the run.
         FloatingPointError: too many steps in a row were not finite.
     """
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    rank, ranks, local_rank = place
     _quiet_lightning()
     config = paths.read_config(folder)
+    build.device(config["trainer"]["accelerator"], local_rank)
     parts = build.parts(config, ranks)
     newest = checkpoints.newest(folder / "checkpoints")
     start = {"global_step": 0, "images_seen": 0} if newest is None else checkpoints.read(newest)
@@ -148,7 +168,7 @@ def _trainer(folder: Path, parts: build.Parts, callbacks: list[lightning.Callbac
         accumulate_grad_batches=parts.micro_batches,
         deterministic=settings["deterministic"],
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), TorchElasticEnvironment() if parts.ranks > 1 else OneProcess()],
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,

@@ -8,7 +8,6 @@ disagree about what they train, and a job that fails leaves the others alone.
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import time
 import traceback
@@ -20,10 +19,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from genfound import paths
+from genfound import paths, processes
 from genfound.checks import number, whole
-from genfound.command_line import USER_ERRORS, JobError, complain, frugal
-from genfound.work import ending_as_exit, held, run_apart
+from genfound.command_line import frugal
+from genfound.errors import USER_ERRORS, JobError
+from genfound.work import ending_as_exit, held
 
 AT_LEAST = {
     "trainer": {
@@ -51,7 +51,7 @@ def train(cfg: DictConfig) -> None:
 
     Raises:
         ValueError: the run directory belongs to another configuration, or another process trains there.
-        JobError: the job ran in a process of its own and failed.
+        JobError: the job ran in processes of its own and failed.
     """
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
@@ -64,6 +64,8 @@ def train(cfg: DictConfig) -> None:
             paths.check_same(folder, config, cfg.allow_changes)
             print(f"[done before] {folder}  {_summary(result)}", flush=True)
             return
+        paths.check_same(folder, config, cfg.allow_changes)
+        _check_at_once(folder, config, sweeping)
         paths.claim(folder, config, cfg.allow_changes)
         if sweeping or cfg.trainer.devices > 1:
             _run_apart(folder, cfg.trainer.devices)
@@ -71,23 +73,23 @@ def train(cfg: DictConfig) -> None:
             run(folder)
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, place: processes.Place = processes.ALONE) -> None:
     """Train the run of a directory in this process; leave DONE or FAILED there.
 
     Raises:
         JobError: it failed as another of its processes did, which has said why.
     """
     keep_freed_memory()
-    if os.environ.get("RANK", "0") == "0":
+    if place.rank == 0:
         (folder / "FAILED").unlink(missing_ok=True)
     from genfound.fit import fit
 
     try:
         with ending_as_exit(), frugal("train"):
-            fit(folder)
+            fit(folder, place)
     except BaseException as error:
         first = paths.mark_failed(folder, traceback.format_exc())
-        if isinstance(error, USER_ERRORS) and not first:
+        if isinstance(error, Exception) and not first:
             raise JobError from error
         raise
 
@@ -118,6 +120,21 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
 
 
+def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> None:
+    """Refuse what `build.check` finds before a process starts; a new run has that in its FAILED."""
+    from genfound import build
+
+    try:
+        build.check(config, config["trainer"]["devices"])
+    except USER_ERRORS:
+        if not (folder / "config.yaml").exists():
+            paths.claim(folder, config, allow_changes=False)
+            paths.mark_failed(folder, traceback.format_exc())
+        if sweeping:
+            print(f"[failed] {folder}", flush=True)
+        raise
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of a step for the next one, instead of paging it in anew (1.5x on CPUs)."""
     if sys.platform == "linux":
@@ -130,17 +147,21 @@ def keep_freed_memory() -> None:
 
 
 def _run_apart(folder: Path, devices: int) -> None:
-    """Train in a process group of its own, which holds the lock as well, and print one summary line."""
-    begin = time.monotonic()
-    command = [sys.executable]
-    if devices > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    code = run_apart([*command, "-m", "genfound.launch", str(folder)], os.environ)
-    minutes, seconds = divmod(round(time.monotonic() - begin), 60)
-    summary = "" if code else _summary(paths.finished(folder) or {})
-    print(f"[{'failed' if code else 'done'}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
-    if code:
-        raise JobError
+    """Train in processes of its own, which hold the lock as well, and print one summary line.
+
+    Raises:
+        JobError: one of them failed, and why.
+    """
+    begin, ended, summary = time.monotonic(), "failed", ""
+    try:
+        processes.launch("genfound.launch", folder, devices)
+        ended, summary = "done", _summary(paths.finished(folder) or {})
+    except JobError as error:
+        paths.mark_failed(folder, f"{error}\n")  # unless a process could say more
+        raise
+    finally:
+        minutes, seconds = divmod(round(time.monotonic() - begin), 60)
+        print(f"[{ended}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
 
 
 def _reached(cfg: DictConfig, result: dict[str, Any]) -> bool:
@@ -155,11 +176,8 @@ def _summary(result: dict[str, Any]) -> str:
 
 def _worker(folder: Path) -> None:
     """One rank of a job: `python -m genfound.launch RUN_DIR`."""
-    try:
-        run(folder)
-    except USER_ERRORS as error:
-        complain(str(error))
-        sys.exit(1)
+    with processes.reporting():
+        run(folder, processes.place())
 
 
 if __name__ == "__main__":

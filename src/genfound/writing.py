@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,8 +53,7 @@ def write_whole(file: Path, save: Callable[[Path], object]) -> None:
         OSError: the file cannot be written; nothing of it stays.
     """
     with _partial(file.parent) as folder:
-        process = f"{os.uname().nodename}-{os.getpid()}-{os.environ.get('RANK', '0')}"
-        temporary = folder / f"{process}-{file.name}"
+        temporary = folder / f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}-{file.name}"
         try:
             mode = _created(temporary)
             save(temporary)

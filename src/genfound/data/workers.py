@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
 
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from genfound.checks import whole
 
@@ -22,9 +25,32 @@ class _Caught(Dataset[Any]):
 
     def __getitem__(self, key: Any) -> Any:
         try:
-            return self.dataset[key]
+            item = self.dataset[key]
+            if get_worker_info() is not None:
+                _Sharing(io.BytesIO()).dump(item)
         except (ValueError, OSError) as error:
             return error
+        return item
+
+
+class _Sharing(pickle.Pickler):
+    """Moves the tensors of an item to shared memory.
+
+    The loader's own thread would do that later; but an error there is lost, with the item, and the other process
+    waits for it for ever.
+    """
+
+    def reducer_override(self, part: Any) -> Any:
+        if not isinstance(part, Tensor):
+            return NotImplemented
+        try:
+            part.share_memory_()
+        except RuntimeError as error:
+            raise OSError(
+                f"shared memory (/dev/shm) has no room for what the worker processes read: {error}; enlarge it (docker "
+                "run --shm-size=8g), or set a smaller data.num_workers, or 0, which needs none"
+            ) from None
+        return str, ()
 
 
 def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[Item]:

@@ -1,0 +1,36 @@
+"""What a user can mend, and how it is said: in one line, with the file and the way out."""
+
+from __future__ import annotations
+
+import errno
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+"""Said in one line, with the traceback in the run's FAILED."""
+
+WAYS_OUT = {
+    errno.ENOSPC: "make room and give the same command again",
+    errno.EDQUOT: "make room and give the same command again",
+    errno.EACCES: "see that you may read and write there, or give another path",
+    errno.EPERM: "see that you may read and write there, or give another path",
+    errno.EROFS: "give a path that can be written",
+    errno.EISDIR: "a file is needed there, and it is a folder",
+    errno.ENOTDIR: "a folder is needed there, and it is a file",
+    errno.EEXIST: "a folder is needed there, and it is a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+"""Of errors of the system."""
+
+
+class JobError(ValueError):
+    """A job failed in another process, which has said why; or why it failed."""
+
+
+def sentence(error: BaseException) -> str:
+    """One line about an error; what the system reports is led by the file and followed by the way out."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return " ".join(str(error).split())
+    file = f"{error.filename}: " if error.filename is not None else ""
+    way = WAYS_OUT.get(error.errno or 0)
+    text = f"{file}{error.strerror}" + (f"; {way}" if way else "")
+    return " ".join(text.split())
