@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from genfound import writing
-from genfound.writing import PARTIAL, STALE, make_folder, write_whole
+from genfound.writing import PARTIAL, STALE, make_folder, visible, write_whole
 
 
 def none(*_: object) -> None:
@@ -108,3 +108,19 @@ def test_what_is_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     for name in ("file", "link"):
         with pytest.raises(FileExistsError):
             make_folder(tmp_path / name)
+
+
+def test_hidden_files_and_folders_are_not_visible(tmp_path: Path) -> None:
+    for name in ("b.ckpt", "a.ckpt", "._a.ckpt", ".c.ckpt", "a.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "d.ckpt").mkdir()
+    assert [file.name for file in visible(tmp_path, "*.ckpt")] == ["a.ckpt", "b.ckpt"]
+    assert visible(tmp_path / "none", "*") == []
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    def save(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"):
+        write_whole(tmp_path / "x.json", save)

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from genfound import checks, command_line, launch, paths
+from genfound.writing import visible
 
 FEW = 10
 
@@ -52,7 +53,7 @@ def _task(cfg: DictConfig) -> None:
 
 def _refuse_others(out: Path, names: list[str]) -> None:
     """Raise a ValueError if a folder holds images that are not about to be written anew."""
-    others = sorted({file.name for file in out.glob("*.png")} - {*names, paths.GRID})
+    others = sorted({file.name for file in visible(out, "*.png")} - {*names, paths.GRID})
     if others:
         raise ValueError(f"out={out} holds other images ({others[0]}); choose another out=..., or remove them")
 

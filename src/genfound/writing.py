@@ -33,6 +33,11 @@ def make_folder(folder: Path) -> None:
     return folder.mkdir(parents=True, exist_ok=True)
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Sorted files of a folder that match; not hidden ones, such as the `._` files that macOS leaves beside each."""
+    return sorted(file for file in folder.glob(pattern) if file.is_file() and not file.name.startswith("."))
+
+
 def write_whole(file: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a file elsewhere, and give it its name when it is on the disk.
 
@@ -40,8 +45,16 @@ def write_whole(file: Path, save: Callable[[Path], object]) -> None:
     one that writes, and finds nobody else writing, removes them with the folder.
 
     Raises:
-        OSError: the file cannot be written; nothing of it stays.
+        OSError: the file, which is named, cannot be written; nothing of it stays.
     """
+    try:
+        _write_whole(file, save)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # errors of writing name no file
+        raise
+
+
+def _write_whole(file: Path, save: Callable[[Path], object]) -> None:
     with _partial(file.parent) as folder:
         process = f"{os.uname().nodename}-{os.getpid()}-{os.environ.get('RANK', '0')}"
         temporary = folder / f"{process}-{file.name}"

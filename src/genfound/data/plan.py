@@ -1,7 +1,8 @@
 """The plan: which images make up each global optimizer step, on which rank.
 
 The plan is a pure function of (seed, data, budget), made on every rank from image sizes alone, before any
-image is read; a run that continues with another budget or global step reads what it had not read before. Ranks only choose which micro-batches they read, so their number changes nothing.
+image is read. Ranks only choose which micro-batches they read, so their number changes nothing. A run that
+continues with another budget or global step reads what it had not read before.
 Micro-batches are planned in windows; within one they are sorted by attention cost, so that the ranks of a
 step have equal work, and the steps of a window are then shuffled, so that cost does not drift over a window.
 """
@@ -151,6 +152,6 @@ class Plan:
 
 def _digest(tokens: np.ndarray, seed: int, kind: str) -> str:
     """Changes with whatever decides which positions make a micro-batch."""
-    digest = hashlib.blake2b(np.ascontiguousarray(tokens, dtype=np.int64), digest_size=8)
+    digest = hashlib.blake2b(tokens.astype(np.int64).tobytes(), digest_size=8)
     digest.update(repr((seed, kind)).encode())
     return digest.hexdigest()

@@ -55,7 +55,7 @@ class Terminal:
         else:
             self._bar.console.print(text)
 
-    def picture(self, name: str, file: Path, images_seen: int) -> None:
+    def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
         """Say where a picture is."""
         self.note(f"{name}: {file}")
 
