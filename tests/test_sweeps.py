@@ -28,7 +28,8 @@ def start(task: list[str], params: dict[str, Any] | None = None) -> list[str]:
     [
         (["model=nit_s", "seed=0"], None, []),
         (["data.root=a,b", "seed=0"], None, ["data.root"]),
-        (["trainer.precision=bf16,fp32", "seed=range(3)", "model=glob(nit*)"], None, ["model", "seed", "trainer.precision"]),
+        (["trainer.precision=bf16,fp32", "seed=range(3)", "model=glob(nit*)"], None,
+         ["model", "seed", "trainer.precision"]),
         (["data.root='a,b'", "ema.decays=[0.9,0.99]", "model.depth=1"], None, []),
         (["ema.decays=[0.9],[0.99]", "data.root='a b','a c'"], None, ["data.root", "ema.decays"]),
         (["seed=1"], {"optimizer.lr": "interval(0.1, 1)", "trainer.devices": "1,2", "model.depth": 3},
@@ -44,7 +45,7 @@ def job(overrides: list[str]) -> list[str]:
     OverridesParser.create().parse_overrides(overrides)
     with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
         composed: DictConfig = hydra.compose(
-            "train", [o for o in overrides if "mode" not in o], return_hydra_config=True
+            "train", [o for o in overrides if "hydra.mode" not in o], return_hydra_config=True
         )
     before = HydraConfig.instance().cfg
     composed.hydra.job.num = 0  # Hydra's own value is missing outside of a job

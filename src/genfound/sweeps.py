@@ -30,7 +30,7 @@ class Swept(Callback):
         given = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
         parsed = OverridesParser.create().parse_overrides(given)
         keys = sorted({f"'{one.get_key_element().lstrip('+~')}'" for one in parsed if one.is_sweep_override()})
-        with read_write(config):
+        with read_write(config.hydra):
             config.hydra.overrides.hydra.append(f"{KEY}=[{','.join(keys)}]")
 
 
