@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from genfound import paths
@@ -33,6 +35,34 @@ def test_the_configuration_folder_is_whole() -> None:
 )
 def test_run_names(overrides: list[str], name: str) -> None:
     assert paths.run_name(overrides) == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "swept", "name"),
+    [
+        (["data.root=a", "seed=0"], ["data.root"], "data.root-a__seed-0"),
+        (["trainer.precision=bf16", "trainer.devices=2"], ["trainer.precision"], "trainer.precision-bf16"),
+        (["trainer=laptop", "logger=jsonl", "study=a"], ["logger", "trainer", "study"], "logger-jsonl__trainer-laptop"),
+        (["model=nit_s", "trainer.devices=2"], ["trainer.devices", "model"], "model-nit_s__trainer.devices-2"),
+    ],
+)
+def test_what_a_sweep_varies_is_in_the_name(overrides: list[str], swept: list[str], name: str) -> None:
+    assert paths.run_name(overrides, swept) == name
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), min_size=2, max_size=4, unique=True))
+def test_values_that_a_sweep_varies_have_names_of_their_own(values: list[str]) -> None:
+    """Also those that read alike as file names, such as a/b and a_b, and very long ones."""
+    names = {paths.run_name([f"data.root={value}", "seed=1"], ["data.root"]) for value in values}
+    assert len(names) == len(values)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name) for name in names)
+
+
+def test_a_chosen_name_does_not_make_one_run_of_a_sweep(tmp_path: Path) -> None:
+    cfg = OmegaConf.create({"runs": str(tmp_path), "study": "s", "name": "mine"})
+    overrides = ["name=mine", "seed=1", "data.root=a"]
+    assert paths.run_dir(cfg, overrides, ["seed", "data.root"]) == tmp_path / "s/mine__data.root-a__seed-1"
+    assert paths.run_dir(cfg, overrides, ["name"]) == tmp_path / "s/mine"
 
 
 def test_long_names_are_hashed_and_stay_distinct() -> None:
@@ -102,16 +132,47 @@ def test_another_identity_is_refused_once_there_is_a_checkpoint(tmp_path: Path) 
 
 
 def test_another_identity_may_be_forced(tmp_path: Path) -> None:
+    """It is the run's when it has been found to fit, not before."""
     folder = trained(tmp_path / "run")
     paths.claim(folder, config(model__depth=3), True)
-    assert paths.read_config(folder) == config(model__depth=3)
+    assert paths.read_config(folder) == config()
+    assert paths.claimed(folder) == config(model__depth=3)
+    paths.adopt(folder)
+    assert paths.read_config(folder) == paths.claimed(folder) == config(model__depth=3)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml"]
 
 
 def test_what_is_not_identity_may_change(tmp_path: Path) -> None:
     folder = trained(tmp_path / "run")
     changed = config(trainer__max_steps=9, data__root="/new")
     paths.claim(folder, changed, False)
-    assert paths.read_config(folder) == changed
+    assert paths.claimed(folder) == changed
+    paths.claim(folder, config(), False)  # again as it was
+    assert paths.claimed(folder) == config() and not (folder / paths.NEXT).exists()
+
+
+@pytest.mark.parametrize("key", ["precision", "deterministic", "compile"])
+def test_what_changes_numbers_is_refused_though_it_is_not_in_the_name(tmp_path: Path, key: str) -> None:
+    folder = trained(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"trainer\.{key}: None in the run, new now.*allow_changes=true"):
+        paths.claim(folder, config(**{f"trainer__{key}": "new"}), False)
+    paths.claim(folder, config(**{f"trainer__{key}": "new"}), True)
+    assert paths.run_name([f"trainer.{key}=new"]) == "default"
+
+
+def test_precision_auto_is_compared_when_it_is_known_what_it_means(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    paths.claim(folder, config(trainer__precision="auto"), False)
+    (folder / "DONE").touch()
+    paths.check_same(folder, config(trainer__precision="fp32"), False)
+
+
+def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:
+    paths.claim(tmp_path, config(), False)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/._step-5.ckpt").touch()
+    paths.claim(tmp_path, config(seed=1), False)
+    assert paths.read_config(tmp_path) == config(seed=1)
 
 
 def test_a_folder_without_a_checkpoint_is_free(tmp_path: Path) -> None:
@@ -159,6 +220,7 @@ def test_done_and_failed_exclude_each_other(tmp_path: Path) -> None:
     paths.mark_done(tmp_path, {"images": 5, "loss": None})
     assert paths.finished(tmp_path) == {"images": 5, "loss": None}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["DONE"]
+    (tmp_path / paths.NEXT).touch()
     paths.mark_failed(tmp_path, "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["FAILED"]
 
@@ -183,3 +245,8 @@ def test_paths_of_a_run_lead_where_they_led(tmp_path: Path, monkeypatch: pytest.
     }  # fmt: skip
     monkeypatch.chdir(tmp_path / "home")
     assert paths.located(config, Path("runs/default/x")) == config
+
+
+def test_a_disk_without_room_for_the_reason_hides_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.open", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    assert paths.mark_failed(tmp_path, "Traceback ...")

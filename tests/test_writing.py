@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from genfound import writing
-from genfound.writing import PARTIAL, STALE, check_folder, make_folder, write_whole
+from genfound.writing import PARTIAL, STALE, check_folder, make_folder, visible, write_whole
 
 
 def none(*_: object) -> None:
@@ -120,3 +120,19 @@ def test_a_folder_that_cannot_be_is_named_with_its_key(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match=r"export=.*b: .* cannot be written; choose another export="):
         check_folder("export", tmp_path / "b")
+
+
+def test_hidden_files_and_folders_are_not_visible(tmp_path: Path) -> None:
+    for name in ("b.ckpt", "a.ckpt", "._a.ckpt", ".c.ckpt", "a.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "__MACOSX").mkdir()
+    assert [file.name for file in visible(tmp_path, "*.ckpt")] == ["a.ckpt", "b.ckpt"]
+    assert visible(tmp_path / "none", "*") == []
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    def save(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"):
+        write_whole(tmp_path / "x.json", save)

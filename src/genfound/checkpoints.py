@@ -11,15 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound.writing import write_whole
+from genfound.writing import visible, write_whole
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; the old file survives any failure."""
+    """Write a checkpoint; the old file survives any failure.
+
+    Raises:
+        OSError: it cannot be written.
+    """
 
     def dump(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # a full disk is an OSError only of a file object
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's archive, closing on a disk that has just filled
+                raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
     write_whole(path, dump)
 
@@ -58,9 +65,8 @@ def _is_zip(path: Path) -> bool:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the largest step recorded inside it, or None."""
-    files = [file for file in folder.glob("*.ckpt") if file.is_file()]
     try:
-        return max(files, key=lambda file: int(read(file)["global_step"]), default=None)
+        return max(visible(folder, "*.ckpt"), key=lambda file: int(read(file)["global_step"]), default=None)
     except FileNotFoundError:  # the run goes on, and has removed one meanwhile
         return newest(folder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from genfound import build, checkpoints, paths, processes
+from genfound import build, checkpoints, paths, processes, resuming
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
 from genfound.callbacks.metrics import Metrics
@@ -26,7 +26,7 @@ from genfound.data.loader import TrainLoader
 from genfound.loading import initialise
 from genfound.module import GenerativeModule
 from genfound.reporting.provenance import provenance
-from genfound.reporting.sinks import JsonLines, Sink
+from genfound.reporting.sinks import Courtesy, JsonLines, Sink, lines_of
 from genfound.reporting.terminal import Terminal
 from genfound.sampling import Request, Sampling
 
@@ -60,24 +60,26 @@ def fit(folder: Path, place: processes.Place = processes.ALONE) -> None:
     """
     rank, ranks, local_rank = place
     _quiet_lightning()
-    config = paths.read_config(folder)
+    config = paths.claimed(folder)
     build.device(config["trainer"]["accelerator"], local_rank)
     parts = build.parts(config, ranks)
     newest = checkpoints.newest(folder / "checkpoints")
-    start = {"global_step": 0, "images_seen": 0} if newest is None else checkpoints.read(newest)
+    start: dict[str, Any] = {"global_step": 0, "images_seen": 0} if newest is None else checkpoints.read(newest)
     budget = config["budget"]["images"] or config["optimizer"]["budget_images"]
     if rank == 0:
         print("\n".join([*parts.report(), f"continuing from {newest}" if newest else "starting from step 0"]))
     if start["images_seen"] >= budget or start["global_step"] >= (config["trainer"]["max_steps"] or np.inf):
         if rank == 0:
             print(f"{folder} has reached its end: {start['images_seen']:,} images in {start['global_step']:,} steps")
-            _mark_done(folder, start["images_seen"], start["global_step"])
+            _mark_done(folder, start["images_seen"], start["global_step"], start["run"]["fingerprint"])
         return
 
+    changes = resuming.changes(folder, parts, start, newest) if newest else {}
     module = _module(parts, budget, rank, new=newest is None)
-    sinks = _sinks(folder, config, budget, start) if rank == 0 else []
+    sinks = _sinks(folder, config, budget, start, changes) if rank == 0 else []
     loader = parts.loader(rank)
-    trainer = _trainer(folder, parts, _callbacks(folder, parts, loader, sinks))
+    callbacks = [*_callbacks(folder, parts, loader, sinks), resuming.Continuation(folder, changes, sinks)]
+    trainer = _trainer(folder, parts, callbacks)
     try:
         trainer.fit(module, loader, ckpt_path=newest, weights_only=True)
     finally:
@@ -86,7 +88,7 @@ def fit(folder: Path, place: processes.Place = processes.ALONE) -> None:
     if trainer.interrupted:
         raise KeyboardInterrupt
     if rank == 0:
-        _mark_done(folder, module.images_seen, trainer.global_step)
+        _mark_done(folder, module.images_seen, trainer.global_step, parts.images.fingerprint)
         print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps; everything is in {folder}")
 
 
@@ -140,7 +142,7 @@ def _callbacks(
     sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch, settings["precision"])
     sampling.check(parts.net)
     requests = preview_requests(names, sizes)
-    facts = {"class_names": names, "sizes": sizes, "fingerprint": parts.images.fingerprint}
+    facts = {"class_names": names, "sizes": sizes, **resuming.facts(parts)}
     validation: list[lightning.Callback] = []
     if len(parts.held_out.labels):
         validation = [Validation.of(parts, ema, metrics)]
@@ -179,25 +181,32 @@ def _trainer(folder: Path, parts: build.Parts, callbacks: list[lightning.Callbac
     )
 
 
-def _sinks(folder: Path, config: Mapping[str, Any], budget: int, start: Mapping[str, Any]) -> list[Sink]:
-    sinks: list[Sink] = [
-        Terminal(budget, start["images_seen"]),
-        JsonLines(folder / "metrics.jsonl", start["global_step"]),
-    ]
+def _sinks(
+    folder: Path, config: Mapping[str, Any], budget: int, start: Mapping[str, Any], changes: resuming.Changes
+) -> list[Sink]:
+    terminal, file = Terminal(budget, start["images_seen"]), folder / "metrics.jsonl"
+    ahead = any(line["step"] > start["global_step"] for line in lines_of(file))
+    sinks: list[Sink] = [terminal, JsonLines(file, start["global_step"])]
     if config["logger"]["name"] == "wandb":
-        from genfound.reporting.dashboard import Dashboard
-
-        sinks.append(Dashboard(folder, {**config, "provenance": provenance()}, config["logger"]["project"]))
+        make = functools.partial(_dashboard, folder, config, anew=ahead and bool(changes))
+        sinks.append(Courtesy(terminal, "Weights & Biases", make, start["global_step"]))
     return sinks
 
 
-def _mark_done(folder: Path, images: int, steps: int) -> None:
-    paths.mark_done(folder, {"images": images, "steps": steps, "loss": _last_loss(folder)})
+def _dashboard(folder: Path, config: Mapping[str, Any], anew: bool) -> Sink:
+    from genfound.reporting.dashboard import Dashboard
+
+    return Dashboard(folder, {**config, "provenance": provenance()}, config["logger"]["project"], anew)
+
+
+def _mark_done(folder: Path, images: int, steps: int, fingerprint: str) -> None:
+    result = {"images": images, "steps": steps, "loss": _last_loss(folder), "fingerprint": fingerprint}
+    paths.mark_done(folder, result)
 
 
 def _last_loss(folder: Path) -> float | None:
-    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    """The last loss of metrics.jsonl, where there is one."""
+    losses = [line["train/loss"] for line in lines_of(folder / "metrics.jsonl") if "train/loss" in line]
     return round(losses[-1], 5) if losses and losses[-1] is not None else None
 
 

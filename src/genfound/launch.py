@@ -23,6 +23,7 @@ from genfound import paths, processes
 from genfound.checks import number, whole
 from genfound.command_line import frugal
 from genfound.errors import USER_ERRORS, JobError
+from genfound.sweeps import swept_keys
 from genfound.work import ending_as_exit, held
 
 AT_LEAST = {
@@ -54,7 +55,7 @@ def train(cfg: DictConfig) -> None:
         JobError: the job ran in processes of its own and failed.
     """
     hydra_cfg = HydraConfig.get()
-    folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
+    folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task), swept_keys())
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
     config = paths.plain(cfg)
     check(config)
@@ -62,6 +63,7 @@ def train(cfg: DictConfig) -> None:
         result = paths.finished(folder)
         if result and _reached(cfg, result):
             paths.check_same(folder, config, cfg.allow_changes)
+            _check_images(folder, config, result)
             print(f"[done before] {folder}  {_summary(result)}", flush=True)
             return
         paths.check_same(folder, config, cfg.allow_changes)
@@ -170,8 +172,25 @@ def _reached(cfg: DictConfig, result: dict[str, Any]) -> bool:
     return bool(result["images"] >= budget or result["steps"] >= (cfg.trainer.max_steps or float("inf")))
 
 
-def _summary(result: dict[str, Any]) -> str:
-    return "  ".join(f"{key} {value}" for key, value in result.items())
+def _check_images(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Compare the images of a finished run with those of a configuration that looks for them elsewhere.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if any(key.startswith("data.") for key in paths.changed(folder, config)):
+        from genfound import build
+
+        spec = build.training_tokenizer(config).spec
+        if build.source(config, spec, "train").fingerprint != result.get("fingerprint"):
+            raise ValueError(
+                f"{folder} is finished, and was trained on other images than those of "
+                f"data.root={config['data'].get('root')}; choose another name=..."
+            )
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    return "  ".join(f"{key} {value}" for key, value in result.items() if key != "fingerprint")
 
 
 def _worker(folder: Path) -> None:

@@ -137,8 +137,15 @@ class GenerativeModule(lightning.LightningModule):
         checkpoint["images_seen"] = self.images_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the number of images seen back."""
+        """Put the number of images seen back; the optimizer's settings are those of the configuration."""
         self.images_seen = checkpoint["images_seen"]
+        groups = zip(checkpoint["optimizer_states"][0]["param_groups"], self._settings_of_groups(), strict=True)
+        for saved, own in groups:
+            saved.update(own)
+
+    def _settings_of_groups(self) -> list[dict[str, Any]]:
+        names = ("betas", "eps", "weight_decay")
+        return [{name: group[name] for name in names} for group in self.configure_optimizers().param_groups]
 
 
 def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> float:

@@ -2,6 +2,7 @@
 
 A run directory `runs/<study>/<name>/` holds config.yaml, metrics.jsonl, checkpoints/, samples/, wandb/, and
 DONE or FAILED. Its name is made of the overrides that identify the run, so the same command finds it again.
+A run that is continued under another configuration has that one in config.next.yaml until everything fits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,21 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from genfound.writing import write_whole
+from genfound.writing import visible, write_whole
 
 NOT_IDENTITY = (
     "runs", "study", "name", "allow_changes", "trainer", "logger", "launcher",
     "data.root", "data.index", "data.num_workers", "tokenizer.weights",
 )  # fmt: skip
-"""Keys that may change between two calls of the same run."""
+"""Keys that are no part of the name of a run, unless a sweep varies them."""
+
+RECORDED = ("trainer.precision", "trainer.deterministic", "trainer.compile")
+"""Those among them that change numbers: another value does not continue a run silently."""
+
+PLACE = ("runs", "study", "name")
+"""Keys that are the path of a run."""
+
+NEXT = "config.next.yaml"
 
 GROUPS = ("model", "data", "tokenizer", "layout", "objective", "sampler", "guidance", "optimizer", "trainer")
 """What the configuration of any run has."""
@@ -53,39 +62,79 @@ def is_identity(key: str) -> bool:
     return not any(key == free or key.startswith(free + ".") for free in NOT_IDENTITY)
 
 
-def run_name(overrides: Sequence[str]) -> str:
-    """A file name from command-line overrides: `key-value` joined by `__`, hashed beyond 100 characters."""
-    pairs = (override.lstrip("+~").partition("=") for override in overrides)
-    parts = sorted(f"{key}-{value}" for key, _, value in pairs if is_identity(key))
-    name = "__".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("_") for part in parts) or "default"
+def changes_numbers(key: str) -> bool:
+    """Whether a run with another value of a config key is another run."""
+    return is_identity(key) or key in RECORDED
+
+
+def run_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
+    """A file name from command-line overrides: `key-value` joined by `__`, hashed beyond 100 characters.
+
+    Args:
+        overrides: `key=value`; of the keys that do not identify a run only swept ones are used.
+        swept: keys that a sweep varies; values of them that read alike as file names get a hash.
+    """
+    split = (override.lstrip("+~").partition("=") for override in overrides)
+    pairs = [(key, value) for key, _, value in split if is_identity(key) or key in {*swept} - {*PLACE}]
+    named = sorted(pairs, key="-".join)
+    name = "__".join(_part(key, value, key in swept) for key, value in named) or "default"
     if len(name) > LONGEST_NAME:
-        digest = hashlib.blake2b("__".join(parts).encode(), digest_size=6).hexdigest()
-        name = f"{name[: LONGEST_NAME - 13]}-{digest}"
+        name = f"{name[: LONGEST_NAME - 13]}-{_hash('__'.join(f'{key}-{value}' for key, value in named), 6)}"
     return name
 
 
-def run_dir(cfg: DictConfig, overrides: Sequence[str]) -> Path:
-    """`runs/<study>/<name>`.
+def _part(key: str, value: str, exact: bool) -> str:
+    written = f"{key}-{value}"
+    part = re.sub(r"[^A-Za-z0-9._-]+", "_", written).strip("_")
+    return f"{part}-{_hash(written, 3)}" if exact and part != written else part
+
+
+def _hash(text: str, size: int) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+def run_dir(cfg: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> Path:
+    """`runs/<study>/<name>`; a chosen name is followed by what a sweep varies.
 
     Raises:
         ValueError: study or name is not a plain file name.
     """
-    name = cfg.name or run_name(overrides)
+    name = str(cfg.name or run_name(overrides, swept))
+    varied = [override for override in overrides if override.lstrip("+~").partition("=")[0] in {*swept} - {*PLACE}]
+    if cfg.name and varied:
+        name += f"__{run_name(varied, swept)}"
     for key, value in (("study", cfg.study), ("name", name)):
         if not re.fullmatch(r"[A-Za-z0-9._-]+", str(value)) or set(str(value)) == {"."}:
             raise ValueError(f"{key}={value} must consist of letters, digits, dots, underscores and dashes")
-    return Path(cfg.runs) / str(cfg.study) / str(name)
+    return Path(cfg.runs) / str(cfg.study) / name
 
 
 def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
-    """Write config.yaml into a run directory.
+    """Write the configuration into a run directory; where a run has been trained, for `adopt` to take over.
 
     Raises:
         ValueError: see `check_same`.
     """
     check_same(folder, config, allow_changes)
+    (folder / NEXT).unlink(missing_ok=True)
+    file = folder / (NEXT if changed(folder, config) else "config.yaml")
     text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
-    write_whole(folder / "config.yaml", lambda temporary: temporary.write_text(text))
+    write_whole(file, lambda temporary: temporary.write_text(text))
+
+
+def claimed(folder: Path) -> dict[str, Any]:
+    """The configuration that a run directory was claimed with.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_config`.
+    """
+    return read_config(folder, NEXT if (folder / NEXT).is_file() else "config.yaml")
+
+
+def adopt(folder: Path) -> None:
+    """The run goes on as it was claimed."""
+    if (folder / NEXT).is_file():
+        (folder / NEXT).replace(folder / "config.yaml")
 
 
 def check_same(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
@@ -94,25 +143,35 @@ def check_same(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> 
     Raises:
         ValueError: a run with another configuration has been trained there; the message lists the keys.
     """
-    if (folder / "config.yaml").exists() and any((folder / "checkpoints").glob("*.ckpt")) and not allow_changes:
-        before, now = flatten(read_config(folder)), flatten(config)
-        changed = [k for k in sorted(before.keys() | now.keys()) if is_identity(k) and before.get(k) != now.get(k)]
-        if changed:
-            listed = "; ".join(f"{k}: {before.get(k)} in the run, {now.get(k)} now" for k in changed[:5])
-            raise ValueError(
-                f"{folder} was trained with another configuration ({listed}); "
-                "choose another name=..., or allow_changes=true to continue it changed"
-            )
+    others = {key: values for key, values in changed(folder, config).items() if changes_numbers(key)}
+    if "auto" in others.get("trainer.precision", ()):  # compared when it is known what it means here
+        del others["trainer.precision"]
+    if others and not allow_changes:
+        listed = "; ".join(f"{k}: {before} in the run, {now} now" for k, (before, now) in list(others.items())[:5])
+        raise ValueError(
+            f"{folder} was trained with another configuration ({listed}); "
+            "choose another name=..., or allow_changes=true to continue it changed"
+        )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def changed(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> its values in the run that has been trained in a directory, if there is one, and in a configuration."""
+    trained = (folder / "DONE").exists() or visible(folder / "checkpoints", "*.ckpt")
+    if not trained or not (folder / "config.yaml").exists():
+        return {}
+    before, now = flatten(read_config(folder)), flatten(config)
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+
+
+def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
     """The resolved configuration of a run.
 
     Raises:
         FileNotFoundError: the folder is not a run directory.
         ValueError: its config.yaml is damaged, or of something else.
     """
-    file = folder / "config.yaml"
+    file = folder / name
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
     try:
@@ -194,11 +253,14 @@ def mark_done(folder: Path, result: Mapping[str, Any]) -> None:
 def mark_failed(folder: Path, traceback: str) -> bool:
     """Record why a run stopped, unless another of its processes has; whether this one did."""
     (folder / "DONE").unlink(missing_ok=True)
+    (folder / NEXT).unlink(missing_ok=True)
     try:
         with open(folder / "FAILED", "x") as out:
             out.write(traceback)
     except FileExistsError:
         return False
+    except OSError:  # a full disk, which may be why the run stopped
+        return True
     return True
 
 

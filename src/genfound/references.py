@@ -16,7 +16,6 @@ import torch
 
 from genfound import build
 from genfound.data.manifest import MANIFEST, read_manifest
-from genfound.data.names import visible
 from genfound.extraction import ExtractTask, Where, data_images, open_extractor, perform
 from genfound.metrics.extractor import WEIGHTS, Extractor
 from genfound.metrics.features import Features
@@ -36,7 +35,7 @@ from genfound.metrics.reference import (
 from genfound.reporting.progress import Counter
 from genfound.tokenizers import Spec
 from genfound.work import held, wait_until
-from genfound.writing import write_whole
+from genfound.writing import visible, write_whole
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]

@@ -8,7 +8,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from genfound import checks, command_line, launch, paths
-from genfound.data.names import numbered, visible
+from genfound.data.names import numbered
+from genfound.writing import visible
 
 FEW = 10
 

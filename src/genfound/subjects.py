@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from genfound import build, checkpoints
-from genfound.data.names import visible
 from genfound.extraction import decoder_of
 from genfound.metrics import protocol
 from genfound.metrics.images import image_files, note_of
 from genfound.metrics.protocol import Drawing
 from genfound.samplers import adapts
 from genfound.tokenizers import Tokenizer
+from genfound.writing import visible
 
 Config = Mapping[str, Any]
 

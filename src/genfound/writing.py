@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -43,6 +44,26 @@ def check_folder(key: str, folder: Path) -> None:
         raise ValueError(f"{key}={folder}: {nearest} cannot be written; choose another {key}=...")
 
 
+LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information",
+          "lost+found", "icon\r")  # fmt: skip
+"""What systems and archivers leave in folders, in lower case."""
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of the user's: `.name`, as `._name` of macOS, or litter."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """Sorted files and folders directly in a folder that match a pattern and are not hidden; none if it is absent.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if fnmatchcase(path.name, pattern) and not hidden(path.name))
+
+
 def write_whole(file: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a file elsewhere, and give it its name when it is on the disk.
 
@@ -50,8 +71,16 @@ def write_whole(file: Path, save: Callable[[Path], object]) -> None:
     one that writes, and finds nobody else writing, removes them with the folder.
 
     Raises:
-        OSError: the file cannot be written; nothing of it stays.
+        OSError: the file, which is named, cannot be written; nothing of it stays.
     """
+    try:
+        _write_whole(file, save)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # errors of writing name no file
+        raise
+
+
+def _write_whole(file: Path, save: Callable[[Path], object]) -> None:
     with _partial(file.parent) as folder:
         temporary = folder / f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}-{file.name}"
         try:

@@ -4,7 +4,8 @@ import os
 import pickle
 from pathlib import Path
 
-from genfound.data.names import Names, shown, visible
+from genfound.data.names import Names, shown
+from genfound.writing import visible
 
 ODD = ["n01/a.png", "n01/ü 日.png", "n01/line\nbreak.png", os.fsdecode(b"n01/caf\xe9.png"), "n01/tab\t.png"]
 

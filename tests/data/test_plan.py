@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from genfound import build
 from genfound.data.loader import TrainLoader
@@ -117,9 +119,83 @@ def test_states_are_small_and_plain() -> None:
     list(islice(plan.steps(), 100))
     state = plan.state(99)
     assert state["step"] == 99
-    assert state["window"]["step"] <= 99 < state["window"]["step"] + 8
-    assert len(state["window"]["grouper"]["waiting"]) <= 256
+    assert len(state["left"]) == 5 * 8  # three of the eight steps of a window have been read
+    assert len(state["grouper"]["waiting"]) <= 256
     assert len(plan._windows) <= 2  # older records are dropped
+
+
+def thirty_images(per_step: int, budget: int, images: int) -> Plan:
+    """Packs of a budget of tokens, or for 0 chunks of so many images, of the same images in the same order."""
+    tokens = np.random.default_rng(1).integers(4, 60, 30)
+    order = Order(30, 3)
+    packer = Packer(lambda k: int(tokens[order[k]]), budget, 20, lookahead=20)
+    packer.window = 6  # type: ignore[misc]
+    return Plan(order, tokens, packer if budget else Chunker(images), per_step, "image", 3)
+
+
+def parts_of_a_run() -> Any:
+    """Micro-batches of a step, their budget or images, steps until the run is killed, steps read ahead of it."""
+    micro = st.tuples(st.integers(1, 9), st.sampled_from([0, 128, 128, 200]), st.integers(1, 5))
+    return st.lists(st.tuples(micro, st.integers(0, 12), st.integers(0, 3)), min_size=2, max_size=5)
+
+
+@given(parts_of_a_run())
+def test_a_run_that_continues_with_another_global_step_repeats_and_loses_no_image(parts: list[Any]) -> None:
+    state, read = None, list[Micro]()
+    for micro, steps, ahead in parts:
+        plan = thirty_images(*micro)
+        if state is not None:
+            plan.restore(state)
+        begin = len({m.step for m in read})
+        read += [m for step in first(plan, steps + ahead)[:steps] for m in step]
+        state = plan.state(begin + steps)
+    plan.restore(state)
+    end = max((k for m in read for k in m.positions), default=0) // 30 + 2
+    read += [m for step in first(plan, 40 * end) for m in step]
+    positions = [k for m in read for k in m.positions]
+    assert len(positions) == len(set(positions)) and set(range(30 * end)) <= set(positions)
+    indices = {k: i for m in read for k, i in zip(m.positions, m.indices, strict=True)}
+    for number in range(end):
+        assert sorted(indices[k] for k in range(number * 30, number * 30 + 30)) == list(range(30))
+    assert [m.number for m in read] == list(range(len(read)))
+    assert [m.step for m in read] == sorted(m.step for m in read)
+    seen = np.cumsum([len(m.positions) for m in read])
+    ends = [i for i, m in enumerate(read) if i + 1 == len(read) or read[i + 1].step != m.step]
+    assert [read[i].images_seen for i in ends] == seen[ends].tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_share_what_is_left_of_a_window(ranks: int) -> None:
+    """Of 64 packs in steps of four, 44 are left after five steps: they are the next 22 steps of two."""
+    before = packed_plan(per_step=4)
+    list(islice(before.steps(), 5))
+    shares = []
+    for rank in range(ranks):
+        plan = packed_plan(per_step=2)
+        plan.restore(before.state(5))
+        shares.append(list(islice(TrainLoader(None, plan, rank, ranks, 0, False).share(), 44 // ranks)))  # type: ignore
+    numbers = sorted(m.number for share in shares for m in share)
+    assert numbers == list(range(20, 64))
+    left = {k for step in first(packed_plan(per_step=4), 16)[5:] for m in step for k in m.positions}
+    taken = {k for share in shares for m in share for k in m.positions}
+    assert taken == left
+
+
+def test_other_images_are_grouped_anew() -> None:
+    """A larger image may have come to a place of a pack that was made and not read."""
+    before = packed_plan(images=700)
+    list(islice(before.steps(), 3))
+    plan = packed_plan(images=701, per_step=8)
+    plan.restore(before.state(3))
+    steps = first(plan, 30)
+    assert all(m.tokens <= BUDGET for step in steps for m in step)
+    old = {k for step in first(packed_plan(images=700), 3) for m in step for k in m.positions}
+    assert not old & {k for step in steps for m in step for k in m.positions}
+
+
+def test_a_state_of_an_earlier_version_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"as earlier versions of genfound did.*init_from="):
+        packed_plan().restore({"window": {"step": 0, "images_seen": 0, "grouper": {}}, "step": 3})
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

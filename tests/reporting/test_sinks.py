@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from genfound.reporting.sinks import JsonLines
+from genfound.reporting.sinks import Courtesy, JsonLines
 
 
 def lines(file: Path) -> list[dict[str, float | None]]:
@@ -68,3 +68,47 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     sink.close()
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 3, "a": None, "b": None, "c": None, "d": 0.0}]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+class Broken:
+    """A sink that fails when it is used."""
+
+    def __init__(self) -> None:
+        self.used = 0
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.used += 1
+        raise ConnectionError("no way to the server\nlong story")
+
+
+class Notes:
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_courtesy_that_fails_is_dropped_with_a_note() -> None:
+    terminal, broken = Notes(), Broken()
+    sink = Courtesy(terminal, "Weights & Biases", lambda: broken)  # type: ignore[arg-type, return-value]
+    for step in (1, 2):
+        sink.log({"a": 1.0}, step)
+    sink.picture("samples", Path("x.png"), 8, 2)
+    sink.close()
+    assert broken.used == 1
+    assert terminal.notes == [
+        "Weights & Biases has stopped (no way to the server); training goes on, with its curves in metrics.jsonl"
+    ]
+
+
+def test_a_courtesy_that_cannot_begin_is_a_note() -> None:
+    terminal = Notes()
+    sink = Courtesy(terminal, "Weights & Biases", lambda: __import__("no_such_module"))  # type: ignore[arg-type]
+    sink.log({"a": 1.0}, 1)
+    sink.close()
+    assert terminal.notes[0].startswith(
+        "Weights & Biases has stopped (No module named 'no_such_module'); training goes"
+    )

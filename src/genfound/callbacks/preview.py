@@ -63,4 +63,4 @@ class Preview(Periodic):
             module.train()
         save_grid(file, images, self.requests, self.class_names)
         for sink in self.metrics.sinks:
-            sink.picture("samples", file, module.images_seen)
+            sink.picture("samples", file, module.images_seen, trainer.global_step)

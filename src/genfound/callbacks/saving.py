@@ -11,6 +11,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from genfound import checkpoints
 from genfound.data.loader import TrainLoader
+from genfound.writing import visible
 
 
 class Saving(lightning.Callback):
@@ -54,7 +55,7 @@ class Saving(lightning.Callback):
         self._saved = step
         trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+            for old in visible(self.folder, "step-*.ckpt")[: -self.keep]:
                 old.unlink()
 
     def on_save_checkpoint(
@@ -70,10 +71,8 @@ class Saving(lightning.Callback):
         """Continue the data where they were.
 
         Raises:
-            ValueError: these are not the images of the run.
+            ValueError: the checkpoint is of an earlier version.
         """
-        if checkpoint["run"]["fingerprint"] != self.facts["fingerprint"]:
-            raise ValueError("data: these are not the images that this run was trained on; choose another name=...")
         self.loader.restore(checkpoint["data"])
         # Lightning accumulates by its count of micro-batches, which differs with the number of ranks.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]

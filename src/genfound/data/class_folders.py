@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from genfound.data.names import numbered, visible
+from genfound.data.names import numbered
+from genfound.writing import visible
 
 ENDING = r"(set|[-_ ]?(data|images|imgs))?[-_ ]?\d*"
 TRAIN = re.compile(rf"train(ing)?{ENDING}", re.IGNORECASE)

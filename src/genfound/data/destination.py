@@ -17,11 +17,10 @@ import numpy as np
 
 from genfound.data import store
 from genfound.data.manifest import FORMAT, MANIFEST, fixed, read_manifest, store_digest, write_manifest
-from genfound.data.names import visible
 from genfound.data.shards import read_header
 from genfound.data.to_encode import Shard
 from genfound.paths import flatten
-from genfound.writing import alone
+from genfound.writing import alone, visible
 
 SHARD = re.compile(r"(train|val)-\d{5,}\.safetensors")
 PICTURE = re.compile(r"(train|val)-\d{5,}\.png")

@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 
 from genfound.data.class_folders import remarks
-from genfound.data.names import Names, hidden, shown
+from genfound.data.names import Names, shown
 from genfound.data.views import Views
-from genfound.writing import alone, write_whole
+from genfound.writing import alone, hidden, write_whole
 
 MANY = 20_000
 """So many new files are announced, because looking into them takes a while."""

@@ -25,9 +25,10 @@ from genfound import checks
 from genfound.data import files
 from genfound.data.class_folders import class_folders
 from genfound.data.files import Look, Viewed
-from genfound.data.names import shown, visible
+from genfound.data.names import shown
 from genfound.data.opening import WIDE, as_stored, format_notes, opened
 from genfound.data.views import Views
+from genfound.writing import visible
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 TRIES = 10

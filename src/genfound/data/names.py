@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
-from pathlib import Path
 
 import numpy as np
 
@@ -35,27 +33,7 @@ def shown(name: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
-LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information",
-          "lost+found", "icon\r")  # fmt: skip
-"""What systems and archivers leave in folders, in lower case."""
-
-
-def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is none of the user's: `.name`, as `._name` of macOS, or litter."""
-    return name.startswith(".") or name.lower() in LITTER
-
-
 def numbered(class_names: Sequence[str]) -> bool:
     """Whether all classes are named by whole numbers, and these are not 0, 1, 2, ... in this order."""
     whole = all(re.fullmatch(r"-?[0-9]+", name) for name in class_names)
     return whole and [int(name) for name in class_names] != list(range(len(class_names)))
-
-
-def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """Sorted files and folders directly in a folder that match a pattern and are not hidden; none if it is absent.
-
-    Raises:
-        OSError: the folder cannot be listed.
-    """
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in paths if fnmatchcase(path.name, pattern) and not hidden(path.name))

@@ -22,9 +22,15 @@ RESERVE = 64
 
 
 class Grouper(Protocol):
-    """Produces micro-batches of positions, one after another."""
+    """Produces micro-batches of positions, one after another.
+
+    Attributes:
+        window: how many micro-batches are matched by cost.
+        kind: changes with whatever decides, besides the tokens of each position, what a micro-batch holds.
+    """
 
     window: int
+    kind: str
 
     def take(self) -> list[int]:
         """Positions of the next micro-batch."""
@@ -68,6 +74,7 @@ class Packer:
         self.max_images = max_images
         self.lookahead = lookahead
         self.reserve = max_tokens // RESERVE
+        self.kind = repr(("packs", max_tokens, max_images, lookahead))
         self._clear()
 
     def _clear(self) -> None:
@@ -167,17 +174,23 @@ class Chunker:
 
     def __init__(self, images: int) -> None:
         self.images = images
+        self.kind = repr(("chunks", images))
         self._next = 0
+        self._waiting: list[int] = []
 
     def take(self) -> list[int]:
         """Positions of the next micro-batch."""
-        first, self._next = self._next, self._next + self.images
-        return list(range(first, self._next))
+        missing = max(self.images - len(self._waiting), 0)
+        positions = [*self._waiting, *range(self._next, self._next + missing)]
+        self._next += missing
+        self._waiting = positions[self.images :]
+        return positions[: self.images]
 
     def state(self) -> dict[str, Any]:
-        """The next position."""
-        return {"next": self._next}
+        """The next position, and those before it that a resumed run has still to take."""
+        return {"next": self._next, "waiting": list(self._waiting)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a recorded state."""
         self._next = state["next"]
+        self._waiting = list(state["waiting"])

@@ -1,13 +1,15 @@
 """The plan: which images make up each global optimizer step, on which rank.
 
 The plan is a pure function of (seed, data, budget), made on every rank from image sizes alone, before any
-image is read. Ranks only choose which micro-batches they read, so their number changes nothing.
+image is read. Ranks only choose which micro-batches they read, so their number changes nothing. A run that
+continues with another budget or global step reads what it had not read before.
 Micro-batches are planned in windows; within one they are sorted by attention cost, so that the ranks of a
 step have equal work, and the steps of a window are then shuffled, so that cost does not drift over a window.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,42 +87,46 @@ class Plan:
         self.per_step = per_step
         self.weight = weight
         self._rng = Rng(seed, "plan")
-        self._start: dict[str, Any] = {"step": 0, "images_seen": 0, "grouper": grouper.state()}
-        self._skip = 0
+        self._grouping = _digest(tokens, seed, grouper.kind)
+        self._start: dict[str, Any] = {"step": 0, "images_seen": 0, "micro": 0, "left": [], "grouper": grouper.state()}
         self._windows: list[dict[str, Any]] = []
 
     def steps(self) -> Iterator[list[Micro]]:
         """Global steps, each as its micro-batches in the order of ranks, without end."""
-        self.grouper.restore(self._start["grouper"])
-        step, seen, skip = self._start["step"], self._start["images_seen"], self._skip
+        start = self._start
+        self.grouper.restore(start["grouper"])
+        step, seen, micro, left = start["step"], start["images_seen"], start["micro"], start["left"]
+        same = start.get("per_step") == self.per_step
+        steps = self._split(left) if same else self._window(step, left)
         while True:
-            self._windows.append({"step": step, "images_seen": seen, "grouper": self.grouper.state()})
-            for groups in self._window(step):
+            window = {"step": step, "images_seen": seen, "micro": micro, "steps": steps}
+            self._windows.append({**window, "grouper": self.grouper.state()})
+            for groups in steps:
                 seen += sum(map(len, groups))
-                if skip:
-                    skip -= 1
-                else:
-                    yield self._micros(step, seen, groups)
-                step += 1
+                yield self._micros(step, micro, seen, groups)
+                step, micro = step + 1, micro + self.per_step
+            steps = self._window(step, [])
 
-    def _window(self, step: int) -> list[list[list[int]]]:
-        """The groups of the next steps, matched by cost within a step."""
-        steps = -(-self.grouper.window // self.per_step)
-        groups = [self.grouper.take() for _ in range(steps * self.per_step)]
+    def _window(self, step: int, left: list[list[int]]) -> list[list[list[int]]]:
+        """The groups of the next steps, first those that are left of a window, matched by cost within a step."""
+        steps = -(-max(self.grouper.window, len(left)) // self.per_step)
+        groups = [*left, *(self.grouper.take() for _ in range(steps * self.per_step - len(left)))]
         if steps == 1:
             return [groups]
         groups.sort(key=self._cost)
-        matched = [groups[i : i + self.per_step] for i in range(0, len(groups), self.per_step)]
+        matched = self._split(groups)
         return [matched[i] for i in self._rng.at(step).permutation("window", steps).tolist()]
+
+    def _split(self, groups: list[list[int]]) -> list[list[list[int]]]:
+        return [groups[i : i + self.per_step] for i in range(0, len(groups), self.per_step)]
 
     def _cost(self, group: list[int]) -> int:
         """Pairs of tokens that attend to each other; the rest of a pack's cost is constant."""
         return int((self.tokens[[self.order[k] for k in group]] ** 2).sum())
 
-    def _micros(self, step: int, seen: int, groups: list[list[int]]) -> list[Micro]:
+    def _micros(self, step: int, first: int, seen: int, groups: list[list[int]]) -> list[Micro]:
         indices = [tuple(self.order[k] for k in group) for group in groups]
         weight = sum(float(image_weight(self.tokens[list(i)], self.weight).sum()) for i in indices)
-        first = step * self.per_step
         return [
             Micro(first + j, tuple(group), own, int(self.tokens[list(own)].sum()), step, weight, seen)
             for j, (group, own) in enumerate(zip(groups, indices, strict=True))
@@ -128,12 +134,45 @@ class Plan:
 
     def state(self, step: int) -> dict[str, Any]:
         """What `restore` needs to continue with this step; older records are dropped."""
-        older = [w for w in self._windows if w["step"] <= step] or [self._start]
-        self._windows = [w for w in self._windows if w["step"] >= older[-1]["step"]]
-        return {"window": older[-1], "step": step}
+        older = [w for w in self._windows if w["step"] <= step]
+        if not older:
+            return {"per_step": self.per_step, **self._start, "grouping": self._grouping}
+        window = older[-1]
+        self._windows = [w for w in self._windows if w["step"] >= window["step"]]
+        read = window["steps"][: step - window["step"]]
+        return {
+            "step": step,
+            "images_seen": window["images_seen"] + sum(len(group) for groups in read for group in groups),
+            "micro": window["micro"] + len(read) * self.per_step,
+            "left": [group for groups in window["steps"][len(read) :] for group in groups],
+            "grouper": window["grouper"],
+            "per_step": self.per_step,
+            "grouping": self._grouping,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Let `steps` begin with the recorded step."""
-        self._start = dict(state["window"])
-        self._skip = state["step"] - self._start["step"]
+        """Let `steps` begin with the recorded step, after exactly the positions that were read until then.
+
+        Another number of micro-batches a step regroups those that are left of the window. Where micro-batches are
+        made otherwise (another budget of tokens, other images), their positions wait to be grouped anew.
+
+        Raises:
+            ValueError: the state is of an earlier version of genfound.
+        """
+        if "left" not in state:
+            raise ValueError(
+                "the checkpoint records its place in the data as earlier versions of genfound did, which this one "
+                "cannot continue; start a new run with init_from=..."
+            )
+        self._start = dict(state)
         self._windows = []
+        if state["grouping"] != self._grouping:
+            waiting = sorted([*state["grouper"]["waiting"], *(k for group in state["left"] for k in group)])
+            self._start |= {"left": [], "grouper": {**state["grouper"], "waiting": waiting}}
+
+
+def _digest(tokens: np.ndarray, seed: int, kind: str) -> str:
+    """Changes with whatever decides which positions make a micro-batch."""
+    digest = hashlib.blake2b(tokens.astype(np.int64).tobytes(), digest_size=8)
+    digest.update(repr((seed, kind)).encode())
+    return digest.hexdigest()

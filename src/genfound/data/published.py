@@ -19,12 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from genfound.data.class_folders import remarks
-from genfound.data.names import visible
 from genfound.data.shards import Reader, Span, as_tensor, read_header, read_tensors
 from genfound.data.views import Entries, Views
 from genfound.tokenizers import Spec
 from genfound.tokenizers.dc_ae import DcAe
-from genfound.writing import write_whole
+from genfound.writing import visible, write_whole
 
 NIT_SCALE = float(DcAe.kind.official["scaling_factor"])
 """NiT stores encode(x) times this (projects/preprocess/image_nr_latent_c2i.py)."""

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genfound.data.names import visible
 from genfound.metrics.images import LABELS, NOTE, ImageSet
 from genfound.metrics.npz import Stack, write_npz
-from genfound.writing import check_folder
+from genfound.writing import check_folder, visible
 
 
 def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:

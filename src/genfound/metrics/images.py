@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 
 from genfound.data.base import PictureSource
-from genfound.data.names import hidden
 from genfound.data.opening import opened
 from genfound.data.views import resize
 from genfound.metrics.npz import headers, read_member
 from genfound.paths import GRID
 from genfound.reporting.progress import Progress, silent
+from genfound.writing import hidden
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif",

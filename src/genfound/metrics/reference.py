@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfound.data.names import visible
 from genfound.metrics.extractor import Extractor
 from genfound.metrics.features import Features
 from genfound.metrics.frechet import Gaussian
 from genfound.metrics.images import ImageSet, NpzImages
 from genfound.metrics.npz import Stack, file_hash, headers, read_member, write_npz
+from genfound.writing import visible
 
 SMALLEST = 32
 """Smaller numbers in the names of files are no sides of images."""

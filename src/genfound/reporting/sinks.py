@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from genfound.writing import write_whole
 
 
 class Sink(Protocol):
@@ -18,7 +21,7 @@ class Sink(Protocol):
     def note(self, text: str, step: int) -> None:
         """A sentence about the run, after this step."""
 
-    def picture(self, name: str, file: Path, images_seen: int) -> None:
+    def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
         """A picture that has been written to a file."""
 
     def close(self) -> None:
@@ -34,11 +37,8 @@ class JsonLines:
     """
 
     def __init__(self, file: Path, step: int) -> None:
-        lines = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(file)
+        kept = "".join(json.dumps(line) + "\n" for line in lines_of(file) if line["step"] <= step)
+        write_whole(file, lambda temporary: temporary.write_text(kept))
         self._out = open(file, "a", buffering=1)  # noqa: SIM115  closed by `close`
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -50,7 +50,7 @@ class JsonLines:
         """Append a line."""
         self._out.write(json.dumps({"step": step, "note": text}) + "\n")
 
-    def picture(self, name: str, file: Path, images_seen: int) -> None:
+    def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
         """Pictures are already files."""
 
     def close(self) -> None:
@@ -58,9 +58,61 @@ class JsonLines:
         self._out.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a line cut off by a kill belongs to no step that was saved."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+class Courtesy:
+    """A sink without which training goes on: when it fails it is dropped, with a note.
+
+    Args:
+        terminal: where the note goes.
+        name: of the sink.
+        make: makes it.
+        step: where the run continues.
+    """
+
+    def __init__(self, terminal: Sink, name: str, make: Callable[[], Sink], step: int) -> None:
+        self.terminal = terminal
+        self.name = name
+        self.step = step
+        self._sink: Sink | None = None
+        self._try(lambda: setattr(self, "_sink", make()))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Sink`."""
+        self.step = step
+        self._pass_on("log", metrics, step)
+
+    def note(self, text: str, step: int) -> None:
+        """See `Sink`."""
+        self._pass_on("note", text, step)
+
+    def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
+        """See `Sink`."""
+        self._pass_on("picture", name, file, images_seen, step)
+
+    def close(self) -> None:
+        """See `Sink`."""
+        self._pass_on("close")
+
+    def _pass_on(self, method: str, *arguments: Any) -> None:
+        if self._sink is not None:
+            self._try(lambda: getattr(self._sink, method)(*arguments))
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self._sink = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.terminal.note(
+                f"{self.name} has stopped ({reason}); training goes on, with its curves in metrics.jsonl", self.step
+            )
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, if it is there; one cut off by a kill belongs to no step that was saved."""
+    found = []
+    for text in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int | float):
+                found.append(line)
+    return found

@@ -59,7 +59,7 @@ class Terminal:
         else:
             self._bar.console.print(text)
 
-    def picture(self, name: str, file: Path, images_seen: int) -> None:
+    def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
         """Say where a picture is."""
         self._print(f"{name}: {file}")
 
