@@ -166,9 +166,9 @@ def test_an_image_that_is_not_finite_is_never_shown() -> None:
 def test_the_weaker_network_must_predict_the_same(
     other: Objective, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("genfound.sampling.load", lambda _: SimpleNamespace(net=NET, objective=other))
+    monkeypatch.setattr("genfound.sampling.load", lambda *_, **__: SimpleNamespace(net=NET, objective=other))
     config = composed("model=nit_tiny", "guidance=autoguidance", "guidance.weights=runs/weak")
     with pytest.raises(ValueError, match=rf"guidance\.weights=runs/weak has {message}"):
         Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2)
-    monkeypatch.setattr("genfound.sampling.load", lambda _: SimpleNamespace(net=NET, objective=linear_flow()))
+    monkeypatch.setattr("genfound.sampling.load", lambda *_, **__: SimpleNamespace(net=NET, objective=linear_flow()))
     assert Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2).weak is NET

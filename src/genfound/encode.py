@@ -19,7 +19,7 @@ def _task(cfg: DictConfig) -> None:
 
     end_with_group()
     launch.keep_freed_memory()
-    config = paths.plain(cfg)
+    config = paths.with_own_targets(paths.plain(cfg))
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in _PLACE.items())
     device = build.device(config["accelerator"])
     whole("devices", config["devices"], 1, or_null=True)

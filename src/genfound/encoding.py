@@ -37,6 +37,7 @@ from genfound.data.pictures import normalised, to_uint8
 from genfound.data.to_encode import Call, Calls, Part, Shard
 from genfound.data.workers import read_ahead
 from genfound.reporting.progress import Counter
+from genfound.targets import trusted
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.writing import write_whole
@@ -92,7 +93,7 @@ class Encoding:
     def _described(self) -> dict[str, Any]:
         """The manifest before anything is encoded."""
         config, spec = self.config, self.codec.spec
-        known = describe(config["tokenizer"], lambda: self.codec)
+        known = describe(config["tokenizer"], lambda: self.codec, trust=trusted(config))
         train = self.parts["train"].source
         views = train.views if isinstance(train, Viewed) else None
         size = config["data"]["size"]

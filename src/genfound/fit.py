@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 import numpy as np
 
-from genfound import build, checkpoints, paths
+from genfound import build, checkpoints, paths, targets
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
 from genfound.callbacks.metrics import Metrics
@@ -75,7 +75,7 @@ def _module(parts: build.Parts, budget: int, rank: int, new: bool) -> Generative
     """What Lightning trains; a new run starts from the weights of `init_from`."""
     config = parts.config
     if new and config["init_from"]:
-        remarks = initialise(parts.net, Path(config["init_from"]))
+        remarks = initialise(parts.net, Path(config["init_from"]), targets.trusted(config))
         if rank == 0:
             print("\n".join(remarks), flush=True)
     if config["trainer"]["compile"]:
@@ -128,7 +128,7 @@ def _callbacks(
     nonfinite = NonFinite(folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
     sizes = typical_sizes(parts.images.sizes)
     batch = parts.config["sample"]["batch"]
-    sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch, settings["precision"])
+    sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
     sampling.check(parts.net)
     requests = preview_requests(names, sizes)
     facts = {"class_names": names, "sizes": sizes, "fingerprint": parts.images.fingerprint}

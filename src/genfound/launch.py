@@ -56,7 +56,7 @@ def train(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task))
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    config = paths.plain(cfg)
+    config = paths.with_own_targets(paths.plain(cfg))
     check(config)
     with held(folder, "choose name=..."):
         result = paths.finished(folder)
@@ -66,7 +66,7 @@ def train(cfg: DictConfig) -> None:
             return
         paths.claim(folder, config, cfg.allow_changes)
         if sweeping or cfg.trainer.devices > 1:
-            _run_apart(folder, cfg.trainer.devices)
+            _run_apart(folder, cfg.trainer.devices, paths.config_hash(folder))
         else:
             run(folder)
 
@@ -129,13 +129,13 @@ def keep_freed_memory() -> None:
             libc.mallopt(top_pad, 2**26)
 
 
-def _run_apart(folder: Path, devices: int) -> None:
+def _run_apart(folder: Path, devices: int, config_hash: str) -> None:
     """Train in a process group of its own, which holds the lock as well, and print one summary line."""
     begin = time.monotonic()
     command = [sys.executable]
     if devices > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    code = run_apart([*command, "-m", "genfound.launch", str(folder)], os.environ)
+    code = run_apart([*command, "-m", "genfound.launch", str(folder), config_hash], os.environ)
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     summary = "" if code else _summary(paths.finished(folder) or {})
     print(f"[{'failed' if code else 'done'}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
@@ -153,9 +153,11 @@ def _summary(result: dict[str, Any]) -> str:
     return "  ".join(f"{key} {value}" for key, value in result.items())
 
 
-def _worker(folder: Path) -> None:
-    """One rank of a job: `python -m genfound.launch RUN_DIR`."""
+def _worker(folder: Path, config_hash: str) -> None:
+    """One rank of a job: `python -m genfound.launch RUN_DIR HASH`, which trusts the config.yaml of this hash alone."""
     try:
+        if paths.config_hash(folder) != config_hash:
+            raise ValueError(f"{folder / 'config.yaml'} is not what the command has written; give the command again")
         run(folder)
     except USER_ERRORS as error:
         complain(str(error))
@@ -163,4 +165,4 @@ def _worker(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _worker(Path(sys.argv[1]))
+    _worker(Path(sys.argv[1]), sys.argv[2])

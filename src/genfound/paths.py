@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,21 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasToken, YAMLError, scan
 
 from genfound.writing import write_whole
 
 NOT_IDENTITY = (
-    "runs", "study", "name", "allow_changes", "trainer", "logger", "launcher",
+    "runs", "study", "name", "allow_changes", "trust", "trainer", "logger", "launcher",
     "data.root", "data.index", "data.num_workers", "tokenizer.weights",
 )  # fmt: skip
 """Keys that may change between two calls of the same run."""
 
 GROUPS = ("model", "data", "tokenizer", "layout", "objective", "sampler", "guidance", "optimizer", "trainer")
 """What the configuration of any run has."""
+
+TARGET = "_target_"
+"""The key that names a class to build."""
 
 GRID = "grid.png"
 """Of `genfound.sample`, beside its images."""
@@ -113,18 +116,70 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
     try:
-        config = plain(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, AssertionError) as error:
+        if any(isinstance(token, AliasToken) for token in scan(file.read_text())):
+            raise ValueError(f"{file} repeats parts of itself by name (YAML aliases), as no run writes")
+        config = plain(OmegaConf.load(file), resolve=False)
+    except (YAMLError, OmegaConfBaseException, AssertionError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-    missing = [group for group in GROUPS if group not in config]
-    if missing:
-        raise ValueError(f"{folder} is not a run directory: its config.yaml has no {missing[0]}")
+    require_groups(config, folder)
+    for text in _texts(config):
+        if "${" in text:  # resolving it would read variables of the environment
+            raise ValueError(f"{file} holds an interpolation ({text}); a run's configuration has values only")
     return config
+
+
+def require_groups(config: Any, origin: Path) -> None:
+    """Nothing, if this is the configuration of a run.
+
+    Raises:
+        ValueError: it is not.
+    """
+    missing = [group for group in GROUPS if not isinstance(config, Mapping) or group not in config]
+    if missing:
+        raise ValueError(f"{origin} is not a run directory: its config.yaml has no {missing[0]}")
+    wrong = [group for group in GROUPS if not isinstance(config[group], Mapping)]
+    if wrong:
+        raise ValueError(f"{origin}: {wrong[0]}={config[wrong[0]]} must be a group of keys")
+
+
+def config_hash(folder: Path) -> str:
+    """Of the config.yaml of a run, byte by byte."""
+    return hashlib.blake2b((folder / "config.yaml").read_bytes(), digest_size=16).hexdigest()
+
+
+def with_own_targets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that the command line composed, which trusts the code that it names outside genfound."""
+    named = [path for _, path in targets_in(config) if isinstance(path, str) and not path.startswith("genfound.")]
+    return {**config, "trust": list(dict.fromkeys([*config.get("trust", ()), *named]))}
+
+
+def targets_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every `_target_`, however deep in mappings and lists."""
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in pairs:
+        if key == TARGET:
+            yield f"{prefix}{key}", inner
+        else:
+            yield from targets_in(inner, f"{prefix}{key}.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text, however deep in mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """One file of conf/ alone, without what it inherits."""
     return plain(OmegaConf.load(file), resolve=False)
+
+
+def option_names(group: str) -> list[str]:
+    """The options of conf/<group>/, in alphabetical order."""
+    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
 
 
 def read_option(group: str, name: str) -> dict[str, Any]:
@@ -133,10 +188,10 @@ def read_option(group: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such option; the message lists them.
     """
+    known = option_names(group)
+    if name not in known:
+        raise ValueError(f"{group}={name} is unknown; choose one of {', '.join(known)}")
     file = Path(config_dir()) / group / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(option.stem for option in file.parent.glob("*.yaml")))
-        raise ValueError(f"{group}={name} is unknown; choose one of {known}")
     return {key: value for key, value in read_yaml(file).items() if key != "defaults"}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from genfound.batch import Batch
 from genfound.checks import known, number
-from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during
+from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during
 from genfound.objectives.clock import ask, told
 from genfound.objectives.conversions import PREDICTIONS, Views
 from genfound.objectives.paths import PATHS, Path, PathPoint
@@ -19,7 +19,7 @@ from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
 from genfound.rng import Rng
 
 
-class Flow:
+class Flow(Objective):
     """x_t = alpha x + sigma noise; the network predicts its velocity, its noise, its data or its score.
 
     Where a prediction or a weighting is infinite at an end of the path, times keep a distance from that end:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.checks import known, whole
-from genfound.objectives.base import GuidedNet, Losses, Net, guidance_during, told_steps
+from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during, told_steps
 from genfound.objectives.betas import SCHEDULES, Sections, spaced
 from genfound.objectives.likelihood import discretised_bits, kl_bits
 from genfound.objectives.process import (
@@ -40,7 +40,7 @@ class Reverse(NamedTuple):
     x0: Tensor
 
 
-class Gaussian:
+class Gaussian(Objective):
     """x_t = sqrt(a_t) x + sqrt(1 - a_t) noise at whole steps t; the network predicts noise or data.
 
     Losses of an image, means over its elements; vb is the term of the variational bound, in bits:
