@@ -310,7 +310,8 @@ def convert(
     checkpoints.check(net, found.state, path)
     chosen = file_format or ("official" if found.official is None else "genfound")
     file = _destination(path, to, chosen)
-    theirs = to_official(found.config, found.state, found.sizes)
+    ours_again = chosen == "genfound" and found.official is None
+    theirs = {} if ours_again else to_official(found.config, found.state, found.sizes)
     kept = found.kept if found.official is None else _differing(found.official, theirs)
     if chosen == "official":
         state = theirs | dict(kept)

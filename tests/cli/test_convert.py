@@ -9,7 +9,7 @@ from genfound.backbones.official import FAMILIES
 from tests.cli.commands import genfound, one_error
 from tests.test_loading import official_state
 
-HEADS = "hints.num_heads=2"
+HEADS, DIT = "hints.num_heads=2", "hints.family=dit"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("family", ["dit", "nit"])
 def test_there_and_back(folder: Path, family: str, tmp_path: Path) -> None:
-    hint = [HEADS] if family == "dit" else []
+    hint = [HEADS, DIT] if family == "dit" else []
     first = genfound("convert", f"from={family}.pt", f"to={tmp_path}/out/", *hint, cwd=folder)
     assert first.returncode == 0, first.stderr
     assert f"{tmp_path}/out/{family}.safetensors (genfound)" in first.stdout
@@ -39,7 +39,8 @@ WRONG = {
     "from=nowhere.pt": "there is no run nowhere.pt",
     "from=cut_dit.pt": "cut_dit.pt is damaged",
     "from=other.pt": f"of none of {', '.join(FAMILIES)}",
-    "from=dit.pt": "say hints.num_heads=",
+    "from=dit.pt": "dit.pt: these weights fit DiT and SiT alike; say hints.family=dit or hints.family=sit",
+    f"from=dit.pt {DIT}": "say hints.num_heads=",
     "from=nit.pt to=x.pt format=genfound": "must end in .safetensors",
     "from=nit.pt format=torch": "format=torch is unknown; choose official or genfound",
     "from=nit.pt hints.family=gan": "family=gan is unknown",
@@ -56,7 +57,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(folder: Path, arguments: str
 
 
 def test_latents_without_an_autoencoder_are_no_picture(folder: Path, tmp_path: Path) -> None:
-    error = one_error(genfound("sample", "from=dit.pt", HEADS, "labels=[1]", f"out={tmp_path}/out", cwd=folder))
+    error = one_error(genfound("sample", "from=dit.pt", HEADS, DIT, "labels=[1]", f"out={tmp_path}/out", cwd=folder))
     assert "tokenizer.weights" in error and not (tmp_path / "out").exists()
 
 
