@@ -37,29 +37,28 @@ def make(**options):
     return Own(**options)
 """
 
+NIT, FLOW = "genfound.backbones.nit.NiT", "genfound.objectives.flow.Flow"
+FOREIGN, NO_CLASS, NO_NAME = "is code outside genfound", "is not a class of", "must be the dotted name"
+INNER = {"y": [[{"_target_": "genfound.data.destination.Destination"}]]}
 ATTACKS: dict[str, tuple[str, Any, str]] = {
-    "a function of the system": ("tokenizer", {"_target_": "subprocess.call", "args": ["touch", "pwned"]}, "outside"),
-    "a module that acts when it is imported": ("model", {"_target_": "acting.Thing"}, "outside"),
-    "a package whose name begins alike": ("model", {"_target_": "genfound_acting.Thing"}, "outside"),
-    "a foreign class under a name of genfound": ("tokenizer", {"_target_": "genfound.paths.Path"}, "is not a class of"),
+    "a function of the system": ("tokenizer", {"_target_": "subprocess.call", "args": ["touch", "pwned"]}, FOREIGN),
+    "a module that acts when it is imported": ("model", {"_target_": "acting.Thing"}, FOREIGN),
+    "a package whose name begins alike": ("model", {"_target_": "genfound_acting.Thing"}, FOREIGN),
+    "a foreign class under a name of genfound": ("tokenizer", {"_target_": "genfound.paths.Path"}, NO_CLASS),
     "its method": ("tokenizer", {"_target_": "genfound.paths.Path.write_text"}, "cannot be imported"),
-    "a foreign module under a name of genfound": ("model", {"_target_": "genfound.build.os"}, "is not a class of"),
-    "a function that writes": ("objective", {"_target_": "genfound.writing.write_whole"}, "is not a class of"),
+    "a foreign module under a name of genfound": ("model", {"_target_": "genfound.build.os"}, NO_CLASS),
+    "a function that writes": ("objective", {"_target_": "genfound.writing.write_whole"}, NO_CLASS),
     "a class of another group": ("tokenizer", {"_target_": "genfound.data.shapes.Shapes"}, "is no Tokenizer"),
     "a class of no group": ("model", {"_target_": "genfound.data.destination.Destination"}, "is no Backbone"),
-    "a list": ("tokenizer", {"_target_": [PIXEL]}, "must be the dotted name"),
-    "a number": ("tokenizer", {"_target_": 3}, "must be the dotted name"),
-    "nothing": ("tokenizer", {}, "must be the dotted name"),
-    "a relative name": ("tokenizer", {"_target_": ".os.system"}, "must be the dotted name"),
-    "an empty part": ("tokenizer", {"_target_": "genfound..os.system"}, "must be the dotted name"),
-    "nested": ("tokenizer", {"_target_": PIXEL, "weights": {"_target_": "acting.Thing"}}, r"\.weights\._target_=acting.Thing is code"),
-    "in a list": ("objective", {"_target_": "genfound.objectives.flow.Flow", "path": [{"_target_": "os.system"}]}, "os"),
-    "nested and of no group": (
-        "model",
-        {"_target_": "genfound.backbones.nit.NiT", "x": {"y": [[{"_target_": "genfound.data.destination.Destination"}]]}},
-        r"\.x\.y\.0\.0\._target_=.* is no Backbone or Objective",
-    ),
-}  # fmt: skip
+    "a list": ("tokenizer", {"_target_": [PIXEL]}, NO_NAME),
+    "a number": ("tokenizer", {"_target_": 3}, NO_NAME),
+    "nothing": ("tokenizer", {}, NO_NAME),
+    "a relative name": ("tokenizer", {"_target_": ".os.system"}, NO_NAME),
+    "an empty part": ("tokenizer", {"_target_": "genfound..os.system"}, NO_NAME),
+    "nested": ("tokenizer", {"_target_": PIXEL, "x": {"_target_": "acting.Thing"}}, rf"\.x\._target_=.*{FOREIGN}"),
+    "in a list": ("objective", {"_target_": FLOW, "x": [{"_target_": "os.system"}]}, rf"\.x\.0\._target_=.*{FOREIGN}"),
+    "nested and of no group": ("model", {"_target_": NIT, "x": INNER}, r"\.x\.y\.0\.0\._target_=.* is no Backbone or"),
+}
 
 
 @pytest.fixture
@@ -205,7 +204,7 @@ def test_the_own_composition_is_trusted_as_it_is(place: Path) -> None:
     assert config["trust"] == ["mine.make"]
     run = run_of(config, place / "run")
     assert type(build.net(paths.read_config(run), Pixel.spec, 10)).__name__ == "Own"
-    with pytest.raises(ValueError, match="mine.make is code outside genfound"):  # the file's own word counts nothing
+    with pytest.raises(ValueError, match=r"mine\.make is code outside genfound"):  # the file's own word counts nothing
         genfound.load(run)
 
 
@@ -246,13 +245,11 @@ def test_what_is_no_configuration_is_refused_in_one_line(kind: str, tmp_path: Pa
 def test_notes_that_are_no_json_are_damage(tmp_path: Path) -> None:
     for note in ("{", "[" * 100_000, "3"):
         save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"genfound": note})
-        with pytest.raises(ValueError, match="x.safetensors is damaged"):
+        with pytest.raises(ValueError, match=r"x\.safetensors is damaged"):
             genfound.load(tmp_path / "x.safetensors")
 
 
-def test_a_configuration_reads_no_variable_of_the_environment(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_configuration_reads_no_variable_of_the_environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     run = run_of(composed("model=nit_tiny"), place / "run")
     text = (run / "config.yaml").read_text()

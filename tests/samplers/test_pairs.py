@@ -51,7 +51,9 @@ def test_every_sampler_has_an_option() -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_legal_pairs_draw_and_others_are_refused(name: str, sampler: str) -> None:
-    config = composed("model=nit_tiny", f"objective={name}", f"sampler={sampler}", "guidance=cfg", "sampler.steps=4", FP32)
+    config = composed(
+        "model=nit_tiny", f"objective={name}", f"sampler={sampler}", "guidance=cfg", "sampler.steps=4", FP32
+    )
     family = "gaussian" if "Gaussian" in config["objective"]["_target_"] else "flow"
     if sampler not in LEGAL[family]:
         with pytest.raises(ValueError, match=rf"sampler={sampler} cannot sample objective={family}; choose sampler="):
