@@ -63,7 +63,7 @@ def test_latents_without_an_autoencoder_are_no_picture(folder: Path, tmp_path: P
 
 def test_an_official_checkpoint_is_sampled(folder: Path, tmp_path: Path) -> None:
     settings = ["sampler=ddim", "sampler.steps=2", "labels=[1,6]", "size=[32,48]", "batch=2", f"out={tmp_path}/out"]
-    result = genfound("sample", "from=dit.pt", HEADS, "hints.tokenizer=random_tiny", *settings, cwd=folder)
+    result = genfound("sample", "from=dit.pt", HEADS, DIT, "hints.tokenizer=random_tiny", *settings, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "00000_1_32x48.png", "00001_6_32x48.png", "grid.png",
