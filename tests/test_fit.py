@@ -156,6 +156,8 @@ def test_the_first_process_that_fails_says_why(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("genfound.fit.fit", lambda *_: (_ for _ in ()).throw(next(reasons)))
     (tmp_path / "launch").mkdir()
     monkeypatch.setenv(processes.LAUNCH, str(tmp_path / "launch"))
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    monkeypatch.setenv(launch.CONFIG, paths.config_hash(tmp_path))
     for rank in ("1", "2"):
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3"}.items():
             monkeypatch.setenv(name, value)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 import genfound
-from genfound import build, loading, weight_files
+from genfound import build, loading, paths, weight_files
 from genfound.backbones.base import Backbone
-from genfound.backbones.official import FAMILIES
+from genfound.backbones.official import FAMILIES, release_of
 from genfound.fit import fit
 from genfound.layouts import Dense, Packed, Padded
-from genfound.tokenizers import Absent, Spec
+from genfound.tokenizers import Absent, Pixel, Spec
 from tests.helpers import composed, latents, randomise, run_dir
+from tests.metrics.runs import untrained_run
 
 GRID = (4, 4)
 CLASSES = 7
@@ -35,6 +36,11 @@ MODELS = {
 }
 SMALL = {"width": 32, "depth": 2, "heads": 2}
 HEADS = {"num_heads": 2}
+
+
+def told(family: str) -> dict[str, Any]:
+    """What the shapes of `small` do not tell."""
+    return {**HEADS, "family": family} if family in ("dit", "sit") else HEADS
 
 
 def small(family: str) -> tuple[dict[str, Any], Backbone]:
@@ -74,7 +80,7 @@ def output(net: Backbone, layout: str) -> Tensor:
 def test_a_flat_file_gives_the_same_network(family: str, tmp_path: Path) -> None:
     file = tmp_path / f"{family}-small.pt"
     torch.save(official_state(family), file)
-    loaded = genfound.load(file, **HEADS)
+    loaded = genfound.load(file, **told(family))
     config, net = small(family)
     assert len(loaded.class_names) == CLASSES and not loaded.net.training
     assert same(loaded.net.state_dict(), net.state_dict())
@@ -89,11 +95,11 @@ def test_there_and_back_is_equal_bit_by_bit(family: str, tmp_path: Path) -> None
     if family in ("dit", "sit", "dit_moe"):
         state["pos_embed"] = official_state(family)["pos_embed"]
     safetensors.torch.save_file(state, tmp_path / f"{family}.safetensors")
-    ours = loading.convert(tmp_path / f"{family}.safetensors", f"{tmp_path}/ours/", None, **HEADS)
+    ours = loading.convert(tmp_path / f"{family}.safetensors", f"{tmp_path}/ours/", None, **told(family))
     assert (ours.format, ours.file) == ("genfound", tmp_path / "ours" / f"{family}.safetensors")
     assert same(
         genfound.load(ours.file).net.state_dict(),
-        genfound.load(tmp_path / f"{family}.safetensors", **HEADS).net.state_dict(),
+        genfound.load(tmp_path / f"{family}.safetensors", **told(family)).net.state_dict(),
     )
     back = loading.convert(ours.file, f"{tmp_path}/back.pt", None)
     assert back.format == "official"
@@ -120,13 +126,13 @@ def test_outer_keys_and_prefixes(kind: str, suffix: str, tmp_path: Path) -> None
     file = tmp_path / f"dit{suffix}"
     torch.save(wrapped(state, kind), file)
     net = small("dit")[1]
-    assert same(genfound.load(file, **HEADS).net.state_dict(), net.state_dict())
+    assert same(genfound.load(file, **told("dit")).net.state_dict(), net.state_dict())
     if kind in ("training", "compiled"):
-        raw = genfound.load(file, weights="raw", **HEADS).net.state_dict()
+        raw = genfound.load(file, weights="raw", **told("dit")).net.state_dict()
         assert torch.equal(raw["final_layer.linear.bias"], net.state_dict()["final_layer.linear.bias"] + 1)
     if kind == "distributed":
         with pytest.raises(ValueError, match="holds only averaged weights"):
-            genfound.load(file, weights="raw", **HEADS)
+            genfound.load(file, weights="raw", **told("dit"))
 
 
 @pytest.mark.parametrize("family, ema_first", [("nit", True), ("fitv2", False)])
@@ -153,6 +159,90 @@ def test_what_shapes_do_not_tell_is_asked_for(tmp_path: Path) -> None:
     assert loaded.net.time == "data1"
     with pytest.raises(ValueError, match="layers is not an option of model=sit"):
         genfound.load(tmp_path / "weights.pt", family="sit", layers=3, **HEADS)
+
+
+@pytest.mark.parametrize("name", ["conditional.pt", "dit.pt", "sit-small.pt", "my_DiT-XL-2-256x256.pt", "DiT/x.pt"])
+def test_no_part_of_a_name_tells_a_family(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    torch.save(official_state("sit"), file)
+    with pytest.raises(ValueError, match=rf"{file}: these weights fit DiT and SiT alike; say hints\.family=dit or"):
+        genfound.load(file, **HEADS)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "family"),
+    [
+        ("DiT-XL-2-256x256.pt", {}, "dit"),
+        ("SiT-XL-2-256.pt", {}, "sit"),
+        ("conditional.pt", {"model": "SiT-S/2"}, "sit"),
+        ("DiT-XL-2-512x512.pt", {"path_type": "Linear"}, "sit"),
+        ("0050000.pt", {"model": "DiT-S/2"}, "dit"),
+    ],
+)
+def test_published_names_and_arguments_tell_it(name: str, args: dict[str, str], family: str, tmp_path: Path) -> None:
+    torch.save({"ema": official_state("dit"), "args": argparse.Namespace(**args)}, tmp_path / name)
+    assert genfound.load(tmp_path / name, **HEADS).config["model"]["_target_"].split(".")[-2] == family
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("FiTv2_XL/model_ema.safetensors", "normal"), ("FiTv2_XL_HRFT/model_ema.safetensors", "ntk-aware")],
+)
+def test_a_fine_tuning_is_told_by_its_published_name(name: str, rule: str) -> None:
+    size, path = {"width": 1152, "depth": 36}, Path(name)
+    assert loading._config("fitv2", release_of(path, {}), size, path)["model"]["rope_scaling"]["rule"] == rule
+    for other in ("three/chromatic.pt", "fitv2_hr.pt"):
+        with pytest.raises(ValueError, match=r"alike; say hints\.family=fitv2 or hints\.family=fitv2_hr"):
+            loading._config("fitv2", release_of(Path(other), {}), size, Path(other))
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("family", ["nit", "dit"])
+def test_a_pixel_model_of_the_official_format_is_told_its_tokenizer(family: str, tmp_path: Path) -> None:
+    config, _ = small(family)
+    net = randomise(build.net(config, Spec(3, 1), CLASSES))
+    file = tmp_path / "pixels.pt"
+    torch.save(FAMILIES[family].theirs(net.state_dict(), {**config["model"]}, GRID), file)
+    loaded = genfound.load(file, **told(family))
+    assert isinstance(loaded.tokenizer, Absent) and loaded.tokenizer.spec.channels == 3
+    assert f"{file} is a model of 3 channels" in loaded.tokenizer.reason
+    assert "say hints.tokenizer=" in loaded.tokenizer.reason
+    loaded = genfound.load(file, tokenizer="pixel", **told(family))
+    assert isinstance(loaded.tokenizer, Pixel) and isinstance(loaded.net, Backbone)
+    side = GRID[0] * config["model"]["patch_size"]
+    assert family == "nit" or loaded.sizes == [(side, side)]
+    ours = loading.convert(file, f"{tmp_path}/ours/", None, tokenizer="pixel", **told(family)).file
+    assert isinstance(genfound.load(ours).tokenizer, Pixel)
+    with pytest.raises(ValueError, match=r"hints\.tokenizer=vq_f4 needs weights; give the folder"):
+        genfound.load(file, tokenizer="vq_f4", **told(family))
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_folder_tells_which_autoencoder_it_is(tmp_path: Path) -> None:
+    build.tokenizer(composed("tokenizer=vq_f4", "tokenizer.weights=random_tiny")).model.save_pretrained(tmp_path)
+    config, _ = small("nit")
+    net = build.net(config, Spec(3, 4), CLASSES)
+    torch.save(FAMILIES["nit"].theirs(net.state_dict(), {**config["model"]}, GRID), tmp_path / "x.pt")
+    loaded = genfound.load(tmp_path / "x.pt", tokenizer=str(tmp_path), **HEADS)
+    assert type(loaded.tokenizer).__name__ == "VqF4" and loaded.tokenizer.spec == (3, 4)
+
+
+def test_kernels_are_chosen_where_a_model_is_loaded(tmp_path: Path) -> None:
+    run = untrained_run(tmp_path / "run", "model.attention=varlen", "trainer.accelerator=cpu")
+    with pytest.raises(ValueError, match=r"model\.attention=varlen cannot run on cpu"):
+        build.parts(paths.read_config(run), 1).report()
+    ours = loading.convert(run, f"{tmp_path}/ours.safetensors", "genfound").file
+    for origin in (run, ours):
+        loaded = genfound.load(origin)
+        assert genfound.sample(loaded, [1], (16, 16), batch=1).shape == (1, 16, 16, 3)
+    guidance = {**composed("guidance=autoguidance")["guidance"], "weights": str(run), "scale": 2.0}
+    assert genfound.sample(loaded, [1], (16, 16), batch=1, guidance=guidance).shape == (1, 16, 16, 3)
 
 
 def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
@@ -291,6 +381,6 @@ def test_only_the_named_parameters_are_trained(tmp_path: Path) -> None:
 
 def test_samples_are_latents_where_the_autoencoder_is_absent(tmp_path: Path) -> None:
     torch.save(official_state("dit"), tmp_path / "dit.pt")
-    loaded = genfound.load(tmp_path / "dit.pt", **HEADS)
+    loaded = genfound.load(tmp_path / "dit.pt", **told("dit"))
     drawn = genfound.sample(loaded, labels=[2], sampler={"name": "ddim", "steps": 2, "eta": 0.0}, guidance=1.5, batch=1)
     assert isinstance(drawn, Tensor) and drawn.shape == (1, 4, 8, 8)

@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+import genfound
+from genfound import build
 from genfound.layouts import Packed
 from genfound.objectives.base import Objective
 from genfound.sampling import Request, Sampling, check_size, complete, label_number, make_requests
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import Absent, Pixel
 from tests.helpers import composed, linear_flow, small_nit
+from tests.metrics.runs import untrained_run
 from tests.samplers.test_gaussian import objective as gaussian
 
 NAMES = ["circle", "square", "star"]
@@ -188,6 +194,53 @@ def test_an_image_that_is_not_finite_is_never_shown() -> None:
         sampling().draw(broken, REQUESTS[:1], seed=0)
 
 
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def run_in(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A precision, and a run of it."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    return request.param, untrained_run(folder, f"trainer.precision={request.param}", "model.width=64")
+
+
+def test_precision_is_that_of_the_run_unless_it_is_set(run_in: tuple[str, Path]) -> None:
+    own, run = run_in
+    loaded = genfound.load(run)
+    loaded = replace(loaded, tokenizer=Absent(Pixel.spec, "shows rounding"))
+    drawn = {
+        wanted: genfound.sample(loaded, [1], (8, 8), batch=1, precision=wanted) for wanted in (None, "fp32", "bf16")
+    }
+    assert (drawn["fp32"] != drawn["bf16"]).any()
+    assert (drawn[None] == drawn[own]).all()
+    with pytest.raises(ValueError, match="precision=fp8 is unknown"):
+        genfound.sample(loaded, [1], (8, 8), batch=1, precision="fp8")
+
+
+def test_so_it_is_of_the_command(run_in: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own, run = run_in
+    monkeypatch.setattr("genfound.command_line.chosen", lambda: [])
+    used: list[str] = []
+    monkeypatch.setattr(
+        Sampling, "draw", lambda self, *_: used.append(self.precision) or [np.zeros((8, 8, 3), np.uint8)]
+    )
+    for wanted in ("null", "fp32", "bf16"):
+        arguments = [
+            f"from={run}",
+            "labels=[1]",
+            "size=[8,8]",
+            "batch=1",
+            f"precision={wanted}",
+            f"out={tmp_path}/{wanted}",
+        ]
+        runpy.run_module("genfound.sample")["_task"](OmegaConf.create(composed(*arguments, name="sample")))
+    assert used == [{"fp32": "32-true", "bf16": "bf16-mixed"}[name] for name in (own, "fp32", "bf16")]
+
+
+def test_released_dit_and_sit_are_drawn_in_float32() -> None:
+    for family in ("dit", "sit"):
+        config = composed(f"experiment=official/{family}", f"model={family}_tiny")
+        sampling = Sampling.of(config, build.objective(config), Pixel(), torch.device("cpu"), 2)
+        assert sampling.precision == "32-true"
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -199,9 +252,9 @@ def test_an_image_that_is_not_finite_is_never_shown() -> None:
 def test_the_weaker_network_must_predict_the_same(
     other: Objective, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("genfound.sampling.load", lambda _: SimpleNamespace(net=NET, objective=other))
+    monkeypatch.setattr("genfound.sampling.load", lambda *_, **__: SimpleNamespace(net=NET, objective=other))
     config = composed("model=nit_tiny", "guidance=autoguidance", "guidance.weights=runs/weak")
     with pytest.raises(ValueError, match=rf"guidance\.weights=runs/weak has {message}"):
         Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2)
-    monkeypatch.setattr("genfound.sampling.load", lambda _: SimpleNamespace(net=NET, objective=linear_flow()))
+    monkeypatch.setattr("genfound.sampling.load", lambda *_, **__: SimpleNamespace(net=NET, objective=linear_flow()))
     assert Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2).weak is NET

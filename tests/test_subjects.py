@@ -30,8 +30,12 @@ def test_a_run_is_one_checkpoint_of_it(tmp_path: Path) -> None:
 
 
 def drawing(*overrides: str, weak: str | None = None) -> Drawing:
-    config = composed("from=x", "reference=y", "precision=fp32", *overrides, name="evaluate")
-    how = {**composed("tokenizer=pixel"), "sampler": config["sampler"], "guidance": config["guidance"]}
+    config = composed("from=x", "reference=y", *overrides, name="evaluate")
+    how = {
+        **composed("tokenizer=pixel", "trainer.precision=fp32"),
+        "sampler": config["sampler"],
+        "guidance": config["guidance"],
+    }
     return drawing_of(config, how, Pixel(), torch.device("cpu"), weak)
 
 

@@ -6,7 +6,6 @@ Nothing here trains or samples; `fit` and `sampling` use what is built here. Lig
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from genfound import paths, targets
 from genfound.backbones.base import Backbone
 from genfound.checks import whole
 from genfound.data import latents
@@ -31,7 +31,9 @@ from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
-from genfound.tokenizers import Spec, Tokenizer
+from genfound.targets import trusted
+from genfound.tokenizers import Absent, Spec, Tokenizer
+from genfound.tokenizers.weights import option_of
 
 Config = Mapping[str, Any]
 
@@ -168,16 +170,55 @@ def parts(config: Config, ranks: int) -> Parts:
 
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a configuration."""
-    built: Tokenizer = construct("tokenizer", config["tokenizer"])
+    built: Tokenizer = construct("tokenizer", config["tokenizer"], trusted(config))
     return built
+
+
+def hinted_tokenizer(options: Mapping[str, Any], codec: str) -> dict[str, Any]:
+    """The options of a tokenizer that is named: an option of the group, or weights, whose folder tells their class.
+
+    Raises:
+        ValueError: an option that needs weights.
+    """
+    if codec in paths.option_names("tokenizer"):
+        chosen = paths.read_option("tokenizer", codec)
+        if "???" in chosen.values():
+            raise ValueError(f"hints.tokenizer={codec} needs weights; give the folder that holds them instead")
+        return chosen
+    option = option_of(Path(codec))
+    of_folder = {} if option is None else paths.read_option("tokenizer", option)
+    same = of_folder.get("_target_") in (None, options["_target_"])
+    return {**(options if same else of_folder), "weights": codec}
+
+
+def tokenizer_if_there(config: Config, path: Path) -> Tokenizer:
+    """The tokenizer of a model, or its shape alone; published weights that cannot fit are not reached for."""
+    channels, spec = config["model"]["channels"], None
+    every = [paths.read_option("tokenizer", name) for name in paths.option_names("tokenizer")]
+    if any(all(config["tokenizer"].get(k) == option.get(k) for k in ("_target_", "weights")) for option in every):
+        spec = published_spec(config)
+    if spec is None or channels in (None, spec.channels):
+        try:
+            codec = tokenizer(config)
+        except FileNotFoundError as error:
+            return Absent(published_spec(config), str(error))
+        if channels in (None, codec.spec.channels):
+            return codec
+        spec = codec.spec
+    return Absent(
+        spec._replace(channels=channels),
+        f"{path} is a model of {channels} channels, and {name_of(config['tokenizer'])} has {spec.channels}; "
+        "say hints.tokenizer=..., an option such as pixel or a folder with the weights of its autoencoder",
+    )
 
 
 def training_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a training run; its weights are not loaded where latents are read."""
     if config["data"].get("source", "images") == "images":
         return tokenizer(config)
-    load = functools.partial(tokenizer, {"tokenizer": config["tokenizer"]})
-    return latents.stored_tokenizer(config["data"], config["tokenizer"], load)
+    trust = trusted(config)
+    load = functools.partial(tokenizer, {"tokenizer": config["tokenizer"], "trust": trust})
+    return latents.stored_tokenizer(config["data"], config["tokenizer"], load, trust)
 
 
 def source(config: Config, spec: Spec, split: str) -> ImageSource:
@@ -187,7 +228,8 @@ def source(config: Config, spec: Spec, split: str) -> ImageSource:
     patch, kind = config["model"]["patch_size"], options.pop("source", "images")
     built: ImageSource
     if kind == "images":
-        built = construct("data", options, unit=spec.stride * patch, split=split, seed=config["seed"])
+        unit = spec.stride * patch
+        built = construct("data", options, trusted(config), unit=unit, split=split, seed=config["seed"])
     else:
         built = latents.source(kind, options, spec, patch, split, config["data"]["flip"] and split == "train")
     if split == "train" and not len(built.labels):
@@ -204,7 +246,7 @@ def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
     options = dict(config["model"])
     channels = options.pop("channels")
     if channels not in (None, spec.channels):
-        name = _name(config["tokenizer"])
+        name = name_of(config["tokenizer"])
         raise ValueError(
             f"tokenizer is {name} ({spec.channels} channels) but model.channels is {channels}; "
             "leave model.channels=null or choose the other tokenizer"
@@ -213,7 +255,7 @@ def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
         with torch.device("cpu"):  # also where the network itself is built without memory, on meta
             options["learn_sigma"] = objective(config).learned_variance
     with torch.device("meta"):
-        built: Backbone = construct("model", options, channels=spec.channels, num_classes=num_classes)
+        built: Backbone = construct("model", options, trusted(config), channels=spec.channels, num_classes=num_classes)
     if config["layout"]["name"] not in built.layouts:
         raise ValueError(
             f"layout={config['layout']['name']} does not fit {type(built).__name__}; "
@@ -230,7 +272,7 @@ def objective(config: Config) -> Objective:
     Raises:
         ValueError: the pair of objective and sampler is not legal.
     """
-    built: Objective = construct("objective", config["objective"])
+    built: Objective = construct("objective", config["objective"], trusted(config))
     sampler = config["sampler"]["name"]
     if sampler not in built.samplers or sampler not in SAMPLERS:
         raise ValueError(
@@ -364,30 +406,26 @@ def device(wanted: str, local_rank: int | None = None) -> torch.device:
 
 def published_spec(config: Config) -> Spec:
     """The shape of the latents of a configuration's tokenizer, as published; its weights are not needed."""
-    module, _, name = str(config["tokenizer"]["_target_"]).rpartition(".")
-    spec: Spec = getattr(importlib.import_module(module), name).published
+    spec: Spec = targets.target("tokenizer", config["tokenizer"], trusted(config)).published
     return spec
 
 
-def construct(group: str, options: Mapping[str, Any], **extra: Any) -> Any:
-    """Call the class or function that `options["_target_"]` names, with the other options.
+def construct(group: str, options: Mapping[str, Any], trust: Sequence[str], **extra: Any) -> Any:
+    """Call the class that `options["_target_"]` names, with the other options; see `targets.target`.
 
     Raises:
-        ValueError: the target does not exist, or does not take these options.
+        ValueError: the target does not exist, may not be built, or does not take these options.
     """
-    arguments = dict(options)
-    module, _, name = str(arguments.pop("_target_")).rpartition(".")
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{group}._target_={module}.{name} cannot be imported: {error}") from None
+    target = targets.target(group, options, trust)
+    arguments = {key: value for key, value in options.items() if key != "_target_"}
     try:
         return target(**arguments, **extra)
     except TypeError as error:
-        if f"{name}.__init__" in str(error) or f"{name}()" in str(error):
+        if f"{target.__name__}.__init__" in str(error) or f"{target.__name__}()" in str(error):
             raise ValueError(f"{group}: {error}") from None
         raise
 
 
-def _name(options: Mapping[str, Any]) -> str:
+def name_of(options: Mapping[str, Any]) -> str:
+    """The name of the class of a group, in lower case."""
     return str(options["_target_"]).rpartition(".")[2].lower()

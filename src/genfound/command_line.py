@@ -169,7 +169,9 @@ def _choices_of_the_run(config_name: str, arguments: list[str]) -> list[str]:
         return []
     config, choices = paths.read_config(folder), []
     for group in (group for group in OF_THE_RUN if group not in given):
-        name = config[group]["name"]
+        name = config[group].get("name")
+        if name not in paths.option_names(group):
+            continue  # what reads the run says so
         choices.append(f"{group}={name}")
         needed = [key for key, value in paths.read_option(group, name).items() if value == "???"]
         choices += [f"{group}.{k}={_quoted(str(config[group][k]))}" for k in needed if f"{group}.{k}" not in given]

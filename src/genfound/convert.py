@@ -13,7 +13,8 @@ def _task(cfg: DictConfig) -> None:
     from genfound.loading import convert
 
     config = paths.plain(cfg)
-    written = convert(Path(config["from"]), config["to"], config["format"], config["weights"], **config["hints"])
+    how = {"weights": config["weights"], "trust": config["trust"], **config["hints"]}
+    written = convert(Path(config["from"]), config["to"], config["format"], **how)
     print(f"{written.tensors:,} tensors, {written.parameters:,} parameters: {written.file} ({written.format})")
 
 

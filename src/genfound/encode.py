@@ -8,7 +8,7 @@ from genfound import command_line, paths
 def _task(cfg: DictConfig) -> None:
     from genfound.encoding import encode_on_devices
 
-    encode_on_devices(paths.plain(cfg))
+    encode_on_devices(paths.with_own_targets(paths.plain(cfg)))
 
 
 def main() -> None:

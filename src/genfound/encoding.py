@@ -42,6 +42,7 @@ from genfound.data.workers import read_ahead
 from genfound.errors import USER_ERRORS, JobError, sentence
 from genfound.reporting.progress import Counter
 from genfound.reporting.streams import make_lasting
+from genfound.targets import trusted
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.writing import write_whole
@@ -97,7 +98,7 @@ class Encoding:
     def _described(self) -> dict[str, Any]:
         """The manifest before anything is encoded."""
         config, spec = self.config, self.codec.spec
-        known = describe(config["tokenizer"], lambda: self.codec)
+        known = describe(config["tokenizer"], lambda: self.codec, trust=trusted(config))
         train = self.parts["train"].source
         views = train.views if isinstance(train, Viewed) else None
         size = config["data"]["size"]

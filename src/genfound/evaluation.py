@@ -269,7 +269,7 @@ def drawn(
     config = asked.config
     how = pinned(settings(asked, loaded.config, size))
     objective = build.objective(how)  # refuses a sampler that does not fit
-    sampling = Sampling.of(how, objective, loaded.tokenizer, torch.device("cpu"), config["batch"], config["precision"])
+    sampling = Sampling.of(how, objective, loaded.tokenizer, torch.device("cpu"), config["batch"])
     sampling.check(loaded.net)
     named = data.images("train") if DATA in (size, config["labels"]) else None
     requests = requests_by_rule(config["n"], config["labels"], size, data.classes, config["seed"], named)
@@ -285,7 +285,6 @@ def drawn(
         config=how,
         seed=config["seed"],
         batch=config["batch"],
-        precision=config["precision"],
         accelerator=config["accelerator"],
     )
     where = Where("drawn", str(images.folder))
@@ -321,7 +320,7 @@ def given(config: Config, source: Path, place: Place) -> Samples:
 
 
 def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:
-    """The run's configuration with sampler, guidance and byte rule: the run's, the table's, or those chosen.
+    """The run's configuration with sampler, guidance, byte rule and precision: its own, the table's, or those chosen.
 
     Raises:
         ValueError: the protocol's table has no row for the size.
@@ -335,7 +334,12 @@ def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:
             )
         base |= {group: {**paths.read_option(group, rows[0][group]["name"]), **rows[0][group]} for group in GROUPS}
     found = {group: run_or_chosen(group, base, config, list(asked.chosen)) for group in GROUPS}
-    return {**run, **found, "sample": {**run["sample"], "uint8": config["uint8"] or run["sample"]["uint8"]}}
+    return {
+        **run,
+        **found,
+        "sample": {**run["sample"], "uint8": config["uint8"] or run["sample"]["uint8"]},
+        "trainer": {**run["trainer"], "precision": config["precision"] or run["trainer"]["precision"]},
+    }
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
@@ -345,7 +349,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def _load(config: Config, source: Path) -> Loaded:
-    loaded = load(source, weights=config["weights"], **hints_of(config))
+    loaded = load(source, weights=config["weights"], trust=config["trust"], **hints_of(config))
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])

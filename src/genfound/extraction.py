@@ -32,6 +32,7 @@ from genfound.positions import reposition
 from genfound.reporting.progress import Counter, Progress, silent
 from genfound.rng import Rng
 from genfound.sampling import Sampling
+from genfound.targets import trusted
 from genfound.tokenizers import Spec, Tokenizer
 
 NO_CHANGE = ("attention", "activation_checkpointing")
@@ -186,10 +187,9 @@ class DrawTask:
         folder: see `Drawn`; the network lies there too, since a run that goes on removes its checkpoints.
         weak: hash of the tensors of the weaker network of autoguidance, if there is one.
         rope: changes of the network's rotary positions; see `positions.reposition`.
-        config: with the sampler, guidance and byte rule to use.
+        config: with the sampler, guidance, byte rule and precision to use.
         seed: of the noise.
         batch: images per network call.
-        precision: `auto`, `bf16` or `fp32`.
         accelerator: `auto`, `cpu` or `cuda`.
     """
 
@@ -199,7 +199,6 @@ class DrawTask:
     config: Mapping[str, Any]
     seed: int
     batch: int
-    precision: str
     accelerator: str
     makes: ClassVar = "samples"
 
@@ -209,10 +208,10 @@ class DrawTask:
         Raises:
             ValueError: the weaker network is not the one that it was when the task was made.
         """
-        loaded = load(Path(self.folder) / NETWORK)
+        loaded = load(Path(self.folder) / NETWORK, trust=trusted(self.config))
         reposition(loaded.net, self.rope)
         objective = build.objective(self.config)
-        sampling = Sampling.of(self.config, objective, loaded.tokenizer, device, self.batch, self.precision)
+        sampling = Sampling.of(self.config, objective, loaded.tokenizer, device, self.batch)
         if weak_hash(sampling) != self.weak:
             raise ValueError(f"guidance.weights={sampling.guidance['weights']} has changed; give the command again")
         Drawn.open(Path(self.folder)).draw(loaded.net.to(device), sampling, self.seed, rank, ranks, progress)

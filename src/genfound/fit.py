@@ -14,7 +14,7 @@ import numpy as np
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from genfound import build, checkpoints, paths, processes, resuming
+from genfound import build, checkpoints, paths, processes, resuming, targets
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
 from genfound.callbacks.metrics import Metrics
@@ -96,7 +96,7 @@ def _module(parts: build.Parts, budget: int, rank: int, new: bool) -> Generative
     """What Lightning trains; a new run starts from the weights of `init_from`."""
     config = parts.config
     if new and config["init_from"]:
-        remarks = initialise(parts.net, Path(config["init_from"]), config["seed"])
+        remarks = initialise(parts.net, Path(config["init_from"]), config["seed"], targets.trusted(config))
         if rank == 0:
             print("\n".join(remarks), flush=True)
     if config["trainer"]["compile"]:
@@ -139,7 +139,7 @@ def _callbacks(
     nonfinite = NonFinite(sinks, folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
     sizes = typical_sizes(parts.images.sizes)
     batch = parts.config["sample"]["batch"]
-    sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch, settings["precision"])
+    sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
     sampling.check(parts.net)
     requests = preview_requests(names, sizes)
     facts = {"class_names": names, "sizes": sizes, **resuming.facts(parts)}

@@ -8,6 +8,7 @@ disagree about what they train, and a job that fails leaves the others alone.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 import traceback
@@ -25,6 +26,9 @@ from genfound.command_line import frugal
 from genfound.errors import USER_ERRORS, JobError
 from genfound.sweeps import swept_keys
 from genfound.work import ending_as_exit, held
+
+CONFIG = "GENFOUND_CONFIG"
+"""Tells the processes of a job the hash of its configuration."""
 
 AT_LEAST = {
     "trainer": {
@@ -57,7 +61,7 @@ def train(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     folder = paths.run_dir(cfg, list(hydra_cfg.overrides.task), swept_keys())
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    config = paths.plain(cfg)
+    config = paths.with_own_targets(paths.plain(cfg))
     check(config)
     with held(folder, "choose name=..."):
         result = paths.finished(folder)
@@ -70,7 +74,7 @@ def train(cfg: DictConfig) -> None:
         _check_at_once(folder, config, sweeping)
         paths.claim(folder, config, cfg.allow_changes)
         if sweeping or cfg.trainer.devices > 1:
-            _run_apart(folder, cfg.trainer.devices)
+            _run_apart(folder, cfg.trainer.devices, paths.config_hash(folder))
         else:
             run(folder)
 
@@ -148,7 +152,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(top_pad, 2**26)
 
 
-def _run_apart(folder: Path, devices: int) -> None:
+def _run_apart(folder: Path, devices: int, config_hash: str) -> None:
     """Train in processes of its own, which hold the lock as well, and print one summary line.
 
     Raises:
@@ -156,7 +160,7 @@ def _run_apart(folder: Path, devices: int) -> None:
     """
     begin, ended, summary = time.monotonic(), "failed", ""
     try:
-        processes.launch("genfound.launch", folder, devices)
+        processes.launch("genfound.launch", folder, devices, **{CONFIG: config_hash})
         ended, summary = "done", _summary(paths.finished(folder) or {})
     except JobError as error:
         paths.mark_failed(folder, f"{error}\n")  # unless a process could say more
@@ -194,9 +198,12 @@ def _summary(result: Mapping[str, Any]) -> str:
 
 
 def _worker(folder: Path) -> None:
-    """One rank of a job: `python -m genfound.launch RUN_DIR`."""
+    """One rank of a job: `python -m genfound.launch RUN_DIR`, which trusts the configuration of the command alone."""
     with processes.reporting():
-        run(folder, processes.place())
+        place = processes.place()
+        if paths.config_hash(folder) != os.environ.get(CONFIG):
+            raise ValueError(f"the configuration in {folder} is not what the command has written; give it again")
+        run(folder, place)
 
 
 if __name__ == "__main__":

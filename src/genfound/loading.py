@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from genfound import build, checkpoints, paths, weight_files
+from genfound import build, checkpoints, paths, targets, weight_files
 from genfound.backbones import dit_moe
 from genfound.backbones.base import Backbone
-from genfound.backbones.official import FAMILIES, family_of
+from genfound.backbones.official import FAMILIES, RELEASES, family_of, release_of
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
-from genfound.tokenizers import Absent, Spec, Tokenizer
+from genfound.tokenizers import Spec, Tokenizer
 
 Config = dict[str, Any]
 
@@ -65,26 +65,25 @@ class Found:
     official: Mapping[str, Tensor] | None = None
 
 
-def load(path: str | Path, weights: str = "ema", **hints: Any) -> Loaded:
-    """Load a trained model.
+def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **hints: Any) -> Loaded:
+    """Load a trained model; no code that is not genfound's is imported for it, unless it is trusted.
 
     Args:
         path: a run `runs/<study>/<name>` (its newest checkpoint), a file in its checkpoints/, a file of
             `genfound.convert`, or an official checkpoint (.pt, .pth, .bin, .safetensors, an accelerate folder).
         weights: `ema` (the first decay) or `raw`.
-        hints: what an official file does not tell, or `None`: `family` (DiT and SiT look alike), `num_heads` for a
-            size that was never published, `tokenizer` (a folder with its weights), and any other key of `model`.
+        trust: packages beside genfound whose classes the configuration in a file may name.
+        hints: what an official file does not tell, or `None`: `family` (DiT and SiT look alike, and so do FiTv2 and
+            `fitv2_hr`), `num_heads` for a size that was never published, `tokenizer` (an option of that group, or a
+            folder with its weights), and any other key of `model`.
 
     Raises:
         FileNotFoundError: nothing is there, or the run has no checkpoint.
-        ValueError: a damaged file, one with code, one of another architecture, or an unknown hint.
+        ValueError: a damaged file, one with code or that names some, one of another architecture, or an unknown hint.
     """
-    codec = hints.pop("tokenizer", None)
-    found = find(Path(path), weights, **hints)
-    if codec is not None:
-        found.config["tokenizer"] = {**found.config["tokenizer"], "weights": codec}
+    found = find(Path(path), weights, trust, **hints)
     config = found.config
-    tokenizer = _tokenizer(config)
+    tokenizer = build.tokenizer_if_there(config, Path(path))
     net = build.net(config, tokenizer.spec, len(found.class_names))
     checkpoints.fill(net, found.state, Path(path))
     return Loaded(net.eval(), build.objective(config), tokenizer, config, found.class_names, found.sizes)
@@ -95,77 +94,110 @@ def hints_of(config: Mapping[str, Any]) -> Config:
     return {**config["hints"], "tokenizer": config["hints"]["tokenizer"] or config["tokenizer"]["weights"]}
 
 
-def find(path: Path, weights: str, **hints: Any) -> Found:
+def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) -> Found:
     """Read weights of any origin; see `load`."""
     hints = {key: value for key, value in hints.items() if value is not None}
-    found = _ours(path, weights)
+    found = _ours(path, weights, trust)
     if found is None:
         return _released(_open(path, weights, hints.pop("family", None)), hints, path)
+    codec = hints.pop("tokenizer", None)
     if hints:
         raise ValueError(f"{next(iter(hints))}: {path} tells all options itself")
-    return found
+    if codec is None:
+        return found
+    tokenizer = build.hinted_tokenizer(found.config["tokenizer"], codec)
+    return replace(found, config={**found.config, "tokenizer": tokenizer})
 
 
-def _ours(path: Path, weights: str | None) -> Found | None:
+def _ours(path: Path, weights: str | None, trust: Collection[str]) -> Found | None:
     """Weights of a run or of a file of ours; `None` if it is something else.
 
     Args:
         path: see `load`.
         weights: `ema`, `raw`, or `None`: averaged ones where there are any.
+        trust: see `load`.
     """
     if weights not in ("ema", "raw", None):
         raise ValueError(f"weights={weights} is unknown; choose ema or raw")
     folder = path.parent.parent if path.is_file() else path
     if (folder / "config.yaml").is_file() and (path.is_dir() or path.suffix == ".ckpt"):
-        return _of_run(folder, path, weights)
+        return _of_run(folder, path, weights, trust)
     note = weight_files.ours(path)
     if note is None:
         return None
+    config = _read_config(note.get("config"), trust, path)
     tensors = weight_files.read_safetensors(path)
     own = {key: value for key, value in tensors.items() if not key.startswith(weight_files.KEPT)}
     kept = {key.removeprefix(weight_files.KEPT): tensors[key] for key in tensors.keys() - own.keys()}
-    return Found(note["config"], own, note["class_names"], _pairs(note["sizes"]), kept)
+    return Found(config, own, note["class_names"], _pairs(note["sizes"]), kept)
 
 
-def _of_run(folder: Path, path: Path, weights: str | None) -> Found:
+def _read_config(config: Any, trust: Collection[str], file: Path) -> Config:
+    """The configuration of a file of ours; which kernels attend is no part of a model, so what runs here is chosen.
+
+    Raises:
+        ValueError: it would build what it may not.
+    """
+    config = targets.from_file(config, trust, file)
+    kernels = {"attention": "auto"} if "attention" in config["model"] else {}
+    return {**config, "model": {**config["model"], **kernels}}
+
+
+def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str]) -> Found:
+    config = _read_config(paths.read_config(folder), trust, folder / "config.yaml")
     file = path if path.is_file() else checkpoints.newest(folder / "checkpoints")
     if file is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     state = checkpoints.read(file)
+    absent = [key for key in ("state_dict", "ema", "run") if key not in state]
+    if absent:
+        raise ValueError(f"{file} is no checkpoint of a run: it has no {absent[0]}")
     tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
     if weights == "ema" and not state["ema"]:
         raise ValueError(f"{folder} keeps no average of its weights (ema.decays=[]); set weights=raw")
     if weights != "raw" and state["ema"]:
         tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
     data = state["run"]
-    config = paths.located(paths.read_config(folder), folder)
+    config = paths.located(config, folder)
     return Found(config, tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
 
 
 class _Official(NamedTuple):
-    """A state dict of a published family, and the arguments of its training script."""
+    """A state dict of a published family, and the arguments of its training script.
+
+    Attributes:
+        release: a key of `RELEASES`, where it is known.
+    """
 
     family: str
+    release: str | None
     state: Mapping[str, Tensor]
     args: Mapping[str, Any]
 
 
 def _open(path: Path, weights: str, family: str | None) -> _Official:
     """Open an official checkpoint."""
-    if family not in (None, *FAMILIES):
-        raise ValueError(f"family={family} is unknown; choose one of {', '.join(FAMILIES)}")
+    known = dict.fromkeys([*FAMILIES, *RELEASES])
+    if family not in (None, *known):
+        raise ValueError(f"family={family} is unknown; choose one of {', '.join(known)}")
     stored = weight_files.read(path)
-    said = family or " ".join(["sit" if "path_type" in stored.args else "", path.name])
-    name = family_of(next(iter(stored.states.values())), said)
-    return _Official(name, stored.choose(weights, path, FAMILIES[name].ema_first), stored.args)
+    release = family or release_of(path, stored.args)
+    try:
+        name = family_of(next(iter(stored.states.values())), release)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return _Official(name, release, stored.choose(weights, path, FAMILIES[name].ema_first), stored.args)
 
 
-def _released(official: _Official, hints: Mapping[str, Any], path: Path) -> Found:
-    family, state, args = official
+def _released(official: _Official, hints: dict[str, Any], path: Path) -> Found:
+    family, release, state, args = official
+    codec = hints.pop("tokenizer", None)
     told = {"heads" if key == "num_heads" else key: value for key, value in hints.items()}
     options = {**FAMILIES[family].options(state), **told}
     names = [str(number) for number in range(options.pop("num_classes"))]
-    config = _config(family, options, path)
+    config = _config(family, release, options, path)
+    if codec is not None:
+        config["tokenizer"] = build.hinted_tokenizer(config["tokenizer"], codec)
     for key in ("path_type", "prediction"):
         if key in args:
             config["objective"][key.removesuffix("_type")] = str(args[key]).lower()
@@ -180,23 +212,27 @@ def to_official(
     Raises:
         ValueError: a backbone that was never published.
     """
-    family = str(config["model"]["_target_"]).split(".")[-2]
-    if family not in FAMILIES:
+    package, _, family = str(config["model"]["_target_"]).rpartition(".")[0].rpartition(".")
+    if package != "genfound.backbones" or family not in FAMILIES:
         raise ValueError(f"{config['model']['_target_']} has no official format")
     unit = build.published_spec(config).stride * config["model"]["patch_size"]
     grid = (sizes[0][0] // unit, sizes[0][1] // unit)
     return FAMILIES[family].theirs(state, config["model"], grid)
 
 
-def _config(family: str, options: Mapping[str, Any], path: Path) -> Config:
+def _config(family: str, release: str | None, options: Mapping[str, Any], path: Path) -> Config:
     """The configuration of the released model of these options, with its quirks.
 
     Raises:
-        ValueError: a hint is no option of the model, or the number of heads is unknown.
+        ValueError: a hint is no option of the model, the number of heads is unknown, or it could be of two releases.
     """
     presets = [name for name, size in _presets(family).items() if _is_of(size, options)]
-    fine_tuned = [name for name in presets if "_hr_" in name and "hr" in f"{path.parent.name}{path.name}".lower()]
-    preset = next(iter([*fine_tuned, *(name for name in presets if "_hr_" not in name)]), family)
+    if any("_hr_" in name for name in presets) and release not in ("fitv2", "fitv2_hr"):
+        raise ValueError(
+            f"{path}: these weights fit FiTv2 and its fine-tuning to 512 pixels alike; "
+            "say hints.family=fitv2 or hints.family=fitv2_hr"
+        )
+    preset = next((name for name in presets if ("_hr_" in name) == (release == "fitv2_hr")), family)
     released = "dit_moe_rf" if options.get("unused_half") and family == "dit_moe" else family
     if released == "dit_moe_rf" and preset == family:
         preset = "dit_moe_xl_8e2a"
@@ -236,19 +272,6 @@ def _size(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, 
     ) * 2
 
 
-def _tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a model, or its shape alone."""
-    channels = config["model"]["channels"]
-    try:
-        codec = build.tokenizer(config)
-    except FileNotFoundError as error:
-        return Absent(build.published_spec(config), str(error))
-    if channels in (None, codec.spec.channels):
-        return codec
-    spec = codec.spec._replace(channels=channels)
-    return Absent(spec, f"the tokenizer has {codec.spec.channels} channels, and this model {channels}")
-
-
 def _shape(found: Found) -> Spec:
     """The shape of the latents that the weights are for; no tokenizer is built."""
     channels = found.state["x_embedder.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
@@ -272,27 +295,30 @@ class Written(NamedTuple):
     parameters: int
 
 
-def convert(path: Path, to: str, file_format: str | None, weights: str = "ema", **hints: Any) -> Written:
+def convert(
+    path: Path, to: str, file_format: str | None, weights: str = "ema", trust: Collection[str] = (), **hints: Any
+) -> Written:
     """Write weights in the other format; a way there and back gives every tensor bit by bit.
 
     Args:
         path: what `load` takes.
         to: a file (.safetensors; the official format also .pt, .pth, .bin), or a folder, ending in /.
         file_format: `official`, `genfound`, or `None` for the other one than it is.
-        weights, hints: see `load`.
+        weights, trust, hints: see `load`.
 
     Raises:
         ValueError: an unknown format, or a model that was never published in it; and what `load` raises.
     """
     if file_format not in (None, "official", "genfound"):
         raise ValueError(f"format={file_format} is unknown; choose official or genfound")
-    found = find(path, weights, **hints)
+    found = find(path, weights, trust, **hints)
     with torch.device("meta"):
         net = build.net(found.config, _shape(found), len(found.class_names))
     checkpoints.check(net, found.state, path)
     chosen = file_format or ("official" if found.official is None else "genfound")
     file = _destination(path, to, chosen)
-    theirs = to_official(found.config, found.state, found.sizes)
+    ours_again = chosen == "genfound" and found.official is None
+    theirs = {} if ours_again else to_official(found.config, found.state, found.sizes)
     kept = found.kept if found.official is None else _differing(found.official, theirs)
     if chosen == "official":
         state = theirs | dict(kept)
@@ -309,7 +335,8 @@ def save(loaded: Loaded, file: Path) -> None:
 
 
 def _note(model: Found | Loaded) -> dict[str, Any]:
-    return {"config": model.config, "class_names": model.class_names, "sizes": model.sizes}
+    config = {key: value for key, value in model.config.items() if key != "trust"}
+    return {"config": config, "class_names": model.class_names, "sizes": model.sizes}
 
 
 def _destination(path: Path, to: str, chosen: str) -> Path:
@@ -331,11 +358,16 @@ def _differing(state: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> dict
 LABELS, ROUTER = "y_embedder.embedding_table.weight", "blocks.0.mlp.router.weight"
 
 
-def initialise(net: Backbone, path: Path, seed: int) -> list[str]:
+def initialise(net: Backbone, path: Path, seed: int, trust: Collection[str] = ()) -> list[str]:
     """Start a new network from trained weights, averaged ones where there are any.
 
     A label table of another number of classes stays as it was initialised; a DiT-MoE
     of one expert becomes one of several, whose routers are drawn from the seed.
+
+    Args:
+        net: the network.
+        path, trust: see `load`.
+        seed: of the run.
 
     Returns:
         What is not as in the file, in lines for the user.
@@ -345,7 +377,7 @@ def initialise(net: Backbone, path: Path, seed: int) -> list[str]:
         ValueError: the weights are not of this architecture; nothing has been copied then.
     """
     family = type(net).__module__.rpartition(".")[2]
-    found, remarks = _ours(path, None), [f"starting from the weights of {path}"]
+    found, remarks = _ours(path, None, trust), [f"starting from the weights of {path}"]
     if found is None:
         official = _open(path, "ema", "sit" if family == "sit" else "dit")
         origin, state = official.family, FAMILIES[official.family].ours(official.state)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasToken, YAMLError, scan
 
 from genfound.writing import visible, write_whole
 
 NOT_IDENTITY = (
-    "runs", "study", "name", "allow_changes", "trainer", "logger", "launcher",
+    "runs", "study", "name", "allow_changes", "trust", "trainer", "logger", "launcher",
     "data.root", "data.index", "data.num_workers", "tokenizer.weights",
 )  # fmt: skip
 """Keys that are no part of the name of a run, unless a sweep varies them."""
@@ -41,6 +41,9 @@ GROUPS = ("model", "data", "tokenizer", "layout", "objective", "sampler", "guida
 
 PLACES = (("data", "root"), ("data", "index"), ("tokenizer", "weights"), ("guidance", "weights"))
 """Keys of a run that are paths, by group."""
+
+TARGET = "_target_"
+"""The key that names a class to build."""
 
 GRID = "grid.png"
 """Of `genfound.sample`, beside its images."""
@@ -128,7 +131,11 @@ def claimed(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: see `read_config`.
     """
-    return read_config(folder, NEXT if (folder / NEXT).is_file() else "config.yaml")
+    return read_config(folder, _claimed_file(folder).name)
+
+
+def _claimed_file(folder: Path) -> Path:
+    return folder / (NEXT if (folder / NEXT).is_file() else "config.yaml")
 
 
 def adopt(folder: Path) -> None:
@@ -175,12 +182,15 @@ def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
     try:
-        config = plain(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, AssertionError) as error:
+        if any(isinstance(token, AliasToken) for token in scan(file.read_text())):
+            raise ValueError(f"{file} repeats parts of itself by name (YAML aliases), as no run writes")
+        config = plain(OmegaConf.load(file), resolve=False)
+    except (YAMLError, OmegaConfBaseException, AssertionError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-    missing = [group for group in GROUPS if group not in config]
-    if missing:
-        raise ValueError(f"{folder} is not a run directory: its config.yaml has no {missing[0]}")
+    require_groups(config, folder)
+    for text in _texts(config):
+        if "${" in text:  # resolving it would read variables of the environment
+            raise ValueError(f"{file} holds an interpolation ({text}); a run's configuration has values only")
     return config
 
 
@@ -198,9 +208,58 @@ def located(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {**config, **found}
 
 
+def require_groups(config: Any, origin: Path) -> None:
+    """Nothing, if this is the configuration of a run.
+
+    Raises:
+        ValueError: it is not.
+    """
+    missing = [group for group in GROUPS if not isinstance(config, Mapping) or group not in config]
+    if missing:
+        raise ValueError(f"{origin} is not a run directory: its config.yaml has no {missing[0]}")
+    wrong = [group for group in GROUPS if not isinstance(config[group], Mapping)]
+    if wrong:
+        raise ValueError(f"{origin}: {wrong[0]}={config[wrong[0]]} must be a group of keys")
+
+
+def config_hash(folder: Path) -> str:
+    """Of the file of `claimed`, byte by byte."""
+    return hashlib.blake2b(_claimed_file(folder).read_bytes(), digest_size=16).hexdigest()
+
+
+def with_own_targets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that the command line composed, which trusts the code that it names outside genfound."""
+    named = [path for _, path in targets_in(config) if isinstance(path, str) and not path.startswith("genfound.")]
+    return {**config, "trust": list(dict.fromkeys([*config.get("trust", ()), *named]))}
+
+
+def targets_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every `_target_`, however deep in mappings and lists."""
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in pairs:
+        if key == TARGET:
+            yield f"{prefix}{key}", inner
+        else:
+            yield from targets_in(inner, f"{prefix}{key}.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text, however deep in mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """One file of conf/ alone, without what it inherits."""
     return plain(OmegaConf.load(file), resolve=False)
+
+
+def option_names(group: str) -> list[str]:
+    """The options of conf/<group>/, in alphabetical order."""
+    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
 
 
 def read_option(group: str, name: str) -> dict[str, Any]:
@@ -209,10 +268,10 @@ def read_option(group: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such option; the message lists them.
     """
+    known = option_names(group)
+    if name not in known:
+        raise ValueError(f"{group}={name} is unknown; choose one of {', '.join(known)}")
     file = Path(config_dir()) / group / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(option.stem for option in file.parent.glob("*.yaml")))
-        raise ValueError(f"{group}={name} is unknown; choose one of {known}")
     return {key: value for key, value in read_yaml(file).items() if key != "defaults"}
 
 

@@ -27,7 +27,7 @@ def _task(cfg: DictConfig) -> None:
     launch.keep_freed_memory()
     config = paths.plain(cfg)
     checks.whole("batch", config["batch"], 1)
-    loaded = load(config["from"], weights=config["weights"], **hints_of(config))
+    loaded = load(config["from"], weights=config["weights"], trust=config["trust"], **hints_of(config))
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])
@@ -37,9 +37,14 @@ def _task(cfg: DictConfig) -> None:
     sizes = loaded.sizes if config["size"] is None else checks.sizes("size", config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
     device = build.device(config["accelerator"])
-    how = {**loaded.config, **settings, "sample": {"uint8": config["uint8"] or loaded.config["sample"]["uint8"]}}
+    how = {
+        **loaded.config,
+        **settings,
+        "sample": {"uint8": config["uint8"] or loaded.config["sample"]["uint8"]},
+        "trainer": {"precision": config["precision"] or loaded.config["trainer"]["precision"]},
+    }
     objective = build.objective(how)
-    sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"], config["precision"])
+    sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"])
 
     out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
     classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in loaded.class_names]

@@ -32,6 +32,7 @@ from genfound.reporting.progress import Progress, silent
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from genfound.samplers.guidance import AutoGuidance, ClassifierFree, unguided
+from genfound.targets import trusted
 from genfound.tokenizers import Absent, Tokenizer
 
 Drawn = TypeVar("Drawn")
@@ -82,14 +83,14 @@ class Sampling:
         tokenizer: Tokenizer,
         device: torch.device,
         micro_batch: int,
-        precision: str = "auto",
     ) -> Sampling:
-        """Layout, sampler and guidance of a configuration.
+        """Layout, sampler, guidance and precision of a configuration.
 
         Raises:
             ValueError: an option that does not exist, or a weaker network that does not fit.
         """
         guidance = complete("guidance", config["guidance"])
+        weak = _weaker(guidance["weights"], objective, trusted(config)) if "weights" in guidance else None
         return cls(
             objective=objective,
             tokenizer=tokenizer,
@@ -97,10 +98,10 @@ class Sampling:
             sampler=complete("sampler", config["sampler"]),
             guidance=guidance,
             micro_batch=micro_batch,
-            precision=build.precision(precision, device),
+            precision=build.precision(config["trainer"]["precision"], device),
             uint8=config["sample"]["uint8"],
             device=device,
-            weak=_weaker(guidance["weights"], objective).to(device) if "weights" in guidance else None,
+            weak=None if weak is None else weak.to(device),
         )
 
     def check(self, net: Backbone) -> None:
@@ -223,7 +224,7 @@ class _RequestRng:
         return self.layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
 
 
-def _weaker(weights: str, objective: Objective) -> Backbone:
+def _weaker(weights: str, objective: Objective, trust: Sequence[str]) -> Backbone:
     """The other network of autoguidance.
 
     Raises:
@@ -231,7 +232,7 @@ def _weaker(weights: str, objective: Objective) -> Backbone:
         ValueError: it cannot be loaded, or was trained to predict something else.
     """
     try:
-        other = load(weights)
+        other = load(weights, trust=trust)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"guidance.weights={weights}: {error}") from None
     for key, value in objective.outputs.items():
@@ -281,6 +282,7 @@ def sample(
     guidance: float | Mapping[str, Any] | None = None,
     seed: int = 0,
     batch: int = 16,
+    precision: str | None = None,
 ) -> np.ndarray | Tensor:
     """Images of the given labels, or their latents where the tokenizer is absent.
 
@@ -293,6 +295,7 @@ def sample(
         guidance: a scale, or all options; `None` is the run's own.
         seed: seed of all noise.
         batch: images per network call.
+        precision: `auto`, `bf16` or `fp32`; `None` is the run's own.
 
     Returns:
         (len(labels) * n, height, width, 3) uint8, or latents (len(labels) * n, C, h, w).
@@ -306,6 +309,8 @@ def sample(
     if guidance is not None:
         scaled = isinstance(guidance, int | float)
         config["guidance"] = {**_own("guidance", "cfg", config), "scale": guidance} if scaled else guidance
+    if precision is not None:
+        config["trainer"] = {**config["trainer"], "precision": precision}
     whole("batch", batch, 1)
     build.objective(config)  # refuses a sampler that does not fit
     wanted = loaded.sizes[:1] if size is None else sizes("size", list(size) if isinstance(size, Sequence) else size)

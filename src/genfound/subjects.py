@@ -95,7 +95,7 @@ def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.
 
     Args:
         config: conf/evaluate.yaml.
-        how: the run's configuration with the sampler, guidance and byte rule to use.
+        how: the run's configuration with the sampler, guidance, byte rule and precision to use.
         tokenizer: decodes.
         device: draws.
         weak: hash of the weaker network of autoguidance.
@@ -108,7 +108,7 @@ def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.
         batch=config["batch"] if _couples(how["sampler"]) else None,
         labels=config["labels"],
         seed=config["seed"],
-        precision=build.precision(config["precision"], device),
+        precision=build.precision(how["trainer"]["precision"], device),
         decoder=decoder_of(tokenizer, how),
         uint8=how["sample"]["uint8"],
         versions=protocol.versions(),

@@ -101,7 +101,12 @@ def ours(path: Path) -> dict[str, Any] | None:
     if not path.is_file() or not _is_safetensors(path):
         return None
     note = _metadata(path).get(OURS)
-    return None if note is None else dict(json.loads(note))
+    if note is None:
+        return None
+    try:
+        return dict(json.loads(note))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: what genfound has noted in it cannot be read ({error})") from None
 
 
 def write(path: Path, state: State, note: Mapping[str, Any] | None = None) -> None:

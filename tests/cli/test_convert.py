@@ -9,7 +9,7 @@ from genfound.backbones.official import FAMILIES
 from tests.cli.commands import genfound, one_error
 from tests.test_loading import official_state
 
-HEADS = "hints.num_heads=2"
+HEADS, DIT = "hints.num_heads=2", "hints.family=dit"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("family", ["dit", "nit"])
 def test_there_and_back(folder: Path, family: str, tmp_path: Path) -> None:
-    hint = [HEADS] if family == "dit" else []
+    hint = [HEADS, DIT] if family == "dit" else []
     first = genfound("convert", f"from={family}.pt", f"to={tmp_path}/out/", *hint, cwd=folder)
     assert first.returncode == 0, first.stderr
     assert f"{tmp_path}/out/{family}.safetensors (genfound)" in first.stdout
@@ -39,7 +39,8 @@ WRONG = {
     "from=nowhere.pt": "there is no run nowhere.pt",
     "from=cut_dit.pt": "cut_dit.pt is damaged",
     "from=other.pt": f"of none of {', '.join(FAMILIES)}",
-    "from=dit.pt": "say hints.num_heads=",
+    "from=dit.pt": "dit.pt: these weights fit DiT and SiT alike; say hints.family=dit or hints.family=sit",
+    f"from=dit.pt {DIT}": "say hints.num_heads=",
     "from=nit.pt to=x.pt format=genfound": "must end in .safetensors",
     "from=nit.pt format=torch": "format=torch is unknown; choose official or genfound",
     "from=nit.pt hints.family=gan": "family=gan is unknown",
@@ -56,13 +57,13 @@ def test_wrong_input_is_one_line_and_writes_nothing(folder: Path, arguments: str
 
 
 def test_latents_without_an_autoencoder_are_no_picture(folder: Path, tmp_path: Path) -> None:
-    error = one_error(genfound("sample", "from=dit.pt", HEADS, "labels=[1]", f"out={tmp_path}/out", cwd=folder))
+    error = one_error(genfound("sample", "from=dit.pt", HEADS, DIT, "labels=[1]", f"out={tmp_path}/out", cwd=folder))
     assert "tokenizer.weights" in error and not (tmp_path / "out").exists()
 
 
 def test_an_official_checkpoint_is_sampled(folder: Path, tmp_path: Path) -> None:
     settings = ["sampler=ddim", "sampler.steps=2", "labels=[1,6]", "size=[32,48]", "batch=2", f"out={tmp_path}/out"]
-    result = genfound("sample", "from=dit.pt", HEADS, "hints.tokenizer=random_tiny", *settings, cwd=folder)
+    result = genfound("sample", "from=dit.pt", HEADS, DIT, "hints.tokenizer=random_tiny", *settings, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "00000_1_32x48.png", "00001_6_32x48.png", "grid.png",

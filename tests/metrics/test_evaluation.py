@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from genfound import build, checkpoints, evaluation
 from genfound.drawing import Drawn
@@ -17,7 +18,7 @@ from genfound.paths import config_dir
 from genfound.sampling import check_size
 from genfound.work import held
 from tests.helpers import composed
-from tests.metrics.runs import evaluated, of_probe, probe
+from tests.metrics.runs import evaluated, of_probe, probe, untrained_run
 from tests.metrics.sets import Averages, Pictures, save_pngs
 
 
@@ -40,6 +41,23 @@ def test_run_npz_and_folder_of_the_same_images_have_the_same_figures(
     assert set(drawn[0].figures) == {"fd_probe", "accuracy_probe", "precision_probe", "recall_probe"}
     assert [result.protocol.order for result in given] == ["as stored", "by content"]
     assert (tmp_path / "x.npz.evaluations/results.jsonl").is_file()
+
+
+def test_precision_is_that_of_the_run_unless_it_is_set(references: Path, tmp_path: Path) -> None:
+    run = untrained_run(tmp_path / "run", "trainer.precision=bf16")
+    file = next(run.glob("checkpoints/*.ckpt"))
+    state = checkpoints.read(file)
+    average = {name: 0.2 * torch.randn_like(tensor) for name, tensor in state["ema"]["0.9"].items()}
+    checkpoints.save({**state, "ema": {"0.9": average}}, file)
+    made = {}
+    for wanted, name in ((None, "bf16-mixed"), ("fp32", "32-true")):
+        file = tmp_path / f"{name}.npz"
+        result = evaluated(
+            run, references, sizes=[16, 16], precision=wanted, export=str(file), out=str(tmp_path / name)
+        )[0]
+        assert result.protocol.drawing.precision == name
+        made[name] = open_images(file)
+    assert any((made["bf16-mixed"][k] != made["32-true"][k]).any() for k in range(96))
 
 
 def test_a_result_names_everything_that_could_change_it(run: Path, references: Path, tmp_path: Path) -> None:

@@ -87,13 +87,13 @@ class Notes:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, step: int) -> None:
         self.notes.append(text)
 
 
 def test_a_courtesy_that_fails_is_dropped_with_a_note() -> None:
     terminal, broken = Notes(), Broken()
-    sink = Courtesy(terminal, "Weights & Biases", lambda: broken)  # type: ignore[arg-type, return-value]
+    sink = Courtesy(terminal, "Weights & Biases", lambda: broken, 0)  # type: ignore[arg-type, return-value]
     for step in (1, 2):
         sink.log({"a": 1.0}, step)
     sink.picture("samples", Path("x.png"), 8, 2)
@@ -106,7 +106,7 @@ def test_a_courtesy_that_fails_is_dropped_with_a_note() -> None:
 
 def test_a_courtesy_that_cannot_begin_is_a_note() -> None:
     terminal = Notes()
-    sink = Courtesy(terminal, "Weights & Biases", lambda: __import__("no_such_module"))  # type: ignore[arg-type]
+    sink = Courtesy(terminal, "Weights & Biases", lambda: __import__("no_such_module"), 0)  # type: ignore[arg-type]
     sink.log({"a": 1.0}, 1)
     sink.close()
     assert terminal.notes[0].startswith(

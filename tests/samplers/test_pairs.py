@@ -17,6 +17,7 @@ from genfound.tokenizers import Pixel
 from tests.helpers import composed
 
 OBJECTIVES = sorted(file.stem for file in (Path(paths.config_dir()) / "objective").glob("*.yaml"))
+FP32 = "trainer.precision=fp32"
 LEGAL = {
     "gaussian": {"ddpm", "ddim", "euler", "heun", "dopri5"},
     "flow": {"euler", "heun", "dopri5", "sde"},
@@ -50,14 +51,16 @@ def test_every_sampler_has_an_option() -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_legal_pairs_draw_and_others_are_refused(name: str, sampler: str) -> None:
-    config = composed("model=nit_tiny", f"objective={name}", f"sampler={sampler}", "guidance=cfg", "sampler.steps=4")
+    config = composed(
+        "model=nit_tiny", f"objective={name}", f"sampler={sampler}", "guidance=cfg", "sampler.steps=4", FP32
+    )
     family = "gaussian" if "Gaussian" in config["objective"]["_target_"] else "flow"
     if sampler not in LEGAL[family]:
         with pytest.raises(ValueError, match=rf"sampler={sampler} cannot sample objective={family}; choose sampler="):
             build.objective(config)
         return
     objective = build.objective(config)
-    sampling = Sampling.of(config, objective, Pixel(), torch.device("cpu"), 2, "fp32")
+    sampling = Sampling.of(config, objective, Pixel(), torch.device("cpu"), 2)
     requests = [Request(label, (8, 12), label) for label in range(3)]
     images = sampling.draw(Plain(2 if objective.learned_variance else 1).eval(), requests, seed=0)
     again = sampling.draw(Plain(2 if objective.learned_variance else 1).eval(), requests[2:], seed=0)

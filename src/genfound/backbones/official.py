@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -47,12 +48,32 @@ FAMILIES = {
 }
 
 
-def family_of(state: State, said: str) -> str:
+RELEASES = {
+    "dit": {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"},
+    "sit": {"SiT-XL-2-256.pt", "SiT-XL-2-256x256.pt"},
+    "fitv2": {"FiTv2_XL", "FiTv2_3B"},
+    "fitv2_hr": {"FiTv2_XL_HRFT", "FiTv2_3B_HRFT"},
+}
+"""Releases whose weights look like those of another -> the names under which their files or folders are published."""
+
+
+def release_of(path: Path, args: Mapping[str, Any]) -> str | None:
+    """What the arguments of a training script tell, or the whole name of a published file or folder."""
+    if "path_type" in args:
+        return "sit"
+    model = str(args.get("model")).partition("-")[0].lower()  # e.g. DiT-XL/2
+    if model in ("dit", "sit"):
+        return model
+    names = {path.name, path.parent.name}
+    return next((release for release, published in RELEASES.items() if names & published), None)
+
+
+def family_of(state: State, release: str | None) -> str:
     """The name of the family of an official state dict.
 
     Args:
         state: names and shapes tell all families but DiT from SiT, whose weights look alike.
-        said: what tells these two: a file name, or a training script's arguments.
+        release: a key of `RELEASES`, which tells these two.
 
     Raises:
         ValueError: it is of none of the families, or could be DiT or SiT.
@@ -67,7 +88,6 @@ def family_of(state: State, said: str) -> str:
         return "fit" if rows == 2 * columns else "fitv2"
     if "pos_embed" not in state:
         return "nit"
-    named = [name for name in ("dit", "sit") if name in said.lower()]
-    if len(named) != 1:
+    if release not in ("dit", "sit"):
         raise ValueError("these weights fit DiT and SiT alike; say hints.family=dit or hints.family=sit")
-    return named[0]
+    return release

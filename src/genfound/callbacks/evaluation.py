@@ -146,9 +146,7 @@ class Evaluation(Periodic):
 
     def _sampling(self, size: Size | str) -> Sampling:
         parts, asked = self.parts, self.asked.config
-        sampling = Sampling.of(
-            self._how(size), parts.objective, _decoder(parts), parts.device, asked["batch"], asked["precision"]
-        )
+        sampling = Sampling.of(self._how(size), parts.objective, _decoder(parts), parts.device, asked["batch"])
         sampling.check(parts.net)
         return sampling
 
@@ -182,7 +180,6 @@ def asked(folder: Path, run: Mapping[str, Any]) -> Asked:
         "extractor_weights": trainer["eval_extractor_weights"],
         "reference": DATA if config["reference"] == "???" else config["reference"],
         "weights": "raw" if run["ema"]["decays"] == [] else "ema",
-        "precision": trainer["precision"],
         "batch": run["sample"]["batch"],
         "max_pixels": run["data"].get("max_pixels"),
     }

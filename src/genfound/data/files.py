@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from genfound.data.base import PictureSource
 from genfound.data.class_folders import remarks
 from genfound.data.names import Names, shown
 from genfound.data.views import Views
@@ -106,7 +107,7 @@ def labels(names: list[str], class_names: list[str]) -> np.ndarray:
     return np.array([numbers[name.split("/", 1)[0]] for name in names], dtype=np.int64)
 
 
-class Viewed(ABC):
+class Viewed(PictureSource, ABC):
     """Image files in the views that are wanted of them: what image sources have in common.
 
     Args:

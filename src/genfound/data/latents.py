@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from genfound.data.manifest import read_manifest
 from genfound.data.published import LightningDit, Nit
 from genfound.data.store import Store
 from genfound.data.views import Views
+from genfound.targets import target
 from genfound.tokenizers import Spec, Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.tokenizers.weights import CONFIG, WEIGHTS, check_class, locate
@@ -131,20 +131,23 @@ class _Channels:
         return shown.repeat_interleave(self.spec.stride, dim=2).repeat_interleave(self.spec.stride, dim=3)
 
 
-def describe(options: Options, load: Callable[[], Tokenizer], look: bool = True) -> Described:
+def describe(
+    options: Options, load: Callable[[], Tokenizer], look: bool = True, trust: Sequence[str] = ()
+) -> Described:
     """What is known of a tokenizer without loading an autoencoder.
 
     Args:
         options: of the configuration.
         load: makes the tokenizer; called where it has no weights.
         look: fetch its files where they are not at hand; otherwise it is taken for the published one.
+        trust: packages beside genfound of which it may be.
 
     Raises:
         ValueError: an unknown class, or damaged files.
     """
-    module, _, name = str(options["_target_"]).rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
-    if not issubclass(kind, Autoencoder):
+    kind = target("tokenizer", options, trust)
+    name = kind.__name__
+    if not (isinstance(kind, type) and issubclass(kind, Autoencoder)):
         codec = load()
         scale, shift = getattr(codec, "scale", 1.0), getattr(codec, "shift", 0.0)
         return Described(name, "", None, codec.spec, scale, shift, codec.stochastic)
@@ -173,18 +176,20 @@ def encoder_digest(described: Described) -> str:
     return hashed.hexdigest()
 
 
-def stored_tokenizer(data: Options, options: Options, load: Callable[[], Tokenizer]) -> Stored:
-    """The tokenizer of `data.source=store|nit|lightningdit`.
+def stored_tokenizer(
+    data: Options, options: Options, load: Callable[[], Tokenizer], trust: Sequence[str] = ()
+) -> Stored:
+    """The tokenizer of `data.source=store|nit|lightningdit`; see `describe`.
 
     Raises:
         FileNotFoundError: there is no store.
         ValueError: it was encoded by another tokenizer.
     """
     if data["source"] != "store":
-        ours = describe(options, load, look=data["source"] != "nit")  # NiT's latents are the published ones
+        ours = describe(options, load, data["source"] != "nit", trust)  # NiT's latents are the published ones
         return Stored(ours, has_variance=False, load=load)
     made = read_manifest(Path(data["root"]))["tokenizer"]
-    ours = describe(options, load, look=options.get("weights") != made["weights"])
+    ours = describe(options, load, options.get("weights") != made["weights"], trust)
     scaling = (made["scale"], made["shift"])
     if not _same_encoder(ours, made) or (not ours.absent and (ours.scale, ours.shift) != scaling):
         raise ValueError(

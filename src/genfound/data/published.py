@@ -21,7 +21,7 @@ from torch import Tensor
 from genfound.data.class_folders import remarks
 from genfound.data.shards import Reader, Span, as_tensor, read_header, read_tensors
 from genfound.data.views import Entries, Views
-from genfound.tokenizers import Spec
+from genfound.tokenizers import Spec, Tokenizer
 from genfound.tokenizers.dc_ae import DcAe
 from genfound.writing import visible, write_whole
 
@@ -352,7 +352,7 @@ def _latents(shard: Path) -> Span:
     return spans["latents"]
 
 
-class VaVae:
+class VaVae(Tokenizer):
     """LightningDiT's autoencoder as its published latents know it: by their statistics, without its network.
 
     Latents of each channel are (h - mean) / std * multiplier. They can be trained on and drawn, not decoded.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from genfound.checks import whole
+from genfound.data.base import PictureSource
 
 Distance = Callable[[np.ndarray], np.ndarray]
 """Signed distance (negative inside) of points (..., 2) as x to the right and y downwards; objects have radius 1."""
@@ -86,7 +87,7 @@ CLASSES: dict[str, Distance] = {
 }
 
 
-class Shapes:
+class Shapes(PictureSource):
     """The embedded data set.
 
     Args:

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from genfound.tokenizers.base import Spec
+from genfound.tokenizers.base import Spec, Tokenizer
 from genfound.tokenizers.weights import Kind, load
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Autoencoder(ABC):
+class Autoencoder(Tokenizer, ABC):
     """Images <-> normalised latents: latent = (h - shift) * scale, with the numbers of the autoencoder's own config.
 
     The network is frozen and always in eval mode. It moves to the device of the images or latents it is

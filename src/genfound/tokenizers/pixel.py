@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from genfound.tokenizers.base import Spec
+from genfound.tokenizers.base import Spec, Tokenizer
 
 
-class Pixel:
+class Pixel(Tokenizer):
     """Latents are the RGB values in [-1, 1]."""
 
     spec = published = Spec(channels=3, stride=1)

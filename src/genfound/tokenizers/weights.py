@@ -123,6 +123,14 @@ def check_class(file: Path, wanted: str) -> None:
         raise ValueError(f"tokenizer={OPTIONS[wanted]} takes {wanted}, but {file} describes {found}{way_out}")
 
 
+def option_of(folder: Path) -> str | None:
+    """The option of `tokenizer` that takes the autoencoder of a folder, if it tells."""
+    try:
+        return OPTIONS.get(json.loads((folder.expanduser() / CONFIG).read_text())["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _check_readable(file: Path) -> None:
     """Raise a ValueError if a file of weights is damaged."""
     safetensors = importlib.import_module("safetensors")
