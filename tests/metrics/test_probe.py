@@ -1,9 +1,12 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from genfound import references
 from genfound.data.shapes import Shapes
 from genfound.metrics.images import Chosen, Sourced
 from genfound.metrics.probe import Probe, probe_key, train_probe
@@ -72,3 +75,19 @@ def test_the_number_of_threads_does_not_change_it() -> None:
         assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "accuracy", "warned"),
+    [(1, 1.0, False), (2, 0.95, False), (2, 0.6, True), (3, 0.8, False), (10, 0.3, False), (10, 0.15, True)],
+)
+def test_a_probe_is_doubted_near_chance_also_of_few_classes(
+    classes: int, accuracy: float, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    trained = SimpleNamespace(accuracy=accuracy, save=lambda file: None)
+    monkeypatch.setattr(references, "train_probe", lambda *_: trained)
+    data: Any = SimpleNamespace(classes=classes, images=lambda split: None)
+    place: Any = SimpleNamespace(device="cpu")
+    references._train(data, data, tmp_path / "probe.safetensors", place)
+    assert ("learned next to nothing" in capsys.readouterr().out) == warned
