@@ -56,7 +56,7 @@ def opened(file: Path, max_pixels: int | None = None, key: str = "data.max_pixel
         key: what the user sets the limit with.
 
     Raises:
-        OSError: it is not an image, is damaged, or has too many pixels.
+        OSError: it is not an image, is damaged, has too many pixels, or wide numbers whose white is 0.
     """
     if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # Pillow has one limit for all threads
@@ -70,6 +70,8 @@ def opened(file: Path, max_pixels: int | None = None, key: str = "data.max_pixel
             if max_pixels is not None and picture.width * picture.height > max_pixels:
                 pixels = f"{picture.height} x {picture.width} pixels"
                 raise OSError(f"its {pixels} are more than {key}={max_pixels}")
+            if picture.mode.startswith(WIDE) and getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+                raise OSError(f"its white is 0, which is not read in mode {picture.mode}; convert it to 8 bits")
             yield picture
 
 
@@ -120,8 +122,6 @@ def as_stored(picture: Image.Image) -> Image.Image:
 
 def _scaled(picture: Image.Image) -> Image.Image:
     """One channel of wide numbers as 8-bit grey."""
-    if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == 0:
-        raise OSError(f"its white is 0, which is not read in mode {picture.mode}; convert it to 8 bits")
     values = np.asarray(picture, dtype=np.float64)
     low, high = values.min(), values.max()
     whites = WHITES[picture.mode[0]]
