@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from genfound import writing
-from genfound.writing import PARTIAL, STALE, make_folder, write_whole
+from genfound.writing import PARTIAL, STALE, check_folder, make_folder, write_whole
 
 
 def none(*_: object) -> None:
@@ -109,3 +109,18 @@ def test_what_is_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     for name in ("file", "link"):
         with pytest.raises(FileExistsError):
             make_folder(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_folder("out", tmp_path / "a/b")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"out=.*file/b: .*file is not a folder; choose another out="):
+        check_folder("out", tmp_path / "file/b")
+    with pytest.raises(ValueError, match=r"to=.* a name of more than 255 bytes"):
+        check_folder("to", tmp_path / ("é" * 128) / "c")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="cannot be written by this user"):
+        check_folder("out", tmp_path / "a")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -17,6 +17,7 @@ from genfound.backbones.base import Backbone
 from genfound.backbones.official import FAMILIES, family_of
 from genfound.objectives.base import Objective
 from genfound.tokenizers import Absent, Spec, Tokenizer
+from genfound.writing import check_folder
 
 Config = dict[str, Any]
 
@@ -279,6 +280,7 @@ def convert(path: Path, to: str, file_format: str | None, weights: str = "ema", 
     """
     if file_format not in (None, "official", "genfound"):
         raise ValueError(f"format={file_format} is unknown; choose official or genfound")
+    check_folder("to", Path(to) if to.endswith("/") else Path(to).parent)
     found = find(path, weights, **hints)
     with torch.device("meta"):
         net = build.net(found.config, _shape(found), len(found.class_names))

@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from genfound import checks, command_line, launch, paths
 
 FEW = 10
+LONGEST_CLASS = 80
+"""Letters of a class name in that of a file."""
 
 
 def _task(cfg: DictConfig) -> None:
@@ -21,15 +23,18 @@ def _task(cfg: DictConfig) -> None:
     from genfound.reporting.progress import Counter
     from genfound.sampling import Sampling, make_requests, run_or_chosen
     from genfound.tokenizers import Absent
+    from genfound.writing import check_folder
 
     launch.keep_freed_memory()
     config = paths.plain(cfg)
     checks.whole("batch", config["batch"], 1)
+    chosen = command_line.chosen()
+    out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
+    check_folder("out", out)
     loaded = load(config["from"], weights=config["weights"], **config["hints"])
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])
-    chosen = command_line.chosen()
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
     labels = list(range(min(len(loaded.class_names), FEW))) if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else checks.sizes("size", config["size"])
@@ -39,8 +44,7 @@ def _task(cfg: DictConfig) -> None:
     objective = build.objective(how)
     sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"], config["precision"])
 
-    out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
-    classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in loaded.class_names]
+    classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:LONGEST_CLASS] for name in loaded.class_names]
     names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
     _refuse_others(out, names)
     images = sampling.draw(loaded.net.to(device), requests, config["seed"], Counter("images"))
