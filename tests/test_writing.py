@@ -111,15 +111,19 @@ def test_what_is_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
             make_folder(tmp_path / name)
 
 
-def test_a_folder_that_cannot_be_is_named_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_folder("out", tmp_path / "a/b")
-    assert not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"out=.*file/b: .*file is not a folder; choose another out="):
         check_folder("out", tmp_path / "file/b")
+    with pytest.raises(ValueError, match=r"to=.* a name of more than 255 bytes"):
+        check_folder("to", tmp_path / ("é" * 128) / "c")
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ValueError, match=r"export=.*b: .* cannot be written; choose another export="):
-        check_folder("export", tmp_path / "b")
+    with pytest.raises(ValueError, match="cannot be written by this user"):
+        check_folder("out", tmp_path / "a")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_hidden_files_and_folders_are_not_visible(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from genfound.reporting.streams import make_lasting
 from genfound.targets import trusted
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.writing import write_whole
+from genfound.writing import check_folder, write_whole
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SAFE = "complete shards are safe: give the same command again"
@@ -237,6 +237,7 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
     node, nodes = config["node_rank"], config["num_nodes"]
     if node >= nodes:
         raise ValueError(f"node_rank={node} must be less than num_nodes={nodes}")
+    check_folder("out", Path(config["out"]))
     device = build.device(config["accelerator"])
     devices = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
     if devices == 1:

@@ -18,6 +18,7 @@ from genfound.backbones.official import FAMILIES, RELEASES, family_of, release_o
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
 from genfound.tokenizers import Spec, Tokenizer
+from genfound.writing import check_folder
 
 Config = dict[str, Any]
 
@@ -311,6 +312,7 @@ def convert(
     """
     if file_format not in (None, "official", "genfound"):
         raise ValueError(f"format={file_format} is unknown; choose official or genfound")
+    check_folder("to", Path(to) if to.endswith("/") else Path(to).parent)
     found = find(path, weights, trust, **hints)
     with torch.device("meta"):
         net = build.net(found.config, _shape(found), len(found.class_names))

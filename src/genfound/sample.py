@@ -12,6 +12,8 @@ from genfound.data.names import numbered
 from genfound.writing import visible
 
 FEW = 10
+LONGEST_CLASS = 80
+"""Letters of a class name in that of a file."""
 
 
 def _task(cfg: DictConfig) -> None:
@@ -23,15 +25,18 @@ def _task(cfg: DictConfig) -> None:
     from genfound.reporting.progress import Counter
     from genfound.sampling import Sampling, make_requests, run_or_chosen
     from genfound.tokenizers import Absent
+    from genfound.writing import check_folder
 
     launch.keep_freed_memory()
     config = paths.plain(cfg)
     checks.whole("batch", config["batch"], 1)
+    chosen = command_line.chosen()
+    out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
+    check_folder("out", out)
     loaded = load(config["from"], weights=config["weights"], trust=config["trust"], **hints_of(config))
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
     reposition(loaded.net, config["rope"])
-    chosen = command_line.chosen()
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
     labels = loaded.class_names[:FEW] if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else checks.sizes("size", config["size"])
@@ -46,8 +51,7 @@ def _task(cfg: DictConfig) -> None:
     objective = build.objective(how)
     sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"])
 
-    out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
-    classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in loaded.class_names]
+    classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:LONGEST_CLASS] for name in loaded.class_names]
     names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
     _refuse_others(out, names)
     if numbered(loaded.class_names):

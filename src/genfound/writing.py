@@ -17,6 +17,9 @@ PARTIAL = ".partial"
 ATTEMPTS = 100
 """To make a folder that other processes remove."""
 
+LONGEST = 255
+"""Bytes of a file name."""
+
 STALE = 3600
 """After so many seconds without a change an unfinished file is given up where a file system has no locks."""
 
@@ -36,12 +39,20 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """Raise a ValueError that names the key if a folder can be neither written nor made."""
-    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"{key}={folder}: {nearest} is not a folder; choose another {key}=...")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"{key}={folder}: {nearest} cannot be written; choose another {key}=...")
+    """Find out before the work whether its folder can be made and written; nothing is made.
+
+    Raises:
+        ValueError: it cannot; the message names the key.
+    """
+    there = folder
+    while not os.path.lexists(there):
+        if len(os.fsencode(there.name)) > LONGEST:
+            raise ValueError(f"{key}={folder}: a name of more than {LONGEST} bytes; choose another {key}=...")
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{key}={folder}: {there} is not a folder; choose another {key}=...")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={folder}: {there} cannot be written by this user; choose another {key}=...")
 
 
 LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information",

@@ -161,3 +161,22 @@ def test_help_lists_the_groups(tmp_path: Path) -> None:
     result = genfound("train", "--help", cwd=tmp_path)
     assert result.returncode == 0
     assert "nit_xl" in result.stdout and "image_folder" in result.stdout
+
+
+def test_variables_left_by_launchers_are_ignored_and_copies_refused(tmp_path: Path) -> None:
+    command = ["train", *TINY, "batch.packs=2", "trainer.max_steps=1"]
+    left = {"WORLD_SIZE": "2", "RANK": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "PATH": str(tmp_path)}  # no git
+    one = genfound(*command, "name=one", cwd=tmp_path)
+    other = genfound(*command, "name=other", "logger=wandb", cwd=tmp_path, **left)
+    assert one.returncode == other.returncode == 0, other.stderr
+    assert other.stderr.count("note: ignoring RANK=1, SLURM_NTASKS=4, WORLD_SIZE=2: this command is one process") == 1
+    assert losses(tmp_path / "runs/default/one") == losses(tmp_path / "runs/default/other")
+    torchrun = {"WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
+    error = one_error(genfound(*command, "name=copies", cwd=tmp_path, **torchrun))
+    assert "start it once with trainer.devices=N" in error and not (tmp_path / "runs/default/copies").exists()
+
+
+def test_several_devices_that_cannot_share_a_step_are_refused_before_they_start(tmp_path: Path) -> None:
+    result = genfound("train", *TINY, "trainer.devices=3", "batch.packs=2", "name=run", cwd=tmp_path)
+    assert "a global step of 2 micro-batches cannot be shared by trainer.devices=3" in one_error(result)
+    assert result.stdout == "" and (tmp_path / "runs/default/run/FAILED").exists()

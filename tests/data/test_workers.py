@@ -4,6 +4,8 @@ import os
 import signal
 
 import pytest
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from genfound.data.workers import read_ahead
@@ -55,3 +57,22 @@ def test_other_errors_keep_their_traceback() -> None:
 def test_a_negative_number_of_workers_is_named() -> None:
     with pytest.raises(ValueError, match=r"data\.num_workers=-1 must be a whole number of at least 0"):
         read_ahead(Broken(), [0], -1)
+
+
+class Shared(Dataset[tuple[list[Tensor], str]]):
+    def __getitem__(self, key: int) -> tuple[list[Tensor], str]:
+        if key == 1:
+            Tensor.share_memory_ = full  # type: ignore[method-assign]
+        return [torch.full((3,), float(key))], "name"
+
+
+def full(_: Tensor) -> Tensor:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_shared_memory_without_room_is_an_error_and_not_an_endless_wait() -> None:
+    items = read_ahead(Shared(), [0, 1], 1)
+    (values,), name = next(items)
+    assert values.tolist() == [0.0] * 3 and values.is_shared() and name == "name"
+    with pytest.raises(OSError, match=r"/dev/shm.*No space left.*docker run --shm-size=8g.* data\.num_workers"):
+        next(items)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import TINY, genfound
+from tests.cli.commands import TINY, genfound, one_error
 
 
 def curve(run: Path, key: str = "train/loss") -> list[float]:
@@ -36,3 +36,10 @@ def test_a_run_moves_from_two_devices_to_one(tmp_path: Path) -> None:
             assert result.returncode == 0, result.stderr
     moved, stayed = (curve(tmp_path / "runs/default" / name) for name in ("moved", "stayed"))
     assert moved == pytest.approx(stayed, rel=1e-5)
+
+
+def test_a_job_on_two_devices_ends_with_its_reason(tmp_path: Path) -> None:
+    wrong = ["batch.packs=2", "trainer.devices=2", "data.max_tokens=64"]  # found by each of them
+    result = genfound("train", *TINY, *wrong, "name=run", cwd=tmp_path)
+    assert "more than data.max_tokens=64" in one_error(result)
+    assert result.stdout.startswith("[failed]") and "Traceback" in (tmp_path / "runs/default/run/FAILED").read_text()
