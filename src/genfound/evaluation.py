@@ -362,7 +362,7 @@ def _load(config: Config, source: Path) -> Loaded:
 
 def _moved(config: Config) -> dict[str, str]:
     """Where the data of the run are now, as far as that is set."""
-    return {key: value for key, value in config["data"].items() if value is not None}
+    return {key: str(value) for key, value in config["data"].items() if value is not None}
 
 
 def _earlier(config: Config, place: Place) -> list[Result]:
