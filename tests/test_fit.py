@@ -131,6 +131,15 @@ def test_numbers_that_make_no_sense_are_refused(override: str) -> None:
     assert SENSELESS[override] in str(error.value)
 
 
+def test_a_project_that_wandb_refuses_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fit(run_dir(tmp_path, *TINY, "logger=wandb", "logger.project=a/b", "trainer.max_steps=1"))
+    assert "Weights & Biases has stopped (Invalid project name 'a/b'" in capsys.readouterr().out
+    assert paths.finished(tmp_path) and "train/loss" in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_parameters_that_do_not_exist_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optimizer\.trainable=\['lora'\]: no parameter has one of these"):
         fit(run_dir(tmp_path, *TINY, "optimizer.trainable=[lora]"))

@@ -120,6 +120,22 @@ def test_a_sweep_names_its_jobs_and_outlives_a_failing_one(tmp_path: Path) -> No
     assert again.stdout.count("[done before]") == 2
 
 
+def test_a_sweep_over_what_does_not_identify_a_run_trains_each_of_its_jobs(tmp_path: Path) -> None:
+    """Two folders that read alike as file names; the same command finds the runs again."""
+    for root in ("a/b", "a_b"):
+        (tmp_path / root / "x").mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (i, 0, len(root))).save(tmp_path / root / f"x/{i}.png")
+    data = ["data=image_folder", "tokenizer=pixel", "data.max_image_tokens=64", "data.holdout=null", "name=mine"]
+    sweep = ["-m", *TINY, *data, "trainer.max_steps=1", "data.root=a/b,a_b"]
+    first = genfound("train", *sweep, cwd=tmp_path)
+    assert first.returncode == 0 and first.stdout.count("[done]") == 2, first.stdout + first.stderr
+    names = sorted(path.name for path in (tmp_path / "runs/default").iterdir() if (path / "DONE").exists())
+    assert len(names) == 2 and all(name.startswith("mine__data.root-a_b") for name in names)
+    again = genfound("train", *sweep, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count("[done before]") == 2, again.stdout + again.stderr
+
+
 WRONG = {
     "model.dpeth=3": "unknown key model.dpeth; did you mean model.depth?",
     "nonsense=3": "unknown key nonsense",

@@ -108,8 +108,8 @@ class Plan:
             steps = self._window(step, [])
 
     def _window(self, step: int, left: list[list[int]]) -> list[list[list[int]]]:
-        """The groups of the next steps, first those that are left of a window, matched by cost within a step."""
-        steps = -(-max(self.grouper.window, len(left)) // self.per_step)
+        """The groups of the next steps, matched by cost within a step: what is left of a window, or a new one."""
+        steps = -(-(len(left) or self.grouper.window) // self.per_step)
         groups = [*left, *(self.grouper.take() for _ in range(steps * self.per_step - len(left)))]
         if steps == 1:
             return [groups]
