@@ -2,19 +2,20 @@
 .DEFAULT_GOAL := help
 VENV ?= .venv
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install demo test test-all test-gpu lint type bench clean
+.PHONY: help install demo test test-all test-gpu test-lowest lint type bench clean
 
 help:  ## list the tasks
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(VENV)/installed  ## virtual environment with everything the project needs
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 demo: install  ## train the default on this machine (minutes on two cores), then sample
@@ -31,6 +32,14 @@ test-all: install  ## also the slow ones
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+# What versions of the dependencies can differ in: layers, random numbers, training, sampling, tokenizers, evaluation.
+LOWEST_TESTS := tests/test_dependencies.py tests/test_rng.py tests/test_batch.py tests/layers tests/samplers/test_adaptive.py \
+  tests/test_fit.py tests/test_sampling.py tests/tokenizers tests/reporting tests/metrics tests/data/test_store.py
+
+test-lowest:  ## with the lowest versions of the dependencies that pyproject.toml allows
+	$(MAKE) install VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
+	$(VENV)-lowest/bin/python -m pytest -m 'not slow and not gpu' -n 2 --dist worksteal $(LOWEST_TESTS)
+
 lint: install  ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -43,4 +52,4 @@ bench: install  ## speed, written to benchmarks/results/
 	$(BIN)/python benchmarks/store.py
 
 clean:  ## remove what the tasks made, but not the runs
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest dist .pytest_cache .mypy_cache .ruff_cache
