@@ -14,6 +14,7 @@ from genfound import build, paths
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.periodic import Periodic
+from genfound.callbacks.speed import paused
 from genfound.checks import sizes
 from genfound.drawing import DATA, Drawn, requests_by_rule
 from genfound.evaluation import Asked, check, circumstances, protocol_of, settings
@@ -74,11 +75,12 @@ class Evaluation(Periodic):
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Continue the rhythm; make probe and references, on the first rank, or find them."""
         super().on_train_start(trainer, module)
-        if trainer.is_global_zero:
-            self._prepare()
-        trainer.strategy.barrier()
-        if not trainer.is_global_zero:
-            self.tool = prepare_extractor(self.asked.config, self.data, self.place)
+        with paused(trainer, module):
+            if trainer.is_global_zero:
+                self._prepare()
+            trainer.strategy.barrier()
+            if not trainer.is_global_zero:
+                self.tool = prepare_extractor(self.asked.config, self.data, self.place)
 
     def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Evaluate at every size."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,24 +41,27 @@ class Metrics(lightning.Callback):
         assert isinstance(module, GenerativeModule)
         self._logged = trainer.global_step
         self._clear(module)
+        self.speed.begin()
+        self._started = False
 
     def _clear(self, module: GenerativeModule) -> None:
         self._loss = torch.zeros((), device=module.device)
         self._bins = torch.zeros(2, BINS, device=module.device)  # summed loss, number of images
         self._named: dict[str, Tensor] = {}  # parts of the loss, and what the network adds to it
-        self.speed.clear()
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Item, batch_idx: int
     ) -> None:
-        """Start the clock of a micro-batch; the first one also counts its operations."""
-        assert isinstance(module, GenerativeModule)
-        if not self.speed.calibrated:
-            assert isinstance(batch[0], Batch)
-            self.speed.calibrate(module, batch[0])
+        """Look at the first micro-batch, and measure the machine; neither is part of the training."""
+        if self._started:
+            return
+        self._started = True
+        assert isinstance(module, GenerativeModule) and isinstance(batch[0], Batch)
+        with self.speed.paused(module.device):
+            remarks = [first_batch(batch[0]), self.speed.calibrate(module)]
             for sink in self.sinks:
-                sink.note(first_batch(batch[0]))
-        self._begin = time.perf_counter()
+                for remark in filter(None, remarks):
+                    sink.note(remark)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
@@ -76,7 +78,7 @@ class Metrics(lightning.Callback):
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
             self._bins[row].index_add_(0, index, value.float())
-        self.speed.add(micro, images, time.perf_counter() - self._begin)
+        self.speed.add(micro, images)
         if trainer.global_step >= self._logged + self.every:
             self._write(trainer, module)
 
@@ -95,7 +97,7 @@ class Metrics(lightning.Callback):
         said = {name: value / trainer.world_size for name, value in module.net.diagnostics().items()}
         averaged = {name: value / steps for name, value in {"loss": self._loss, **self._named}.items()}
         named = torch.stack([value.float() for value in (*averaged.values(), *said.values())])
-        packed = torch.cat([named, self._bins.flatten(), self.speed.sums(module.device)])
+        packed = torch.cat([named, self._bins.flatten(), self.speed.sums(module)])
         total = trainer.strategy.reduce(packed, reduce_op="sum")
         assert isinstance(total, Tensor) and module.grad_norm is not None
         of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])
