@@ -271,12 +271,18 @@ def precision(wanted: str, device: torch.device) -> str:
         ValueError: unknown setting.
     """
     if wanted == "auto":
-        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        wanted = "bf16" if has_bf16 else "fp32"
+        wanted = "bf16" if _has_bf16(device) else "fp32"
     names = {"bf16": "bf16-mixed", "fp32": "32-true"}
     if wanted not in names:
         raise ValueError(f"precision={wanted} is unknown; choose auto, bf16 or fp32")
     return names[wanted]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the machine's own arithmetic has bf16; PyTorch also emulates it, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def device(wanted: str) -> torch.device:
@@ -290,6 +296,19 @@ def device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("accelerator=cuda, but this machine has no CUDA device")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_of(wanted: str, local_rank: int) -> torch.device:
+    """The device of one process of a group on this machine, which becomes the one that `cuda` means there.
+
+    Raises:
+        ValueError: the accelerator is unknown or absent.
+    """
+    found = device(wanted)
+    if found.type == "cuda":
+        found = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(found)
+    return found
 
 
 def published_spec(config: Config) -> Spec:

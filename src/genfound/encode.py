@@ -28,10 +28,7 @@ def _task(cfg: DictConfig) -> None:
         if not run_group([sys.executable, "-m", "genfound.encode", *sys.argv[1:]], wanted):
             raise command_line.JobError
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", local % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    encode(config, rank, ranks, device)
+    encode(config, rank, ranks, build.device_of(config["accelerator"], local))
 
 
 _PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

@@ -292,10 +292,7 @@ def _worker(file: Path) -> None:
         options["images"] = Where(**options["images"])
     task = TASKS[stored["kind"]](**options)
     rank, ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = build.device(task.accelerator)
-    if device.type == "cuda":
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    device = build.device_of(task.accelerator, local)
     launch.keep_freed_memory()
     try:
         counter = Counter(f"{task.makes} on the first of {ranks} processes")

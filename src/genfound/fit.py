@@ -43,6 +43,7 @@ def fit(folder: Path) -> None:
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     _quiet_lightning()
     config = paths.read_config(folder)
+    build.device_of(config["trainer"]["accelerator"], int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0)
     parts = build.parts(config, ranks)
     newest = checkpoints.newest(folder / "checkpoints")
     start = {"global_step": 0, "images_seen": 0} if newest is None else checkpoints.read(newest)

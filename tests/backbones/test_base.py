@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -55,7 +54,7 @@ def logged(folder: Path, key: str = "train/loss") -> list[float]:
 @pytest.mark.usefixtures("quick_compiler")
 def test_a_run_is_compiled_once(tmp_path: Path) -> None:
     """200 packs of other sizes and numbers of images, with validation, previews and averages in between."""
-    every = ["trainer.max_steps=200", "trainer.log_every=20", "trainer.val_every=100", "trainer.preview_every=300"]
+    every = ["trainer.max_steps=200", "trainer.log_every=20", "trainer.val_every=100", "trainer.preview_every=120"]
     fit(run_dir(tmp_path, "model=nit_tiny", *SHORT, *FAMILIES["nit_tiny"], *every, "trainer.checkpoint_every=90"))
     assert len(logged(tmp_path)) == 10 and len(logged(tmp_path, "val/loss_ema")) >= 3
     assert len(list((tmp_path / "samples").glob("*.png"))) >= 2

@@ -103,8 +103,9 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
 def available_backends(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Backends that run for this device and dtype, best first.
 
-    The flash kernels are made for 16 bits from capability 8.0. `flex` comes last: compiled for each shape, in float32
-    it may not fit a device's shared memory, and `loop` costs little there beside matrix products that are slow.
+    The flash kernels are made for 16 bits from capability 8.0. `flex` is never the best: where they do not run, in
+    float32, its kernels need a compiler and may not fit the shared memory of a card, and no measurement shows them
+    faster than `loop`, which runs anywhere.
     """
     capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else (0, 0)
     flash = capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
