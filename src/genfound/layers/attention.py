@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,8 +216,8 @@ def _flex(
         positions = torch.arange(len(q), device=q.device)
         block_mask = document_mask(torch.searchsorted(cu_seqlens, positions, right=True))
     q, k, v = (a.to(v.dtype).transpose(0, 1)[None] for a in (q, k, v))  # (1, H, T, d)
-    flex: Callable[..., Tensor] = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    out = flex(q, k, v, block_mask=block_mask)
+    kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    out: Tensor = kernel(q, k, v, block_mask=block_mask)
     return out[0].transpose(0, 1)
 
 
