@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Batch:
         image_of: packed only, (T,) int, the row each token belongs to.
         cu_seqlens: packed only, (B + 1,) int32, where each row begins and ends.
         max_seqlen: packed only, a bound on the tokens of one row, known on the host.
+        block_mask: packed only, which blocks of tokens meet, during a forward pass whose attention needs it.
     """
 
     x: Tensor
@@ -41,6 +46,7 @@ class Batch:
     image_of: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    block_mask: BlockMask | None = None
 
     @property
     def layout(self) -> str:

@@ -377,12 +377,18 @@ def precision(wanted: str, device: torch.device) -> str:
         ValueError: unknown setting.
     """
     if wanted == "auto":
-        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        wanted = "bf16" if has_bf16 else "fp32"
+        wanted = "bf16" if _has_bf16(device) else "fp32"
     names = {"bf16": "bf16-mixed", "fp32": "32-true"}
     if wanted not in names:
         raise ValueError(f"precision={wanted} is unknown; choose auto, bf16 or fp32")
     return names[wanted]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the machine's own arithmetic has bf16; PyTorch also emulates it, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def device(wanted: str, local_rank: int | None = None) -> torch.device:

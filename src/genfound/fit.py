@@ -100,7 +100,7 @@ def _module(parts: build.Parts, budget: int, rank: int, new: bool) -> Generative
         if rank == 0:
             print("\n".join(remarks), flush=True)
     if config["trainer"]["compile"]:
-        parts.net.compile()
+        parts.net.compile_blocks()
     return GenerativeModule(
         parts.net,
         parts.objective,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from genfound.data.plan import Micro
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
+from genfound.stopwatch import Stopwatch
 
 
 class GenerativeModule(lightning.LightningModule):
@@ -65,6 +67,7 @@ class GenerativeModule(lightning.LightningModule):
         self.budget = budget
         self.share = micro_batches * ranks  # Lightning averages over both; the loss of a step is a sum
         self.assembly = assembly
+        self.encoding = Stopwatch()  # of the tokenizer, in training
         self.images_seen = 0
         self.grad_norm: Tensor | None = None
         self.losses: Losses | None = None
@@ -122,7 +125,8 @@ class GenerativeModule(lightning.LightningModule):
         batch, micro = item
         if isinstance(batch, Pictures):
             assert self.assembly is not None
-            return self.assembly(batch, micro.positions, device), micro
+            with self.encoding.running(device) if self.training else nullcontext():
+                return self.assembly(batch, micro.positions, device), micro
         return batch.to(device, non_blocking=True), micro
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

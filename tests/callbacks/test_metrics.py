@@ -1,19 +1,15 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from genfound.callbacks.metrics import first_batch
-from genfound.callbacks.speed import Speed
 from genfound.fit import fit
 from tests.cli.commands import TINY
-from tests.helpers import packed, run_dir, small_nit, training_module
+from tests.helpers import packed, run_dir
 
 
 @pytest.mark.parametrize(
@@ -45,16 +41,6 @@ def test_the_first_batch_shows_a_wrong_scale_and_stops_at_what_is_not_finite() -
     batch.x[3] = torch.nan
     with pytest.raises(ValueError, match=r"latents of the first batch are not finite .*data\.root"):
         first_batch(batch)
-
-
-def test_the_operations_counted_are_those_of_the_network() -> None:
-    module, batch = training_module(small_nit()), packed([(4, 4), (3, 5)])
-    module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=nullcontext))  # type: ignore
-    speed = Speed(SimpleNamespace(waited=0.0))  # type: ignore[arg-type]
-    speed.calibrate(module, batch)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module.net(batch, torch.zeros(2))
-    assert speed.forward_flops == counter.get_total_flops() > 0
 
 
 def test_what_a_network_says_of_itself_is_in_every_line(tmp_path: Path) -> None:

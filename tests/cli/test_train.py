@@ -37,7 +37,7 @@ def test_a_run_leaves_everything_in_its_directory(straight: Path) -> None:
     assert list(losses(straight)) == list(range(1, 13))
     last = json.loads((straight / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"images_seen", "train/grad_norm", "train/lr", "perf/images_per_s", "perf/tokens_per_s"} <= last.keys()
-    assert {"perf/mfu", "perf/padding", "perf/data_wait"} <= last.keys()
+    assert {"perf/mfu", "perf/padding", "perf/data_wait", "perf/encode_share"} <= last.keys()
     assert json.loads((straight / "DONE").read_text())["steps"] == 12
     picture = Image.open(next((straight / "samples").glob("images-*.png")))
     assert min(picture.size) > 100

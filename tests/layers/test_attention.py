@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+import functools
 import math
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask
 
-from genfound.layers.attention import BACKENDS, available_backends, choose_backend, packed_attention
+from genfound.backbones.base import Backbone
+from genfound.layers import attention
+from genfound.layers.attention import BACKENDS, available_backends, choose_backend, document_mask, packed_attention
+from tests.backbones.test_fit import small_fit
+from tests.helpers import loss_and_gradients, packed, small_nit
 
 LENGTHS = {
     "equal": [4, 4, 4],
@@ -104,12 +115,125 @@ def test_a_backend_that_cannot_run_here_is_refused(backend: str) -> None:
         choose_backend(backend, "cpu", torch.float32)
 
 
-def test_auto_takes_the_first_available_backend() -> None:
-    assert available_backends("cpu", torch.float32) == ["loop"]
-    assert choose_backend("auto", "cpu", torch.float32) == "loop"
-    on_cuda = available_backends("cuda", torch.bfloat16)
-    assert on_cuda[-2:] == ["flex", "loop"]
-    assert choose_backend("auto", "cuda", torch.bfloat16) == on_cuda[0]
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
+    """Makes this machine one with every package, and a graphics card of a capability."""
+
+    def of(*capability: int) -> None:
+        available_backends.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(attention, "_installed", lambda _: True)
+
+    yield of
+    available_backends.cache_clear()
+
+
+def test_auto_takes_only_kernels_that_the_card_has(card: Callable[[int, int], None]) -> None:
+    found = {}
+    for capability in ((6, 1), (7, 5), (8, 0), (9, 0)):
+        card(*capability)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert choose_backend("auto", "cuda", dtype) == available_backends("cuda", dtype)[0]
+            found[capability, dtype] = available_backends("cuda", dtype)
+        assert available_backends("cpu", torch.float32) == ("loop",)
+    assert found[(6, 1), torch.bfloat16] == found[(6, 1), torch.float32] == ("loop",)
+    assert found[(7, 5), torch.bfloat16] == found[(7, 5), torch.float32] == ("loop", "flex")
+    for capability in ((8, 0), (9, 0)):
+        assert found[capability, torch.bfloat16] == ("flash", "varlen", "loop", "flex")
+        assert found[capability, torch.float32] == ("loop", "flex")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention_is_deterministic_where_all_is(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> Tensor:
+        given.update(options)
+        return v
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=kernel))
+    q, k, v, _ = inputs(9)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    BACKENDS["flash"](q, k, v, bounds([4, 5]), 5)
+    assert given == {"deterministic": deterministic}
+
+
+PACKS = [[100, 28, 0, 1, 255, 16], [400], [128, 128, 100, 3, 41], [1] * 399 + [1]]
+
+
+def image_of(lengths: list[int]) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("lengths", PACKS)
+def test_a_block_mask_is_that_of_the_definition(lengths: list[int]) -> None:
+    rows, tokens = image_of(lengths), sum(lengths)
+    theirs = create_block_mask(lambda b, h, i, j: rows[i] == rows[j], None, None, tokens, tokens, device="cpu")
+    ours = document_mask(rows)
+    assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.fixture
+def flex_here(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> list[Tensor]:
+    """Flex without its kernels and without gradients, which is all that a CPU has; the masks that are made."""
+    made: list[Tensor] = []
+
+    def mask(rows: Tensor) -> Any:
+        made.append(rows)
+        return document_mask(rows)
+
+    monkeypatch.setattr(attention, "available_backends", lambda *_: ("loop", "flex"))
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: attention.flex_attention)
+    monkeypatch.setattr(attention, "document_mask", mask)
+    return made
+
+
+UNLIKE = [[(8, 16), (3, 5), (2, 70)], [(16, 16), (1, 7)], [(2, 2)] * 5]
+"""Rows and columns of the images of three packs."""
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("make", [small_nit, small_fit])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_makes_one_mask_for_all_blocks_of_a_pack(
+    make: Callable[..., Backbone], compiled: bool, flex_here: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    counters.clear()
+    reference, net = make(depth=3, attention="loop"), make(depth=3, attention="flex")
+    if compiled:
+        net.train().compile_blocks()
+    p = net.token_spec.patch_size
+    for number, sizes in enumerate(UNLIKE, start=1):
+        batch = packed([(p * h, p * w) for h, w in sizes], patch_size=p, max_tokens=300, max_images=6)
+        t = torch.linspace(0.1, 0.9, len(batch.y))
+        torch.testing.assert_close(net(batch, t), reference(batch, t), atol=1e-5, rtol=1e-5)
+        assert len(flex_here) == number
+    assert not counters["graph_break"] and (counters["stats"]["unique_graphs"] == 1 or not compiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("varlen", torch.bfloat16), ("flex", torch.bfloat16), ("flex", torch.float32)]
+)
+def test_compiled_blocks_have_no_break_and_are_compiled_at_most_twice(backend: str, dtype: torch.dtype) -> None:
+    """The second time for another bound on the lengths."""
+    counters.clear()
+    reference, net = (small_nit(depth=3, width=128, attention=name).cuda().train() for name in ("loop", backend))
+    net.compile_blocks()
+    for sizes in UNLIKE:
+        batch = packed(sizes, max_tokens=300, max_images=6).to("cuda")
+        t = torch.linspace(0.1, 0.9, len(batch.y), device="cuda")
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            (loss, _), (other, _) = (loss_and_gradients(a, batch, t) for a in (reference, net))
+        torch.testing.assert_close(other, loss, atol=0, rtol=1e-3 if dtype == torch.float32 else 0.05)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.gpu

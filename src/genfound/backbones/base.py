@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from genfound.batch import Batch
 from genfound.layers.embed import TimeEmbedding
@@ -23,6 +24,23 @@ class TokenSpec(NamedTuple):
     patch_size: int
 
 
+class Flops(NamedTuple):
+    """Additions and multiplications of the matrix products in one forward pass over images of n tokens each.
+
+    Attributes:
+        per_image, per_token: of the layers that see each image, or each of its tokens, once.
+        per_pair: of attention, for each of the n^2 pairs of an image's tokens.
+    """
+
+    per_image: int
+    per_token: int
+    per_pair: int
+
+    def total(self, images: float, tokens: float, pairs: float) -> float:
+        """Of several images together: how many, their tokens, and their pairs of tokens."""
+        return self.per_image * images + self.per_token * tokens + self.per_pair * pairs
+
+
 class Backbone(nn.Module):
     """A network of (batch, t) -> tensor shaped like `batch.x`.
 
@@ -33,12 +51,15 @@ class Backbone(nn.Module):
         time: `data0`, t from 0 (data) to 1 (noise); `data1`, reversed; or `index`, integer steps.
         token_spec: what its tokens are made of.
         null_label: the label that means "no label", or None.
+        activation_checkpointing: recompute each block in the backward pass.
     """
 
     layouts: tuple[str, ...]
     time: str
     token_spec: TokenSpec
     null_label: int | None
+    activation_checkpointing = False
+    _compiled: Callable[..., Any] | None = None
 
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
         """Prediction for `batch.x` at times t (B,)."""
@@ -94,6 +115,36 @@ class Backbone(nn.Module):
         """Named scalars of the last forward for the dashboard."""
         return {}
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks for training, all of one kind together; evaluation, of any shape, stays eager."""
+        torch._dynamo.config.optimize_ddp = False  # a block is small enough to overlap with communication as it is
+        self._compiled = torch.compile(_call)
+
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        """A block's output; with activation checkpointing nothing else of it is kept for the backward pass."""
+        call = self._compiled if self._compiled is not None and self.training else _call
+        if self.activation_checkpointing and self.training:
+            return checkpoint(call, block, *inputs, use_reentrant=False)
+        return call(block, *inputs)
+
+    def flops(self) -> Flops:
+        """Of the linear layers and of the attention that ends in them; a backbone with other products adds its own."""
+        per_image = per_token = per_pair = 0
+        for name, layer in self.named_modules():
+            if not isinstance(layer, nn.Linear):
+                continue
+            if any(part == "t_embedder" or part.endswith("adaln") for part in name.split(".")):
+                per_image += 2 * layer.weight.numel()
+            else:
+                per_token += 2 * layer.weight.numel()
+            if name.endswith("attn.proj"):
+                per_pair += 4 * layer.in_features
+        return Flops(per_image, per_token, per_pair)
+
     def param_groups(self) -> Iterable[Any]:
         """Parameter groups of the optimizer."""
         return self.parameters()
+
+
+def _call(block: nn.Module, *inputs: Any) -> Any:
+    return block(*inputs)

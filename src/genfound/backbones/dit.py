@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
@@ -107,12 +106,6 @@ class DiT(Backbone):
         for block in self.blocks:
             x = self.run(block, x, c)
         return x
-
-    def run(self, block: nn.Module, x: Tensor, c: Tensor) -> Any:
-        """A block's output; with activation checkpointing nothing else of it is kept for the backward pass."""
-        if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, c, use_reentrant=False)
-        return block(x, c)
 
     def initialise(self, rng: Rng | None = None) -> None:
         """As in `Backbone`; zeros where adaLN-Zero starts as identity."""

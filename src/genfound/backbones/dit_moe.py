@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from genfound.backbones import dit
+from genfound.backbones.base import Flops
 from genfound.backbones.dit import DiT, ModulatedBlock, block_count
 from genfound.batch import Batch
 from genfound.layers.experts import MixtureOfExperts, Routing, balance_loss, load
@@ -131,6 +132,15 @@ class DiTMoE(DiT):
             for i, pair in enumerate(pairs)
             for name, value in zip(("max", "min"), pair, strict=True)
         }
+
+    def flops(self) -> Flops:
+        """As in `Backbone`, and of the routers and the experts that a token meets."""
+        routed = sum(
+            2 * mixture.router.weight.numel() + 6 * mixture.router.top_k * mixture.experts.down[0].numel()
+            for mixture in self.mixtures
+        )
+        known = super().flops()
+        return known._replace(per_token=known.per_token + routed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to the last forward, whose graph cannot be copied."""

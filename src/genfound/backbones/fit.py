@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.checks import known
-from genfound.layers.attention import attend, packed_attention
+from genfound.layers.attention import attend, packed_attention, with_block_mask
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
 from genfound.layers.ffn import SwiGLU, feed_forward
 from genfound.layers.modulation import full_precision, zero
@@ -110,6 +109,7 @@ class FiT(Backbone):
         self.rope = Rope.of(head, rope_theta, rope_scaling) if with_rope else None
         self.time_shifting = time_shifting
         self.clamp_time = clamp_time
+        self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
         self.x_embedder = nn.Linear(token, width)
@@ -132,16 +132,15 @@ class FiT(Backbone):
 
         Padding may hold any finite numbers and comes out as 0.
         """
-        x = self.x_embedder(self._tokens(batch)).float()  # (..., D)
+        x = self.x_embedder(self._tokens(batch))  # (..., D)
+        batch = with_block_mask(batch, x, self.attention)
+        x = x.float()
         with full_precision(x):
             c = self.t_embedder(self._embedded_time(t)) + self.y_embedder(batch.y)  # (B, D)
             shared = 0.0 if self.global_adaln is None else self.global_adaln(c)  # (B, 6 D)
             turn = self._rotation(batch)  # (..., 1, d) twice
         for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, c, shared, batch, turn, use_reentrant=False)
-            else:
-                x = block(x, c, shared, batch, turn)  # (..., D)
+            x = self.run(block, x, c, shared, batch, turn)  # (..., D)
         out: Tensor = self.final_layer(x, c, batch)  # (..., P) or (..., 2 P)
         if batch.mask is not None:
             return out.masked_fill(~batch.mask[..., None], 0)
@@ -227,7 +226,7 @@ class Attention(nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Attention in the layout of the batch, (..., H, d)."""
         if batch.cu_seqlens is not None:
-            return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend)
+            return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, batch.block_mask)
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, H, N, d)
         if batch.mask is None:
             return attend(q, k, v).transpose(1, 2)

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.layers.attention import packed_attention
+from genfound.layers.attention import packed_attention, with_block_mask
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding
 from genfound.layers.modulation import full_precision, modulate, zero
 from genfound.layers.rope import Rope, Rotation, rotate, row_major
@@ -91,6 +90,7 @@ class NiT(Backbone):
         self.token_spec = TokenSpec(channels, patch_size)
         self.rope_coords = rope_coords
         self.rope = Rope.of(width // heads, rope_theta, rope_scaling)
+        self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
         self.x_embedder = nn.Linear(token, width)
@@ -104,16 +104,15 @@ class NiT(Backbone):
 
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
         """Packed `batch.x` (T, P) at times t (B,) -> velocity (T, P), with learn_sigma (T, 2 P)."""
-        x = self.x_embedder(batch.x).float()  # (T, D)
+        x = self.x_embedder(batch.x)  # (T, D)
+        batch = with_block_mask(batch, x, self.attention)
+        x = x.float()
         with full_precision(x):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
             c = nn.functional.silu(c)
             turn = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d) twice
         for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, c, batch, turn, use_reentrant=False)
-            else:
-                x = block(x, c, batch, turn)  # (T, D)
+            x = self.run(block, x, c, batch, turn)  # (T, D)
         out: Tensor = self.final_layer(x, c, batch)  # (T, P)
         return out
 
@@ -167,7 +166,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (T, H, d) each
         q = rotate(self.q_norm(q.float()), *turn)
         k = rotate(self.k_norm(k.float()), *turn)
-        mixed = packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend)
+        mixed = packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, batch.block_mask)
         out: Tensor = self.proj(mixed.flatten(1))
         return out
 

@@ -14,6 +14,7 @@ from genfound import build, paths
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.periodic import Periodic
+from genfound.callbacks.speed import paused
 from genfound.checks import sizes
 from genfound.drawing import DATA, Drawn, requests_by_rule
 from genfound.evaluation import Asked, check, circumstances, protocol_of, settings
@@ -75,7 +76,8 @@ class Evaluation(Periodic):
         """Continue the rhythm; make probe and references, or find them, on all ranks together."""
         super().on_train_start(trainer, module)
         self.place = replace(self.place, rank=trainer.global_rank, ranks=trainer.world_size)
-        self._prepare()
+        with paused(trainer, module):
+            self._prepare()
 
     def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Evaluate at every size."""

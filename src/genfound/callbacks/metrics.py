@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,13 +63,14 @@ class Metrics(lightning.Callback):
         assert isinstance(module, GenerativeModule)
         self._logged = trainer.global_step
         self._clear(module)
+        self.speed.begin()
+        self._started = False
 
     def _clear(self, module: GenerativeModule) -> None:
         self._taken = torch.zeros((), device=module.device)  # steps that were not skipped
         self._grad_norm = torch.full((), math.nan, device=module.device)  # of the last of them
         self._window = self._empty(module)
         self._step = self._empty(module)
-        self.speed.clear()
 
     def _empty(self, module: GenerativeModule) -> Sums:
         return Sums({}, torch.zeros(2, BINS, device=module.device))
@@ -78,14 +78,16 @@ class Metrics(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Item, batch_idx: int
     ) -> None:
-        """Start the clock of a micro-batch; the first one also counts its operations."""
-        assert isinstance(module, GenerativeModule)
-        if not self.speed.calibrated:
-            assert isinstance(batch[0], Batch)
-            self.speed.calibrate(module, batch[0])
+        """Look at the first micro-batch, and measure the machine; neither is part of the training."""
+        if self._started:
+            return
+        self._started = True
+        assert isinstance(module, GenerativeModule) and isinstance(batch[0], Batch)
+        with self.speed.paused(module.device):
+            remarks = [first_batch(batch[0]), self.speed.calibrate(module)]
             for sink in self.sinks:
-                sink.note(first_batch(batch[0]), trainer.global_step)
-        self._begin = time.perf_counter()
+                for remark in filter(None, remarks):
+                    sink.note(remark, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
@@ -102,7 +104,7 @@ class Metrics(lightning.Callback):
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
             self._step.bins[row].index_add_(0, index, value.float())
-        self.speed.add(micro, images, time.perf_counter() - self._begin)
+        self.speed.add(micro, images)
         if trainer.global_step > micro.step:
             self._end_step(module)
         if trainer.global_step >= self._logged + self.every:
@@ -130,7 +132,7 @@ class Metrics(lightning.Callback):
         said = {name: value / trainer.world_size for name, value in module.net.diagnostics().items()}
         averaged = {name: value / self._taken for name, value in self._window.named.items()}
         named = torch.stack([value.float() for value in (*averaged.values(), *said.values())])
-        packed = torch.cat([named, self._window.bins.flatten(), self.speed.sums(module.device)])
+        packed = torch.cat([named, self._window.bins.flatten(), self.speed.sums(module)])
         total = trainer.strategy.reduce(packed, reduce_op="sum")
         assert isinstance(total, Tensor)
         of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])

@@ -6,13 +6,15 @@ from typing import Any
 
 import lightning
 
+from genfound.callbacks.speed import paused
 from genfound.module import GenerativeModule
 
 
 class Periodic(lightning.Callback):
     """Calls `act` after each step with which another `every` images have been seen, and at the end of the budget.
 
-    A resumed run keeps the rhythm. One that is only cut short is not worth a last call.
+    The clock of the training stands meanwhile. A resumed run keeps the rhythm. One that is only cut short is not worth
+    a last call.
 
     Args:
         every: images between two calls.
@@ -41,7 +43,8 @@ class Periodic(lightning.Callback):
         if rounds > self._rounds:
             self._rounds = rounds
             self._acted = module.images_seen
-            self.act(trainer, module)
+            with paused(trainer, module):
+                self.act(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Act once more, unless that was just done."""

@@ -10,6 +10,7 @@ import lightning
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from genfound import checkpoints
+from genfound.callbacks.speed import paused
 from genfound.data.loader import TrainLoader
 from genfound.writing import visible
 
@@ -42,7 +43,8 @@ class Saving(lightning.Callback):
     ) -> None:
         """Save at multiples of `every`; the end of the run comes after what else is done there."""
         if trainer.global_step % self.every == 0 and not trainer.should_stop:
-            self._save(trainer)
+            with paused(trainer, module):
+                self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Save the last step."""

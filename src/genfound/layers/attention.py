@@ -12,17 +12,31 @@ import functools
 import importlib.util
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from genfound.batch import Batch
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
-_chosen: dict[tuple[str, str, torch.dtype], str] = {}
+FLEX_BLOCK = 128
+"""Rows and columns of a block of a `BlockMask`."""
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str,
+    block_mask: BlockMask | None = None,
+) -> Tensor:
     """Softmax attention within each row of a packed sequence.
 
     Args:
@@ -30,6 +44,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         cu_seqlens: (B + 1,) int32, rows begin and end here; rows may be empty.
         max_seqlen: host bound on the length of a row.
         backend: a name of `BACKENDS`, or `auto` for the best one that runs here.
+        block_mask: what `with_block_mask` made for `flex`, which otherwise makes one in each call.
 
     Returns:
         (T, H, d) in the dtype of v.
@@ -38,6 +53,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         ValueError: the backend is unknown or cannot run on this device.
     """
     name = choose_backend(backend, q.device.type, v.dtype)
+    if block_mask is not None:
+        return _flex(q, k, v, cu_seqlens, max_seqlen, block_mask).to(v.dtype)
     return BACKENDS[name](q, k, v, cu_seqlens, max_seqlen).to(v.dtype)
 
 
@@ -54,31 +71,56 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Te
         return scaled_dot_product_attention(q.float(), k.float(), v.float(), allowed).to(v.dtype)
 
 
+def with_block_mask(batch: Batch, tokens: Tensor, backend: str) -> Batch:
+    """The batch with the mask that `flex` needs, for all blocks of one forward pass; as it is for other backends.
+
+    Args:
+        batch: of any layout; only a packed one has a mask.
+        tokens: (T, D) of the dtype of the values that will be mixed.
+        backend: as of `packed_attention`.
+    """
+    if batch.image_of is None or choose_backend(backend, tokens.device.type, tokens.dtype) != "flex":
+        return batch
+    return replace(batch, block_mask=document_mask(batch.image_of))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that will run; `auto` takes the first available one. Decided once."""
-    key = (backend, device, dtype)
-    if key not in _chosen:
-        available = available_backends(device, dtype)
-        if backend not in ("auto", *BACKENDS):
-            raise ValueError(f"model.attention={backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
-        if backend not in ("auto", *available):
-            listed = ", ".join(available)
-            raise ValueError(f"model.attention={backend} cannot run on {device} in {dtype}; available: {listed}")
-        _chosen[key] = available[0] if backend == "auto" else backend
-    return _chosen[key]
+    """The backend that will run; `auto` takes the first available one. Decided once.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run on this device.
+    """
+    available = available_backends(device, dtype)
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"model.attention={backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    if backend not in ("auto", *available):
+        listed = ", ".join(available)
+        raise ValueError(f"model.attention={backend} cannot run on {device} in {dtype}; available: {listed}")
+    return available[0] if backend == "auto" else backend
 
 
-def available_backends(device: str, dtype: torch.dtype) -> list[str]:
-    """Backends that run for this device and dtype, best first."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    found = []
-    if device == "cuda" and half and importlib.util.find_spec("flash_attn"):
-        found.append("flash")
-    if device == "cuda" and half and importlib.util.find_spec("torch.nn.attention.varlen"):
-        found.append("varlen")
-    if device == "cuda":
-        found.append("flex")
-    return [*found, "loop"]
+@functools.cache
+def available_backends(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Backends that run for this device and dtype, best first.
+
+    The flash kernels are made for 16 bits from capability 8.0. `flex` is never the best: where they do not run, in
+    float32, its kernels need a compiler and may not fit the shared memory of a card, and no measurement shows them
+    faster than `loop`, which runs anywhere.
+    """
+    capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else (0, 0)
+    flash = capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
+    found = {
+        "flash": flash and _installed("flash_attn"),
+        "varlen": flash and _installed("torch.nn.attention.varlen"),
+        "loop": True,
+        "flex": capability >= (7, 0) and _installed("triton"),
+    }
+    return tuple(name for name, available in found.items() if available)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -160,35 +202,56 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int)
     """The flash-attn package (CUDA, 16 bit)."""
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q.to(v.dtype), k.to(v.dtype), v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(
+        q.to(v.dtype), k.to(v.dtype), v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """FlexAttention with a block mask made once per pack (CUDA)."""
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, block_mask: BlockMask | None = None
+) -> Tensor:
+    """FlexAttention (CUDA)."""
+    if block_mask is None:
+        positions = torch.arange(len(q), device=q.device)
+        block_mask = document_mask(torch.searchsorted(cu_seqlens, positions, right=True))
     q, k, v = (a.to(v.dtype).transpose(0, 1)[None] for a in (q, k, v))  # (1, H, T, d)
-    out = _compiled_flex()(q, k, v, block_mask=_document_mask(cu_seqlens, q.shape[2]))
+    kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    out: Tensor = kernel(q, k, v, block_mask=block_mask)
     return out[0].transpose(0, 1)
 
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention)
 
 
-@functools.lru_cache(maxsize=1)
-def _document_mask(cu_seqlens: Tensor, tokens: int):  # type: ignore[no-untyped-def]
-    """Block mask of one pack; the cache holds the pack in flight, whose blocks all share it."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def document_mask(row: Tensor) -> BlockMask:
+    """The mask of a pack from the row of each token (T,), which never falls; without waiting for the device.
 
-    position = torch.arange(tokens, device=cu_seqlens.device)
-    row = torch.searchsorted(cu_seqlens, position, right=True)
+    A block of queries meets those blocks of keys whose rows overlap its own; where all are of one row, no token
+    is looked at.
+    """
+    tokens = len(row)
+    begins = torch.arange(0, tokens, FLEX_BLOCK, device=row.device)
+    ends = begins + FLEX_BLOCK
+    first, last = row[begins], row[(ends - 1).clamp(max=tokens - 1)]  # (blocks,)
+    meet = (first[:, None] <= last) & (first <= last[:, None])  # (blocks, blocks)
+    uniform = (first == last) & (ends <= tokens)
+    full = meet & uniform[:, None] & uniform
 
     def same_row(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return row[i] == row[j]
 
-    return create_block_mask(same_row, None, None, tokens, tokens, device=str(cu_seqlens.device))
+    return BlockMask.from_kv_blocks(
+        *_listed(meet & ~full), *_listed(full), FLEX_BLOCK, same_row, seq_lengths=(tokens, tokens)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks (n, n) -> how many are set in each line (1, 1, n), and the numbers of these first (1, 1, n, n)."""
+    numbers = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(dim=1, dtype=torch.int32)[None, None], numbers.int()[None, None]
 
 
 BACKENDS: dict[str, Backend] = {"loop": _loop, "varlen": _varlen, "flash": _flash, "flex": _flex}

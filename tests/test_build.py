@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genfound import build
+from genfound.fit import fit
+from tests.cli.commands import TINY
+from tests.helpers import run_dir
+
+
+@pytest.mark.parametrize(("hardware", "found"), [(True, "bf16-mixed"), (False, "32-true")])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_takes_the_bf16_of_the_hardware_and_no_emulation(
+    device: str, hardware: bool, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_cuda(including_emulation: bool = True) -> bool:
+        return hardware or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", on_cuda)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    assert build.precision("auto", torch.device(device)) == found
+
+
+@pytest.mark.parametrize(("ranks", "rank", "place"), [("2", "1", 1), ("1", "0", 0)])
+def test_a_process_has_its_device_before_anything_is_built(
+    ranks: str, rank: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is built goes to `cuda`, which is the first device of the machine until another one is set."""
+    current: list[int | None] = []
+
+    def parts(*_: Any) -> None:
+        raise InterruptedError("building begins")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    monkeypatch.setattr(build, "parts", parts)
+    for name, value in {"WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InterruptedError, match="building begins"):
+        fit(run_dir(tmp_path, *TINY))
+    assert current == [place]
+
+
+def test_a_process_without_a_graphics_card_sets_none() -> None:
+    assert build.device("cpu", 3) == torch.device("cpu")
