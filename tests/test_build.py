@@ -8,6 +8,7 @@ import torch
 
 from genfound import build
 from genfound.fit import fit
+from genfound.processes import Place
 from tests.cli.commands import TINY
 from tests.helpers import run_dir
 
@@ -25,9 +26,9 @@ def test_auto_takes_the_bf16_of_the_hardware_and_no_emulation(
     assert build.precision("auto", torch.device(device)) == found
 
 
-@pytest.mark.parametrize(("ranks", "rank", "place"), [("2", "1", 1), ("1", "0", 0)])
+@pytest.mark.parametrize(("ranks", "rank"), [(2, 1), (1, 0)])
 def test_a_process_has_its_device_before_anything_is_built(
-    ranks: str, rank: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is built goes to `cuda`, which is the first device of the machine until another one is set."""
     current: list[int | None] = []
@@ -39,11 +40,9 @@ def test_a_process_has_its_device_before_anything_is_built(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
     monkeypatch.setattr(build, "parts", parts)
-    for name, value in {"WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}.items():
-        monkeypatch.setenv(name, value)
     with pytest.raises(InterruptedError, match="building begins"):
-        fit(run_dir(tmp_path, *TINY))
-    assert current == [place]
+        fit(run_dir(tmp_path, *TINY), Place(rank, ranks, rank))
+    assert current == [rank]
 
 
 def test_a_process_without_a_graphics_card_sets_none() -> None:

@@ -101,7 +101,7 @@ def evaluation_of(origin: Path) -> None:
 
 ENTRANCES: dict[str, Callable[[Path], Any]] = {
     "load": genfound.load,
-    "init_from": lambda origin: loading.initialise(fresh_nit(), origin),
+    "init_from": lambda origin: loading.initialise(fresh_nit(), origin, 0),
     "convert": lambda origin: loading.convert(origin, "out/", None),
     "guidance.weights": guided_by,
     "evaluate": evaluation_of,
@@ -191,7 +191,7 @@ def test_what_a_trusted_package_imports_is_not_trusted(place: Path) -> None:
 def test_trust_reaches_every_entrance(place: Path) -> None:
     file = own_model(place, "mine.Own")
     net = build.net(composed("model=nit_tiny", "model.width=32", "model.depth=1", "model.heads=2"), Pixel.spec, 10)
-    assert loading.initialise(net, file, trust=["mine"])
+    assert loading.initialise(net, file, 0, trust=["mine"])
     written = loading.convert(file, "copy/", "genfound", trust=["mine"]).file
     assert type(genfound.load(written, trust=["mine"]).net).__name__ == "Own"
     guidance = {"name": "autoguidance", "weights": str(file), "scale": 2.0}
