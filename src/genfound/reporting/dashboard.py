@@ -87,7 +87,8 @@ def last_step(folder: Path, run_id: str) -> int:
 
     message: Any = vars(wandb_internal_pb2)["Record"]
     last = -1
-    for file in visible(folder, f"offline-run-*-{run_id}/run-{run_id}.wandb"):
+    files = [own / f"run-{run_id}.wandb" for own in visible(folder, f"offline-run-*-{run_id}")]
+    for file in filter(Path.is_file, files):
         for data in stored_records(file):
             record = message.FromString(data)
             if record.WhichOneof("record_type") == "history":
