@@ -52,7 +52,7 @@ def test_another_folder_is_not_the_same_run(tmp_path: Path) -> None:
     same = [*TINY, "data=image_folder", "data.max_image_tokens=64", "name=run", "data.num_workers=0"]
     assert genfound("train", *same, "data.root=one", "trainer.max_steps=1", cwd=tmp_path).returncode == 0
     error = one_error(genfound("train", *same, "data.root=two", "trainer.max_steps=2", cwd=tmp_path))
-    assert "not the images that this run was trained on" in error
+    assert "these are not the images that runs/default/run was trained on" in error
 
 
 def test_wrong_folders_are_one_clear_line(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_without_weights_pictures_show_channels_of_the_latents(
         (["data.source=shop"], r"data\.source=shop is unknown; choose images, store, nit or lightningdit"),
         (["model.patch_size=2"], r"do not divide into tokens of 16 pixels; encode with patch_size=2"),
         (["model.channels=16"], r"tokenizer is sdvae \(4 channels\) but model\.channels is 16"),
-        (["layout=dense", "data.view=null"], r"holds native, and data\.view=square needs 256"),
+        (["model=dit_tiny", "data.view=null", "batch.images=32"], r"holds native, and data\.view=square needs 256"),
         (["data.holdout=0"], r"data\.holdout=0 must be a whole number of at least 2, or null"),
     ],
     ids=["class", "weights", "source", "patch", "channels", "view", "holdout"],
@@ -245,5 +245,5 @@ def test_a_run_from_a_store_resumes_exactly(store: Path, tmp_path: Path) -> None
         fit(run_dir(tmp_path / "resumed", *choice, f"data.root={store}", f"trainer.max_steps={steps}"))
     assert len(losses(tmp_path / "straight")) == 6
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
-    with pytest.raises(ValueError, match="these are not the images that this run was trained on"):
+    with pytest.raises(ValueError, match=r"these are not the images that .* was trained on"):
         fit(run_dir(tmp_path / "resumed", *choice, f"data.root={other}", "trainer.max_steps=7"))

@@ -308,7 +308,7 @@ def config(source: str, root: Path, *overrides: str) -> dict[str, Any]:
 
 
 def first(parts: build.Parts, index: int) -> Tensor:
-    latents = parts.batches(parts.images)[Micro(0, (index,), (index,), 0, 0, 1.0, 0)][0]
+    latents = parts.batches(parts.images, parts.assembly)[Micro(0, (index,), (index,), 0, 0, 1.0, 0)][0]
     return parts.layout.to_latents(latents.x, latents)[0]
 
 

@@ -56,7 +56,7 @@ def evaluating(rank: int, folder: Path) -> None:
 
     strategy = SimpleNamespace(barrier=lambda: distributed.barrier(group), reduce_boolean_decision=agree)
     trainer: Any = SimpleNamespace(
-        global_rank=rank, world_size=2, is_global_zero=rank == 0, global_step=0, strategy=strategy
+        global_rank=rank, world_size=2, is_global_zero=rank == 0, global_step=0, strategy=strategy, callbacks=[]
     )
     ema.on_train_start(trainer, module)
     acting.on_train_start(trainer, module)
