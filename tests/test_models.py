@@ -48,7 +48,9 @@ def losses(folder: Path) -> list[float]:
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
-@pytest.mark.parametrize("objective", ["its own", "flow", "gaussian"])
+@pytest.mark.parametrize(
+    "objective", ["its own", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flow", "gaussian"))]
+)
 @pytest.mark.parametrize("model", TINY)
 def test_it_learns_and_resumes_exactly(model: str, objective: str, tmp_path: Path) -> None:
     choice = [f"model={model}", *([] if objective == "its own" else [f"objective={objective}"]), *SHORT]

@@ -71,6 +71,7 @@ def kill_three_times(store: Path, options: list[str]) -> None:
     assert {name: (store / name).stat().st_mtime_ns for name in times} == times  # none was encoded again
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_in_the_same_bytes(folder: Path, straight: Path) -> None:
     kill_three_times(folder / "killed", [*COMMON, *PIXEL])
     assert contents(folder / "killed") == contents(straight)
@@ -83,6 +84,7 @@ def test_so_does_a_network(folder: Path) -> None:
     assert contents(folder / "killed_network") == contents(folder / "network")
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_store(folder: Path, straight: Path) -> None:
     both = genfound("encode", *COMMON, *PIXEL, "out=both", "devices=2", cwd=folder)
     assert both.returncode == 0, both.stderr
@@ -152,6 +154,7 @@ def test_a_full_disk_loses_nothing(folder: Path, straight: Path) -> None:
     assert contents(folder / "full") == contents(straight)
 
 
+@pytest.mark.slow
 def test_a_run_trains_from_a_store_resumes_and_samples(folder: Path) -> None:
     encoding = ["data=imagenet_native", "data.root=images", "data.holdout=9", "data.max_image_tokens=64", *PIXEL]
     assert genfound("encode", *encoding, "out=store", cwd=folder).returncode == 0

@@ -40,6 +40,7 @@ def test_a_named_protocol_needs_no_more_than_its_name(run: Path) -> None:
     assert not (run / "evaluations/work").exists() and list((folder / "runs/.references").glob("probe-*.safetensors"))
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_killed_one_give_the_images_and_figures_of_one(run: Path, tmp_path: Path) -> None:
     arguments = [f"from={run}", *QUICK, "reference=data", "sizes=[16,16]", "sampler.steps=8"]
     for devices in (1, 2):
@@ -64,6 +65,7 @@ def test_two_processes_and_a_killed_one_give_the_images_and_figures_of_one(run: 
         assert (tmp_path / f"{name}.npz").read_bytes() == (tmp_path / "on_1.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_all_processes_end_with_the_one_that_is_terminated(run: Path, tmp_path: Path) -> None:
     arguments = [f"from={run}", *QUICK, "reference=data", "sizes=[16,16]", "n=20000", "devices=2", "out=out"]
     command = [sys.executable, "-m", "genfound.evaluate", *arguments]
@@ -101,6 +103,7 @@ def test_exported_images_give_the_same_figures_and_compare(run: Path, tmp_path: 
     assert given.stdout.splitlines()[-1].endswith("the same")
 
 
+@pytest.mark.slow
 def test_a_store_of_latents_is_a_reference(run: Path, tmp_path: Path) -> None:
     encode = ["tokenizer=pixel", "data=shapes", "dtype=fp32", "patch_size=2", "accelerator=cpu", "out=store"]
     encoded = genfound("encode", *encode, *DATA, cwd=tmp_path)

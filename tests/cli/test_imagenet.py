@@ -22,6 +22,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_tree_trains_reports_its_odd_files_and_resumes(images: Path) -> None:
     result = genfound("train", *SMALL, "trainer.max_steps=2", cwd=images)
     assert result.returncode == 0, result.stderr

@@ -41,6 +41,7 @@ def released(file: Path) -> None:
     torch.save(dit.to_official(net.state_dict(), 2, (16, 16)), file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run(page: Path, tmp_path: Path) -> None:
     photographs(tmp_path / "photos", 12)

@@ -27,6 +27,7 @@ def test_two_devices_give_the_loss_curve_of_one(tmp_path: Path) -> None:
         assert len(one) >= 2 and two == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_two_devices_to_one(tmp_path: Path) -> None:
     same = [*TINY, "batch.packs=2", "trainer.precision=fp32"]
     for name, devices in (("moved", (2, 1)), ("stayed", (1, 1))):

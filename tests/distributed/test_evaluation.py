@@ -66,6 +66,7 @@ def evaluating(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_wait_as_long_as_the_first_one_works_alone(tmp_path: Path) -> None:
     folder = run_dir(tmp_path / "run", *TINY, "batch.packs=2", f"runs={tmp_path}", "trainer.precision=fp32")
     mp.spawn(evaluating, (folder,), nprocs=2)
