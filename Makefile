@@ -33,8 +33,8 @@ test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 # What versions of the dependencies can differ in: layers, random numbers, training, sampling, tokenizers, evaluation.
-LOWEST_TESTS := tests/test_dependencies.py tests/test_rng.py tests/test_batch.py tests/layers tests/samplers/test_adaptive.py \
-  tests/test_fit.py tests/test_sampling.py tests/tokenizers tests/reporting tests/metrics tests/data/test_store.py
+LOWEST_TESTS := tests/test_dependencies.py tests/test_rng.py tests/test_batch.py tests/layers tests/samplers/test_dopri5.py \
+  tests/test_training.py tests/sampling/test_pipeline.py tests/tokenizers tests/loggers tests/metrics tests/data/latents/test_store.py
 
 test-lowest:  ## with the lowest versions of the dependencies that pyproject.toml allows
 	$(MAKE) install VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt

@@ -2,7 +2,7 @@
 
 python benchmarks/packing.py [--images 200000]
 
-Sizes follow `genfound.data.sizes`, in the order of a training: one pass of a seeded permutation.
+Sizes follow `benchmarks.image_sizes`, in the order of a training: one pass of a seeded permutation.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from genfound.build import max_images
-from genfound.data.baselines import BestFit, assign, costs, fill, lpfhp
-from genfound.data.order import Order
-from genfound.data.packing import LOOKAHEAD, Grouper, Packer
-from genfound.data.plan import Plan
-from genfound.data.sizes import token_counts
-from genfound.reporting.provenance import provenance
+from benchmarks.image_sizes import token_counts
+from benchmarks.lpfhp import BestFit, assign, costs, fill, lpfhp
+from genfound.data.packing.batch_plan import Plan
+from genfound.data.packing.budget import max_images
+from genfound.data.packing.order import Order
+from genfound.data.packing.packer import LOOKAHEAD, Grouper, Packer
+from genfound.loggers.provenance import provenance
 
 RANKS, WIDTH = 8, 1152
 BUDGETS = (8192, 16_384, 65_536)

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 import genfound
-from genfound.extraction import data_images
-from genfound.metrics.protocol import RESULTS, read_results
+from genfound.evaluation.extraction import data_images
+from genfound.evaluation.protocol import RESULTS, read_results
 from genfound.rng import Rng
 
 SIZE = (16, 16)

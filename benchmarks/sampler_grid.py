@@ -13,8 +13,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import genfound
-from genfound import paths
-from genfound.sampling import Sampling, make_requests
+from genfound.config import compose
+from genfound.sampling.pipeline import Sampling
+from genfound.sampling.requests import make_requests
 
 SIZE, FACTOR, LEFT, GAP = (16, 16), 4, 150, 4
 ROWS = [
@@ -26,7 +27,7 @@ ROWS = [
 def draw(run: str, name: str, steps: int) -> tuple[list[np.ndarray], int, int]:
     """Images of the ten classes, calls of the network, and how many of them were on twice the images."""
     loaded = genfound.load(run)
-    sampler = {**paths.read_yaml(Path(paths.config_dir()) / "sampler" / f"{name}.yaml"), "steps": steps}
+    sampler = {**compose.read_yaml(Path(compose.config_dir()) / "sampler" / f"{name}.yaml"), "steps": steps}
     rows: list[int] = []
     handle = loaded.net.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0].y)))
     requests = make_requests(list(range(10)), [SIZE], 1, loaded.class_names)

@@ -15,7 +15,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.layouts import Dense
 from genfound.objectives.flow import FlowField
-from genfound.objectives.paths import PATHS, PathPoint
+from genfound.objectives.interpolants import PATHS, PathPoint
 from genfound.objectives.times import time_grid
 from genfound.samplers import SAMPLERS
 

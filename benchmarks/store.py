@@ -2,7 +2,7 @@
 
 python benchmarks/store.py [--entries 100000] [--folder DIR]
 
-Sizes follow `genfound.data.sizes`. The store of random values has NiT's 32 channels; the one that is only opened
+Sizes follow `benchmarks.image_sizes`. The store of random values has NiT's 32 channels; the one that is only opened
 has a single channel, because its index, which is all that is read, is the same.
 """
 
@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from genfound.data.manifest import FORMAT, store_digest, write_manifest
-from genfound.data.sizes import image_sizes
-from genfound.data.store import Filling, Store, manifest_line, read_index
-from genfound.data.views import Views
-from genfound.reporting.provenance import provenance
+from benchmarks.image_sizes import image_sizes
+from genfound.data.images.views import Views
+from genfound.data.latents.manifest import FORMAT, store_digest, write_manifest
+from genfound.data.latents.store import Filling, Store, manifest_line, read_index
+from genfound.loggers.provenance import provenance
 
 IMAGENET = 1_300_000
 SHARD = 8192

@@ -19,13 +19,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from genfound import build, paths
-from genfound.callbacks.speed import matmul_rate
+from genfound import build
+from genfound.callbacks.throughput import matmul_rate
+from genfound.config import compose
 from genfound.layers.attention import available_backends, packed_attention
 from genfound.layouts import Packed
+from genfound.loggers.provenance import provenance
 from genfound.objectives.weighting import image_weight
-from genfound.reporting.provenance import provenance
 from genfound.rng import Rng
+from genfound.runtime import devices
 from genfound.tokenizers import Spec
 
 REPEATS = 5
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--models", default="nit_tiny,nit_s")
     parser.add_argument("--tokens", type=int, default=4096)
     arguments = parser.parse_args()
-    device = build.device("auto")
+    device = devices.device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     facts = {"device": name, "threads": str(torch.get_num_threads()), **provenance()}
     sections = [
@@ -89,7 +91,7 @@ def training_table(device: torch.device, models: list[str], tokens: int) -> str:
 
 def training_row(device: torch.device, model: str, tokens: int, precision: str) -> str:
     """A line of `training_table`."""
-    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+    with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose("train", [f"model={model}"]), resolve=True)
     assert isinstance(config, dict)
     spec = Spec(config["model"]["channels"] or 32, 32)

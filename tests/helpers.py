@@ -12,15 +12,17 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from genfound import build, checkpoints, paths
+from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.backbones.nit import NiT
 from genfound.batch import Batch
-from genfound.data.pictures import Assembly
+from genfound.config import compose
+from genfound.data.packing.collate import Assembly
 from genfound.layouts import Dense, Packed, Padded
-from genfound.module import GenerativeModule
+from genfound.modules.base import GenerativeModule
 from genfound.objectives.flow import Flow
 from genfound.rng import Rng
+from genfound.runtime import checkpoint_io, run_directory
 from genfound.tokenizers import Pixel, Spec
 
 
@@ -107,24 +109,24 @@ def assert_equal_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor],
 
 @functools.cache
 def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
-    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+    with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
         return hydra.compose(name, overrides=list(overrides))
 
 
 def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
     """A resolved configuration, as the command line would compose it."""
-    return paths.plain(_composed(name, overrides))
+    return compose.plain(_composed(name, overrides))
 
 
 def run_dir(folder: Path, *overrides: str) -> Path:
-    """A run directory that `genfound.fit.fit` can train."""
-    paths.claim(folder, paths.compose("train", overrides), allow_changes=False)
+    """A run directory that `genfound.training.fit` can train."""
+    run_directory.claim(folder, compose.compose("train", overrides), allow_changes=False)
     return folder
 
 
 def state_differences(one: Path, other: Path) -> list[str]:
     """Where the newest checkpoints of two runs are not the same bit by bit, but for Lightning's counts of epochs."""
-    states = [dict(checkpoints.read(checkpoints.newest(run / "checkpoints"))) for run in (one, other)]
+    states = [dict(checkpoint_io.read(checkpoint_io.newest(run / "checkpoints"))) for run in (one, other)]
     for state in states:
         del state["epoch"], state["loops"]
         assert state["ema"] and state["optimizer_states"]

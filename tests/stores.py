@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from genfound.data.views import Views
-from genfound.encoding import encode
+from genfound.data.images.views import Views
+from genfound.encoding.encode import encode
 from tests.helpers import composed
 
 SIZES = [(40, 56), (64, 40), (33, 90), (40, 56), (100, 70), (40, 40)]

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from genfound import build
-from genfound.fit import fit
-from genfound.processes import Place
+from genfound.runtime import devices
+from genfound.runtime.processes import Place
+from genfound.training import fit
 from tests.cli.commands import TINY
 from tests.helpers import run_dir
 
@@ -23,7 +24,7 @@ def test_auto_takes_the_bf16_of_the_hardware_and_no_emulation(
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", on_cuda)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
-    assert build.precision("auto", torch.device(device)) == found
+    assert devices.precision("auto", torch.device(device)) == found
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(2, 1), (1, 0)])
@@ -46,4 +47,4 @@ def test_a_process_has_its_device_before_anything_is_built(
 
 
 def test_a_process_without_a_graphics_card_sets_none() -> None:
-    assert build.device("cpu", 3) == torch.device("cpu")
+    assert devices.device("cpu", 3) == torch.device("cpu")

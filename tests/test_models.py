@@ -10,12 +10,13 @@ import torch
 from omegaconf import OmegaConf
 
 import genfound
-from genfound import build, paths
-from genfound.fit import fit
+from genfound import build
+from genfound.config import compose
 from genfound.tokenizers import Spec
+from genfound.training import fit
 from tests.helpers import run_dir, state_differences
 
-FILES = sorted((Path(paths.config_dir()) / "model").glob("*.yaml"))
+FILES = sorted((Path(compose.config_dir()) / "model").glob("*.yaml"))
 MODELS = [file.stem for file in FILES if "???" not in file.read_text()]
 TINY = [name for name in MODELS if name.endswith("_tiny")]
 SHORT = [
@@ -25,7 +26,7 @@ SHORT = [
 
 
 def composed(*overrides: str) -> dict[str, Any]:
-    with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+    with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=False)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
@@ -66,7 +67,7 @@ def test_it_learns_and_resumes_exactly(model: str, objective: str, tmp_path: Pat
     assert not genfound.load(tmp_path / "resumed").net.training
 
 
-OFFICIAL = sorted((Path(paths.config_dir()) / "experiment/official").glob("*.yaml"))
+OFFICIAL = sorted((Path(compose.config_dir()) / "experiment/official").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", [*FILES, *OFFICIAL], ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -74,6 +75,6 @@ def test_whatever_it_sets_is_set(file: Path) -> None:
     """Nothing that is composed later takes it back."""
     group = "model" if file.parent.name == "model" else "experiment"
     name = file.stem if group == "model" else f"official/{file.stem}"
-    own = paths.flatten({key: value for key, value in paths.read_yaml(file).items() if key != "defaults"})
-    whole = paths.flatten(composed(f"{group}={name}"))
+    own = compose.flatten({key: value for key, value in compose.read_yaml(file).items() if key != "defaults"})
+    whole = compose.flatten(composed(f"{group}={name}"))
     assert {key: whole.get(key) for key in own} == own

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genfound.loading import Loaded, load
-    from genfound.sampling import sample
+    from genfound.checkpoints.load import Loaded, load
+    from genfound.sampling.pipeline import sample
 
 __all__ = ["Loaded", "load", "sample"]
 __version__ = "0.1.0"
@@ -15,11 +15,11 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import the public functions when they are first used, so that `--help` stays quick."""
     if name in ("Loaded", "load"):
-        from genfound import loading
+        from genfound.checkpoints import load
 
-        return getattr(loading, name)
+        return getattr(load, name)
     if name == "sample":
-        from genfound.sampling import sample
+        from genfound.sampling.pipeline import sample
 
         return sample
     raise AttributeError(f"module 'genfound' has no attribute '{name}'")

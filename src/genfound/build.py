@@ -16,22 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from genfound import paths, targets
 from genfound.backbones.base import Backbone
-from genfound.checks import whole
-from genfound.data import latents
-from genfound.data.base import ImageSource
-from genfound.data.loader import MicroBatches, TrainLoader
-from genfound.data.order import Order
-from genfound.data.packing import Chunker, Grouper, Packer
-from genfound.data.pictures import Assembly
-from genfound.data.plan import Micro, Plan, each_once
+from genfound.config import compose, targets
+from genfound.config.targets import trusted
+from genfound.data.images.base import ImageSource
+from genfound.data.latents import stored_tokenizer
+from genfound.data.packing.batch_plan import Micro, Plan, each_once
+from genfound.data.packing.budget import max_images, micro_batches, token_budget, token_counts
+from genfound.data.packing.collate import Assembly
+from genfound.data.packing.loader import MicroBatches, TrainLoader
+from genfound.data.packing.order import Order
+from genfound.data.packing.packer import Chunker, Grouper, Packer
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
+from genfound.runtime.devices import device, precision
 from genfound.samplers import SAMPLERS
-from genfound.targets import trusted
 from genfound.tokenizers import Absent, Spec, Tokenizer
 from genfound.tokenizers.weights import option_of
 
@@ -180,13 +181,13 @@ def hinted_tokenizer(options: Mapping[str, Any], codec: str) -> dict[str, Any]:
     Raises:
         ValueError: an option that needs weights.
     """
-    if codec in paths.option_names("tokenizer"):
-        chosen = paths.read_option("tokenizer", codec)
+    if codec in compose.option_names("tokenizer"):
+        chosen = compose.read_option("tokenizer", codec)
         if "???" in chosen.values():
             raise ValueError(f"hints.tokenizer={codec} needs weights; give the folder that holds them instead")
         return chosen
     option = option_of(Path(codec))
-    of_folder = {} if option is None else paths.read_option("tokenizer", option)
+    of_folder = {} if option is None else compose.read_option("tokenizer", option)
     same = of_folder.get("_target_") in (None, options["_target_"])
     return {**(options if same else of_folder), "weights": codec}
 
@@ -194,7 +195,7 @@ def hinted_tokenizer(options: Mapping[str, Any], codec: str) -> dict[str, Any]:
 def tokenizer_if_there(config: Config, path: Path) -> Tokenizer:
     """The tokenizer of a model, or its shape alone; published weights that cannot fit are not reached for."""
     channels, spec = config["model"]["channels"], None
-    every = [paths.read_option("tokenizer", name) for name in paths.option_names("tokenizer")]
+    every = [compose.read_option("tokenizer", name) for name in compose.option_names("tokenizer")]
     if any(all(config["tokenizer"].get(k) == option.get(k) for k in ("_target_", "weights")) for option in every):
         spec = published_spec(config)
     if spec is None or channels in (None, spec.channels):
@@ -218,7 +219,7 @@ def training_tokenizer(config: Config) -> Tokenizer:
         return tokenizer(config)
     trust = trusted(config)
     load = functools.partial(tokenizer, {"tokenizer": config["tokenizer"], "trust": trust})
-    return latents.stored_tokenizer(config["data"], config["tokenizer"], load, trust)
+    return stored_tokenizer.stored_tokenizer(config["data"], config["tokenizer"], load, trust)
 
 
 def source(config: Config, spec: Spec, split: str) -> ImageSource:
@@ -231,7 +232,7 @@ def source(config: Config, spec: Spec, split: str) -> ImageSource:
         unit = spec.stride * patch
         built = construct("data", options, trusted(config), unit=unit, split=split, seed=config["seed"])
     else:
-        built = latents.source(kind, options, spec, patch, split, config["data"]["flip"] and split == "train")
+        built = stored_tokenizer.source(kind, options, spec, patch, split, config["data"]["flip"] and split == "train")
     if split == "train" and not len(built.labels):
         raise ValueError("data: there is no image to train on")
     return built
@@ -320,94 +321,6 @@ def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: in
         budget = token_budget(config, tokens)
         grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
     return Plan(order, tokens, grouper, micro_batches(config, ranks), weight, seed)
-
-
-def micro_batches(config: Config, ranks: int) -> int:
-    """Micro-batches of all ranks in a global step.
-
-    Raises:
-        ValueError: the global step does not divide into micro-batches of the ranks.
-    """
-    if config["layout"]["name"] == "dense":
-        micro = config["data"]["batch_size"]
-        whole("data.batch_size", micro, 1)
-        per_step, rest = divmod(config["batch"]["images"] or config["optimizer"]["images_per_step"], micro)
-        if rest or not per_step:
-            raise ValueError(f"batch.images must be a multiple of data.batch_size={micro}")
-    else:
-        tokens = config["optimizer"]["tokens_per_step"]
-        per_step = config["batch"]["packs"] or max(round(tokens / config["data"]["max_tokens"]), 1)
-    if per_step % ranks:
-        raise ValueError(
-            f"a global step of {per_step} micro-batches cannot be shared by trainer.devices={ranks}; "
-            f"set batch.packs (or batch.images) to a multiple"
-        )
-    return per_step
-
-
-def token_budget(config: Config, tokens: np.ndarray) -> int:
-    """Tokens of a pack.
-
-    Raises:
-        ValueError: an image has more.
-    """
-    budget: int = config["data"]["max_tokens"]
-    if int(tokens.max()) > budget:
-        raise ValueError(
-            f"an image has {int(tokens.max())} tokens, more than data.max_tokens={budget}; raise data.max_tokens"
-        )
-    return budget
-
-
-def max_images(tokens: np.ndarray, budget: int) -> int:
-    """Rows of a static pack: twice what a pack holds on average."""
-    return math.ceil(2 * budget / float(tokens.mean()))
-
-
-def token_counts(images: ImageSource, spec: Spec, patch_size: int) -> np.ndarray:
-    """(n,) tokens of each image."""
-    counts: np.ndarray = (images.sizes // (spec.stride * patch_size)).prod(axis=1)
-    return counts
-
-
-def precision(wanted: str, device: torch.device) -> str:
-    """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic.
-
-    Raises:
-        ValueError: unknown setting.
-    """
-    if wanted == "auto":
-        wanted = "bf16" if _has_bf16(device) else "fp32"
-    names = {"bf16": "bf16-mixed", "fp32": "32-true"}
-    if wanted not in names:
-        raise ValueError(f"precision={wanted} is unknown; choose auto, bf16 or fp32")
-    return names[wanted]
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether the machine's own arithmetic has bf16; PyTorch also emulates it, slowly."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def device(wanted: str, local_rank: int | None = None) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` means from now on.
-
-    Raises:
-        ValueError: the accelerator is unknown or absent.
-    """
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"accelerator={wanted} is unknown; choose auto, cpu or cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator=cuda, but this machine has no CUDA device")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank is None:
-        return torch.device("cuda")
-    found = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(found)
-    return found
 
 
 def published_spec(config: Config) -> Spec:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from genfound import command_line, paths
+from genfound.config import command_line, compose
 
 
 def _task(cfg: DictConfig) -> None:
-    from genfound.loading import convert
+    from genfound.checkpoints.convert import convert
 
-    config = paths.plain(cfg)
+    config = compose.plain(cfg)
     how = {"weights": config["weights"], "trust": config["trust"], **config["hints"]}
     written = convert(Path(config["from"]), config["to"], config["format"], **how)
     print(f"{written.tensors:,} tensors, {written.parameters:,} parameters: {written.file} ({written.format})")

@@ -2,13 +2,13 @@
 
 from omegaconf import DictConfig
 
-from genfound import command_line, paths
+from genfound.config import command_line, compose
 
 
 def _task(cfg: DictConfig) -> None:
-    from genfound.encoding import encode_on_devices
+    from genfound.encoding.encode import encode_on_devices
 
-    encode_on_devices(paths.with_own_targets(paths.plain(cfg)))
+    encode_on_devices(compose.with_own_targets(compose.plain(cfg)))
 
 
 def main() -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from genfound import command_line, launch, paths
+from genfound.config import command_line, compose
+from genfound.runtime import processes, run_directory
 
 
 def _task(cfg: DictConfig) -> None:
-    from genfound.evaluation import Asked, evaluate
+    from genfound.evaluation.evaluator import Asked, evaluate
 
-    launch.keep_freed_memory()
-    config = paths.plain(cfg)
+    processes.keep_freed_memory()
+    config = compose.plain(cfg)
     evaluate(Asked(config, command_line.chosen(), str(HydraConfig.get().runtime.choices["protocol"])))
 
 
 def main() -> None:
     """Console entry point."""
-    command_line.entry(_task, "evaluate")
+    command_line.entry(_task, "evaluate", run_directory.read_config)
 
 
 if __name__ == "__main__":

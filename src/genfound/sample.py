@@ -7,9 +7,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from genfound import checks, command_line, launch, paths
-from genfound.data.names import numbered
-from genfound.writing import visible
+from genfound.config import checks, command_line, compose
+from genfound.data.images.names import numbered
+from genfound.data.images.sets import GRID
+from genfound.runtime import processes, run_directory
+from genfound.runtime.files import visible
 
 FEW = 10
 LONGEST_CLASS = 80
@@ -18,17 +20,18 @@ LONGEST_CLASS = 80
 
 def _task(cfg: DictConfig) -> None:
     from genfound import build
-    from genfound.data.pictures import save_png
-    from genfound.loading import hints_of, load
-    from genfound.positions import reposition
-    from genfound.reporting.grid import save_grid
-    from genfound.reporting.progress import Counter
-    from genfound.sampling import Sampling, make_requests, run_or_chosen
+    from genfound.checkpoints.load import hints_of, load
+    from genfound.data.images.pixels import save_png
+    from genfound.runtime import devices
+    from genfound.runtime.files import check_folder
+    from genfound.runtime.progress import Counter
+    from genfound.sampling.grid import save_grid
+    from genfound.sampling.pipeline import Sampling, run_or_chosen
+    from genfound.sampling.requests import make_requests
     from genfound.tokenizers import Absent
-    from genfound.writing import check_folder
 
-    launch.keep_freed_memory()
-    config = paths.plain(cfg)
+    processes.keep_freed_memory()
+    config = compose.plain(cfg)
     checks.whole("batch", config["batch"], 1)
     chosen = command_line.chosen()
     out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
@@ -36,12 +39,12 @@ def _task(cfg: DictConfig) -> None:
     loaded = load(config["from"], weights=config["weights"], trust=config["trust"], **hints_of(config))
     if isinstance(loaded.tokenizer, Absent):
         raise ValueError(loaded.tokenizer.reason)
-    reposition(loaded.net, config["rope"])
+    loaded.net.reposition(config["rope"])
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
     labels = loaded.class_names[:FEW] if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else checks.sizes("size", config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
-    device = build.device(config["accelerator"])
+    device = devices.device(config["accelerator"])
     how = {
         **loaded.config,
         **settings,
@@ -60,13 +63,13 @@ def _task(cfg: DictConfig) -> None:
     images = sampling.draw(loaded.net.to(device), requests, config["seed"], Counter("images"))
     for name, image in zip(names, images, strict=True):
         save_png(out / name, image)
-    save_grid(out / paths.GRID, images, requests, loaded.class_names)
-    print(f"{len(images)} images and their grid: {out / paths.GRID}")
+    save_grid(out / GRID, images, requests, loaded.class_names)
+    print(f"{len(images)} images and their grid: {out / GRID}")
 
 
 def _refuse_others(out: Path, names: list[str]) -> None:
     """Raise a ValueError if a folder holds images that are not about to be written anew."""
-    others = sorted({file.name for file in visible(out, "*.png")} - {*names, paths.GRID})
+    others = sorted({file.name for file in visible(out, "*.png")} - {*names, GRID})
     if others:
         raise ValueError(f"out={out} holds other images ({others[0]}); choose another out=..., or remove them")
 
@@ -76,12 +79,12 @@ def _default_out(origin: Path, chosen: list[str]) -> Path:
     settings = [c for c in chosen if not c.startswith(("from=", "out="))]
     run = origin if origin.is_dir() else origin.parent.parent
     folder = run / "samples" if (run / "config.yaml").is_file() else origin.parent / f"{origin.stem}_samples"
-    return folder / paths.run_name(settings)
+    return folder / run_directory.run_name(settings)
 
 
 def main() -> None:
     """Console entry point."""
-    command_line.entry(_task, "sample")
+    command_line.entry(_task, "sample", run_directory.read_config)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from omegaconf import DictConfig
 
-from genfound import command_line, launch
+from genfound import training
+from genfound.config import command_line
 
 
 def _task(cfg: DictConfig) -> None:
-    launch.train(cfg)
+    training.train(cfg)
 
 
 def main() -> None:

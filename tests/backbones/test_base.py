@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from genfound.fit import fit
+from genfound.training import fit
 from tests.helpers import run_dir, state_differences
 
 SHORT = [

@@ -8,10 +8,11 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from genfound import checkpoints
-from genfound.backbones.dit import DiT, from_official, position_table, to_official
+from genfound.backbones.dit import DiT, position_table
 from genfound.batch import Batch
+from genfound.checkpoints.official.dit import from_official, to_official
 from genfound.layouts import Dense
+from genfound.runtime import checkpoint_io
 from tests.helpers import assert_equal_gradients, composed, latents, loss_and_gradients
 
 SMALL_DIT: dict[str, Any] = {
@@ -209,7 +210,7 @@ def test_foreign_weights_are_refused() -> None:
         from_official({**official, "pos_embed": official["pos_embed"][:, :15]})
     with pytest.raises(ValueError, match=r"1 unexpected \(blocks\.0\.attn\.q_norm\.weight\)"):
         extra = from_official({**official, "blocks.0.attn.q_norm.weight": torch.ones(16)})
-        checkpoints.fill(small_dit(), extra, Path("weights.pt"))
+        checkpoint_io.fill(small_dit(), extra, Path("weights.pt"))
 
 
 def test_an_averaged_position_table_is_accepted() -> None:

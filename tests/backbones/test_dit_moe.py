@@ -8,23 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genfound import build, checkpoints
+from genfound import build
 from genfound.backbones.dit import DiT
-from genfound.backbones.dit_moe import (
-    DiTMoE,
-    RoutingCounts,
-    active_parameters,
-    from_official,
-    official_options,
-    to_official,
-    upcycle,
-)
+from genfound.backbones.dit_moe import DiTMoE, RoutingCounts, active_parameters
 from genfound.batch import Batch
+from genfound.checkpoints.official.dit_moe import from_official, official_options, to_official
 from genfound.layouts import Dense
+from genfound.modules.dit_moe import upcycle
 from genfound.objectives.gaussian import Gaussian
 from genfound.rng import Rng
+from genfound.runtime import checkpoint_io
 from genfound.samplers import SAMPLERS
-from genfound.sampling import guided
+from genfound.sampling.pipeline import guided
 from genfound.tokenizers import Spec
 from tests.helpers import assert_equal_gradients, composed, latents, linear_flow, loss_and_gradients
 
@@ -246,7 +241,7 @@ def test_foreign_weights_are_refused() -> None:
         from_official({key: value for key, value in official.items() if key != absent})
     with pytest.raises(ValueError, match=r"1 unexpected \(blocks\.0\.moe\.experts\.4\.up_proj\.weight\)"):
         extra = from_official({**official, "blocks.0.moe.experts.4.up_proj.weight": torch.ones(64, 32)})
-        checkpoints.fill(small(), extra, Path("weights.pt"))
+        checkpoint_io.fill(small(), extra, Path("weights.pt"))
     with pytest.raises(ValueError, match="pos_embed is not DiT's sine-cosine table"):
         from_official({**official, "pos_embed": official["pos_embed"].flip(1)})
 

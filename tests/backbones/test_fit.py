@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genfound import build, checkpoints
-from genfound.backbones.fit import (
-    FiT,
-    coordinates,
+from genfound import build
+from genfound.backbones.fit import FiT, coordinates
+from genfound.checkpoints.official.fit import (
     finetune_keys,
     from_official,
     official_key,
@@ -21,6 +20,7 @@ from genfound.backbones.fit import (
     to_official,
 )
 from genfound.layouts import Dense, Layout, Packed, Padded
+from genfound.runtime import checkpoint_io
 from genfound.tokenizers import Spec
 from tests.helpers import assert_equal_gradients, composed, latents, loss_and_gradients
 
@@ -254,7 +254,7 @@ def test_official_weights_tell_their_options(options: dict[str, Any]) -> None:
         if key in options and options[key] not in ("none", "layernorm"):
             assert told[key] == options[key]
     again = fresh_fit(**{**options, **told})
-    checkpoints.fill(again, net.state_dict(), Path("weights"))
+    checkpoint_io.fill(again, net.state_dict(), Path("weights"))
 
 
 @pytest.mark.parametrize(("ratio", "kind"), [(4, "swiglu"), (4, "swiglu_large"), (4, "mlp"), (1.3, "swiglu_large")])
@@ -272,7 +272,7 @@ def test_foreign_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no matrix x_embedder\.proj\.weight"):
         from_official({**official, "x_embedder.proj.weight": torch.zeros(32, 4, 2, 2)})
     with pytest.raises(ValueError, match=r"1 unexpected \(pos_embed\)"):
-        checkpoints.fill(small_fit(), from_official({**official, "pos_embed": torch.ones(1)}), Path("weights.pt"))
+        checkpoint_io.fill(small_fit(), from_official({**official, "pos_embed": torch.ones(1)}), Path("weights.pt"))
 
 
 def test_partial_finetuning_trains_what_its_names_say() -> None:

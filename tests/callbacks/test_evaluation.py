@@ -5,17 +5,19 @@ from typing import Any
 import pytest
 import torch
 
-from genfound import build, fit, paths
+from genfound import build, training
+from genfound.callbacks.checkpointing import Saving
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
-from genfound.callbacks.metrics import Metrics
 from genfound.callbacks.nonfinite import NonFinite
-from genfound.callbacks.saving import Saving
-from genfound.drawing import Drawn
-from genfound.metrics.protocol import read_results
-from genfound.reporting.sinks import JsonLines
+from genfound.callbacks.train_log import Metrics
+from genfound.config import compose
+from genfound.evaluation.protocol import read_results
+from genfound.evaluation.samples import Drawn
+from genfound.loggers.json_lines import JsonLines
+from genfound.runtime import run_directory
+from tests.evaluation.runs import TINY, evaluated
 from tests.helpers import run_dir
-from tests.metrics.runs import TINY, evaluated
 
 EVALUATED = {"eval_every": 20, "eval_protocol": "quick", "eval_extractor": None, "eval_extractor_weights": None}
 FEW = {"n": 70, "reference_images": 100}
@@ -24,16 +26,16 @@ FEW = {"n": 70, "reference_images": 100}
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol `quick` with fewer samples."""
-    compose = paths.compose
+    composed = compose.compose
     monkeypatch.setattr(
-        paths, "compose", lambda name, overrides: compose(name, overrides) | (FEW if name == "evaluate" else {})
+        compose, "compose", lambda name, overrides: composed(name, overrides) | (FEW if name == "evaluate" else {})
     )
 
 
 def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     """A run of a few steps, with or without evaluations; its checkpoint."""
     run_dir(folder, *TINY, f"runs={folder.parent}", "trainer.precision=fp32", "trainer.max_steps=12")
-    config = paths.read_config(folder)
+    config = run_directory.read_config(folder)
     config["trainer"] |= EVALUATED | settings
     parts = build.parts(config, 1)
     loader = parts.loader(0)
@@ -42,7 +44,7 @@ def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     saving = Saving(folder / "checkpoints", 100, 1, loader, facts)
     watching = [Evaluation(folder, parts, ema, metrics)] if evaluate else []
     callbacks = [ema, metrics, NonFinite([], folder / "bad", 5, 5), *watching, saving]
-    fit._trainer(folder, parts, callbacks).fit(fit._module(parts, 10_000, 0, new=True), loader)
+    training._trainer(folder, parts, callbacks).fit(training._module(parts, 10_000, 0, new=True), loader)
     return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
 
 
@@ -125,7 +127,7 @@ def test_the_work_of_another_protocol_is_not_taken(tmp_path: Path, monkeypatch: 
     for seed in (0, 0, 1):
         monkeypatch.setitem(FEW, "seed", seed)
         folder = run_dir(tmp_path / "run", *TINY, f"runs={tmp_path}", "trainer.precision=fp32")
-        config = paths.read_config(folder)
+        config = run_directory.read_config(folder)
         config["trainer"] |= EVALUATED
         parts = build.parts(config, 1)
         evaluation = Evaluation(folder, parts, Ema([0.9]), Metrics([], 1, parts.loader(0)))

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from genfound import checkpoints
-from genfound.fit import fit
 from genfound.objectives.flow import Flow
+from genfound.runtime import checkpoint_io
+from genfound.training import fit
 from tests.cli.commands import TINY
 from tests.helpers import run_dir
 
@@ -41,7 +41,7 @@ def test_a_poisoned_step_is_skipped_and_written_down(poison: set[int], tmp_path:
     lines = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2]
     assert len(lines[0]["images"]) == len(lines[0]["t"]) > 0
-    state = checkpoints.read(checkpoints.newest(folder / "checkpoints"))
+    state = checkpoint_io.read(checkpoint_io.newest(folder / "checkpoints"))
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
     assert all(tensor.isfinite().all() for tensor in state["ema"]["0.995"].values())
 
@@ -81,7 +81,7 @@ def test_a_skipped_step_moves_no_weight(poison: set[int], tmp_path: Path) -> Non
         poison.add(3)
         folder = run_dir(tmp_path / name, *FP32, f"trainer.max_steps={steps}")
         fit(folder)
-        weights.append(checkpoints.read(checkpoints.newest(folder / "checkpoints"))["state_dict"])
+        weights.append(checkpoint_io.read(checkpoint_io.newest(folder / "checkpoints"))["state_dict"])
     assert all(torch.equal(weights[1][key], tensor) for key, tensor in weights[0].items())
 
 
@@ -92,7 +92,7 @@ def test_too_many_in_a_row_stop_the_run(poison: set[int], tmp_path: Path) -> Non
     )
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         fit(folder)
-    state = checkpoints.read(checkpoints.newest(folder / "checkpoints"))
+    state = checkpoint_io.read(checkpoint_io.newest(folder / "checkpoints"))
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
 
 

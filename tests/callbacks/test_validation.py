@@ -12,8 +12,9 @@ from torch import Tensor
 from genfound import build
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.validation import TIMES, Validation, uniform_times
-from genfound.data.order import Order
-from genfound.module import GenerativeModule
+from genfound.data.packing import budget
+from genfound.data.packing.order import Order
+from genfound.modules.base import GenerativeModule
 from genfound.tokenizers import Pixel
 from tests.helpers import composed, randomise, training_module
 
@@ -60,7 +61,7 @@ def test_the_first_images_of_a_fixed_order_are_shown_once_each(options: tuple[st
     assert [k for micro in micros for k in micro.positions] == list(range(count))
     assert [i for micro in micros for i in micro.indices] == [order[k] for k in range(count)]
     assert [micro.number for micro in micros] == list(range(len(micros)))
-    tokens = build.token_counts(parts.held_out, parts.tokenizer.spec, parts.layout.patch_size)
+    tokens = budget.token_counts(parts.held_out, parts.tokenizer.spec, parts.layout.patch_size)
     assert all(micro.tokens == tokens[list(micro.indices)].sum() for micro in micros)
     shapes = {
         images.x.shape

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from genfound.backbones.official import FAMILIES
+from genfound.checkpoints.official.families import FAMILIES
+from tests.checkpoints.test_load import official_state
 from tests.cli.commands import genfound, one_error
-from tests.test_loading import official_state
 
 HEADS, DIT = "hints.num_heads=2", "hints.family=dit"
 

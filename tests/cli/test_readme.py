@@ -10,8 +10,10 @@ import hydra
 import pytest
 import torch
 
-from genfound import build, paths
-from genfound.backbones import dit
+from genfound import build
+from genfound.checkpoints.official import dit
+from genfound.config import compose
+from genfound.runtime import run_directory
 from tests.cli.commands import TINY, genfound, variables
 from tests.cli.test_image_folder import photographs
 from tests.helpers import composed
@@ -50,11 +52,11 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     for name, *shown in commands(page):
         arguments = sized_for_a_test(shown) if name == "train" else shown
         if "model=nit_xl" in arguments or (name == "sample" and "from=DiT-XL-2-256x256.pt" in arguments):
-            with hydra.initialize_config_dir(paths.config_dir(), version_base="1.3"):
+            with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
                 hydra.compose(name, shown)
             continue
         if name == "train" and "-m" not in shown and not any(word.startswith("name=") for word in shown):
-            arguments.append(f"name={paths.run_name(shown)}")
+            arguments.append(f"name={run_directory.run_name(shown)}")
         result = genfound(name, *arguments, cwd=tmp_path)
         assert result.returncode == 0, (name, arguments, result.stderr)
 

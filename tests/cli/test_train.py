@@ -99,7 +99,7 @@ def jobs() -> list[Path]:
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            found += [file] if "genfound.launch" in file.read_text() else []
+            found += [file] if "genfound.training" in file.read_text() else []
     return found
 
 

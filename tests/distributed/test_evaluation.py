@@ -12,14 +12,17 @@ import torch
 from torch import distributed
 from torch import multiprocessing as mp
 
-from genfound import build, fit, paths, references
+from genfound import build, training
 from genfound.callbacks import evaluation
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.metrics import Metrics
-from genfound.metrics.protocol import read_results
+from genfound.callbacks.train_log import Metrics
+from genfound.config import compose
+from genfound.evaluation import references
+from genfound.evaluation.protocol import read_results
+from genfound.runtime import run_directory
 from tests.callbacks.test_evaluation import EVALUATED
+from tests.evaluation.runs import TINY
 from tests.helpers import run_dir
-from tests.metrics.runs import TINY
 
 LIMIT, LONG = 3.0, 7.0
 """Seconds after which a collective gives up, and that the first process alone is busy."""
@@ -36,16 +39,16 @@ def slow(function: Callable[..., Any]) -> Callable[..., Any]:
 def evaluating(rank: int, folder: Path) -> None:
     """One of two processes: prepares an evaluation and does it, with the first one slow where it works alone."""
     torch.set_num_threads(1)
-    compose = paths.compose
-    paths.compose = lambda name, overrides: {**compose(name, overrides), "n": 130, "reference_images": 130}
+    composed = compose.compose
+    compose.compose = lambda name, overrides: {**composed(name, overrides), "n": 130, "reference_images": 130}
     references.write_reference = slow(references.write_reference)
     evaluation.measure = slow(evaluation.measure)
-    config = paths.read_config(folder)
+    config = run_directory.read_config(folder)
     config["trainer"] |= EVALUATED
     parts = build.parts(config, 2)
     ema = Ema([0.9])
     acting = evaluation.Evaluation(folder, parts, ema, Metrics([], 1, parts.loader(rank)))
-    module = fit._module(parts, 10_000, rank, new=True).eval()
+    module = training._module(parts, 10_000, rank, new=True).eval()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     distributed.barrier()
     group = distributed.new_group(timeout=timedelta(seconds=LIMIT))

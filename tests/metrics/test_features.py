@@ -6,7 +6,7 @@ import torch
 
 from genfound.metrics.features import BATCH, Features
 from genfound.metrics.frechet import Moments
-from tests.metrics.sets import Averages, Pictures
+from tests.image_sets import Averages, Pictures
 
 
 def test_they_are_whole_whoever_computes_them(tmp_path: Path) -> None:

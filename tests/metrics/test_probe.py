@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from genfound.data.shapes import Shapes
+from genfound.data.images.sets import Chosen, Sourced
+from genfound.data.images.shapes import Shapes
 from genfound.metrics import probe as probe_module
-from genfound.metrics.images import Chosen, Sourced
 from genfound.metrics.probe import HELD_OUT, Probe, is_guessing, probe_key, train_probe
 
 CPU = torch.device("cpu")

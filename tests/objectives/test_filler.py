@@ -13,9 +13,9 @@ from genfound.backbones.base import TokenSpec
 from genfound.batch import Batch
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
-from genfound.objectives.conversions import PREDICTIONS
 from genfound.objectives.gaussian import Gaussian
-from genfound.objectives.paths import PATHS
+from genfound.objectives.interpolants import PATHS
+from genfound.objectives.predictions import PREDICTIONS
 from genfound.objectives.times import TIME_LAWS
 from genfound.objectives.weighting import WEIGHTINGS
 from genfound.rng import Rng

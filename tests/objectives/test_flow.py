@@ -11,9 +11,9 @@ from torch import Tensor
 from genfound.backbones.base import TokenSpec
 from genfound.batch import Batch
 from genfound.layouts import Packed
-from genfound.objectives.conversions import PREDICTIONS
 from genfound.objectives.flow import Flow, turn
-from genfound.objectives.paths import PATHS
+from genfound.objectives.interpolants import PATHS
+from genfound.objectives.predictions import PREDICTIONS
 from genfound.objectives.times import TIME_LAWS, time_grid
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS
 from genfound.rng import Rng

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.layouts import Dense, Layout, Packed, Padded
-from genfound.objectives.betas import SCHEDULES, linear, spaced
-from genfound.objectives.bound import variational_bound
 from genfound.objectives.gaussian import Gaussian
-from genfound.objectives.process import Process, noise_from_x0, posterior_mean, q_sample
+from genfound.objectives.process import SCHEDULES, Process, linear, noise_from_x0, posterior_mean, q_sample, spaced
+from genfound.objectives.vlb import variational_bound
 from genfound.objectives.weighting import EXPONENTS
 from genfound.rng import Rng
 from tests.helpers import latents, three_layouts

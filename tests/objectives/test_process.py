@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from genfound.layouts import Dense
-from genfound.objectives.betas import SCHEDULES, linear
-from genfound.objectives.process import Process, noise_from_x0, q_sample, x0_from_noise
+from genfound.objectives.process import SCHEDULES, Process, linear, noise_from_x0, q_sample, x0_from_noise
 from tests.helpers import latents
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from genfound.layouts import Dense, Packed
-from genfound.objectives.paths import PATHS
+from genfound.objectives.interpolants import PATHS
 from genfound.objectives.times import (
     TIME_LAWS,
     latent_numbers,

@@ -12,9 +12,9 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.callbacks.validation import TIMES
 from genfound.objectives.base import Net, Objective
-from genfound.objectives.conversions import PREDICTIONS
 from genfound.objectives.gaussian import Gaussian
-from genfound.objectives.paths import PATHS
+from genfound.objectives.interpolants import PATHS
+from genfound.objectives.predictions import PREDICTIONS
 from tests.helpers import linear_flow, three_layouts
 
 SIZES = [(3, 5), (4, 4), (1, 7), (2, 3)]

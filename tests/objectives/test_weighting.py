@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from genfound.objectives.conversions import PREDICTIONS, Views
-from genfound.objectives.paths import PATHS
+from genfound.objectives.interpolants import PATHS
+from genfound.objectives.predictions import PREDICTIONS, Views
 from genfound.objectives.weighting import WEIGHTINGS, image_weight, time_weight
 
 T = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)

@@ -11,9 +11,9 @@ from genfound.batch import Batch
 from genfound.layouts import Dense, Packed, Padded
 from genfound.samplers import SAMPLERS
 from genfound.samplers.guidance import AutoGuidance, ClassifierFree, unguided
-from genfound.sampling import guided
+from genfound.sampling.pipeline import guided
 from tests.helpers import latents, linear_flow, small_nit
-from tests.samplers.test_gaussian import objective as gaussian
+from tests.samplers.test_ddpm import objective as gaussian
 from tests.samplers.toys import SeededNoise, doubled
 
 NULL = 10

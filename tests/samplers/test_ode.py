@@ -10,7 +10,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.objectives.base import GuidedNet
 from genfound.objectives.flow import FlowField
-from genfound.objectives.paths import PATHS
+from genfound.objectives.interpolants import PATHS
 from genfound.objectives.times import time_grid
 from genfound.samplers import SAMPLERS
 from tests.helpers import packed

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from genfound.layouts import Dense
-from genfound.objectives.conversions import PREDICTIONS
-from genfound.objectives.paths import PATHS
+from genfound.objectives.interpolants import PATHS
+from genfound.objectives.predictions import PREDICTIONS
 from genfound.objectives.times import time_grid
 from genfound.samplers import SAMPLERS
 from genfound.samplers.sde import DIFFUSIONS

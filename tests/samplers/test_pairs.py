@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from genfound import build, paths
+from genfound import build
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
+from genfound.config import compose
 from genfound.samplers import SAMPLERS
-from genfound.sampling import Request, Sampling
+from genfound.sampling.pipeline import Sampling
+from genfound.sampling.requests import Request
 from genfound.tokenizers import Pixel
 from tests.helpers import composed
 
-OBJECTIVES = sorted(file.stem for file in (Path(paths.config_dir()) / "objective").glob("*.yaml"))
+OBJECTIVES = sorted(file.stem for file in (Path(compose.config_dir()) / "objective").glob("*.yaml"))
 FP32 = "trainer.precision=fp32"
 LEGAL = {
     "gaussian": {"ddpm", "ddim", "euler", "heun", "dopri5"},

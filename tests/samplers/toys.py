@@ -10,7 +10,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.layouts import Dense
 from genfound.objectives.flow import Flow, FlowField
-from genfound.objectives.paths import PathPoint
+from genfound.objectives.interpolants import PathPoint
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from tests.helpers import linear_flow

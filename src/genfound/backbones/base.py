@@ -1,8 +1,9 @@
-"""What a backbone tells the rest of the house about itself."""
+"""What a backbone tells about itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from genfound.batch import Batch
 from genfound.layers.embed import TimeEmbedding
-from genfound.layers.experts import Experts, Router
 from genfound.layers.initial import Draw
+from genfound.layers.moe import Experts, Router
+from genfound.layers.rope import Rope
 from genfound.rng import Rng
 
 
@@ -140,6 +142,22 @@ class Backbone(nn.Module):
             if name.endswith("attn.proj"):
                 per_pair += 4 * layer.in_features
         return Flops(per_image, per_token, per_pair)
+
+    def reposition(self, rope: Mapping[str, Any]) -> None:
+        """Change the rule of the rotary positions, e.g. for images larger than those of training.
+
+        Args:
+            rope: attributes of the network's `Rope`; those that are `None` stay as they are.
+
+        Raises:
+            ValueError: the network has none, or an unknown rule.
+        """
+        given = {key: value for key, value in rope.items() if value is not None}
+        if not given:
+            return
+        if not isinstance(getattr(self, "rope", None), Rope):
+            raise ValueError(f"rope.{next(iter(given))}: {type(self).__name__} has no rotary positions")
+        self.rope = replace(self.rope, **given)  # type: ignore[has-type]
 
     def param_groups(self) -> Iterable[Any]:
         """Parameter groups of the optimizer."""

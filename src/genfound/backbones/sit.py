@@ -6,24 +6,10 @@ released networks make 2 C output channels, of which only the first C are ever u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
-from genfound.backbones import dit
 from genfound.backbones.dit import DiT
-
-from_official, to_official = dit.from_official, dit.to_official
 
 
 class SiT(DiT):
     """The velocity, score or noise of every latent pixel, given time and class; options as of `DiT`."""
 
     time = "data1"
-
-
-def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Constructor options that an official state dict tells; not the number of heads."""
-    options = dit.official_options(state)
-    return {**options, "unused_half": options["learn_sigma"], "learn_sigma": False}

@@ -10,7 +10,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from genfound.module import GenerativeModule
+from genfound.modules.base import GenerativeModule
 
 
 class Ema(lightning.Callback):

@@ -10,26 +10,28 @@ from typing import Any
 
 import lightning
 
-from genfound import build, paths
+from genfound import build
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.metrics import Metrics
-from genfound.callbacks.periodic import Periodic
-from genfound.callbacks.speed import paused
-from genfound.checks import sizes
-from genfound.drawing import DATA, Drawn, requests_by_rule
-from genfound.evaluation import Asked, check, circumstances, protocol_of, settings
-from genfound.extraction import network_hash, size_text, weak_hash
+from genfound.callbacks.every_n_images import Periodic
+from genfound.callbacks.throughput import paused
+from genfound.callbacks.train_log import Metrics
+from genfound.config import compose
+from genfound.config.checks import sizes
+from genfound.data.images.sets import digest
+from genfound.evaluation.evaluator import Asked, check, circumstances, protocol_of, settings
+from genfound.evaluation.extraction import network_hash, size_text, weak_hash
+from genfound.evaluation.protocol import Drawing, Result
+from genfound.evaluation.provenance import drawing_of, pinned
+from genfound.evaluation.references import DataSet, Place, Tool, prepare_extractor, prepare_reference
+from genfound.evaluation.samples import DATA, Drawn, requests_by_rule
+from genfound.metrics.compute import check_count, check_reference, measure
 from genfound.metrics.features import Features
-from genfound.metrics.figures import check_count, check_reference, measure
-from genfound.metrics.images import digest
-from genfound.metrics.protocol import Drawing, Result
-from genfound.metrics.reference import Reference
-from genfound.module import GenerativeModule
-from genfound.references import DataSet, Place, Tool, prepare_extractor, prepare_reference
-from genfound.sampling import Request, Sampling, check_size
-from genfound.subjects import drawing_of, pinned
+from genfound.metrics.reference_stats import Reference
+from genfound.modules.base import GenerativeModule
+from genfound.runtime.work import remove, wait_until
+from genfound.sampling.pipeline import Sampling
+from genfound.sampling.requests import Request, check_size
 from genfound.tokenizers import Tokenizer
-from genfound.work import remove, wait_until
 
 Size = tuple[int, int]
 
@@ -172,10 +174,10 @@ def asked(folder: Path, run: Mapping[str, Any]) -> Asked:
     """
     trainer = run["trainer"]
     name = trainer["eval_protocol"]
-    known = sorted(file.stem for file in (Path(paths.config_dir()) / "protocol").glob("*.yaml"))
+    known = sorted(file.stem for file in (Path(compose.config_dir()) / "protocol").glob("*.yaml"))
     if name not in known:
         raise ValueError(f"trainer.eval_protocol={name} is unknown; choose one of {', '.join(known)}")
-    config = paths.compose("evaluate", [f"protocol={name}"])
+    config = compose.compose("evaluate", [f"protocol={name}"])
     own = {
         "from": str(folder),
         "extractor": trainer["eval_extractor"] or config["extractor"],

@@ -11,10 +11,10 @@ import lightning
 import torch
 from torch import Tensor
 
-from genfound.data.loader import Item
-from genfound.data.plan import Micro
-from genfound.module import GenerativeModule
-from genfound.reporting.sinks import Sink
+from genfound.data.packing.batch_plan import Micro
+from genfound.data.packing.loader import Item
+from genfound.loggers.json_lines import Sink
+from genfound.modules.base import GenerativeModule
 
 
 class NonFinite(lightning.Callback):

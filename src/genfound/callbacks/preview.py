@@ -8,11 +8,12 @@ from pathlib import Path
 import lightning
 
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.metrics import Metrics
-from genfound.callbacks.periodic import Periodic
-from genfound.module import GenerativeModule
-from genfound.reporting.grid import save_grid
-from genfound.sampling import Request, Sampling
+from genfound.callbacks.every_n_images import Periodic
+from genfound.callbacks.train_log import Metrics
+from genfound.modules.base import GenerativeModule
+from genfound.sampling.grid import save_grid
+from genfound.sampling.pipeline import Sampling
+from genfound.sampling.requests import Request
 
 
 class Preview(Periodic):

@@ -12,13 +12,13 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.build import Parts
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.metrics import Metrics
-from genfound.callbacks.periodic import Periodic
-from genfound.data.loader import MicroBatches
-from genfound.data.pictures import Assembly, Pictures
-from genfound.data.plan import Micro
-from genfound.data.workers import read_ahead
-from genfound.module import GenerativeModule
+from genfound.callbacks.every_n_images import Periodic
+from genfound.callbacks.train_log import Metrics
+from genfound.data.packing.batch_plan import Micro
+from genfound.data.packing.collate import Assembly, Pictures
+from genfound.data.packing.loader import MicroBatches
+from genfound.data.packing.prefetch import read_ahead
+from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Objective
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfound import checkpoints
 from genfound.metrics.inception import SIDE, InceptionV3
 from genfound.metrics.resize import tf1_resize
+from genfound.runtime import checkpoint_io
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SOURCES = (
@@ -63,11 +63,11 @@ class Inception:
                 f"extractor_weights={file} is not there; download {WEIGHTS} from {SOURCES[0]} "
                 f"(or {SOURCES[1]}, the same tensors) and give its path"
             )
-        state = checkpoints.read(file)
+        state = checkpoint_io.read(file)
         with torch.random.fork_rng(devices=[]):  # training goes on with the numbers it would have drawn
             net = InceptionV3()
         own = {key: value for key, value in net.state_dict().items() if key.endswith(COUNTED)}
-        checkpoints.fill(net, {**own, **{k: v for k, v in state.items() if not k.endswith(COUNTED)}}, file)
+        checkpoint_io.fill(net, {**own, **{k: v for k, v in state.items() if not k.endswith(COUNTED)}}, file)
         self.hash = tensors_hash({k: v for k, v in net.state_dict().items() if not k.endswith(COUNTED)})
         self.net = net.to(device)
         self.device = device

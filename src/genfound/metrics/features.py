@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfound.data.images.npz import headers, write_npz
+from genfound.data.images.sets import ImageSet
 from genfound.metrics.extractor import Extractor
 from genfound.metrics.frechet import ROWS, Gaussian, Moments
-from genfound.metrics.images import ImageSet
-from genfound.metrics.npz import headers, write_npz
-from genfound.reporting.progress import Progress, silent
+from genfound.runtime.progress import Progress, silent
 
 BATCH = 64
 READERS = 4

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, relu
 
+from genfound.data.images.sets import Chosen, ImageSet, digest
 from genfound.metrics.extractor import full_precision, tensors_hash, to_tensor
-from genfound.metrics.images import Chosen, ImageSet, digest
-from genfound.writing import write_whole
+from genfound.runtime.files import write_whole
 
 SIDE, WIDTH = 32, 64
 IMAGES, EPOCHS, BATCH, RATE, SEED = 4096, 6, 64, 3e-3, 0

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.conversions import Views
+from genfound.objectives.predictions import Views
 from genfound.objectives.times import TimeLaw
 from genfound.rng import Rng
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from genfound.batch import Batch
-from genfound.checks import known, number
+from genfound.config.checks import known, number
 from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during
-from genfound.objectives.clock import ask, told
-from genfound.objectives.conversions import PREDICTIONS, Views
-from genfound.objectives.paths import PATHS, Path, PathPoint
+from genfound.objectives.interpolants import PATHS, Path, PathPoint
+from genfound.objectives.predictions import PREDICTIONS, Views
+from genfound.objectives.time_direction import ask, told
 from genfound.objectives.times import TIME_LAWS, check_shift, shift_factor, shifted, time_grid, windowed
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
 

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.checks import known, whole
+from genfound.config.checks import known, whole
 from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during, told_steps
-from genfound.objectives.betas import SCHEDULES, Sections, spaced
-from genfound.objectives.conversions import Views
-from genfound.objectives.likelihood import discretised_bits, kl_bits
-from genfound.objectives.paths import PATHS
+from genfound.objectives.bits import discretised_bits, kl_bits
+from genfound.objectives.interpolants import PATHS
+from genfound.objectives.predictions import Views
 from genfound.objectives.process import (
+    SCHEDULES,
     Process,
+    Sections,
     Tables,
     noise_from_x0,
     posterior_mean,
     q_sample,
+    spaced,
     x0_from_noise,
 )
 from genfound.objectives.times import TimeLaw, time_grid

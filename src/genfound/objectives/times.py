@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.checks import interval, number, whole
-from genfound.objectives.paths import Path
+from genfound.config.checks import interval, number, whole
+from genfound.objectives.interpolants import Path
 from genfound.rng import Rng
 
 TimeLaw = Callable[[Rng, int, torch.device], Tensor]

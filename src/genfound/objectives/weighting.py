@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from genfound.objectives.paths import PathPoint
+from genfound.objectives.interpolants import PathPoint
 
 
 class _Number(Protocol):

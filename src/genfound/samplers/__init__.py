@@ -6,29 +6,29 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from genfound.objectives.times import check_shift
-from genfound.samplers import adaptive, gaussian, ode
+from genfound.samplers import ddpm, dopri5, ode
 from genfound.samplers import sde as stochastic
 from genfound.samplers.base import Sampler
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": gaussian.ddpm,
-    "ddim": gaussian.ddim,
+    "ddpm": ddpm.ddpm,
+    "ddim": ddpm.ddim,
     "euler": ode.euler,
     "heun": ode.heun,
-    "dopri5": adaptive.dopri5,
+    "dopri5": dopri5.dopri5,
     "sde": stochastic.sde,
 }
 
 CHECKS: dict[str, Callable[..., None]] = {
-    "ddim": gaussian.check,
-    "dopri5": adaptive.check,
+    "ddim": ddpm.check,
+    "dopri5": dopri5.check,
     "sde": stochastic.check,
 }
 
 
 def adapts(options: Mapping[str, Any]) -> bool:
     """Whether a sampler, `{name, steps, ...}`, chooses its own steps by the error that they make."""
-    return options["name"] == "dopri5" and options["method"] in adaptive.ADAPTIVE
+    return options["name"] == "dopri5" and options["method"] in dopri5.ADAPTIVE
 
 
 def check(options: Mapping[str, Any]) -> None:

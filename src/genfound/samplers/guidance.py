@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfound import checks
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
+from genfound.config import checks
 from genfound.objectives.base import GuidedNet
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.checks import known, number
+from genfound.config.checks import known, number
 from genfound.objectives.base import Field
-from genfound.objectives.conversions import Views
 from genfound.objectives.flow import FlowField
-from genfound.objectives.paths import Path, PathPoint
+from genfound.objectives.interpolants import Path, PathPoint
+from genfound.objectives.predictions import Views
 from genfound.objectives.times import shifted_grid
 from genfound.samplers.base import Progress, StepRng
 

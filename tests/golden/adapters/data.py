@@ -10,8 +10,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from genfound.data import views
-from genfound.data.pictures import normalised, to_picture, to_uint8
+from genfound.data.images import views
+from genfound.data.images.pixels import normalised, to_picture, to_uint8
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, unit
 

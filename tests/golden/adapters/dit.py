@@ -13,20 +13,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genfound import checkpoints
 from genfound.backbones.base import Backbone
-from genfound.backbones.dit import Block, DiT, FinalLayer, from_official, official_keys, position_table, to_official
+from genfound.backbones.dit import Block, DiT, FinalLayer, position_table
 from genfound.backbones.sit import SiT
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
-from genfound.data import views
+from genfound.checkpoints.official.dit import from_official, official_keys, to_official
+from genfound.data.images import views
 from genfound.layers.embed import LabelEmbedding, TimeEmbedding, sinusoid
 from genfound.layouts import Dense
-from genfound.module import GenerativeModule
+from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Losses, Net
 from genfound.rng import Rng
+from genfound.runtime import checkpoint_io
 from genfound.samplers import SAMPLERS
-from genfound.sampling import guided
+from genfound.sampling.pipeline import guided
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.gaussian import StepNoise, diffusion, sections
 from tests.golden.fill import inputs, parameters, unit
@@ -73,7 +74,7 @@ def official(fixture: Fixture, config: Mapping[str, Any]) -> DiT:
         assert key == "pos_embed"
         side = math.isqrt(shape[1])
         weights[key] = position_table(side, side, shape[2])[None]
-    checkpoints.fill(net, from_official(weights), SOURCE)
+    checkpoint_io.fill(net, from_official(weights), SOURCE)
     return net.eval()
 
 
@@ -178,7 +179,7 @@ def label_embedding(fixture: Fixture) -> Results:
     """Labels after the module's dropout and their rows; a forced drop is the null label itself."""
     config, given = fixture["config"], inputs(fixture)
     net = Labels(LabelEmbedding(config["num_classes"], config["hidden_size"], null_class=config["dropout_prob"] > 0))
-    checkpoints.fill(net.table, parameters(fixture), SOURCE)
+    checkpoint_io.fill(net.table, parameters(fixture), SOURCE)
     probe, labels = Probe(torch.zeros(0)), given["labels"]
     module = module_of(net, probe, {"class_dropout_prob": config["dropout_prob"]})
     batch = dense(torch.zeros(len(labels), 1, 1, 1), labels, 1)
@@ -226,7 +227,7 @@ def final_layer(fixture: Fixture) -> Results:
     weights = parameters(fixture)
     own = {key.replace("adaLN_modulation.1", "adaln"): value for key, value in weights.items()}
     own |= {key: own[key][order] for key in ("linear.weight", "linear.bias")}
-    checkpoints.fill(module, own, SOURCE)
+    checkpoint_io.fill(module, own, SOURCE)
     return {"out": module(given["x"], torch.nn.functional.silu(given["c"]))[..., order.argsort()]}
 
 
@@ -234,7 +235,7 @@ def fill_part(module: torch.nn.Module, fixture: Fixture, name: str) -> None:
     """Official weights of a part, whose keys are relative to it."""
     names = official_keys(1)
     own = {names[f"{name}.{key}"].removeprefix(f"{name}."): value for key, value in parameters(fixture).items()}
-    checkpoints.fill(module, own, SOURCE)
+    checkpoint_io.fill(module, own, SOURCE)
 
 
 @adapter("dit", "dit.init", notes=_All())

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound import build, checkpoints
-from genfound.backbones import dit_moe
+from genfound import build
 from genfound.backbones.dit import Attention, position_table
-from genfound.backbones.dit_moe import QK_NORMS, Block, DiTMoE
-from genfound.layers.experts import MixtureOfExperts, Router, Routing, balance_loss
-from genfound.layers.ffn import SwiGLU
-from genfound.module import GenerativeModule
-from genfound.sampling import guided
+from genfound.backbones.dit_moe import QK_NORMS, Block, DiTMoE, active_parameters
+from genfound.checkpoints.official import dit_moe
+from genfound.layers.mlp import SwiGLU
+from genfound.layers.moe import MixtureOfExperts, Router, Routing, balance_loss
+from genfound.modules.base import GenerativeModule
+from genfound.modules.dit_moe import upcycle
+from genfound.runtime import checkpoint_io
+from genfound.sampling.pipeline import guided
 from genfound.tokenizers import Spec
 from tests.golden import fill
 from tests.golden.adapters import Results, adapter, sizes_of
@@ -89,7 +91,7 @@ class Official:
         for key, shape in fixture["buffers"]:
             assert key == "pos_embed" and list(self.positions.shape) == shape
             weights[key] = self.positions
-        checkpoints.fill(self.net, dit_moe.from_official(weights), SOURCE)
+        checkpoint_io.fill(self.net, dit_moe.from_official(weights), SOURCE)
         self.net.eval()
         self.drop = config["class_dropout_prob"]
 
@@ -140,7 +142,7 @@ def fill_part(module: nn.Module, fixture: Fixture, theirs: str, ours: str) -> No
         state = dit_moe.stack_experts(state)
     qk_norm = any("Wqkv" in key for key in state)
     names = dit_moe.official_keys(1, qk_norm, shared=True)
-    checkpoints.fill(module, {names.get(key, key).removeprefix(f"{ours}."): v for key, v in state.items()}, SOURCE)
+    checkpoint_io.fill(module, {names.get(key, key).removeprefix(f"{ours}."): v for key, v in state.items()}, SOURCE)
 
 
 @adapter("dit_moe", "gate")
@@ -149,7 +151,7 @@ def gate(fixture: Fixture) -> Results:
     config = settings(fixture["config"], GATE, "embed_dim", "num_experts", "num_experts_per_tok")
     size = fixture["config"]
     router = Router(size["embed_dim"], size["num_experts"], size["num_experts_per_tok"], config["norm_topk_prob"])
-    checkpoints.fill(router, fill.parameters(fixture), SOURCE)
+    checkpoint_io.fill(router, fill.parameters(fixture), SOURCE)
     given = tensors(fixture)
     x = given["x"].requires_grad_()
     routing = router(x)
@@ -305,7 +307,7 @@ def size(row: Mapping[str, Any]) -> dict[str, Any]:
         "hidden": width,
         "total": trainable + tokens * width,
         "trainable": trainable,
-        "activated": dit_moe.active_parameters(net) + tokens * width,
+        "activated": active_parameters(net) + tokens * width,
         "per_expert": sum(p.numel() for p in moe.experts.parameters()) // experts,
         "shared": sum(p.numel() for p in moe.shared.parameters()),
         "gmac_linear": round(linear / 1e9, 4),
@@ -333,8 +335,8 @@ def upcycling(fixture: Fixture) -> Results:
     grid = (config["input_size"] // config["patch_size"],) * 2
     source = {**fill.parameters(fixture), "pos_embed": position_table(*grid, config["hidden_size"])[None]}
     generator = torch.Generator().manual_seed(0)
-    upcycled = dit_moe.upcycle(dit_moe.from_official(source), config["num_experts"], generator)
-    checkpoints.fill(construct(config, flow=False), upcycled, SOURCE)
+    upcycled = upcycle(dit_moe.from_official(source), config["num_experts"], generator)
+    checkpoint_io.fill(construct(config, flow=False), upcycled, SOURCE)
     target = dit_moe.to_official(upcycled, config["patch_size"], grid)
     return {"map": {key: origin(key, tensor, source) for key, tensor in target.items()}}
 

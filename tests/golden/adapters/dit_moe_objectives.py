@@ -14,7 +14,7 @@ from genfound.callbacks.ema import Ema
 from genfound.objectives.base import Losses
 from genfound.objectives.flow import Flow, FlowField
 from genfound.samplers import SAMPLERS
-from genfound.sampling import guided
+from genfound.sampling.pipeline import guided
 from tests.golden import fill
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws, dense

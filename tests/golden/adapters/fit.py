@@ -14,19 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from genfound import checkpoints
-from genfound.backbones.fit import (
-    FiT,
-    finetune_keys,
-    from_official,
-    official_key,
-    to_official,
-)
+from genfound.backbones.fit import FiT
 from genfound.batch import Batch
+from genfound.checkpoints.official.fit import finetune_keys, from_official, official_key, to_official
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
 from genfound.rng import Rng
-from genfound.sampling import guided
+from genfound.runtime import checkpoint_io
+from genfound.sampling.pipeline import guided
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.fill import inputs, parameters, tensor
 
@@ -116,7 +111,7 @@ def clamped(fixture: Fixture) -> bool:
 def official(fixture: Fixture, config: Mapping[str, Any]) -> FiT:
     """The backbone with the official weights of a fixture."""
     net = build(config, clamped(fixture))
-    checkpoints.fill(net, from_official(parameters(fixture)), SOURCE)
+    checkpoint_io.fill(net, from_official(parameters(fixture)), SOURCE)
     return net.eval()
 
 

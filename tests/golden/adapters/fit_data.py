@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genfound.backbones.fit import coordinates
 from genfound.batch import Batch
-from genfound.data.views import Entries, Flexible, Views, center_crop, published_flexible_size
+from genfound.data.images.views import Entries, Flexible, Views, center_crop, published_flexible_size
 from genfound.layouts import Padded
 from genfound.layouts.base import from_tokens
 from tests.golden.adapters import Results, adapter

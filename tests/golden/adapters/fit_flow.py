@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfound.backbones.fit import to_official
 from genfound.batch import Batch
+from genfound.checkpoints.official.fit import to_official
 from genfound.layouts import Padded
 from genfound.objectives.base import Net
 from genfound.rng import Rng

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound import checkpoints
 from genfound.backbones.fit import Attention, coordinates
 from genfound.batch import Batch
 from genfound.layers.embed import LabelEmbedding, sinusoid
-from genfound.layers.ffn import feed_forward
+from genfound.layers.mlp import feed_forward
 from genfound.layers.norm import NORMS
 from genfound.layers.rope import Rope, rotate
 from genfound.layouts import Padded
+from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws, Labels, Probe, dense, module_of
 from tests.golden.adapters.fit import SOURCE, Fixture, arguments, by_row, norm_name, positions, scaling
@@ -104,7 +104,7 @@ def attention(fixture: Fixture) -> Results:
     weighted, heads = asked["qk_norm_weight"], asked["num_heads"]
     names = (norm_name(asked[key], weighted) for key in ("q_norm", "k_norm"))
     net = Attention(asked["dim"], heads, *names, asked["qkv_bias"], asked["add_rel_pe_to_v"], "auto")
-    checkpoints.fill(net, parameters(fixture), SOURCE)
+    checkpoint_io.fill(net, parameters(fixture), SOURCE)
     given = inputs(fixture)
     batch = blank(torch.ones(len(given["x"]), 2, dtype=torch.long), given["x"].shape[1])
     turn = None
@@ -146,7 +146,7 @@ def norms(fixture: Fixture) -> Results:
 
 def fill_part(net: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
     own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    checkpoints.fill(net, own, SOURCE)
+    checkpoint_io.fill(net, own, SOURCE)
 
 
 @adapter("fit", "timestep_embedding")
@@ -162,7 +162,7 @@ def label_embedding(fixture: Fixture) -> Results:
     """Rows of labels, of forced drops, and after the training module's dropout with each probability."""
     config, given = fixture["config"], inputs(fixture)
     net = Labels(LabelEmbedding(config["num_classes"], config["hidden_size"], null_class=True))
-    checkpoints.fill(net.table, parameters(fixture), SOURCE)
+    checkpoint_io.fill(net.table, parameters(fixture), SOURCE)
     y = given["y"]
     forced = torch.where(given["force_drop_ids"] == 1, config["num_classes"], y)
     draw = torch.from_numpy(unit("noise.0", list(y.shape))) / (2 * 3**0.5) + 0.5

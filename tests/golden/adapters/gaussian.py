@@ -12,13 +12,12 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.layouts import Dense
-from genfound.objectives.betas import Sections, linear, spaced
-from genfound.objectives.bound import variational_bound
 from genfound.objectives.gaussian import Gaussian, GaussianField, Reverse
-from genfound.objectives.process import posterior_mean, q_sample, x0_from_noise
+from genfound.objectives.process import Sections, linear, posterior_mean, q_sample, spaced, x0_from_noise
+from genfound.objectives.vlb import variational_bound
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
-from genfound.samplers.gaussian import ddim_invert
+from genfound.samplers.ddpm import ddim_invert
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, unit
 

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genfound import build
-from genfound.data.latents import Described, Stored, stored_tokenizer
-from genfound.data.published import LightningDit, statistics
-from genfound.data.views import Views
+from genfound.data.images.views import Views
+from genfound.data.latents.lightningdit import LightningDit
+from genfound.data.latents.stored_tokenizer import Described, Stored, stored_tokenizer
+from genfound.data.latents.va_vae import statistics
 from genfound.tokenizers import Spec
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import unit
@@ -38,7 +39,7 @@ def tokenizer(config: Mapping[str, Any], root: Path) -> Stored:
     """What normalises: the statistics of the shards, or one factor for all channels."""
     if config["latent_norm"]:
         options = {
-            "_target_": "genfound.data.published.VaVae",
+            "_target_": "genfound.data.latents.va_vae.VaVae",
             "weights": str(root),
             "stride": STRIDE,
             "multiplier": config["latent_multiplier"],

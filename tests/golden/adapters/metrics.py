@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfound.data.pictures import to_uint8
+from genfound.data.images.pixels import to_uint8
 from genfound.metrics.frechet import Gaussian, Moments, frechet_distance
 from genfound.metrics.inception import InceptionV3
 from genfound.metrics.inception_score import adm_score, probabilities, torch_fidelity_score
-from genfound.metrics.kernel_distance import kernel_distance
+from genfound.metrics.kid import kernel_distance
 from genfound.metrics.precision_recall import manifold, precision_recall, squared_distances
 from genfound.metrics.resize import tf1_resize
 from tests.golden.adapters import Results, adapter

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound import checkpoints
-from genfound.backbones.nit import NiT, coordinates, from_official, our_key, to_official
+from genfound.backbones.nit import NiT, coordinates
 from genfound.batch import Batch
+from genfound.checkpoints.official.nit import from_official, our_key, to_official
 from genfound.layers.embed import TimeEmbedding, sinusoid
 from genfound.layers.rope import rotate
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
+from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, parameters
 from tests.helpers import fresh_nit
@@ -97,10 +98,10 @@ class Official(nn.Module):
         super().__init__()
         weights = parameters(fixture)
         self.net = build(config)
-        checkpoints.fill(self.net, from_official(weights), Path("official weights"))
+        checkpoint_io.fill(self.net, from_official(weights), Path("official weights"))
         self.align = projector(config)
         own = {k.removeprefix("projector."): v for k, v in weights.items() if k.startswith("projector.")}
-        checkpoints.fill(self.align, own, Path("official weights"))
+        checkpoint_io.fill(self.align, own, Path("official weights"))
         self.encoder_depth = {**DEFAULTS, **config}["encoder_depth"]
         self.seen: dict[str, Tensor] = {}
 
@@ -260,6 +261,6 @@ def time_embedding(fixture: Fixture) -> Results:
     """The sinusoid and the embedded time."""
     module = TimeEmbedding(fixture["config"]["hidden_size"])
     own = {our_key(f"t_embedder.{k}").removeprefix("t_embedder."): v for k, v in parameters(fixture).items()}
-    checkpoints.fill(module, own, Path("official weights"))
+    checkpoint_io.fill(module, own, Path("official weights"))
     t = inputs(fixture)["t"]
     return {"frequencies": sinusoid(t), "out": module(t)}

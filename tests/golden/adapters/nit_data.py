@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from genfound.data.baselines import BestFit, Strategy, assign, costs, fill, lpfhp, pack_meta
-from genfound.data.pictures import normalised, to_picture
-from genfound.data.published import NIT_SCALE, Nit
-from genfound.data.views import Views, center_crop, published_size, resize
+from benchmarks.lpfhp import BestFit, Strategy, assign, costs, fill, lpfhp, pack_meta
+from genfound.data.images.pixels import normalised, to_picture
+from genfound.data.images.views import Views, center_crop, published_size, resize
+from genfound.data.latents.nit import NIT_SCALE, Nit
 from genfound.layouts import Packed
 from genfound.tokenizers import Spec
 from tests.golden.adapters import Results, adapter

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.objectives.base import GuidedNet
-from genfound.objectives.conversions import Views
 from genfound.objectives.flow import Flow
+from genfound.objectives.predictions import Views
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from genfound.samplers.guidance import AutoGuidance
 from genfound.samplers.sde import sde_grid
-from genfound.sampling import guided
+from genfound.sampling.pipeline import guided
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.nit import Fixture, Official, to_batch
 from tests.golden.fill import inputs, unit

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone
-from genfound.backbones.nit import to_official
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
-from genfound.data.plan import Micro
-from genfound.module import GenerativeModule
+from genfound.checkpoints.official.nit import to_official
+from genfound.data.packing.batch_plan import Micro
+from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Losses
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfound.backbones.sit import to_official
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
+from genfound.checkpoints.official.dit import to_official
 from genfound.layouts import Dense
-from genfound.objectives.conversions import Views
 from genfound.objectives.flow import Flow
+from genfound.objectives.predictions import Views
 from genfound.samplers import SAMPLERS
 from genfound.samplers.guidance import ClassifierFree, unguided
-from genfound.samplers.likelihood import log_likelihood
+from genfound.samplers.log_likelihood import log_likelihood
 from genfound.samplers.sde import DIFFUSIONS, sde_grid
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws, module_of, official

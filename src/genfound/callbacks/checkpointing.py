@@ -1,0 +1,100 @@
+"""Checkpoints every so many steps, and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from genfound.callbacks.throughput import paused
+from genfound.data.packing.loader import TrainLoader
+from genfound.runtime import checkpoint_io
+from genfound.runtime.files import visible
+
+
+class Saving(lightning.Callback):
+    """Writes `step-<n>.ckpt`; older ones are deleted after the new one is complete.
+
+    Args:
+        folder: the run's checkpoints/.
+        every: steps between two checkpoints.
+        keep: how many to keep.
+        loader: whose position belongs to the checkpoint.
+        facts: what sampling must know of the data (class names, sizes), and the data's fingerprint.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, loader: TrainLoader, facts: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.every = every
+        self.keep = keep
+        self.loader = loader
+        self.facts = dict(facts)
+        self._saved = -1
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """What was resumed from is already on disk."""
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at multiples of `every`; the end of the run comes after what else is done there."""
+        if trainer.global_step % self.every == 0 and not trainer.should_stop:
+            with paused(trainer, module):
+                self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Save the last step."""
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        step = trainer.global_step
+        if step == self._saved:
+            return
+        self._saved = step
+        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for old in visible(self.folder, "step-*.ckpt")[: -self.keep]:
+                old.unlink()
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The position of the data, and what they are."""
+        checkpoint["run"] = self.facts
+        checkpoint["data"] = self.loader.state(trainer.global_step)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue the data where they were.
+
+        Raises:
+            ValueError: the checkpoint is of an earlier version.
+        """
+        self.loader.restore(checkpoint["data"])
+        # Lightning accumulates by its count of micro-batches, which differs with the number of ranks.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        for key in progress.keys() - {"is_last_batch"}:
+            progress[key] = checkpoint["global_step"] * trainer.accumulate_grad_batches
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's way to our checkpoint files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """See `checkpoints.save`."""
+        checkpoint_io.save(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """See `checkpoints.read`; always on the CPU and never running code."""
+        return checkpoint_io.read(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a file."""
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""A run that goes on: whether its checkpoint fits its configuration, and the record of what was changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from genfound import build
+from genfound.checkpoints.initialise import LABELS
+from genfound.loggers.json_lines import Sink
+from genfound.modules.base import GenerativeModule
+from genfound.runtime import checkpoint_io, devices, run_directory
+
+Changes = Mapping[str, tuple[Any, Any]]
+"""Key -> what it was, and what it is now."""
+
+IMAGES = "data.fingerprint"
+
+HISTORY = "changes.jsonl"
+"""One line for each key that was changed: the step and images from which it counts, key, before, now."""
+
+OTHER_IMAGES = (
+    "these are other images than before: their order is drawn anew, so that images of the pass that has begun may be "
+    "repeated or left out; every later pass shows each image once"
+)
+
+
+def facts(parts: build.Parts) -> dict[str, Any]:
+    """What the configuration of a run does not say, because it is found out on the machine."""
+    return {"fingerprint": parts.images.fingerprint, "precision": _precision(parts)}
+
+
+def changes(folder: Path, parts: build.Parts, state: Mapping[str, Any], file: Path) -> Changes:
+    """What changes with a run that goes on from a checkpoint.
+
+    Args:
+        folder: the run, claimed.
+        parts: of what it is to be now.
+        state: of the checkpoint.
+        file: where that is.
+
+    Raises:
+        ValueError: the checkpoint does not fit, or numbers would change that were not allowed to.
+    """
+    _check_network(folder, parts, state, file)
+    found = {
+        key: pair
+        for key, pair in run_directory.changed(folder, parts.config).items()
+        if run_directory.changes_numbers(key)
+    }
+    found.pop("trainer.precision", None)
+    now = facts(parts)
+    for key, name in ((IMAGES, "fingerprint"), ("trainer.precision", "precision")):
+        before = state["run"].get(name, now[name])
+        if before != now[name]:
+            found[key] = (before, now[name])
+    if parts.config["allow_changes"]:
+        return found
+    if IMAGES in found:
+        raise ValueError(
+            f"data.root: these are not the images that {folder} was trained on; choose another name=..., or "
+            "allow_changes=true to continue it on these"
+        )
+    if "trainer.precision" in found:
+        before, here = found["trainer.precision"]
+        raise ValueError(
+            f"trainer.precision={parts.config['trainer']['precision']} is {here} here, and {folder} was trained in "
+            f"{before}; set trainer.precision={before}, or allow_changes=true"
+        )
+    return found
+
+
+def _check_network(folder: Path, parts: build.Parts, state: Mapping[str, Any], file: Path) -> None:
+    tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+    own, names = parts.net.state_dict(), parts.images.class_names
+    if LABELS in own and LABELS in tensors and len(own[LABELS]) != len(tensors[LABELS]):
+        raise ValueError(
+            f"data.root has {len(names)} classes and {folder} was trained on {len(state['run']['class_names'])}: its "
+            f"label table does not fit; start another run from its weights, with name=... init_from={folder}"
+        )
+    try:
+        checkpoint_io.check(parts.net, tensors, file)
+    except ValueError as error:
+        raise ValueError(f"{error}; a run keeps its network: choose another name=...") from None
+
+
+def _precision(parts: build.Parts) -> str:
+    names = {"bf16-mixed": "bf16", "32-true": "fp32"}
+    return names[devices.precision(parts.config["trainer"]["precision"], parts.device)]
+
+
+@dataclass
+class Continuation(lightning.Callback):
+    """Lets the configuration of a run be the one that it goes on with, once everything has been restored.
+
+    Attributes:
+        folder: the run.
+        made: what changes.
+        sinks: receive a note of each.
+    """
+
+    folder: Path
+    made: Changes
+    sinks: Sequence[Sink]
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Write the history, then the configuration; on rank 0, after every rank has read it."""
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(module, GenerativeModule)
+        at = {"step": trainer.global_step, "images_seen": module.images_seen}
+        for key, (before, now) in self.made.items():
+            with open(self.folder / HISTORY, "a") as out:
+                out.write(json.dumps({**at, "key": key, "before": before, "now": now}) + "\n")
+            what = OTHER_IMAGES if key == IMAGES else f"{key} was {before} and is {now} from here on"
+            for sink in self.sinks:
+                sink.note(f"changed at step {at['step']:,} ({at['images_seen']:,} images): {what}", trainer.global_step)
+        run_directory.adopt(self.folder)

@@ -1,0 +1,168 @@
+"""Training curves: loss, loss by time, gradient norm, speed; nothing waits for the device between two lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from genfound.batch import Batch
+from genfound.callbacks.throughput import Speed
+from genfound.data.packing.loader import Item, TrainLoader
+from genfound.loggers.json_lines import Sink
+from genfound.modules.base import GenerativeModule
+from genfound.objectives.weighting import image_weight
+
+BINS = 4
+USUAL = 5.0
+"""Mean and standard deviation of normalised latents are within this, and its inverse."""
+
+
+@dataclass
+class Sums:
+    """Of some micro-batches.
+
+    Attributes:
+        named: the loss, its parts and what the network adds to it, by name.
+        bins: (2, BINS) losses of images by their time, and number of images.
+    """
+
+    named: dict[str, Tensor]
+    bins: Tensor
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add to the named ones."""
+        for name, value in values.items():
+            self.named[name] = self.named.get(name, 0.0) + value.detach().float()
+
+
+class Metrics(lightning.Callback):
+    """Averages over `every` steps and hands them to the sinks on rank 0.
+
+    A step that the optimizer skips, since its gradient is not finite, is left out as a whole and counted in
+    `train/skipped`.
+
+    Args:
+        sinks: where the numbers go.
+        every: steps between two lines.
+        loader: knows how long training waited for data.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], every: int, loader: TrainLoader) -> None:
+        self.sinks = list(sinks)
+        self.every = every
+        self.speed = Speed(loader)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Begin an empty window."""
+        assert isinstance(module, GenerativeModule)
+        self._logged = trainer.global_step
+        self._clear(module)
+        self.speed.begin()
+        self._started = False
+
+    def _clear(self, module: GenerativeModule) -> None:
+        self._taken = torch.zeros((), device=module.device)  # steps that were not skipped
+        self._grad_norm = torch.full((), math.nan, device=module.device)  # of the last of them
+        self._window = self._empty(module)
+        self._step = self._empty(module)
+
+    def _empty(self, module: GenerativeModule) -> Sums:
+        return Sums({}, torch.zeros(2, BINS, device=module.device))
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Item, batch_idx: int
+    ) -> None:
+        """Look at the first micro-batch, and measure the machine; neither is part of the training."""
+        if self._started:
+            return
+        self._started = True
+        assert isinstance(module, GenerativeModule) and isinstance(batch[0], Batch)
+        with self.speed.paused(module.device):
+            remarks = [first_batch(batch[0]), self.speed.calibrate(module)]
+            for sink in self.sinks:
+                for remark in filter(None, remarks):
+                    sink.note(remark, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
+    ) -> None:
+        """Add a micro-batch to its step, and a whole step to the window; write a line after `every` steps."""
+        assert isinstance(module, GenerativeModule) and module.losses is not None
+        losses, (images, micro) = module.losses, batch
+        assert isinstance(images, Batch)
+        weights = image_weight(images.tokens, module.objective.weight) * images.real
+        parts = {"loss": losses.total, **losses.terms}
+        self._step.add({name: (weights * part).sum() / micro.step_weight for name, part in parts.items()})
+        self._step.add({name: value / module.share for name, value in module.net.extra_losses().items()})
+        low, high = module.objective.time_range
+        index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+        for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
+            self._step.bins[row].index_add_(0, index, value.float())
+        self.speed.add(micro, images)
+        if trainer.global_step > micro.step:
+            self._end_step(module)
+        if trainer.global_step >= self._logged + self.every:
+            self._write(trainer, module)
+
+    def _end_step(self, module: GenerativeModule) -> None:
+        """Add the step to the window unless it was skipped, without asking the device."""
+        assert module.grad_norm is not None
+        norm = module.grad_norm.detach()
+        finite = norm.isfinite()
+        self._taken += finite
+        self._grad_norm = torch.where(finite, norm, self._grad_norm)
+        self._window.add({name: torch.where(finite, value, 0.0) for name, value in self._step.named.items()})
+        self._window.bins += torch.where(finite, self._step.bins, 0.0)
+        self._step = self._empty(module)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """The last, shorter window."""
+        assert isinstance(module, GenerativeModule)
+        if trainer.global_step > self._logged:
+            self._write(trainer, module)
+
+    def _write(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+        steps = trainer.global_step - self._logged
+        said = {name: value / trainer.world_size for name, value in module.net.diagnostics().items()}
+        averaged = {name: value / self._taken for name, value in self._window.named.items()}
+        named = torch.stack([value.float() for value in (*averaged.values(), *said.values())])
+        packed = torch.cat([named, self._window.bins.flatten(), self.speed.sums(module)])
+        total = trainer.strategy.reduce(packed, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])
+        names = (*averaged, *said)
+        metrics: dict[str, float] = {"images_seen": module.images_seen}
+        metrics |= {f"train/{name}": value for name, value in zip(names, of_loss.tolist(), strict=True)}
+        for i, (value, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
+            if count:
+                metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
+        metrics["train/skipped"] = steps - int(self._taken)
+        metrics["train/grad_norm"] = float(self._grad_norm)
+        metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
+        metrics |= self.speed.metrics(speed.tolist(), trainer.world_size)
+        for sink in self.sinks:
+            sink.log(metrics, trainer.global_step)
+        self._logged = trainer.global_step
+        self._clear(module)
+
+
+def first_batch(batch: Batch) -> str:
+    """What a wrongly scaled latent would show: mean and standard deviation of the first batch.
+
+    Raises:
+        ValueError: latents that are not finite.
+    """
+    real = batch.expand(batch.real.float()).expand_as(batch.x).bool()
+    if batch.mask is not None:
+        real = real & batch.mask[..., None]
+    mean, std = batch.x[real].mean().item(), batch.x[real].std().item()
+    if not math.isfinite(mean) or not math.isfinite(std):
+        raise ValueError(f"the latents of the first batch are not finite (mean {mean}, std {std}); check data.root")
+    odd = "" if abs(mean) < USUAL and 1 / USUAL < std < USUAL else "; warning: normalised latents are near 0 and 1"
+    return f"first batch: {int(batch.real.sum())} images, latents of mean {mean:.3f} and std {std:.3f}{odd}"

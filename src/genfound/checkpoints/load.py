@@ -1,0 +1,270 @@
+"""Trained models, wherever they come from: a run, a file that `genfound.convert` wrote, or an official checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from genfound import build
+from genfound.backbones.base import Backbone
+from genfound.checkpoints import formats
+from genfound.checkpoints.official.families import FAMILIES, RELEASES, family_of, release_of
+from genfound.config import compose, targets
+from genfound.objectives.base import Objective
+from genfound.runtime import checkpoint_io, run_directory
+from genfound.tokenizers import Spec, Tokenizer
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model, ready to sample.
+
+    Attributes:
+        net: backbone in eval mode.
+        objective: what it was trained for.
+        tokenizer: maps its latents to images; `Absent` where its weights are not to be had.
+        config: resolved configuration of the run, or that of the released model.
+        class_names: names of the labels.
+        sizes: (height, width) in pixels that are typical of its training data.
+    """
+
+    net: Backbone
+    objective: Objective
+    tokenizer: Tokenizer
+    config: Config
+    class_names: list[str]
+    sizes: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Weights in our names, and what they belong to.
+
+    Attributes:
+        config: resolved configuration.
+        state: the tensors, in the dtypes of the file.
+        class_names: names of the labels.
+        sizes: (height, width) in pixels of its training data.
+        kept: official tensors that our network does not have, or computes itself with other rounding; from a
+            file of `convert`.
+        official: the state dict of an official checkpoint.
+    """
+
+    config: Config
+    state: Mapping[str, Tensor]
+    class_names: list[str]
+    sizes: list[tuple[int, int]]
+    kept: Mapping[str, Tensor]
+    official: Mapping[str, Tensor] | None = None
+
+
+def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **hints: Any) -> Loaded:
+    """Load a trained model; no code that is not genfound's is imported for it, unless it is trusted.
+
+    Args:
+        path: a run `runs/<study>/<name>` (its newest checkpoint), a file in its checkpoints/, a file of
+            `genfound.convert`, or an official checkpoint (.pt, .pth, .bin, .safetensors, an accelerate folder).
+        weights: `ema` (the first decay) or `raw`.
+        trust: packages beside genfound whose classes the configuration in a file may name.
+        hints: what an official file does not tell, or `None`: `family` (DiT and SiT look alike, and so do FiTv2 and
+            `fitv2_hr`), `num_heads` for a size that was never published, `tokenizer` (an option of that group, or a
+            folder with its weights), and any other key of `model`.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the run has no checkpoint.
+        ValueError: a damaged file, one with code or that names some, one of another architecture, or an unknown hint.
+    """
+    found = find(Path(path), weights, trust, **hints)
+    config = found.config
+    tokenizer = build.tokenizer_if_there(config, Path(path))
+    net = build.net(config, tokenizer.spec, len(found.class_names))
+    checkpoint_io.fill(net, found.state, Path(path))
+    return Loaded(net.eval(), build.objective(config), tokenizer, config, found.class_names, found.sizes)
+
+
+def hints_of(config: Mapping[str, Any]) -> Config:
+    """Hints for `load` in conf/sample.yaml and conf/evaluate.yaml, with where the tokenizer of a run is now."""
+    return {**config["hints"], "tokenizer": config["hints"]["tokenizer"] or config["tokenizer"]["weights"]}
+
+
+def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) -> Found:
+    """Read weights of any origin; see `load`."""
+    hints = {key: value for key, value in hints.items() if value is not None}
+    found = _ours(path, weights, trust)
+    if found is None:
+        return _released(_open(path, weights, hints.pop("family", None)), hints, path)
+    codec = hints.pop("tokenizer", None)
+    if hints:
+        raise ValueError(f"{next(iter(hints))}: {path} tells all options itself")
+    if codec is None:
+        return found
+    tokenizer = build.hinted_tokenizer(found.config["tokenizer"], codec)
+    return replace(found, config={**found.config, "tokenizer": tokenizer})
+
+
+def _ours(path: Path, weights: str | None, trust: Collection[str]) -> Found | None:
+    """Weights of a run or of a file of ours; `None` if it is something else.
+
+    Args:
+        path: see `load`.
+        weights: `ema`, `raw`, or `None`: averaged ones where there are any.
+        trust: see `load`.
+    """
+    if weights not in ("ema", "raw", None):
+        raise ValueError(f"weights={weights} is unknown; choose ema or raw")
+    folder = path.parent.parent if path.is_file() else path
+    if (folder / "config.yaml").is_file() and (path.is_dir() or path.suffix == ".ckpt"):
+        return _of_run(folder, path, weights, trust)
+    note = formats.ours(path)
+    if note is None:
+        return None
+    config = _read_config(note.get("config"), trust, path)
+    tensors = formats.read_safetensors(path)
+    own = {key: value for key, value in tensors.items() if not key.startswith(formats.KEPT)}
+    kept = {key.removeprefix(formats.KEPT): tensors[key] for key in tensors.keys() - own.keys()}
+    return Found(config, own, note["class_names"], _pairs(note["sizes"]), kept)
+
+
+def _read_config(config: Any, trust: Collection[str], file: Path) -> Config:
+    """The configuration of a file of ours; which kernels attend is no part of a model, so what runs here is chosen.
+
+    Raises:
+        ValueError: it would build what it may not.
+    """
+    config = targets.from_file(config, trust, file)
+    kernels = {"attention": "auto"} if "attention" in config["model"] else {}
+    return {**config, "model": {**config["model"], **kernels}}
+
+
+def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str]) -> Found:
+    config = _read_config(run_directory.read_config(folder), trust, folder / "config.yaml")
+    file = path if path.is_file() else checkpoint_io.newest(folder / "checkpoints")
+    if file is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    state = checkpoint_io.read(file)
+    absent = [key for key in ("state_dict", "ema", "run") if key not in state]
+    if absent:
+        raise ValueError(f"{file} is no checkpoint of a run: it has no {absent[0]}")
+    tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+    if weights == "ema" and not state["ema"]:
+        raise ValueError(f"{folder} keeps no average of its weights (ema.decays=[]); set weights=raw")
+    if weights != "raw" and state["ema"]:
+        tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
+    data = state["run"]
+    config = run_directory.located(config, folder)
+    return Found(config, tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
+
+
+class _Official(NamedTuple):
+    """A state dict of a published family, and the arguments of its training script.
+
+    Attributes:
+        release: a key of `RELEASES`, where it is known.
+    """
+
+    family: str
+    release: str | None
+    state: Mapping[str, Tensor]
+    args: Mapping[str, Any]
+
+
+def _open(path: Path, weights: str, family: str | None) -> _Official:
+    """Open an official checkpoint."""
+    known = dict.fromkeys([*FAMILIES, *RELEASES])
+    if family not in (None, *known):
+        raise ValueError(f"family={family} is unknown; choose one of {', '.join(known)}")
+    stored = formats.read(path)
+    release = family or release_of(path, stored.args)
+    try:
+        name = family_of(next(iter(stored.states.values())), release)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return _Official(name, release, stored.choose(weights, path, FAMILIES[name].ema_first), stored.args)
+
+
+def _released(official: _Official, hints: dict[str, Any], path: Path) -> Found:
+    family, release, state, args = official
+    codec = hints.pop("tokenizer", None)
+    told = {"heads" if key == "num_heads" else key: value for key, value in hints.items()}
+    options = {**FAMILIES[family].options(state), **told}
+    names = [str(number) for number in range(options.pop("num_classes"))]
+    config = _config(family, release, options, path)
+    if codec is not None:
+        config["tokenizer"] = build.hinted_tokenizer(config["tokenizer"], codec)
+    for key in ("path_type", "prediction"):
+        if key in args:
+            config["objective"][key.removesuffix("_type")] = str(args[key]).lower()
+    return Found(config, FAMILIES[family].ours(state), names, [_size(config, state)], {}, official=state)
+
+
+def _config(family: str, release: str | None, options: Mapping[str, Any], path: Path) -> Config:
+    """The configuration of the released model of these options, with its quirks.
+
+    Raises:
+        ValueError: a hint is no option of the model, the number of heads is unknown, or it could be of two releases.
+    """
+    presets = [name for name, size in _presets(family).items() if _is_of(size, options)]
+    if any("_hr_" in name for name in presets) and release not in ("fitv2", "fitv2_hr"):
+        raise ValueError(
+            f"{path}: these weights fit FiTv2 and its fine-tuning to 512 pixels alike; "
+            "say hints.family=fitv2 or hints.family=fitv2_hr"
+        )
+    preset = next((name for name in presets if ("_hr_" in name) == (release == "fitv2_hr")), family)
+    released = "dit_moe_rf" if options.get("unused_half") and family == "dit_moe" else family
+    if released == "dit_moe_rf" and preset == family:
+        preset = "dit_moe_xl_8e2a"
+    config = compose.compose("train", [f"experiment=official/{released}", f"model={preset}"])
+    unknown = sorted(options.keys() - config["model"].keys())
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not an option of model={family}; its options: {', '.join(config['model'])}")
+    if config["model"].get("qk_norm") == "layernorm_half":
+        options = {key: value for key, value in options.items() if key != "qk_norm"}  # released, in other words
+    config["model"] |= options
+    missing = [key for key, value in config["model"].items() if value == "???"]
+    if missing:
+        raise ValueError(
+            f"{path} is of no published size, and its shapes do not tell {missing[0]}; say hints.num_heads=..."
+        )
+    return config
+
+
+def _presets(family: str) -> dict[str, dict[str, Any]]:
+    """Name -> what conf/model/<family>_<size>.yaml says of its size."""
+    others = tuple(f"{name}_" for name in FAMILIES if name != family and name.startswith(family))
+    files = sorted((Path(compose.config_dir()) / "model").glob(f"{family}_*.yaml"))
+    sizes = {file.stem: compose.read_yaml(file)["model"] for file in files if not file.stem.startswith(others)}
+    return {name: size for name, size in sizes.items() if "width" in size and not name.endswith("_tiny")}
+
+
+def _is_of(size: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    return all(options[key] == value for key, value in size.items() if key in ("width", "depth", "experts"))
+
+
+def _size(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(height, width) in pixels: that of a position table, otherwise that of the data."""
+    if "pos_embed" not in state:
+        return (config["data"]["size"],) * 2
+    return (
+        isqrt(state["pos_embed"].shape[1]) * config["model"]["patch_size"] * build.published_spec(config).stride,
+    ) * 2
+
+
+def _shape(found: Found) -> Spec:
+    """The shape of the latents that the weights are for; no tokenizer is built."""
+    channels = found.state["x_embedder.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
+    return build.published_spec(found.config)._replace(channels=channels)
+
+
+def _pairs(sizes: Any) -> list[tuple[int, int]]:
+    return [(int(h), int(w)) for h, w in sizes]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())

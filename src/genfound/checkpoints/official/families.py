@@ -1,0 +1,92 @@
+"""Which published family a state dict is of, and how it becomes ours and theirs again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from genfound.checkpoints.official import dit, dit_moe, fit, nit, sit
+
+State = Mapping[str, Tensor]
+
+
+class Family(NamedTuple):
+    """A published repository.
+
+    Attributes:
+        options: constructor options that a state dict tells.
+        ours: official state dict -> our names and orders.
+        theirs: the inverse; also takes the options of the network and the grid (rows, columns) it was trained on.
+        ema_first: whether the first weights of its accelerate folders are the averaged ones.
+    """
+
+    options: Callable[[State], dict[str, Any]]
+    ours: Callable[[State], dict[str, Tensor]]
+    theirs: Callable[[State, Mapping[str, Any], tuple[int, int]], dict[str, Tensor]]
+    ema_first: bool = False
+
+
+def _with_positions(to_official: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    return lambda state, options, grid: to_official(state, options["patch_size"], grid)
+
+
+FAMILIES = {
+    "dit": Family(dit.official_options, dit.from_official, _with_positions(dit.to_official)),
+    "sit": Family(sit.official_options, dit.from_official, _with_positions(dit.to_official)),
+    "fit": Family(fit.official_options, fit.from_official, lambda state, options, grid: fit.to_official(state)),
+    "fitv2": Family(fit.official_options, fit.from_official, lambda state, options, grid: fit.to_official(state)),
+    "nit": Family(
+        nit.official_options,
+        nit.from_official,
+        lambda state, options, grid: nit.to_official(state, options["patch_size"]),
+        ema_first=True,
+    ),
+    "dit_moe": Family(dit_moe.official_options, dit_moe.from_official, _with_positions(dit_moe.to_official)),
+}
+
+RELEASES = {
+    "dit": {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"},
+    "sit": {"SiT-XL-2-256.pt", "SiT-XL-2-256x256.pt"},
+    "fitv2": {"FiTv2_XL", "FiTv2_3B"},
+    "fitv2_hr": {"FiTv2_XL_HRFT", "FiTv2_3B_HRFT"},
+}
+"""Releases whose weights look like those of another -> the names under which their files or folders are published."""
+
+
+def release_of(path: Path, args: Mapping[str, Any]) -> str | None:
+    """What the arguments of a training script tell, or the whole name of a published file or folder."""
+    if "path_type" in args:
+        return "sit"
+    model = str(args.get("model")).partition("-")[0].lower()  # e.g. DiT-XL/2
+    if model in ("dit", "sit"):
+        return model
+    names = {path.name, path.parent.name}
+    return next((release for release, published in RELEASES.items() if names & published), None)
+
+
+def family_of(state: State, release: str | None) -> str:
+    """The name of the family of an official state dict.
+
+    Args:
+        state: names and shapes tell all families but DiT from SiT, whose weights look alike.
+        release: a key of `RELEASES`, which tells these two.
+
+    Raises:
+        ValueError: it is of none of the families, or could be DiT or SiT.
+    """
+    if "final_layer.linear.weight" not in state or "x_embedder.proj.weight" not in state:
+        first = ", ".join(list(state)[:3])
+        raise ValueError(f"these weights are of none of {', '.join(FAMILIES)} (their names begin with {first})")
+    if any(name.startswith("blocks.0.moe.") for name in state):
+        return "dit_moe"
+    if state["x_embedder.proj.weight"].ndim == 2:
+        rows, columns = len(state["final_layer.linear.weight"]), state["x_embedder.proj.weight"].shape[1]
+        return "fit" if rows == 2 * columns else "fitv2"
+    if "pos_embed" not in state:
+        return "nit"
+    if release not in ("dit", "sit"):
+        raise ValueError("these weights fit DiT and SiT alike; say hints.family=dit or hints.family=sit")
+    return release

@@ -1,0 +1,98 @@
+"""FiT's and FiTv2's released checkpoints: names and options (github.com/whlzy/FiT, fit/model)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def official_key(ours: str) -> str:
+    """Official name of one of our parameters; the inverse of `our_key`."""
+    for official, own in RENAMED:
+        ours = ours.replace(own, official)
+    return ours
+
+
+def our_key(official: str) -> str:
+    """Our name of an official parameter; an unknown name is left as it is."""
+    for theirs, own in RENAMED:
+        official = official.replace(theirs, own)
+    return official
+
+
+RENAMED = (
+    ("x_embedder.proj.", "x_embedder."),
+    ("t_embedder.mlp.0.", "t_embedder.first."),
+    ("t_embedder.mlp.2.", "t_embedder.second."),
+    ("adaLN_modulation.", "adaln."),
+)
+"""What differs between official names and ours; shapes and orders are equal."""
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of whlzy/FiT under our names; unknown names are left as they are.
+
+    Raises:
+        ValueError: it is no state dict of FiT.
+    """
+    if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 2:
+        raise ValueError("this is no state dict of FiT: it has no matrix x_embedder.proj.weight")
+    return {our_key(name): tensor for name, tensor in state.items()}
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_official`."""
+    return {official_key(name): tensor for name, tensor in state.items()}
+
+
+def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of `FiT` that names and shapes of an official state dict tell.
+
+    The last label is taken for the null label, and a weighted norm for a layer norm. Not told, and left out:
+    channels and patch_size (only their product C p^2), heads, norms without weights (FiTv2 has them on queries and
+    keys, FiT has none there), everything of positions and time, and the probability of label dropout.
+
+    Raises:
+        ValueError: it is no state dict of FiT.
+    """
+    ours = from_official(state)
+    width, token = ours["x_embedder.weight"].shape
+    rank = len(ours["blocks.0.adaln.1.weight"]) if "global_adaln.1.weight" in ours else None
+    gated = "blocks.0.adaln.fc2.weight" in ours
+    weighted = {"norm": "norm1", "q_norm": "attn.q_norm", "k_norm": "attn.k_norm"}
+    return {
+        "num_classes": len(ours["y_embedder.embedding_table.weight"]) - 1,
+        "width": width,
+        "depth": len({name.split(".")[1] for name in ours if name.startswith("blocks.")}),
+        **_ffn_options(ours, width),
+        **{key: "w_layernorm" for key, name in weighted.items() if f"blocks.0.{name}.weight" in ours},
+        "qkv_bias": "blocks.0.attn.qkv.bias" in ours,
+        "ffn_bias": "blocks.0.mlp.fc2.bias" in ours,
+        "adaln": "swiglu" if gated else "normal" if rank is None else "lora",
+        "adaln_rank": rank,
+        "learn_sigma": len(ours["final_layer.linear.weight"]) == 2 * token,
+    }
+
+
+def finetune_keys(
+    names: Iterable[str], parts: Sequence[str] = ("x_embedder", "bias", "LN", "final_layer")
+) -> list[str]:
+    """Those of our names that partial fine-tuning trains: the official name contains one of `parts`.
+
+    As FiTv2-HR was trained; `LN` finds `adaLN_modulation`. In our names this is `optimizer.trainable` of
+    conf/optimizer/adamw_fit_hr.yaml. The released code starts these parameters anew instead of loading them.
+    """
+    return [name for name in names if any(part in official_key(name) for part in parts)]
+
+
+def _ffn_options(ours: Mapping[str, Tensor], width: int) -> dict[str, Any]:
+    """`ffn` and `mlp_ratio` that give the hidden size; of two readings of a SwiGLU, the one with ratio 4."""
+    kind = "swiglu_large" if "blocks.0.mlp.fc1_g.weight" in ours else "mlp"
+    hidden = ours["blocks.0.mlp.fc2.weight"].shape[1]
+    if kind == "swiglu_large" and hidden == 2 * 4 * width // 3:
+        return {"ffn": "swiglu", "mlp_ratio": 4.0}
+    ratio = hidden / width
+    return {"ffn": kind, "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width}

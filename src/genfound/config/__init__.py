@@ -1,0 +1,1 @@
+"""The configuration: composed from conf/ and the command line, and checked."""

@@ -1,0 +1,284 @@
+"""The command line: composed by Hydra, checked, and answered in one line where something is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from genfound.config import compose, environment
+from genfound.config.errors import USER_ERRORS, sentence
+from genfound.config.streams import make_lasting
+
+SEVERAL_TYPES = (
+    "model.learn_sigma", "objective.time_shift", "sampler.shift", "sampler.steps",
+    "labels", "size", "sizes", "rope.target",
+)  # fmt: skip
+"""Keys whose values may be of another type than their default."""
+
+ALWAYS_SET = ("objective.", "sampler.", "guidance.")
+"""Groups of which only keys that are null may be null."""
+
+OF_THE_RUN = ("sampler", "guidance")
+"""Groups that a command with `from=RUN` takes from the run, unless they are chosen."""
+
+LESS = {
+    "train": "a smaller data.max_tokens (dense layouts: data.batch_size; the global step stays what it is), "
+    "model.activation_checkpointing=true, or a smaller sample.batch for previews",
+    "sample": "a smaller batch or size",
+    "evaluate": "a smaller batch or sizes",
+    "encode": "a smaller tokenizer.pixels_per_call, data.max_image_tokens, or tokenizer.precision=bf16 (another "
+    "out=, once there are shards)",
+}
+"""What a command needs less memory with."""
+
+
+@contextlib.contextmanager
+def frugal(command: str) -> Iterator[None]:
+    """Name the way out where a device has no more memory.
+
+    Raises:
+        ValueError: that was so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or command not in LESS:
+            raise
+        reason = str(error).partition(". See documentation")[0].splitlines()[0]
+        raise ValueError(f"{reason} -- it needs less with {LESS[command]}") from error
+
+
+def entry(
+    task: Callable[[DictConfig], None], config_name: str, read_run: Callable[[Path], Mapping[str, Any]] | None = None
+) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
+
+    With `read_run`, the configuration of a run directory, sampler and guidance are those of the run in `from=`.
+
+    Exits with 1, after one line on standard error for each, if the configuration or a job is wrong.
+    """
+    errors: list[str] = []
+    make_lasting()
+    size, copies = environment.copies(os.environ)
+    inherited = environment.forget_inherited(os.environ)
+    if inherited and copies == 1:
+        print(f"note: ignoring {', '.join(inherited)}: this command is one process", file=sys.stderr, flush=True)
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            if copies not in (1, OmegaConf.select(cfg, "num_nodes", default=1)):
+                _refuse_copies(size, copies, config_name)
+            _check(cfg, config_name)
+            with frugal(config_name):
+                task(cfg)
+        except USER_ERRORS as error:
+            errors.append(str(error))
+            complain(sentence(error))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _refuse_new_keys(sys.argv[1:])
+        _added[:] = _choices_of_the_run(read_run, sys.argv[1:]) if read_run else []
+        sys.argv[1:] = [*sys.argv[1:], *_added]  # the flag -m does not find what follows another override
+        hydra.main(version_base="1.3", config_path=compose.config_dir(), config_name=config_name)(job)()
+    except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
+        errors.append(str(error))
+        complain(_composition_error(error, config_name))
+    sys.exit(1 if errors else 0)
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    if message:
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+SEVERAL_DEVICES = {
+    "train": " with trainer.devices=N",
+    "evaluate": " with devices=N",
+    "encode": " with devices=N, or on each of M machines with num_nodes=M node_rank=K",
+}
+"""How a command is given more than one device."""
+
+
+def _refuse_copies(size: str, copies: int, config_name: str) -> None:
+    """Raise a ValueError in each of several processes that would all do the same."""
+    raise ValueError(
+        f"{size}={copies}: a launcher has started {copies} copies of this command, which would all do the same; start "
+        f"it once{SEVERAL_DEVICES.get(config_name, '')}, or unset {size} if each of them is another command"
+    )
+
+
+def _check(cfg: DictConfig, config_name: str) -> None:
+    """Refuse values that are missing, or of another type than the default.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
+    choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
+    default, given = (
+        compose.flatten(compose.plain(c, resolve=False)) for c in (hydra.compose(config_name, choices), cfg)
+    )
+    for key, value in given.items():
+        usual = default.get(key)
+        if usual is None or usual == "???" or (value is None and not key.startswith(ALWAYS_SET)):
+            continue
+        if not (_alike(value, usual) or (key in SEVERAL_TYPES and value is not None)):
+            raise ValueError(f"{key}={value} must be {TYPES[type(usual)]}, such as {usual}")
+
+
+TYPES = {float: "a number", int: "a whole number", bool: "true or false", list: "a list", str: "a text"}
+
+
+def _alike(value: Any, usual: Any) -> bool:
+    """Whether a value is of the type of another one; whole numbers are numbers, truth values are not."""
+    if isinstance(usual, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(usual, list) and usual and isinstance(value, list):
+        return all(_alike(item, usual[0]) for item in value)
+    return type(value) is type(usual) or type(usual) not in TYPES
+
+
+_added: list[str] = []
+
+
+def _choices_of_the_run(read_run: Callable[[Path], Mapping[str, Any]], arguments: list[str]) -> list[str]:
+    """`sampler=NAME guidance=NAME` of the run in `from=`, so that single keys of them can be set.
+
+    With what such an option must be told, the weaker network of autoguidance.
+    """
+    given = {override.key_or_group: override.value() for override in _parsed(arguments)}
+    origin = Path(str(given.get("from", "")))
+    folder = origin.parent.parent if origin.suffix == ".ckpt" else origin
+    if "from" not in given or not (folder / "config.yaml").is_file():
+        return []
+    config, choices = read_run(folder), []
+    for group in (group for group in OF_THE_RUN if group not in given):
+        name = config[group].get("name")
+        if name not in compose.option_names(group):
+            continue  # what reads the run says so
+        choices.append(f"{group}={name}")
+        needed = [key for key, value in compose.read_option(group, name).items() if value == "???"]
+        choices += [f"{group}.{k}={_quoted(str(config[group][k]))}" for k in needed if f"{group}.{k}" not in given]
+    return choices
+
+
+def _parsed(arguments: list[str]) -> list[Override]:
+    """The overrides among the arguments of a command, as Hydra reads them.
+
+    Raises:
+        ValueError: its grammar refuses one; the message says what to write instead.
+    """
+    parser, found = OverridesParser.create(), []
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-"):
+            try:
+                found.append(parser.parse_override(argument))
+            except HydraException:
+                raise ValueError(_rewritten(argument, parser)) from None
+    return found
+
+
+def _rewritten(argument: str, parser: OverridesParser) -> str:
+    """What to write instead of an override that cannot be parsed."""
+    key, _, value = argument.partition("=")
+    if "\r" in argument:
+        return f"{argument!r} holds a carriage return: save the script with Unix line ends (sed -i 's/\\r$//' SCRIPT)"
+    if value.startswith("~"):
+        return f"{argument}: ~ stands for no folder after =; write {key}=$HOME{value[1:]}"
+    items = [item.strip() for item in value.strip("[]").split(",")]
+    items = [item if _parses(f"{key}={item}", parser) else _quoted(item) for item in items]
+    attempts = [f"[{','.join(items)}]"] if value.startswith("[") and value.endswith("]") else []
+    for attempt in (*attempts, _quoted(value)):
+        if _parses(written := f"{key}={attempt}", parser):
+            return (
+                f"{argument} cannot be read; quote texts with spaces, brackets, = or unusual letters: "
+                f"{shlex.quote(written)}"
+            )
+    return f"{argument} cannot be read; write key=value, with texts in quotes: 'key=\"a text\"'"
+
+
+def _parses(override: str, parser: OverridesParser) -> bool:
+    try:
+        parser.parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def chosen() -> list[str]:
+    """The overrides of the command line, without the choices that were added for the run."""
+    return [override for override in HydraConfig.get().overrides.task if override not in _added]
+
+
+def _refuse_new_keys(arguments: list[str]) -> None:
+    """`+key=value` would add a key that nothing reads, `~key` take one away that something reads."""
+    for argument in arguments:
+        match = re.match(r"(\+{1,2})(?!hydra)([^=]+)=", argument)
+        if match:
+            raise ValueError(
+                f"{argument} would add the unknown key {match[2]}, which nothing reads; drop the {match[1]}"
+            )
+        if argument.startswith("~"):
+            raise ValueError(f"{argument} would take away a key that is read; set {argument[1:]}=... instead")
+
+
+def _composition_error(error: Exception, config_name: str) -> str:
+    """Hydra's messages, in one line that names the key and the nearest real one."""
+    if isinstance(error, OverrideParseException):
+        return _rewritten(error.override, OverridesParser.create())
+    text = f"{error} {error.__cause__ or ''}"
+    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    if key and ("not in struct" in text or "Could not override" in text):
+        groups = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+        group = key[1].partition(".")[0]
+        foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
+        near = difflib.get_close_matches(key[1], _known_keys(config_name, sys.argv[1:]), 1, 0.85 if foreign else 0.6)
+        return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+    experiment = re.search(r"Could not find 'experiment/([^']+)'", text)
+    if experiment:  # Hydra lists nothing where the default is null
+        folder = Path(compose.config_dir()) / "experiment"
+        names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+        return f"experiment={experiment[1]} is unknown; choose one of {', '.join(names)}"
+    listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"
+    option = re.search(listed, text, re.DOTALL)
+    if option:
+        return f"{option[1]}={option[2]} is unknown; choose one of {', '.join(option[3].split())}"
+    return text
+
+
+def _known_keys(config_name: str, arguments: list[str]) -> list[str]:
+    """The keys of a configuration with these choices of options."""
+    groups = [path.name for path in Path(compose.config_dir()).iterdir() if path.is_dir()]
+    choices = [argument for argument in arguments if argument.partition("=")[0] in groups]
+    with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
+        try:
+            composed = hydra.compose(config_name, choices)
+        except HydraException:
+            composed = hydra.compose(config_name)
+        flat = compose.flatten(compose.plain(composed, resolve=False))
+    return sorted(flat.keys() | {key.rpartition(".")[0] for key in flat})

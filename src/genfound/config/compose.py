@@ -1,0 +1,90 @@
+"""The configuration as conf/ and overrides compose it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+TARGET = "_target_"
+"""The key that names a class to build."""
+
+
+def config_dir() -> str:
+    """Absolute path of conf/, in a checkout (or editable install) or inside an installed wheel."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parents[1] / "conf"):
+        if (folder / "train.yaml").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"conf/ is neither inside {package} nor beside its checkout; reinstall genfound")
+
+
+def with_own_targets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that the command line composed, which trusts the code that it names outside genfound."""
+    named = [path for _, path in targets_in(config) if isinstance(path, str) and not path.startswith("genfound.")]
+    return {**config, "trust": list(dict.fromkeys([*config.get("trust", ()), *named]))}
+
+
+def targets_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every `_target_`, however deep in mappings and lists."""
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in pairs:
+        if key == TARGET:
+            yield f"{prefix}{key}", inner
+        else:
+            yield from targets_in(inner, f"{prefix}{key}.")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """One file of conf/ alone, without what it inherits."""
+    return plain(OmegaConf.load(file), resolve=False)
+
+
+def option_names(group: str) -> list[str]:
+    """The options of conf/<group>/, in alphabetical order."""
+    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
+
+
+def read_option(group: str, name: str) -> dict[str, Any]:
+    """conf/<group>/<name>.yaml, without what it inherits.
+
+    Raises:
+        ValueError: there is no such option; the message lists them.
+    """
+    known = option_names(group)
+    if name not in known:
+        raise ValueError(f"{group}={name} is unknown; choose one of {', '.join(known)}")
+    file = Path(config_dir()) / group / f"{name}.yaml"
+    return {key: value for key, value in read_yaml(file).items() if key != "defaults"}
+
+
+def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """conf/<name>.yaml with overrides, as the command line would compose it; missing values stay `???`."""
+    if GlobalHydra.instance().is_initialized():
+        composed = hydra.compose(name, list(overrides))
+    else:
+        with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+            composed = hydra.compose(name, list(overrides))
+    return plain(composed)
+
+
+def plain(cfg: DictConfig | ListConfig, resolve: bool = True) -> dict[str, Any]:
+    """A composed configuration as dicts and lists, its interpolations resolved or as they are written."""
+    container = OmegaConf.to_container(cfg, resolve=resolve)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> {dotted key: leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

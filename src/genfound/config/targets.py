@@ -1,0 +1,123 @@
+"""Which classes a configuration may name to be built, and whose code they may be.
+
+A configuration out of a file chooses among the classes of genfound and of packages that the user trusts. What
+the command line itself composes is trusted as it is; see `paths.with_own_targets`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genfound.config.compose import TARGET, targets_in
+
+Config = Mapping[str, Any]
+
+BASES = {
+    "model": "genfound.backbones.base.Backbone",
+    "objective": "genfound.objectives.base.Objective",
+    "tokenizer": "genfound.tokenizers.base.Tokenizer",
+    "data": "genfound.data.images.base.ImageSource",
+}
+"""Group of the configuration -> what its class must be; the other groups of a file are never built from a target."""
+
+GROUPS = ("model", "data", "tokenizer", "layout", "objective", "sampler", "guidance", "optimizer", "trainer")
+"""What the configuration of any run has."""
+
+LOADED = ("model", "objective", "tokenizer")
+"""What is built of every model that is loaded; its data only where they are asked for."""
+
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
+PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
+
+def trusted(config: Config) -> Sequence[str]:
+    """The packages beside genfound whose classes a configuration may name."""
+    names: Sequence[str] = config.get("trust", ())
+    return names
+
+
+def from_file(config: Any, trust: Collection[str], file: Path) -> dict[str, Any]:
+    """The configuration that a file holds, with the packages that the user trusts; what it says of them is dropped.
+
+    Args:
+        config: as it was read.
+        trust: packages beside genfound, or dotted names of single classes and functions.
+        file: where it was read, for messages.
+
+    Raises:
+        ValueError: it is no configuration of a run, or would build what it may not; nothing of that was imported.
+    """
+    names = [trust] if isinstance(trust, str) else list(trust)
+    for name in names:
+        if not (isinstance(name, str) and PACKAGE.fullmatch(name)):
+            raise ValueError(f"trust: {name} is not the name of a package")
+    require_groups(config, file)
+    for group in LOADED:
+        try:
+            target(group, config[group], names)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return {**config, "trust": names}
+
+
+def require_groups(config: Any, origin: Path) -> None:
+    """Nothing, if this is the configuration of a run.
+
+    Raises:
+        ValueError: it is not.
+    """
+    missing = [group for group in GROUPS if not isinstance(config, Mapping) or group not in config]
+    if missing:
+        raise ValueError(f"{origin} is not a run directory: its config.yaml has no {missing[0]}")
+    wrong = [group for group in GROUPS if not isinstance(config[group], Mapping)]
+    if wrong:
+        raise ValueError(f"{origin}: {wrong[0]}={config[wrong[0]]} must be a group of keys")
+
+
+def target(group: str, options: Mapping[str, Any], trust: Sequence[str]) -> Any:
+    """The class that `options["_target_"]` names, after all that are nested in the options were checked alike.
+
+    Args:
+        group: of the configuration.
+        options: those of the group.
+        trust: packages beside genfound, or dotted names.
+
+    Raises:
+        ValueError: a name that cannot be imported or that may not be built.
+    """
+    for key, path in targets_in(options, f"{group}."):
+        if key != f"{group}.{TARGET}":
+            _resolve(key, path, BASES.values(), trust)
+    return _resolve(f"{group}.{TARGET}", options.get(TARGET), (BASES[group],), trust)
+
+
+def _resolve(key: str, path: Any, bases: Collection[str], trust: Sequence[str]) -> Any:
+    if not (isinstance(path, str) and DOTTED.fullmatch(path)):
+        raise ValueError(f"{key}={path} must be the dotted name of a class")
+    packages = ("genfound", *trust)
+    if not _within(path, packages):
+        raise ValueError(f"{key}={path} is code outside genfound; if you trust it, set trust=[{path.split('.')[0]}]")
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{key}={path} cannot be imported: {error}") from None
+    if path in trust:
+        return found
+    if not isinstance(found, type) or not _within(found.__module__, packages):
+        raise ValueError(f"{key}={path} is not a class of {' or '.join(packages)}")
+    if _within(found.__module__, ("genfound",)) and not {
+        f"{base.__module__}.{base.__qualname__}" for base in found.__mro__
+    } & {*bases}:
+        wanted = " or ".join(base.rpartition(".")[2] for base in bases)
+        raise ValueError(f"{key}={path} is no {wanted}")
+    return found
+
+
+def _within(path: str, packages: Sequence[str]) -> bool:
+    """Whether a dotted name is one of these, or inside."""
+    return any(path == package or path.startswith(f"{package}.") for package in packages)

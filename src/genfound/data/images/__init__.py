@@ -1,0 +1,1 @@
+"""Sets of images, from files or drawn."""

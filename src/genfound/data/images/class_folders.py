@@ -1,0 +1,95 @@
+"""The class folders of a root, and the layouts that look like class folders and are something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from genfound.data.images.names import numbered
+from genfound.runtime.files import visible
+
+ENDING = r"(set|[-_ ]?(data|images|imgs))?[-_ ]?\d*"
+TRAIN = re.compile(rf"train(ing)?{ENDING}", re.IGNORECASE)
+OTHER = re.compile(rf"(val(id(ation)?)?|test(ing)?|dev|eval(uation)?){ENDING}", re.IGNORECASE)
+"""Usual names of splits: train, Training, valid, test2017, train_images, ..."""
+
+BUCKET = re.compile(r"\d{5,}")
+"""What dataset_tool of StyleGAN and EDM cuts a data set into, and FFHQ comes in."""
+
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""With a column `file_name`, Hugging Face's ImageFolder takes labels from these and not from folders."""
+
+PEEK = 2**16
+"""Bytes at the beginning and at the end of a table that are searched for the name of a column."""
+
+
+def class_folders(root: Path) -> list[str]:
+    """Sorted names of the class folders.
+
+    Raises:
+        FileNotFoundError: the root is not a folder, has none inside, or has a link that leads nowhere.
+        PermissionError: the root cannot be listed.
+        ValueError: its folders are no classes, or its labels lie in a file.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root} is not a folder")
+    seen = visible(root)
+    lost = [path for path in seen if path.is_symlink() and not path.exists()]
+    if lost:
+        raise FileNotFoundError(f"{lost[0]} is a link that leads nowhere, perhaps of a class; mend or remove it")
+    names = [path.name for path in seen if path.is_dir()]
+    if not names:
+        raise FileNotFoundError(f"data.root={root} has no class folders; put the images into {root}/<class>/")
+    _refuse_splits(root, names)
+    _refuse_labels_in_files(root, names)
+    return names
+
+
+def remarks(class_names: Sequence[str]) -> list[str]:
+    """What a user should know about the names of the classes, in lines of the report."""
+    lines = []
+    if numbered(class_names):
+        last = class_names[-1]
+        lines.append(f"  classes are named by numbers, and a number is a name: labels=[{last}] is the folder {last}")
+    if all(BUCKET.fullmatch(name) for name in class_names):
+        listed = ", ".join(class_names[:3])
+        lines.append(f"  warning: folders {listed} may be parts of a data set and no classes; here each is a class")
+    return lines
+
+
+def _refuse_splits(root: Path, names: Sequence[str]) -> None:
+    """Raise a ValueError for folders train, val, test, ...: all of them, or of training and another beside others."""
+    train, other = ([name for name in names if split.fullmatch(name)] for split in (TRAIN, OTHER))
+    if len(train) + len(other) == len(names) or (train and other):
+        splits = train + other
+        raise ValueError(
+            f"data.root={root}: {' and '.join(splits[:3])} by name are splits and no classes; "
+            f"give data.root={root / splits[0]}, or another name to a class that is called so"
+        )
+
+
+def _refuse_labels_in_files(root: Path, names: Sequence[str]) -> None:
+    """Raise a ValueError for labels that lie in a file of dataset_tool or Hugging Face."""
+    if (root / "dataset.json").is_file() and all(BUCKET.fullmatch(name) for name in names):
+        raise ValueError(
+            f"{root / 'dataset.json'} of dataset_tool is not read, and {names[0]} is no class; "
+            f"put the images into {root}/<class>/"
+        )
+    for folder in (root, *(root / name for name in names)):
+        for table in TABLES:
+            if _has_column(folder / table, b"file_name"):
+                raise ValueError(
+                    f"{folder / table} of Hugging Face's ImageFolder is not read; put the images into folders by "
+                    f"class, or take this file away if the folders in {root} are the classes"
+                )
+
+
+def _has_column(table: Path, column: bytes) -> bool:
+    """Whether a column is named at the beginning of a table, or at its end, as in parquet."""
+    if not table.is_file():
+        return False
+    with open(table, "rb") as file:
+        begin = file.read(PEEK)
+        file.seek(max(table.stat().st_size - PEEK, 0))
+        return column in begin or column in file.read()

@@ -1,0 +1,114 @@
+"""A folder of images: root/<class>/<file>, any sizes, any format that Pillow reads.
+
+Files are judged by content, not by name. All are decoded once when the folder is first seen, so that a file
+that cannot be read is reported before training and never met during it; the result is kept beside the
+runs, keyed by path, size and time of change, and later starts look only at new files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+
+from PIL import Image
+
+from genfound.config import checks
+from genfound.data.images.class_folders import class_folders
+from genfound.data.images.index import Look, Viewed, index_file, known
+from genfound.data.images.opening import format_notes, on_white, opened, upright
+from genfound.data.images.views import Views
+
+ORIENTATION = 0x0112
+
+
+class ImageFolder(Viewed):
+    """Real images at their native sizes, centre-cropped, or in several views.
+
+    EXIF rotation is applied; palettes, grey, CMYK and the like are converted to RGB, one channel of 16 or 32 bits by
+    the rule of `opening`; transparency is laid on white; of an animation the first frame is used.
+
+    Args:
+        root: folder with one folder per class.
+        holdout: of each class every holdout-th image validates; `None` holds none out.
+        view: see `Views`.
+        size: side of square views in pixels.
+        max_tokens: of one pack.
+        max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
+        max_pixels: files of more pixels are skipped; `None`: those that Pillow takes for decompression bombs.
+        unit: pixels per token side.
+        split: `train` or `val`.
+        index: folder for what is remembered about the files.
+
+    Raises:
+        FileNotFoundError: the root, or class folders in it, or readable images do not exist.
+        ValueError: unknown view, or a square that does not divide into tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        holdout: int | None,
+        view: str,
+        size: int,
+        max_tokens: int,
+        max_image_tokens: int | None,
+        unit: int,
+        split: str,
+        seed: int,
+        index: str,
+        max_pixels: int | None = None,
+    ) -> None:
+        views = Views.of(
+            {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
+             "holdout": holdout}, unit,
+        )  # fmt: skip
+        checks.whole("data.max_pixels", max_pixels, 1, or_null=True)
+        self.max_pixels = max_pixels
+        class_names = class_folders(Path(root))
+        cache = index_file(Path(index), Path(root), f"image_folder {max_pixels}")
+        found = known(Path(root), class_names, cache, functools.partial(_examine, max_pixels=max_pixels))
+        super().__init__(Path(root), found, found.split(holdout, split), class_names, views, holdout)
+
+    def picture(self, number: int) -> Image.Image:
+        """One of the images, RGB.
+
+        Raises:
+            ValueError: the file has become unreadable since the folder was indexed.
+        """
+        file = self.root / self.files[number]
+        try:
+            return open_rgb(file, self.max_pixels)
+        except OSError as error:
+            raise ValueError(f"{file} could be read when training began and cannot now: {error}") from None
+
+
+def open_rgb(file: Path, max_pixels: int | None = None) -> Image.Image:
+    """Decode a file by its content, upright, as RGB.
+
+    Raises:
+        OSError: it cannot be decoded (truncated, empty, not an image), has more pixels than allowed, or values that
+            do not tell what is white.
+    """
+    with opened(file, max_pixels) as picture:
+        picture.load()
+        return on_white(upright(picture))
+
+
+def _examine(file: Path, max_pixels: int | None) -> Look:
+    """Decode a file once."""
+    picture = open_rgb(file, max_pixels)
+    with opened(file, max_pixels) as original:
+        return Look(picture.height, picture.width, _notes(original, file))
+
+
+def _notes(original: Image.Image, file: Path) -> list[str]:
+    """What is unusual about a file, in the words of the report."""
+    notes = format_notes(original, file)
+    with contextlib.suppress(Exception):  # the parser of EXIF data raises SyntaxError, struct.error and more
+        if original.getexif().get(ORIENTATION, 1) != 1:
+            notes.append("rotated upright by their EXIF tag")
+    if getattr(original, "n_frames", 1) > 1:
+        notes.append("animated, of which the first frame is used")
+    return notes

@@ -1,0 +1,185 @@
+"""ImageNet and trees like it: root/train/<class>/<file>, and root/val/<class>/<file> where there is one.
+
+Pixels are those of the official code: decoded by content, never turned by EXIF, `convert("RGB")`.
+
+A tree may hold millions of files, so at the first start only their headers are read (`check: full` decodes
+them). A file that passes and then cannot be decoded does not stop a run. Its place is taken, each time, by
+the next readable file of its class in the order of names, at the size that was planned for it; the file is
+reported once, and counted in the report of later starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from genfound.config import checks
+from genfound.data.images.class_folders import class_folders
+from genfound.data.images.index import Look, Viewed, index_file, known
+from genfound.data.images.names import shown
+from genfound.data.images.opening import WIDE, as_stored, format_notes, opened
+from genfound.data.images.views import Views
+from genfound.runtime.files import visible
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+TRIES = 10
+"""So many files in a row that cannot be read are no longer damage but a missing disk."""
+
+
+class ImageTree(Viewed):
+    """Images at their native sizes, centre-cropped, or in several views.
+
+    Args:
+        root: folder with the folders `train` and, for validation, `val`, each with one folder per class.
+        holdout: without `val`, every holdout-th image of a class validates; `None` holds none out.
+        view: see `Views`.
+        size: side of square views in pixels.
+        max_tokens: of one pack.
+        max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
+        max_pixels: files of more pixels are skipped; `None`: those that Pillow takes for decompression bombs.
+        check: `header` or `full`: how far a file is read when it is first seen.
+        unit: pixels per token side.
+        split: `train` or `val`.
+        index: folder for what is remembered about the files.
+
+    Raises:
+        FileNotFoundError: the root, its folder `train`, class folders, or readable images do not exist.
+        ValueError: an unknown option, a square that does not divide into tokens, or classes that only `val` has.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        holdout: int | None,
+        view: str,
+        size: int,
+        max_tokens: int,
+        max_image_tokens: int | None,
+        check: str,
+        unit: int,
+        split: str,
+        seed: int,
+        index: str,
+        max_pixels: int | None = None,
+    ) -> None:
+        if check not in ("header", "full"):
+            raise ValueError(f"data.check={check} is unknown; choose header or full")
+        checks.whole("data.max_pixels", max_pixels, 1, or_null=True)
+        self.max_pixels = max_pixels
+        views = Views.of(
+            {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
+             "holdout": holdout}, unit,
+        )  # fmt: skip
+        class_names = _train_classes(Path(root))
+        val_classes = _val_classes(Path(root), class_names)
+        apart = split == "val" and bool(val_classes)
+        folder = Path(root) / ("val" if apart else "train")
+        cache = index_file(Path(index), folder, f"image_tree {check} {max_pixels}")
+        examine = functools.partial(_examine, whole=check == "full", max_pixels=max_pixels)
+        found = known(folder, val_classes if apart else class_names, cache, examine, SUFFIXES)
+        places = found.good if val_classes else found.split(holdout, split)
+        super().__init__(folder, found, places, class_names, views, None if val_classes else holdout)
+        self._unreadable = cache.with_suffix(".unreadable")
+
+    def picture(self, number: int) -> Image.Image:
+        """One of the images, RGB, or the one that takes its place.
+
+        Raises:
+            ValueError: nor can the files after it be read.
+        """
+        for place in itertools.islice(self._class_from(number), TRIES):
+            try:
+                picture = decode(self.root / self.files[place], self.max_pixels)
+            except OSError as error:
+                self._remark(place, error)
+                continue
+            self.stand_ins.pop(number, None)
+            if place != number:
+                self.stand_ins[number] = place
+            return picture
+        raise ValueError(
+            f"{self.root / self.files[number]} and the files after it could be read when training began and cannot now"
+        )
+
+    def report(self) -> list[str]:
+        """Counts of classes, sizes, and what was skipped, converted, reduced or replaced."""
+        lines = super().report()
+        remarked = self._unreadable.read_text().splitlines() if self._unreadable.is_file() else []
+        rows = zip(self.found.names, self.found.stamps, strict=True) if remarked else ()
+        known = {(shown(name), str(stamp)) for name, stamp in rows}
+        count = sum(tuple(line.split("\t")[:2]) in known for line in remarked)
+        if count:
+            lines.append(f"  {count:,} replaced by others of their class when they were read; see {self._unreadable}")
+        return lines
+
+    def _class_from(self, number: int) -> Iterator[int]:
+        """An image, and after it the others of its class."""
+        yield number
+        same = np.flatnonzero(self.classes == self.classes[number])
+        yield from np.roll(same, -int(np.searchsorted(same, number)))[1:].tolist()
+
+    def _remark(self, number: int, error: OSError) -> None:
+        """Report a file that cannot be read, unless this or another process has."""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        key = f"{shown(self.files[number])}\t{self.stamps[number]}\t"
+        with contextlib.suppress(OSError), open(self._unreadable, "a+") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            log.seek(0)
+            if any(line.startswith(key) for line in log):
+                return
+            log.write(f"{key}{shown(reason)}\n")
+        file = shown(self.root / self.files[number])
+        print(f"warning: {file} cannot be read, an image of its class takes its place: {reason}", file=sys.stderr)
+
+
+def decode(file: Path, max_pixels: int | None = None) -> Image.Image:
+    """Decode a file by its content as the official code does: RGB, as stored, never turned, transparency dropped.
+
+    Raises:
+        OSError: it cannot be decoded (truncated, empty, not an image), has more pixels than allowed, or values that
+            do not tell what is white.
+    """
+    with opened(file, max_pixels) as picture:
+        return as_stored(picture)
+
+
+def _train_classes(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root} is not a folder")
+    if not (root / "train").is_dir():
+        raise FileNotFoundError(f"data.root={root} has no folder train; put the images into {root}/train/<class>/")
+    return class_folders(root / "train")
+
+
+def _val_classes(root: Path, train: list[str]) -> list[str]:
+    """Sorted class folders for validation, none if there are none (ImageNet's validation images come flat).
+
+    Raises:
+        ValueError: some of them are not among those for training.
+    """
+    val = root / "val"
+    if not val.is_dir() or not any(path.is_dir() for path in visible(val)):
+        return []
+    names = class_folders(val)
+    unknown = sorted(set(names) - set(train))
+    if unknown:
+        raise ValueError(f"{val} has {len(unknown)} class folders that {root / 'train'} has not, such as {unknown[0]}")
+    return names
+
+
+def _examine(file: Path, whole: bool, max_pixels: int | None) -> Look:
+    """Read the header of a file, or all of it; wider numbers than 8 bits are looked at in any case."""
+    with opened(file, max_pixels) as picture:
+        look = Look(picture.height, picture.width, format_notes(picture, file))
+        if whole or picture.mode.startswith(WIDE):
+            as_stored(picture)
+        return look

@@ -1,0 +1,340 @@
+"""Files of images in class folders: which there are, what is known of each, and the view that is taken of them.
+
+Looking into a file is slow where there are many, so what was found is kept in an index beside the runs, and
+later starts look only into files that are new or have changed. One process of a machine looks at a time; the
+others wait for its index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from genfound.data.images.base import PictureSource
+from genfound.data.images.class_folders import remarks
+from genfound.data.images.names import Names, shown
+from genfound.data.images.views import Views
+from genfound.runtime.files import alone, hidden, write_whole
+
+MANY = 20_000
+"""So many new files are announced, because looking into them takes a while."""
+
+RULES = 2
+"""Counted up when files that were refused become readable, or the other way round."""
+
+
+class Look(NamedTuple):
+    """What was found in a file: its size in pixels, and what is unusual, in the words of the report."""
+
+    height: int
+    width: int
+    notes: list[str]
+
+
+Listed = dict[str, tuple[int, int]]
+"""Sorted files, each with its size in bytes and its time of change in ns."""
+
+Examine = Callable[[Path], Look]
+"""Looks into a file; an OSError says in one line why it cannot be read."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """All files of some class folders, in columns; also the contents of an index.
+
+    Attributes:
+        names: sorted, `class/file`.
+        bytes: size of each.
+        stamps: time of change of each, in ns.
+        heights, widths: in pixels; 0 where a file cannot be read.
+        notes: of unusual files.
+        errors: of files that cannot be read, why not.
+        ignored: how many files were passed over because of their suffix, by suffix.
+    """
+
+    names: list[str]
+    bytes: list[int]
+    stamps: list[int]
+    heights: list[int]
+    widths: list[int]
+    notes: dict[str, list[str]]
+    errors: dict[str, str]
+    ignored: dict[str, int]
+
+    @property
+    def good(self) -> list[int]:
+        """Places of the files that can be read."""
+        return [i for i, height in enumerate(self.heights) if height]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any name, size in bytes, or size in pixels."""
+        pixels = ((h or None, w or None) for h, w in zip(self.heights, self.widths, strict=True))
+        facts = [(name, size, *pair) for name, size, pair in zip(self.names, self.bytes, pixels, strict=True)]
+        return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+    def split(self, holdout: int | None, split: str) -> list[int]:
+        """Places of the readable files that train or validate: of each class every `holdout`-th validates."""
+        places, seen = [], Counter[str]()
+        for i in self.good:
+            name = self.names[i].split("/", 1)[0]
+            seen[name] += 1
+            if (holdout is not None and seen[name] % holdout == 0) == (split == "val"):
+                places.append(i)
+        return places
+
+    def save(self, file: Path) -> None:
+        """Write the index, whole or not at all."""
+        write_whole(file, lambda temporary: temporary.write_text(json.dumps(vars(self))))
+
+
+def labels(names: list[str], class_names: list[str]) -> np.ndarray:
+    """(n,) int64, the place of each file's class folder among all."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return np.array([numbers[name.split("/", 1)[0]] for name in names], dtype=np.int64)
+
+
+class Viewed(PictureSource, ABC):
+    """Image files in the views that are wanted of them: what image sources have in common.
+
+    Args:
+        root: of the class folders.
+        found: all files.
+        places: in `found`, of the files that are taken.
+        class_names: one name per class.
+        views: what is shown of each.
+        holdout: of each class every holdout-th image was left to validation; `None`: none was.
+
+    Attributes:
+        files: names of the taken images, `class/file`.
+        stamps: (images,) int64, the times of change that are known of them, in ns.
+        stand_ins: images that this process could not read -> those that it showed in their place.
+        classes: (images,) int64, their labels.
+        entries: everything that is shown of them.
+        items: (n,) int64, the entries of a pass; `labels`, `sizes` and `image` go by items.
+    """
+
+    def __init__(
+        self, root: Path, found: Files, places: list[int], class_names: list[str], views: Views, holdout: int | None
+    ) -> None:
+        self.root = root
+        self.found = found
+        self.class_names = class_names
+        self.views = views
+        self.holdout = holdout
+        self.files = [found.names[i] for i in places]
+        self.stamps = np.array([found.stamps[i] for i in places], dtype=np.int64)
+        self.stand_ins: dict[int, int] = {}
+        self.classes = labels(self.files, class_names)
+        self.entries = views.entries([found.heights[i] for i in places], [found.widths[i] for i in places])
+        self.items = views.items(self.entries)
+        self.labels = self.classes[self.entries.images[self.items]]
+        self.sizes = self.entries.sizes[self.items]
+        self.fingerprint = found.fingerprint
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What data workers need: not what was found, and names in one piece of memory."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("found", "sizes", "fingerprint")}
+        return {**kept, "files": Names(self.files)}
+
+    @abstractmethod
+    def picture(self, number: int) -> Image.Image:
+        """One of the taken images, RGB."""
+
+    def image(self, index: int) -> np.ndarray:
+        """(height, width, 3) uint8, an item of the pass.
+
+        Raises:
+            ValueError: the file has become unreadable since it was indexed.
+        """
+        return self.entry(int(self.items[index]))
+
+    def entry(self, entry: int) -> np.ndarray:
+        """(height, width, 3) uint8, see `image`."""
+        images, rules, sizes = self.entries
+        return self.views.show(self.picture(int(images[entry])), int(rules[entry]), sizes[entry])
+
+    def report(self) -> list[str]:
+        """Counts of classes and sizes, and what was converted, reduced, left out or skipped."""
+        found, views = self.found, self.views
+        low, high = self.entries.sizes.min(0), self.entries.sizes.max(0)
+        lines = [
+            f"{self.root}: {len(found.good):,} images of {len(self.class_names)} classes, "
+            f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels after rounding (height x width)"
+        ]
+        notes = Counter(note for notes in found.notes.values() for note in notes)
+        notes[f"reduced to {views.max_tokens:,} tokens"] = views.reduced(found.heights, found.widths)
+        notes["left out, they have too few tokens"] = len(self.files) - len(np.unique(self.entries.images))
+        notes[f"shown in a pass, as {' and '.join(views.rules)}"] = len(self.items) if len(views.rules) > 1 else 0
+        lines += [f"  {count:,} {note}" for note, count in notes.items() if count] + remarks(self.class_names)
+        if self.holdout is not None and len(self.files) == len(found.good):
+            lines.append(f"  none held out for validation: no class has data.holdout={self.holdout} images")
+        if found.ignored:
+            listed = ", ".join(f"{count:,} {suffix or 'without any'}" for suffix, count in found.ignored.items())
+            lines.append(f"  {sum(found.ignored.values()):,} ignored because of their suffix: {shown(listed)}")
+        bad = list(found.errors.items())
+        if bad:
+            lines.append(f"  {len(bad):,} skipped, they cannot be read as images:")
+            lines += [shown(f"    {self.root / file}: {why}") for file, why in bad[:10]]
+        if len(bad) > 10:
+            lines.append(f"    and {len(bad) - 10:,} more")
+        return lines
+
+
+def index_file(index: Path, root: Path, purpose: str) -> Path:
+    """Where it is remembered what was found below a root for a purpose, by the present rules."""
+    key = os.fsencode(f"{root.resolve()} {purpose} {RULES}")
+    return index / f"{hashlib.blake2b(key, digest_size=8).hexdigest()}.json"
+
+
+def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suffixes: tuple[str, ...] = ()) -> Files:
+    """Every file in the class folders with what is known of it.
+
+    Args:
+        root: of the class folders.
+        class_names: the folders; what is hidden in them is left out.
+        cache: the index.
+        examine: looks into a file.
+        suffixes: only files that end so, in any case; none: all files.
+
+    Raises:
+        FileNotFoundError: none can be read as an image, or none of some class.
+    """
+    listed, ignored = _listed(root, class_names, suffixes)
+    found = _remembered(cache, listed, ignored)
+    if found is None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with alone(cache.parent):
+            found = _remembered(cache, listed, ignored) or _look(root, listed, ignored, _read(cache), examine)
+            found.save(cache)
+    if not found.good:
+        raise FileNotFoundError(f"data.root={root}: none of {len(found.names)} files can be read as an image")
+    empty = sorted(set(class_names) - {found.names[i].split("/", 1)[0] for i in found.good})
+    if empty:
+        more = f" (nor do {len(empty) - 1} others)" if len(empty) > 1 else ""
+        raise FileNotFoundError(f"{root / empty[0]} holds no image that can be read{more}; fill or remove the folder")
+    return found
+
+
+def _listed(root: Path, class_names: list[str], suffixes: tuple[str, ...]) -> tuple[Listed, dict[str, int]]:
+    """Sorted files with their sizes in bytes and times of change, and how many were passed over, by suffix."""
+    stats: Listed = {}
+    ignored = Counter[str]()
+    for name in class_names:
+        folder = str(root / name)
+        for entry in _entries(folder):
+            leads = _leads_to_file(entry)
+            if suffixes and leads and not entry.name.lower().endswith(suffixes):
+                ignored[Path(entry.name).suffix.lower()] += 1
+                continue
+            stat = entry.stat(follow_symlinks=leads)
+            stats[name + entry.path[len(folder) :]] = stat.st_size, stat.st_mtime_ns
+    return {file: stats[file] for file in sorted(stats)}, dict(sorted(ignored.items()))
+
+
+def _leads_to_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link to one."""
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself, or into a folder that is closed
+        return False
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """All that is no folder, in a folder and those in it; what is hidden is left out."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if hidden(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path)
+            else:
+                yield entry
+
+
+def _read(cache: Path) -> Files | None:
+    try:
+        return Files(**json.loads(cache.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # none yet, or of another version
+        return None
+
+
+def _remembered(cache: Path, listed: Listed, ignored: dict[str, int]) -> Files | None:
+    """The index, if it is true of these very files."""
+    found = _read(cache)
+    if (
+        found
+        and found.ignored == ignored
+        and found.names == list(listed)
+        and list(zip(found.bytes, found.stamps, strict=True)) == [*listed.values()]
+    ):
+        return found
+    return None
+
+
+def _look(root: Path, listed: Listed, ignored: dict[str, int], old: Files | None, examine: Examine) -> Files:
+    """Look into the files that are new or have changed."""
+    notes, errors, pixels = {}, {}, {}
+    if old:
+        rows = zip(old.names, old.bytes, old.stamps, old.heights, old.widths, strict=True)
+        pixels = {name: (h, w) for name, size, stamp, h, w in rows if listed.get(name) == (size, stamp)}
+        notes = {name: found for name, found in old.notes.items() if name in pixels}
+        errors = {name: why for name, why in old.errors.items() if name in pixels}
+    new = [name for name in listed if name not in pixels]
+    if len(new) > MANY:
+        print(f"{root}: looking into {len(new):,} new files; this is done once", flush=True)
+    for name, look in zip(new, _examined(root, new, examine), strict=True):
+        pixels[name] = (0, 0) if isinstance(look, str) else (look.height, look.width)
+        if isinstance(look, str):
+            errors[name] = look
+        elif look.notes:
+            notes[name] = look.notes
+    return Files(
+        names=list(listed),
+        bytes=[size for size, _ in listed.values()],
+        stamps=[stamp for _, stamp in listed.values()],
+        heights=[pixels[name][0] for name in listed],
+        widths=[pixels[name][1] for name in listed],
+        notes={name: notes[name] for name in listed if name in notes},
+        errors={name: errors[name] for name in listed if name in errors},
+        ignored=ignored,
+    )
+
+
+def _unfit(file: Path) -> str | None:
+    """Why something in a folder can be no image, if that is plain without opening it."""
+    if not file.exists():
+        return "a link that leads nowhere"
+    if file.is_dir():
+        return "a link to a folder, which is not followed; only a class may be one"
+    if not file.is_file():
+        return "not a regular file"
+    return None if file.stat().st_size else "the file is empty"
+
+
+def _examined(root: Path, names: list[str], examine: Examine) -> Iterator[Look | str]:
+    """What was found in each file, or why it cannot be read."""
+
+    def one(name: str) -> Look | str:
+        file = root / name
+        try:
+            return _unfit(file) or examine(file)
+        except OSError as error:
+            return str(error).splitlines()[0].replace(str(file), file.name)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # here too: threads mix up the filters that they set and restore
+        for first in range(0, len(names), 1000):
+            yield from pool.map(one, names[first : first + 1000])

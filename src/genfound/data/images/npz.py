@@ -1,0 +1,157 @@
+"""Npz files: arrays that are mapped into memory where they can be, and images that are written one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, BinaryIO, NamedTuple
+
+import numpy as np
+
+from genfound.runtime.files import write_whole
+
+BLOCK = 1 << 20
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, OSError, EOFError, ValueError,
+    TypeError, KeyError, OverflowError, MemoryError, RuntimeError,
+)  # fmt: skip
+
+
+class Stack(NamedTuple):
+    """Images (H, W, 3) uint8 that become one array.
+
+    Attributes:
+        shape: (N, H, W, 3).
+        images: N of them, in order.
+    """
+
+    shape: tuple[int, int, int, int]
+    images: Iterator[np.ndarray]
+
+
+def write_npz(file: Path, arrays: Mapping[str, np.ndarray | Stack]) -> None:
+    """Write arrays uncompressed, the file whole or not at all; its folder is made."""
+
+    def save(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    if isinstance(array, Stack):
+                        header = {"descr": "|u1", "fortran_order": False, "shape": array.shape}
+                        np.lib.format.write_array_header_1_0(member, header)
+                        for image in array.images:
+                            member.write(np.ascontiguousarray(image).tobytes())
+                    else:
+                        np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+
+    write_whole(file, save)
+
+
+def read_member(file: Path, name: str) -> np.ndarray | None:
+    """One array of an npz file, mapped into memory where it is stored uncompressed; `None` if it is absent.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or the array is one of Python objects.
+    """
+    with _opened(file) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            return None
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            return _mapped(file, member)
+        with archive.open(member) as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def headers(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """{name: (shape, dtype)} of all arrays; only their headers are read.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_member`.
+    """
+    found = {}
+    with _opened(file) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as stream:
+                if name.endswith(".npy"):
+                    shape, _, dtype = _read_header(stream)
+                    found[name.removesuffix(".npy")] = (shape, dtype)
+    return found
+
+
+def file_hash(file: Path) -> str:
+    """First 16 digits of the SHA-256 of an npz file, as sha256sum prints it.
+
+    The same pass compares the checksums of arrays that are stored uncompressed, which are mapped elsewhere.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_member`.
+    """
+    with _opened(file) as archive:
+        stored = [member for member in archive.infolist() if member.compress_type == zipfile.ZIP_STORED]
+    hashed, sums, place = hashlib.sha256(), [0] * len(stored), 0
+    with _damage_named(file), open(file, "rb") as stream:
+        begins = [_data(stream, member) for member in stored]
+        stream.seek(0)
+        while block := stream.read(BLOCK):
+            hashed.update(block)
+            for number, (member, begin) in enumerate(zip(stored, begins, strict=True)):
+                low, high = max(begin - place, 0), begin + member.file_size - place
+                if high > 0 and low < len(block):
+                    sums[number] = zlib.crc32(memoryview(block)[low:high], sums[number])
+            place += len(block)
+        wrong = [member.filename for member, found in zip(stored, sums, strict=True) if found != member.CRC]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not what its checksum says")
+    return hashed.hexdigest()[:16]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    with _damage_named(file), zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """All that zipfile, zlib and numpy raise on damaged bytes, as one ValueError that names the file."""
+    try:
+        yield
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ValueError(f"{file} is damaged or is not an npz file of arrays: {reason}") from None
+
+
+def _data(stream: BinaryIO, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member begin."""
+    stream.seek(member.header_offset + 26)
+    name, extra = (int.from_bytes(stream.read(2), "little") for _ in range(2))
+    return member.header_offset + 30 + name + extra
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and dtype."""
+    version = np.lib.format.read_magic(stream)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return reader(stream)
+
+
+def _mapped(file: Path, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array that lies uncompressed within a zip file."""
+    with open(file, "rb") as stream:
+        begin = _data(stream, member)
+        stream.seek(begin)
+        shape, fortran, dtype = _read_header(stream)
+        if dtype.hasobject or fortran or 0 in shape or not shape:
+            stream.seek(begin)
+            return np.lib.format.read_array(stream, allow_pickle=False)
+        return np.memmap(file, dtype, "r", stream.tell(), shape)

@@ -1,0 +1,360 @@
+"""Sets of uint8 images: ADM's npz files, folders, and views of other sets."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from genfound.data.images.base import PictureSource
+from genfound.data.images.npz import headers, read_member
+from genfound.data.images.opening import opened
+from genfound.data.images.views import resize
+from genfound.runtime.files import hidden
+from genfound.runtime.progress import Progress, silent
+
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+)  # fmt: skip
+MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
+"""Of files that become RGB without a choice: no transparency, no 16 bits."""
+
+READERS = 16
+"""Threads that read files for their hashes."""
+
+GRID = "grid.png"
+"""Of `genfound.sample`, beside its images."""
+
+LABELS, NOTE = "labels.txt", "protocol.json"
+"""Beside exported images: one label per image, and how the images were made."""
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order.
+
+    Attributes:
+        key: changes when the images do; a hexadecimal number.
+    """
+
+    key: str
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n, 2) int64, height and width in pixels."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(n,) int64, or `None` where they are unknown."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+
+
+class NpzImages:
+    """`arr_0` of an npz file, (N, H, W, 3) uint8, as ADM's evaluator reads; `arr_1` holds labels, if they are
+    whole numbers, one for each image.
+
+    An uncompressed file is mapped, a compressed one is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a damaged file, or one without such an array.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.array = read_member(file, "arr_0")
+        if self.array is None:
+            raise ValueError(f"{file} has no arr_0; a sample file holds uint8 images (N, H, W, 3) under this name")
+        shape, dtype = self.array.shape, self.array.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+            raise ValueError(f"{file}: arr_0 is {dtype} {list(shape)}; it must be uint8 (N, H, W, 3) in 0..255, RGB")
+        self.sizes = np.tile(np.array(shape[1:3], dtype=np.int64), (shape[0], 1))
+        found, kind = headers(file).get("arr_1", ((), np.dtype(object)))
+        fits = found == shape[:1] and kind.kind in "iu"
+        self.labels = np.array(read_member(file, "arr_1"), dtype=np.int64) if fits else None
+        self.key = stamp([file])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        assert self.array is not None
+        return np.asarray(self.array[number])
+
+
+class FolderImages:
+    """All images below a folder, in the order of their paths, which `labels.txt` follows.
+
+    Args:
+        folder: hidden files in it are left out.
+        max_pixels: see `data.opening.opened`.
+
+    Attributes:
+        ignored: how many files are no images by their suffix, or are hidden; by kind.
+
+    Raises:
+        FileNotFoundError: there is no image, or a link leads nowhere.
+        ValueError: the labels beside them are of another number.
+    """
+
+    def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
+        self.folder = folder
+        self.max_pixels = max_pixels
+        self.files, self.ignored = image_files(folder)
+        if not self.files:
+            raise FileNotFoundError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        self.labels = _read_labels(folder / LABELS, len(self.files))
+        self.key = stamp(self.files)
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(n, 2) int64, from the headers of the files."""
+        found = np.empty((len(self.files), 2), dtype=np.int64)
+        for number, file in enumerate(self.files):
+            with self._opened(file) as picture:
+                found[number] = picture.height, picture.width
+        return found
+
+    def digests(self, progress: Progress = silent) -> np.ndarray:
+        """(n, 4) uint64, the SHA-256 of each file, which is read for it."""
+        found = np.empty((len(self), 4), dtype=np.uint64)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, READERS)) as pool:
+            for number, hashed in enumerate(pool.map(_sha256, self.files)):
+                found[number] = np.frombuffer(hashed, dtype=">u8")
+                progress(number + 1, len(self))
+        return found
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8, not turned by EXIF.
+
+        Raises:
+            ValueError: the file cannot be decoded, or has transparency or more than 8 bits.
+        """
+        file = self.files[number]
+        with self._opened(file) as picture:
+            mode = picture.mode
+            if mode in MODES and "transparency" not in picture.info:
+                return np.array(picture.convert("RGB"))
+        raise ValueError(f"{file} is {mode} with transparency or 16 bits; convert it to 8-bit RGB")
+
+    @contextlib.contextmanager
+    def _opened(self, file: Path) -> Iterator[Image.Image]:
+        try:
+            with opened(file, self.max_pixels, "max_pixels") as picture:
+                yield picture
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read as an image: {error}") from None
+
+
+class Sourced:
+    """The images of a data set, as a model is trained on them."""
+
+    def __init__(self, source: PictureSource) -> None:
+        self.source = source
+        self.sizes = source.sizes
+        self.labels = source.labels
+        self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        return self.source.image(number)
+
+
+class Chosen:
+    """Some images of a set, in a given order.
+
+    Args:
+        images: the set.
+        numbers: which of its images.
+    """
+
+    def __init__(self, images: ImageSet, numbers: Sequence[int] | np.ndarray) -> None:
+        self.images = images
+        self.numbers = np.asarray(numbers, dtype=np.int64)
+        self.sizes = images.sizes[self.numbers]
+        self.labels = None if images.labels is None else images.labels[self.numbers]
+        self.key = digest(images.key, self.numbers.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        return self.images[int(self.numbers[number])]
+
+
+class Cropped:
+    """A set brought to one size: as small as covers it, bicubic, then its centre.
+
+    Args:
+        images: the set.
+        size: height and width in pixels.
+    """
+
+    def __init__(self, images: ImageSet, size: tuple[int, int]) -> None:
+        self.images = images
+        self.size = size
+        self.labels = images.labels
+        self.key = digest(images.key, f"crop {size[0]} {size[1]}")
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(n, 2) int64, all the same."""
+        return np.tile(np.array(self.size, dtype=np.int64), (len(self), 1))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        return cover(self.images[number], *self.size)
+
+
+def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """ADM's centre crop for any size: box-halve while twice too large, bicubic to what covers it, crop."""
+    if image.shape[:2] == (height, width):
+        return image
+    picture = Image.fromarray(image)
+    while picture.height >= 2 * height and picture.width >= 2 * width:
+        picture = resize(picture, picture.height // 2, picture.width // 2, Image.Resampling.BOX)
+    scale = max(height / picture.height, width / picture.width)
+    sides = max(round(picture.height * scale), height), max(round(picture.width * scale), width)
+    picture = resize(picture, *sides, Image.Resampling.BICUBIC)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return np.array(picture.crop((left, top, left + width, top + height)))
+
+
+def open_images(path: Path, max_pixels: int | None = None) -> NpzImages | FolderImages:
+    """An npz file, or a folder of images of at most `max_pixels` each, see `data.opening.opened`.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the folder is empty.
+        ValueError: a file that is no npz, or one that does not hold images.
+    """
+    if path.is_dir():
+        return FolderImages(path, max_pixels)
+    if path.is_file() and path.suffix != ".npz":
+        raise ValueError(f"{path} is neither an .npz file nor a folder of images")
+    return NpzImages(path)
+
+
+def by_content(digests: np.ndarray) -> np.ndarray:
+    """The order of files by their SHA-256 (n, 4): fixed and as good as random, whatever their names are."""
+    return np.lexsort(digests.T[::-1])
+
+
+def image_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """Every image file below a folder, sorted by path, and how many others there are of each kind.
+
+    Links are followed. What `export` and `genfound.sample` write beside images is neither.
+
+    Raises:
+        FileNotFoundError: a link leads nowhere.
+    """
+    own = [folder / name for name in (GRID, LABELS, NOTE)]
+    found, ignored = [], Counter[str]()
+    for path, unseen in _below(folder, frozenset(), within=False):
+        image = path.suffix.lower() in SUFFIXES
+        if unseen:
+            ignored["hidden"] += image
+        elif image and path not in own:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is a link that leads nowhere; mend or remove it")
+            found.append(path)
+        elif path not in own:
+            ignored[path.suffix.lower() or "without suffix"] += 1
+    return sorted(found, key=lambda p: p.relative_to(folder).as_posix()), dict(sorted((+ignored).items()))
+
+
+def ignored_files(images: ImageSet) -> dict[str, str]:
+    """What a protocol says of the files beside images: `{"ignored": "1 hidden, 2 .txt"}`, or nothing."""
+    ignored = images.ignored if isinstance(images, FolderImages) else {}
+    return {"ignored": ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())} if ignored else {}
+
+
+def _below(folder: Path, above: frozenset[tuple[int, int]], within: bool) -> Iterator[tuple[Path, bool]]:
+    """Files below a folder, through links but never round in circles; whether each, or what it is in, is hidden."""
+    stat = folder.stat()
+    if (stat.st_dev, stat.st_ino) in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path, unseen = folder / entry.name, within or hidden(entry.name)
+            if entry.is_dir():
+                yield from _below(path, above | {(stat.st_dev, stat.st_ino)}, unseen)
+            else:
+                yield path, unseen
+
+
+def note_of(path: Path) -> dict[str, Any] | None:
+    """How exported images were made; `None` for images of other origin.
+
+    Raises:
+        ValueError: the note is damaged.
+    """
+    if path.is_dir():
+        text = (path / NOTE).read_text() if (path / NOTE).is_file() else None
+    else:
+        member = read_member(path, "protocol") if headers(path).get("protocol", _NO_TEXT)[1].kind == "U" else None
+        text = None if member is None else str(member)
+    try:
+        note = None if text is None else json.loads(text)
+    except ValueError:
+        raise ValueError(f"{path}: the protocol beside the images is damaged; remove it") from None
+    return note if isinstance(note, dict) else None
+
+
+_NO_TEXT = ((), np.dtype(float))
+
+
+def stamp(files: Sequence[Path]) -> str:
+    """A number that changes with the names, sizes and times of change of files."""
+    facts = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return digest(repr(facts))
+
+
+def digest(*parts: str | bytes) -> str:
+    """16 hexadecimal digits of some texts."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        hashed.update(part.encode() if isinstance(part, str) else part)
+    return hashed.hexdigest()
+
+
+def _sha256(file: Path) -> bytes:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _read_labels(file: Path, count: int) -> np.ndarray | None:
+    if not file.is_file():
+        return None
+    try:
+        labels = np.array([int(line) for line in file.read_text().split()], dtype=np.int64)
+    except ValueError:
+        raise ValueError(f"{file} must hold one whole number per image") from None
+    if len(labels) != count:
+        raise ValueError(f"{file} has {len(labels):,} labels for {count:,} images")
+    return labels

@@ -1,0 +1,177 @@
+"""Drawn shapes: ten classes, no files, every image at its own native size.
+
+An image is a pure function of (seed, index): one anti-aliased object that fills most of the shorter side,
+off the middle of the longer side, in a palette of object and background colours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from genfound.config.checks import whole
+from genfound.data.images.base import PictureSource
+
+Distance = Callable[[np.ndarray], np.ndarray]
+"""Signed distance (negative inside) of points (..., 2) as x to the right and y downwards; objects have radius 1."""
+
+OBJECTS = np.array(
+    [[226, 60, 52], [58, 132, 230], [52, 176, 92], [245, 196, 48], [240, 240, 240], [178, 84, 206]], dtype=np.float64
+)
+BACKGROUNDS = np.array([[24, 26, 36], [38, 52, 66], [66, 44, 58], [40, 60, 46]], dtype=np.float64)
+
+
+def circle(p: np.ndarray) -> np.ndarray:
+    """A disc."""
+    return np.hypot(p[..., 0], p[..., 1]) - 0.92
+
+
+def ring(p: np.ndarray) -> np.ndarray:
+    """An annulus."""
+    return np.abs(np.hypot(p[..., 0], p[..., 1]) - 0.68) - 0.25
+
+
+def moon(p: np.ndarray) -> np.ndarray:
+    """A crescent, open to the right."""
+    whole = np.hypot(p[..., 0], p[..., 1]) - 0.95
+    bite = np.hypot(p[..., 0] - 0.55, p[..., 1] + 0.1) - 0.75
+    return np.maximum(whole, -bite)
+
+
+def polygon(corners: Sequence[tuple[float, float]]) -> Distance:
+    """A closed polygon; exact distance to its edges, sign by the crossing rule."""
+    a = np.asarray(corners, dtype=np.float64)
+    b = np.roll(a, -1, axis=0)
+    edge = b - a
+
+    def distance(p: np.ndarray) -> np.ndarray:
+        to_point = p[..., None, :] - a  # (..., E, 2)
+        along = np.clip((to_point * edge).sum(-1) / (edge * edge).sum(-1), 0, 1)
+        nearest = np.linalg.norm(to_point - along[..., None] * edge, axis=-1).min(-1)
+        above = (a[:, 1] > p[..., 1, None]) != (b[:, 1] > p[..., 1, None])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            crossing = a[:, 0] + (p[..., 1, None] - a[:, 1]) / edge[:, 1] * edge[:, 0]
+        inside = (above & (p[..., 0, None] < crossing)).sum(-1) % 2 == 1
+        return np.where(inside, -nearest, nearest)
+
+    return distance
+
+
+def _heart_corners() -> list[tuple[float, float]]:
+    """The curve x = 16 sin^3 s, y = 13 cos s - 5 cos 2s - 2 cos 3s - cos 4s, scaled to radius 1."""
+    s = np.linspace(0, 2 * np.pi, 36, endpoint=False)
+    x = 16 * np.sin(s) ** 3
+    y = 13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)
+    return list(zip(x / 17, -(y + 2.5) / 15.5, strict=True))
+
+
+_ARROW = [(-0.95, -0.32), (0.0, -0.32), (0.0, -0.86), (0.98, 0.0), (0.0, 0.86), (0.0, 0.32), (-0.95, 0.32)]
+_CROSS = [
+    (-0.34, -0.92), (0.34, -0.92), (0.34, -0.34), (0.92, -0.34), (0.92, 0.34), (0.34, 0.34),
+    (0.34, 0.92), (-0.34, 0.92), (-0.34, 0.34), (-0.92, 0.34), (-0.92, -0.34), (-0.34, -0.34),
+]  # fmt: skip
+
+CLASSES: dict[str, Distance] = {
+    "circle": circle,
+    "square": polygon([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]),
+    "triangle": polygon([(0.0, -0.92), (0.98, 0.8), (-0.98, 0.8)]),
+    "diamond": polygon([(0.0, -0.98), (0.66, 0.0), (0.0, 0.98), (-0.66, 0.0)]),
+    "cross": polygon(_CROSS),
+    "ring": ring,
+    "heart": polygon(_heart_corners()),
+    "arrow": polygon(_ARROW),
+    "moon": moon,
+    "hourglass": polygon([(-0.8, -0.9), (0.8, -0.9), (0.0, 0.0), (0.8, 0.9), (-0.8, 0.9), (0.0, 0.0)]),
+}
+
+
+class Shapes(PictureSource):
+    """The embedded data set.
+
+    Args:
+        images: how many images there are.
+        sides: pixel sides that occur, e.g. [12, 14, ..., 24]; height and width are drawn independently.
+        holdout: how many more there are for validation.
+        view: `native`, or `square` for images of one size.
+        size: side of the square view in pixels.
+        max_tokens: tokens of the largest image that is allowed.
+        unit: pixels per token side; every side must be a multiple.
+        split: `train` or `val`.
+        seed: seed of the drawings.
+
+    Raises:
+        ValueError: a side that does not divide into tokens, or an image of too many tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        images: int,
+        holdout: int,
+        sides: Sequence[int],
+        view: str,
+        size: int,
+        max_tokens: int,
+        unit: int,
+        split: str,
+        seed: int,
+    ) -> None:
+        if view not in ("native", "square"):
+            raise ValueError(f"data.view={view} is unknown; choose native or square")
+        whole("data.holdout", holdout, 0)
+        least_one = {"images": images, "size": size, "max_tokens": max_tokens, "sides": min(sides, default=0)}
+        for key, value in least_one.items():
+            whole(f"data.{key}", value, 1)
+        sides = list(sides) if view == "native" else [size]
+        for side in sides:
+            if side % unit:
+                low = side // unit * unit
+                raise ValueError(
+                    f"data: a side of {side} pixels does not divide into tokens of {unit} pixels; "
+                    f"the nearest legal sides are {max(low, unit)} and {low + unit}"
+                )
+        largest = (max(sides) // unit) ** 2
+        if largest > max_tokens:
+            raise ValueError(
+                f"data: a side of {max(sides)} pixels makes {largest} tokens, more than data.max_tokens={max_tokens}"
+            )
+        count = images if split == "train" else holdout
+        self.first = 0 if split == "train" else images
+        self.seed = seed
+        self.class_names = list(CLASSES)
+        numbers = np.random.Generator(np.random.Philox(key=[seed, 0])).integers(0, 2**31, size=(images + holdout, 3))
+        numbers = numbers[self.first : self.first + count]
+        self.labels = numbers[:, 0] % len(CLASSES)
+        self.sizes = np.asarray(sides)[numbers[:, 1:] % len(sides)]
+        self.fingerprint = _digest(images, holdout, sides, seed)
+
+    def image(self, index: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        height, width = self.sizes[index]
+        draw = np.random.Generator(np.random.Philox(key=[self.seed, 1 + self.first + index]))
+        return draw_shape(CLASSES[self.class_names[self.labels[index]]], height, width, draw)
+
+    def report(self) -> list[str]:
+        """Number and sizes of the drawings."""
+        low, high = self.sizes.min(0), self.sizes.max(0)
+        return [
+            f"shapes: {len(self.labels):,} drawings of {len(self.class_names)} classes, "
+            f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels (height x width)"
+        ]
+
+
+def draw_shape(shape: Distance, height: int, width: int, draw: np.random.Generator) -> np.ndarray:
+    """One object on a background, (height, width, 3) uint8."""
+    radius = min(height, width) / 2 * draw.uniform(0.86, 0.96)
+    centre = [side / 2 + draw.uniform(-0.3, 0.3) * (side - 2 * radius) for side in (width, height)]
+    colour, background = draw.choice(OBJECTS), draw.choice(BACKGROUNDS)
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    offset = np.stack([columns - centre[0], rows - centre[1]], axis=-1) / radius
+    coverage = np.clip(0.5 - shape(offset) * radius, 0, 1)[..., None]
+    return np.rint(background + coverage * (colour - background)).astype(np.uint8)
+
+
+def _digest(*values: object) -> str:
+    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()

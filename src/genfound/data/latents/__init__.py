@@ -1,0 +1,1 @@
+"""Sets of latents: stores written by genfound, and those that others have published."""

@@ -1,0 +1,122 @@
+"""LightningDiT's published latents, in shards."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from genfound.data.images.views import Views
+from genfound.data.latents.published import _summary, checked_labels, checked_latents, held_out
+from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_header, read_tensors
+from genfound.runtime.files import visible
+from genfound.tokenizers import Spec
+
+SAMPLED = 10_000
+"""LightningDiT's statistics are those of at most so many latents."""
+
+
+class LightningDit:
+    """LightningDiT's shards: `latents`, `latents_flip` (n, C, h, w) and `labels` in each `*.safetensors`, not scaled.
+
+    Args:
+        root: folder of the shards.
+        views: the square that was encoded.
+        holdout: of each class every holdout-th image validates; `None` holds none out.
+        split: `train` or `val`.
+        mirrored: mirror images are always there.
+        spec: of the tokenizer.
+
+    Raises:
+        FileNotFoundError: the folder has no shards.
+        ValueError: a damaged shard, or latents of another size.
+    """
+
+    def __init__(self, root: Path, views: Views, holdout: int | None, split: str, mirrored: bool, spec: Spec) -> None:
+        self.root = root
+        self._files = shard_files(root)
+        headers = [read_header(file) for file in self._files]
+        try:
+            self._spans = [(header.spans["latents"], header.spans["latents_flip"]) for header in headers]
+            shards = zip(self._files, headers, strict=True)
+            labels = [read_tensors(file, {"labels": header.spans["labels"]})["labels"] for file, header in shards]
+        except KeyError as error:
+            raise ValueError(
+                f"data.root={root} has a shard without {error.args[0]}; it is not LightningDiT's"
+            ) from None
+        self._reader = Reader(self._files)
+        self._shape = self._spans[0][0].shape[1:]
+        every = self._labels(labels)
+        self._rows = np.flatnonzero(held_out(every, holdout) == (split == "val"))
+        self._first = np.cumsum([0, *map(len, labels)])
+        self.labels = every[self._rows]
+        self.class_names = [str(number) for number in range(int(every.max()) + 1)]
+        self.sizes = np.full((len(self._rows), 2), views.size, dtype=np.int64)
+        self._check(views, spec)
+        facts = ([file.name for file in self._files], self._shape, every.tobytes())
+        self.fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+    def _labels(self, labels: list[np.ndarray]) -> np.ndarray:
+        """(n,) int64, of all shards, each of which has as many as latents and mirrored latents."""
+        for file, (plain, mirrored), own in zip(self._files, self._spans, labels, strict=True):
+            if own.ndim != 1 or [len(own)] * 2 != [*plain.shape[:1], *mirrored.shape[:1]]:
+                raise ValueError(
+                    f"{file} holds latents {plain.shape}, latents_flip {mirrored.shape} and labels {list(own.shape)}, "
+                    f"which do not agree"
+                )
+        images = sum(map(len, labels))
+        every = [checked_labels(file, own, images) for file, own in zip(self._files, labels, strict=True)]
+        return np.concatenate(every)
+
+    def _check(self, views: Views, spec: Spec) -> None:
+        if len(self._shape) != 3 or any(span.shape[1:] != self._shape for pair in self._spans for span in pair):
+            raise ValueError(f"data.root={self.root} has latents of several sizes")
+        side = self._shape[1] * spec.stride
+        if self._shape[0] != spec.channels:
+            raise ValueError(
+                f"data.root={self.root} holds {self._shape[0]} channels, and the tokenizer has {spec.channels}"
+            )
+        if views.name != "square" or views.size != side:
+            raise ValueError(
+                f"data.root={self.root} holds squares of {side} pixels; choose data.view=square data.size={side}"
+            )
+
+    def moments(self, index: int, mirrored: bool) -> Tensor:
+        """(C, h, w) float32, as stored.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        row = int(self._rows[index])
+        shard = int(np.searchsorted(self._first, row, side="right")) - 1
+        span = self._spans[shard][int(mirrored)]
+        count = int(np.prod(self._shape)) * span.dtype.itemsize
+        data = self._reader.read(shard, span.begin + (row - int(self._first[shard])) * count, count)
+        latents = as_tensor(data, span.dtype).view(self._shape).float()
+        return checked_latents(self._files[shard], latents, f" in row {row - int(self._first[shard])}")
+
+    def report(self) -> list[str]:
+        """Counts and sizes."""
+        return _summary(self.root, "LightningDiT", self.labels, self.class_names, self.sizes)
+
+
+def shard_files(root: Path) -> list[Path]:
+    """LightningDiT's shards, sorted.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    files = visible(root, "*.safetensors")
+    if not files:
+        raise FileNotFoundError(f"data.root={root} has no *.safetensors of LightningDiT")
+    return files
+
+
+def _latents(shard: Path) -> Span:
+    """Where the latents of a shard lie."""
+    spans = read_header(shard).spans
+    if "latents" not in spans:
+        raise ValueError(f"{shard} has no latents; it is not LightningDiT's")
+    return spans["latents"]

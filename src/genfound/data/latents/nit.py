@@ -1,0 +1,159 @@
+"""NiT's published latents: a file for each image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from genfound.data.images.views import Entries, Views
+from genfound.data.latents.published import _summary, checked_labels, checked_latents, held_out
+from genfound.runtime.files import visible
+from genfound.tokenizers import Spec
+from genfound.tokenizers.dc_ae import DcAe
+
+NIT_SCALE = float(DcAe.kind.official["scaling_factor"])
+"""NiT stores encode(x) times this (projects/preprocess/image_nr_latent_c2i.py)."""
+
+
+class Nit:
+    """NiT's data set: `data_meta/*_meta.jsonl`, and a folder of latents for each type of image.
+
+    A line of a meta file names `latent_file`, `latent_h`, `latent_w` and `type`: `native-resolution`, or
+    `fixed-256x256`. The folder of a type ends in `native-resolution` or `256x256`. A file holds `latent`
+    (2, C, h, w), the image and its mirror image, and its `label`.
+
+    Args:
+        root: folder with data_meta/ and the folders of latents.
+        views: native, square or mixed, of the types that there are.
+        holdout: of each class every holdout-th image validates; `None` holds none out.
+        split: `train` or `val`.
+        mirrored: mirror images are always there.
+        spec: of the tokenizer.
+
+    Raises:
+        FileNotFoundError: the root has no meta file, or no folder for a type.
+        ValueError: a damaged meta file, or another view or tokenizer.
+    """
+
+    def __init__(self, root: Path, views: Views, holdout: int | None, split: str, mirrored: bool, spec: Spec) -> None:
+        self.root = root
+        names, types, entries = _meta(root, spec)
+        rules = ["native" if kind == "native-resolution" else kind.rpartition("x")[2] for kind in types]
+        missing = sorted(set(views.rules) - set(rules))
+        if missing or views.name == "flexible":
+            raise ValueError(f"data.root={root} holds {', '.join(rules)}, not what data.view={views.name} needs")
+        items = views.items(entries, rules)
+        images, self._rules, self.sizes = (column[items] for column in entries)
+        self._folders = {rule: _folder(root, types[rule]) for rule in np.unique(self._rules).tolist()}
+        self._files = np.array(names)[images]
+        self._stride = spec.stride
+        self.labels, self.class_names = self._classes()
+        classes = np.full(len(names), -1)
+        classes[images] = self.labels
+        kept = (held_out(classes, holdout) == (split == "val"))[images]
+        self._rules, self.sizes, self._files, self.labels = (
+            column[kept] for column in (self._rules, self.sizes, self._files, self.labels)
+        )
+        self._check(views, spec)
+        facts = (rules, self.class_names, entries.sizes.tobytes(), names)
+        self.fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+    def _classes(self) -> tuple[np.ndarray, list[str]]:
+        """(n,) labels, which the first file of each class folder tells, and the names of all classes."""
+        own = np.array([name.split("/", 1)[0] for name in self._files.tolist()])
+        folders, first, inverse = np.unique(own, return_index=True, return_inverse=True)
+        numbers = [self._label(int(index)) for index in first]
+        class_names = [str(number) for number in range(max(numbers) + 1)]
+        for number, folder in zip(numbers, folders.tolist(), strict=True):
+            class_names[number] = folder
+        return np.array(numbers, dtype=np.int64)[inverse], class_names
+
+    def _label(self, index: int) -> int:
+        label = self._read(index, "label").float().flatten()
+        if len(label) != 1:
+            raise ValueError(f"{self._file(index)} holds {len(label)} labels, not one")
+        return int(checked_labels(self._file(index), label.numpy(), len(self._files))[0])
+
+    def _check(self, views: Views, spec: Spec) -> None:
+        largest = int((self.sizes // views.unit).prod(axis=1).max(initial=0))
+        if "native" in views.rules and largest > views.max_tokens:
+            raise ValueError(f"data.root={self.root} holds images of {largest:,} tokens; raise data.max_image_tokens")
+        held = len(self.moments(0, False)) if len(self._files) else spec.channels
+        if held != spec.channels:
+            raise ValueError(f"data.root={self.root} holds {held} channels, and the tokenizer has {spec.channels}")
+
+    def moments(self, index: int, mirrored: bool) -> Tensor:
+        """(C, h, w) float32, not scaled.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        latents = self._read(index, "latent", int(mirrored)).float()
+        return checked_latents(self._file(index), latents, "") / NIT_SCALE
+
+    def _file(self, index: int) -> Path:
+        return self._folders[int(self._rules[index])] / str(self._files[index])
+
+    def _read(self, index: int, key: str, variant: int | None = None) -> Tensor:
+        """A tensor of a file, or the image or the mirror image in it."""
+        file = self._file(index)
+        try:
+            with safe_open(file, "pt") as tensors:
+                if variant is None:
+                    return tensors.get_tensor(key)
+                latent = tensors.get_slice(key)[variant : variant + 1][0]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} is missing or damaged: {str(error).splitlines()[0]}") from None
+        expected, found = (self.sizes[index] // self._stride).tolist(), list(latent.shape[1:])
+        if found != expected:
+            raise ValueError(f"{file} holds {found} latents, and its meta file says {expected}")
+        return latent
+
+    def report(self) -> list[str]:
+        """Counts and sizes."""
+        return _summary(self.root, "NiT", self.labels, self.class_names, self.sizes)
+
+
+def _meta(root: Path, spec: Spec) -> tuple[list[str], list[str], Entries]:
+    """Names of images, types, and an entry for each (image, type), from all meta files; each once."""
+    files = sorted([*visible(root, "*_meta.jsonl"), *visible(root / "data_meta", "*_meta.jsonl")])
+    if not files:
+        raise FileNotFoundError(f"data.root={root} has no data_meta/*_meta.jsonl of NiT")
+    images: dict[str, int] = {}
+    types: dict[str, int] = {}
+    numbers = array("q")
+    for file in files:
+        for name, kind, height, width in _lines(file):
+            numbers.extend((images.setdefault(name, len(images)), types.setdefault(kind, len(types)), height, width))
+    table = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 4)
+    _, first = np.unique(table[:, 0] * len(types) + table[:, 1], return_index=True)
+    table = table[first]
+    return list(images), list(types), Entries(table[:, 0], table[:, 1], table[:, 2:] * spec.stride)
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str, int, int]]:
+    """Latent file, type, and rows and columns of its latents."""
+    with open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                meta: dict[str, Any] = json.loads(line)
+                yield meta["latent_file"], meta["type"], int(meta["latent_h"]), int(meta["latent_w"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}: line {number} is not one of NiT's") from None
+
+
+def _folder(root: Path, kind: str) -> Path:
+    """The folder of latents of a type."""
+    ending = kind.removeprefix("fixed-")
+    folders = [folder for folder in visible(root, f"*{ending}") if folder.is_dir()]
+    if not folders:
+        raise FileNotFoundError(f"data.root={root} has no folder *{ending} with latents of type {kind}")
+    return folders[0]

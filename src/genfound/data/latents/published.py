@@ -1,0 +1,55 @@
+"""What latents that others have published have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from genfound.data.images.class_folders import remarks
+
+MOST_CLASSES = 1_000
+"""Labels are below it, or below the number of images where that is larger."""
+
+
+def held_out(classes: np.ndarray, holdout: int | None) -> np.ndarray:
+    """(n,) bool, True for every holdout-th image of each class, in the order of the images."""
+    chosen = np.zeros(len(classes), dtype=bool)
+    if holdout is not None:
+        for label in np.unique(classes):
+            chosen[np.flatnonzero(classes == label)[holdout - 1 :: holdout]] = True
+    return chosen
+
+
+def checked_labels(file: Path, labels: np.ndarray, images: int) -> np.ndarray:
+    """The labels of a file as int64.
+
+    Raises:
+        ValueError: some are no class numbers.
+    """
+    most = max(MOST_CLASSES, images)
+    legal = np.isfinite(labels) & (labels >= 0) & (labels < most) & (labels == np.floor(labels))
+    if not legal.all():
+        raise ValueError(f"{file} holds the label {labels[~legal][0]}, which is no number of a class below {most:,}")
+    return labels.astype(np.int64)
+
+
+def checked_latents(file: Path, latents: Tensor, place: str) -> Tensor:
+    """Latents as they are.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    if not latents.isfinite().all():
+        raise ValueError(f"{file} holds latents that are not finite{place}; take the file from its source again")
+    return latents
+
+
+def _summary(root: Path, whose: str, labels: np.ndarray, class_names: list[str], sizes: np.ndarray) -> list[str]:
+    low, high = sizes.min(0), sizes.max(0)
+    counts = f"{root}: {len(labels):,} latents of {whose} in {len(class_names)} classes, "
+    return [
+        f"{counts}{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels (height x width)",
+        *remarks(class_names),
+    ]

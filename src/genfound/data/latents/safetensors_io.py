@@ -1,0 +1,166 @@
+"""safetensors files of which a little is read at a time.
+
+The header of a file is read once and values are then fetched with `pread`, which moves no file position, so that a
+reader may be copied into forked or spawned workers. Files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genfound.runtime.files import write_whole
+
+MOST_OPEN = 512
+"""Descriptors that a reader keeps at a time."""
+
+PIECE = 2**26
+"""Bytes that are read at a time; the kernel itself never reads 2 GiB or more in one call."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
+}  # fmt: skip
+"""The format's names of what such files hold here."""
+
+
+class Span(NamedTuple):
+    """Where a tensor lies in its file: dtype, shape, and its first byte."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    begin: int
+
+    @property
+    def bytes(self) -> int:
+        """Its length in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Header(NamedTuple):
+    """What a file holds."""
+
+    spans: dict[str, Span]
+    metadata: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Parse the header of a file and compare it with the file's length.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut short or is not a safetensors file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("it ends within its header")
+            listed: dict[str, Any] = json.loads(stream.read(length))
+        metadata = listed.pop("__metadata__", {})
+        spans = {name: _span(entry, 8 + length) for name, entry in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: its header cannot be read ({error})") from None
+    expected = max((span.begin + span.bytes for span in spans.values()), default=0)
+    if expected != file.stat().st_size:
+        raise ValueError(f"{file} is damaged: it has {file.stat().st_size:,} bytes, not {expected:,}")
+    return Header(spans, metadata)
+
+
+def _span(entry: Mapping[str, Any], data: int) -> Span:
+    begin, end = entry["data_offsets"]
+    span = Span(DTYPES[entry["dtype"]], list(entry["shape"]), data + begin)
+    if span.bytes != end - begin:
+        raise ValueError(f"a tensor of {span.bytes} bytes in a place of {end - begin}")
+    return span
+
+
+def read_tensors(file: Path, spans: Mapping[str, Span]) -> dict[str, np.ndarray]:
+    """Whole tensors of a file."""
+    with open(file, "rb") as stream:
+        arrays = {}
+        for name, span in spans.items():
+            data = read_bytes(stream.fileno(), span.bytes, span.begin)
+            arrays[name] = as_tensor(data, span.dtype).numpy().reshape(span.shape)
+    return arrays
+
+
+def read_bytes(descriptor: int, count: int, begin: int) -> bytes:
+    """`count` bytes of an open file from `begin` on; fewer where it ends."""
+    data = os.pread(descriptor, min(count, PIECE), begin)
+    if len(data) == count:
+        return data
+    pieces, found = [data], len(data)
+    while pieces[-1] and found < count:
+        pieces.append(os.pread(descriptor, min(count - found, PIECE), begin + found))
+        found += len(pieces[-1])
+    return b"".join(pieces)
+
+
+def as_tensor(data: bytes, dtype: torch.dtype) -> Tensor:
+    """Bytes of a file -> a flat tensor of their own."""
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:
+    """Write a file with one remark in its metadata, whole or not at all; the same values are the same bytes.
+
+    Raises:
+        OSError: the file cannot be written; nothing of it stays.
+    """
+
+    def save(temporary: Path) -> None:
+        try:
+            save_file(dict(tensors), temporary, {"genfound": note})  # of several remarks the order would vary
+        except SafetensorError as error:
+            raise _system_error(error) from None
+
+    write_whole(file, save)
+
+
+def _system_error(error: SafetensorError) -> OSError:
+    """The error of the operating system, such as a full disk, that safetensors says in words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+
+
+class Reader:
+    """Bytes of many files; their descriptors are opened when needed, in each process its own."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self._open: dict[int, int] = {}
+
+    def read(self, number: int, begin: int, count: int) -> bytes:
+        """`count` bytes of a file from `begin` on; fewer where it ends."""
+        descriptor = self._open.get(number)
+        return read_bytes(self._opened(number) if descriptor is None else descriptor, count, begin)
+
+    def _opened(self, number: int) -> int:
+        if len(self._open) >= MOST_OPEN:
+            os.close(self._open.pop(next(iter(self._open))))
+        descriptor = os.open(self.files[number], os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        self._open[number] = descriptor
+        return descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files, "_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

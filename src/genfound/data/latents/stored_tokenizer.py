@@ -1,0 +1,234 @@
+"""Training on latents that were encoded before: which tokenizer made them, and how they are normalised.
+
+Nothing here loads the weights of an autoencoder. Only decoding does, for the pictures of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from genfound.config.targets import target
+from genfound.data.images.base import LatentSource
+from genfound.data.images.views import Views
+from genfound.data.latents.lightningdit import LightningDit
+from genfound.data.latents.manifest import read_manifest
+from genfound.data.latents.nit import Nit
+from genfound.data.latents.store import Store
+from genfound.tokenizers import Spec, Tokenizer
+from genfound.tokenizers.autoencoder import Autoencoder
+from genfound.tokenizers.weights import CONFIG, WEIGHTS, check_class, locate
+
+SOURCES = ("images", "store", "nit", "lightningdit")
+
+RANDOM = ("random", "random_tiny")
+
+DECODER_KEYS = ("decoder.", "post_quant_conv.", "quantize.")
+"""Weights that leave latents as they are: autoencoders that differ in these alone share a store."""
+
+Options = Mapping[str, Any]
+
+
+class Described(NamedTuple):
+    """What is known of a tokenizer without its weights.
+
+    Attributes:
+        name: its class, e.g. `DcAe`.
+        weights: as the configuration names them; empty where it has none.
+        folder: where they lie; `None` where it has none, or they are not to be had.
+        spec: shape of its latents.
+        scale, shift: latent = (mean - shift) * scale, numbers or (C, 1, 1).
+        stochastic: training draws from the posterior.
+    """
+
+    name: str
+    weights: str
+    folder: Path | None
+    spec: Spec
+    scale: float | Tensor
+    shift: float | Tensor
+    stochastic: bool
+
+    @property
+    def absent(self) -> bool:
+        """Its weights are not to be had, so that scale and shift are the published ones."""
+        return self.folder is None and self.weights not in ("", *RANDOM)
+
+
+class Stored:
+    """The tokenizer of moments that are stored.
+
+    Args:
+        described: how they are normalised.
+        has_variance: the moments are mean and log-variance.
+        load: the tokenizer itself, to decode with.
+    """
+
+    online = False
+
+    def __init__(self, described: Described, has_variance: bool, load: Callable[[], Tokenizer]) -> None:
+        self.described = described
+        self.spec = described.spec
+        self.has_variance = has_variance
+        self.stochastic = described.stochastic and has_variance
+        self._load = load
+        self._whole: Tokenizer | None = None
+
+    def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, C, h, w), or (B, 2 C, h, w) with log-variance -> (B, C, h, w), drawn with the noise or the mean."""
+        mean = moments
+        if self.has_variance:
+            mean, logvar = moments.chunk(2, dim=1)
+            if noise is not None:
+                mean = mean + torch.exp(0.5 * logvar) * noise
+        return (mean - self.described.shift) * self.described.scale
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As the tokenizer itself."""
+        return self._tokenizer().encode(images, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As the tokenizer itself; three channels of the latents where its weights are not to be had."""
+        try:
+            return self._tokenizer().decode(latents)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"warning: pictures show channels of the latents, which cannot be decoded: {error}", flush=True)
+            self._whole = _Channels(self.spec)
+            return self._whole.decode(latents)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self._whole is None:
+            self._whole = self._load()
+        return self._whole
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_whole": None}  # data workers never decode
+
+
+class _Channels:
+    """A picture of a latent: its first three channels."""
+
+    online = False
+    stochastic = False
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Raise a ValueError: there are no weights to encode with."""
+        raise ValueError("there are no weights to encode with")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, height, width), two standard deviations to white or black."""
+        shown = latents[:, [0, 1 % self.spec.channels, 2 % self.spec.channels]] / 2
+        return shown.repeat_interleave(self.spec.stride, dim=2).repeat_interleave(self.spec.stride, dim=3)
+
+
+def describe(
+    options: Options, load: Callable[[], Tokenizer], look: bool = True, trust: Sequence[str] = ()
+) -> Described:
+    """What is known of a tokenizer without loading an autoencoder.
+
+    Args:
+        options: of the configuration.
+        load: makes the tokenizer; called where it has no weights.
+        look: fetch its files where they are not at hand; otherwise it is taken for the published one.
+        trust: packages beside genfound of which it may be.
+
+    Raises:
+        ValueError: an unknown class, or damaged files.
+    """
+    kind = target("tokenizer", options, trust)
+    name = kind.__name__
+    if not (isinstance(kind, type) and issubclass(kind, Autoencoder)):
+        codec = load()
+        scale, shift = getattr(codec, "scale", 1.0), getattr(codec, "shift", 0.0)
+        return Described(name, "", None, codec.spec, scale, shift, codec.stochastic)
+    weights, folder, config = str(options["weights"]), None, dict(kind.kind.official)
+    if weights not in RANDOM and (look or Path(weights).expanduser().is_dir()):
+        with contextlib.suppress(FileNotFoundError):
+            folder = locate(weights)
+            check_class(folder / CONFIG, kind.kind.name)
+            config |= json.loads((folder / CONFIG).read_text())
+    blocks = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    spec = Spec(config.get("vq_embed_dim") or config["latent_channels"], 2 ** (len(blocks) - 1))
+    scale, shift = float(config["scaling_factor"]), float(config.get("shift_factor") or 0)
+    return Described(name, weights, folder, spec, scale, shift, options.get("posterior") == "sample")
+
+
+def encoder_digest(described: Described) -> str:
+    """What tells encoders of a class apart: that of the weights that make latents, or the name of random ones."""
+    if described.folder is None:
+        return described.weights
+    hashed = hashlib.blake2b(digest_size=16)
+    with safe_open(described.folder / WEIGHTS, "np") as tensors:
+        for key in sorted(tensors.keys()):
+            if not key.startswith(DECODER_KEYS):
+                hashed.update(key.encode())
+                hashed.update(tensors.get_tensor(key).tobytes())
+    return hashed.hexdigest()
+
+
+def stored_tokenizer(
+    data: Options, options: Options, load: Callable[[], Tokenizer], trust: Sequence[str] = ()
+) -> Stored:
+    """The tokenizer of `data.source=store|nit|lightningdit`; see `describe`.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: it was encoded by another tokenizer.
+    """
+    if data["source"] != "store":
+        ours = describe(options, load, data["source"] != "nit", trust)  # NiT's latents are the published ones
+        return Stored(ours, has_variance=False, load=load)
+    made = read_manifest(Path(data["root"]))["tokenizer"]
+    ours = describe(options, load, options.get("weights") != made["weights"], trust)
+    scaling = (made["scale"], made["shift"])
+    if not _same_encoder(ours, made) or (not ours.absent and (ours.scale, ours.shift) != scaling):
+        raise ValueError(
+            f"data.root={data['root']} was encoded by {made['name']} {made['weights']} (scale {made['scale']}), and "
+            f"the tokenizer is {ours.name} {ours.weights} (scale {ours.scale}); choose that one, or encode again"
+        )
+    spec = Spec(made["channels"], made["stride"])
+    return Stored(ours._replace(spec=spec, scale=scaling[0], shift=scaling[1]), "logvar" in made["moments"], load)
+
+
+def _same_encoder(ours: Described, made: Mapping[str, Any]) -> bool:
+    """Names on the hub tell encoders apart, and so do the weights themselves."""
+    if ours.name != made["name"]:
+        return False
+    if ours.weights == made["weights"] and not Path(ours.weights).expanduser().is_dir():
+        return True
+    return not ours.absent and encoder_digest(ours) == made["digest"]
+
+
+def source(kind: str, data: Options, spec: Spec, patch_size: int, split: str, mirrored: bool) -> LatentSource:
+    """The latents of `data.source=store|nit|lightningdit`.
+
+    Args:
+        kind: one of `SOURCES`.
+        data: the other options of `data`.
+        spec: of the tokenizer.
+        patch_size: of the model.
+        split: `train` or `val`.
+        mirrored: whether mirror images will be asked for.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        ValueError: an unknown source, a damaged one, or one that does not fit.
+    """
+    if kind not in SOURCES:
+        raise ValueError(f"data.source={kind} is unknown; choose {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
+    views = Views.of(data, spec.stride * patch_size)
+    place = (Path(data["root"]), views, data["holdout"], split, mirrored)
+    if kind == "store":
+        return Store(*place)
+    return Nit(*place, spec) if kind == "nit" else LightningDit(*place, spec)

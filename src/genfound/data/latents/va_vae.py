@@ -1,0 +1,87 @@
+"""LightningDiT's autoencoder by the statistics of its latents alone."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genfound.data.latents.lightningdit import SAMPLED, _latents, shard_files
+from genfound.data.latents.published import checked_latents
+from genfound.data.latents.safetensors_io import read_tensors
+from genfound.runtime.files import write_whole
+from genfound.tokenizers import Spec, Tokenizer
+
+STATISTICS = "latents_stats.pt"
+
+
+def statistics(root: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each (1, C, 1, 1), of LightningDiT's latents; see its ImgLatentDataset.
+
+    They lie in `latents_stats.pt`. Where that is absent it is made, of up to 10,000 latents in even steps, not
+    mirrored; the deviation is the unbiased one. Where it cannot be written, it is made each time.
+
+    Raises:
+        FileNotFoundError: there are neither statistics nor shards.
+        ValueError: the statistics, or a shard, are damaged.
+    """
+    file = root / STATISTICS
+    if not file.is_file():
+        std, mean = _measured(root)
+        with contextlib.suppress(OSError):
+            write_whole(file, lambda temporary: torch.save({"mean": mean, "std": std}, temporary))
+        return mean, std
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        mean, std = found["mean"], found["std"]
+        legal = mean.shape == std.shape == (1, mean.numel(), 1, 1) and bool(mean.isfinite().all() and (std > 0).all())
+    except OSError:
+        raise
+    except Exception:  # pickles raise RuntimeError, EOFError, UnpicklingError and more
+        legal = False
+    if not legal:
+        raise ValueError(f"{file} is damaged; remove it, and it is made anew from the shards beside it")
+    return mean, std
+
+
+def _measured(root: Path) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean of a sample of all latents."""
+    spans = {shard: _latents(shard) for shard in shard_files(root)}
+    every = max(1, -(-sum(span.shape[0] for span in spans.values()) // SAMPLED))
+    parts, skip = [], 0
+    for shard, span in spans.items():
+        chosen = torch.from_numpy(read_tensors(shard, {"latents": span})["latents"])[skip::every].float()
+        parts.append(checked_latents(shard, chosen, ""))
+        skip = (skip - span.shape[0]) % every
+    return torch.std_mean(torch.cat(parts), dim=(0, 2, 3), keepdim=True)
+
+
+class VaVae(Tokenizer):
+    """LightningDiT's autoencoder as its published latents know it: by their statistics, without its network.
+
+    Latents of each channel are (h - mean) / std * multiplier. They can be trained on and drawn, not decoded.
+
+    Args:
+        weights: folder with `latents_stats.pt`, or with the shards that it is made of.
+        stride: pixels per latent.
+        multiplier: `latent_multiplier` of the official configuration.
+    """
+
+    published = Spec(channels=32, stride=16)
+    online = False
+    stochastic = False
+
+    def __init__(self, *, weights: str, stride: int, multiplier: float) -> None:
+        mean, std = statistics(Path(weights))
+        self.shift, self.scale = mean[0], multiplier / std[0]
+        self.spec = Spec(len(self.shift), stride)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Raise a ValueError: its network is not here."""
+        raise ValueError("VA-VAE's network is no part of genfound: images cannot be encoded")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raise a ValueError: its network is not here."""
+        raise ValueError("VA-VAE's network is no part of genfound: latents cannot be decoded")

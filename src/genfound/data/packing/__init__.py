@@ -1,0 +1,1 @@
+"""The order of images, packs, global steps and batches."""

@@ -1,0 +1,63 @@
+"""Tokens of images and packs, and how many micro-batches a global step has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from genfound.config.checks import whole
+from genfound.data.images.base import ImageSource
+from genfound.tokenizers import Spec
+
+Config = Mapping[str, Any]
+
+
+def micro_batches(config: Config, ranks: int) -> int:
+    """Micro-batches of all ranks in a global step.
+
+    Raises:
+        ValueError: the global step does not divide into micro-batches of the ranks.
+    """
+    if config["layout"]["name"] == "dense":
+        micro = config["data"]["batch_size"]
+        whole("data.batch_size", micro, 1)
+        per_step, rest = divmod(config["batch"]["images"] or config["optimizer"]["images_per_step"], micro)
+        if rest or not per_step:
+            raise ValueError(f"batch.images must be a multiple of data.batch_size={micro}")
+    else:
+        tokens = config["optimizer"]["tokens_per_step"]
+        per_step = config["batch"]["packs"] or max(round(tokens / config["data"]["max_tokens"]), 1)
+    if per_step % ranks:
+        raise ValueError(
+            f"a global step of {per_step} micro-batches cannot be shared by trainer.devices={ranks}; "
+            f"set batch.packs (or batch.images) to a multiple"
+        )
+    return per_step
+
+
+def token_budget(config: Config, tokens: np.ndarray) -> int:
+    """Tokens of a pack.
+
+    Raises:
+        ValueError: an image has more.
+    """
+    budget: int = config["data"]["max_tokens"]
+    if int(tokens.max()) > budget:
+        raise ValueError(
+            f"an image has {int(tokens.max())} tokens, more than data.max_tokens={budget}; raise data.max_tokens"
+        )
+    return budget
+
+
+def max_images(tokens: np.ndarray, budget: int) -> int:
+    """Rows of a static pack: twice what a pack holds on average."""
+    return math.ceil(2 * budget / float(tokens.mean()))
+
+
+def token_counts(images: ImageSource, spec: Spec, patch_size: int) -> np.ndarray:
+    """(n,) tokens of each image."""
+    counts: np.ndarray = (images.sizes // (spec.stride * patch_size)).prod(axis=1)
+    return counts

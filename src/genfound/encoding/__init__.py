@@ -1,0 +1,1 @@
+"""Images to latents, once, into a store."""

@@ -1,0 +1,327 @@
+"""Encoding once: images -> a latent store, resumable after every shard, on any number of processes.
+
+A shard holds the latents of so many consecutive images. It is a pure function of the images and the tokenizer,
+because images are encoded in batches of one size that never cross its border; so a process may be killed at any
+moment, shards may be shared out over any number of them, and the store is the same. Rank r encodes every
+`ranks`-th shard from r on; whoever finds all of them complete writes the manifest. Nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from genfound import build
+from genfound.config import environment
+from genfound.config.checks import known, whole
+from genfound.config.command_line import complain, frugal
+from genfound.config.errors import USER_ERRORS, JobError, sentence
+from genfound.config.streams import make_lasting
+from genfound.config.targets import trusted
+from genfound.data.images.base import PictureSource
+from genfound.data.images.index import Viewed
+from genfound.data.images.names import shown
+from genfound.data.images.pixels import normalised, to_uint8
+from genfound.data.latents import store
+from genfound.data.latents.manifest import FORMAT, MANIFEST
+from genfound.data.latents.stored_tokenizer import describe, encoder_digest
+from genfound.data.packing.prefetch import read_ahead
+from genfound.encoding.shard_plan import Call, Calls, Part, Shard
+from genfound.encoding.store_writer import Destination
+from genfound.runtime import devices, processes
+from genfound.runtime.files import check_folder, write_whole
+from genfound.runtime.progress import Counter
+from genfound.tokenizers import Tokenizer
+from genfound.tokenizers.autoencoder import Autoencoder
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SAFE = "complete shards are safe: give the same command again"
+MOST_NAMED = 10
+PARENT = "GENFOUND_PARENT"
+"""Tells a process of a group who started it."""
+
+PIXELS = 2**20
+"""Of a batch, for tokenizers that do not say."""
+
+
+class Encoding:
+    """A store in the making.
+
+    Args:
+        config: resolved configuration of `genfound.encode`.
+        device: where the tokenizer works.
+
+    Raises:
+        FileNotFoundError: images, or the weights of the tokenizer, are missing.
+        ValueError: an unknown option, or `out` holds something else.
+    """
+
+    def __init__(self, config: Mapping[str, Any], device: torch.device) -> None:
+        if config["data"].get("source", "images") != "images":
+            raise ValueError(
+                f"data.source={config['data']['source']}: only images can be encoded; set data.source=images"
+            )
+        known("dtype", config["dtype"], DTYPES)
+        for key in ("patch_size", "shard_images"):
+            whole(key, config[key], 1)
+        self.config, self.device = config, device
+        self.dtype = DTYPES[config["dtype"]]
+        self.variants = 2 if config["data"]["flip"] else 1
+        self.codec = build.tokenizer(config)
+        like = {**config, "layout": {"name": "packed"}, "model": {"patch_size": config["patch_size"]}}
+        sources = {split: build.source(like, self.codec.spec, split) for split in ("train", "val")}
+        self.parts = {split: Part.of(cast(PictureSource, source)) for split, source in sources.items()}
+        self.pixels = config["tokenizer"].get("pixels_per_call", PIXELS)
+        self.planes = _moments(self.codec, self._blank()).shape[1]
+        weight = self.variants * self.planes * self.dtype.itemsize / self.codec.spec.stride**2
+        every = [part.shards(split, config["shard_images"], weight) for split, part in self.parts.items()]
+        self.shards = [shard for shards in every for shard in shards]
+        self.place = Destination(Path(config["out"]), self._described())
+
+    def _blank(self) -> Tensor:
+        side = self.codec.spec.stride * self.config["patch_size"]
+        return torch.zeros(1, 3, side, side, device=self.device)
+
+    def _described(self) -> dict[str, Any]:
+        """The manifest before anything is encoded."""
+        config, spec = self.config, self.codec.spec
+        known = describe(config["tokenizer"], lambda: self.codec, trust=trusted(config))
+        train = self.parts["train"].source
+        views = train.views if isinstance(train, Viewed) else None
+        size = config["data"]["size"]
+        return {
+            "format": FORMAT,
+            "tokenizer": {
+                "name": known.name, "weights": known.weights, "digest": encoder_digest(known),
+                "precision": config["tokenizer"].get("precision", "fp32"), "pixels_per_call": self.pixels,
+                "channels": spec.channels, "stride": spec.stride, "scale": known.scale, "shift": known.shift,
+                "moments": ["mean", "logvar"][: self.planes // spec.channels],
+            },
+            "views": list(views.rules) if views else [str(size) if config["data"]["view"] == "square" else "native"],
+            "patch_size": config["patch_size"],
+            "max_image_tokens": views.max_tokens if views else config["data"]["max_tokens"],
+            "mirrored": self.variants == 2,
+            "dtype": config["dtype"],
+            "shard_images": config["shard_images"],
+            "splits": {
+                split: {"images": len(np.unique(part.entries.images)), "entries": len(part.entries.images),
+                        "fingerprint": part.source.fingerprint}
+                for split, part in self.parts.items()
+            },
+            "source": {"root": config["data"].get("root"), "holdout": config["data"]["holdout"]},
+            "classes": train.class_names,
+            "statistics": None,
+            "shards": None,
+        }  # fmt: skip
+
+    def run(self, shards: list[Shard], workers: int, encoded: Callable[[int], None]) -> None:
+        """Encode shards one after another; `encoded` is called with the number of latents so far.
+
+        Raises:
+            ValueError: latents that are not finite, or a disk that is full.
+        """
+        if not shards:
+            return
+        calls = [call for shard in shards for call in self.parts[shard.split].calls(shard, self.pixels)]
+        filling: store.Filling | None = None
+        count = 0
+        encoded(count)
+        for call, pictures, replaced in read_ahead(Calls(self.parts), calls, workers):
+            shard = call.shard
+            filling = filling or self._filling(shard)
+            filling.put([entry - shard.first for entry in call.entries], self._encoded(call, pictures))
+            filling.replaced |= replaced
+            count += len(call.entries)
+            encoded(count)
+            if not filling.missing:
+                self._keep(shard, filling)
+                filling = None
+
+    def _filling(self, shard: Shard) -> store.Filling:
+        """An empty shard."""
+        part = self.parts[shard.split]
+        images, rules, sizes = (column[shard.first : shard.end] for column in part.entries)
+        columns = {"sizes": sizes // self.codec.spec.stride, "labels": part.labels[images], "images": images}
+        names = [part.name(image) for image in np.unique(images).tolist()]
+        channels = self.codec.spec.channels
+        return store.Filling({**columns, "rules": rules}, names, channels, self.planes, self.variants, self.dtype)
+
+    def _encoded(self, call: Call, pictures: Tensor) -> Tensor:
+        """(B, variants, planes, h, w) moments in the stored dtype.
+
+        Raises:
+            ValueError: some are not finite.
+        """
+        images = normalised(pictures.to(self.device, non_blocking=True))
+        both = torch.cat([images, images.flip(-1)]) if self.variants == 2 else images
+        moments = _moments(self.codec, both).unflatten(0, (self.variants, len(images))).transpose(0, 1)
+        values = moments.to(self.dtype).cpu()
+        bad = (~values.isfinite()).flatten(1).any(dim=1).nonzero()
+        if len(bad):
+            part = self.parts[call.shard.split]
+            name = shown(part.name(int(part.entries.images[call.entries[int(bad[0])]])))
+            way = "try another dtype=" + (" and another out=" if self.place.begun else "")
+            raise ValueError(f"{name}: its latents are not finite in dtype={self.config['dtype']}; {way}")
+        return values
+
+    def _keep(self, shard: Shard, filling: store.Filling) -> None:
+        """Write a full shard, and before it its first image beside what is decoded of it."""
+        latent = _normalised(self.codec, filling.first().to(self.device))
+        image = self.parts[shard.split].read(shard.first).permute(1, 2, 0).numpy()
+        picture = Image.fromarray(np.concatenate([image, to_uint8(self.codec.decode(latent)[0])], axis=1))
+        file, save = self.place.file(shard), functools.partial(picture.save, format="PNG")
+        beside = file.with_suffix(".png")
+        self.place.write(lambda: write_whole(beside, save), beside)
+        self.place.write(lambda: filling.write(file, self.place.note(shard)), file)
+
+
+def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.device) -> None:
+    """Encode this process's share of a store; the last one to finish writes the manifest.
+
+    Raises:
+        FileNotFoundError: images, or the weights of the tokenizer, are missing.
+        ValueError: see `Encoding`.
+    """
+    encoding = Encoding(config, device)
+    place = encoding.place
+    mine = encoding.shards[rank::ranks]
+    if rank == 0 and place.begun:
+        print(f"checking the shards that are in {place.out}", flush=True)
+    missing = [shard for shard in mine if not place.finished(shard)]
+    counts = [sum(shard.end - shard.first for shard in shards) for shards in (encoding.shards, mine, missing)]
+    total, own, left = counts
+    if rank == 0:
+        lines = encoding.parts["train"].source.report()
+        lines += [f"  {len(part.labels):,} of {split}" for split, part in encoding.parts.items()]
+        there = f"{len(mine) - len(missing)} of {len(mine)} shards are there and intact"
+        share = f" on each of {ranks} processes" if ranks > 1 else ""
+        print("\n".join([*lines, f"{place.out}: {total:,} latents in {len(encoding.shards)} shards; {there}{share}"]))
+    workers = min(config["data"]["num_workers"], os.cpu_count() or 1)
+    counter = Counter("latents", config["log_every"])
+
+    def encoded(count: int) -> None:
+        if rank == 0:  # the other processes are taken to be as far
+            counter(round(total * (own - left + count) / own), total)
+
+    encoding.run(missing, workers, encoded)
+    completed = place.complete(encoding.shards)
+    if completed or (completed is False and place.was_complete and (missing or rank == 0)):
+        lines = _replacements(place.replaced)
+        lines += [f"done: {total:,} latents in {len(encoding.shards)} shards, {place.out / MANIFEST}"]
+        print("\n".join(lines), flush=True)
+
+
+def encode_on_devices(config: Mapping[str, Any]) -> None:
+    """Encode this machine's share of a store, on all of its devices.
+
+    Raises:
+        ValueError: see `encode`; or a number of processes that makes no sense.
+        JobError: one of several processes failed, and has said why.
+    """
+    whole("devices", config["devices"], 1, or_null=True)
+    whole("num_nodes", config["num_nodes"], 1)
+    whole("node_rank", config["node_rank"], 0)
+    node, nodes = config["node_rank"], config["num_nodes"]
+    if node >= nodes:
+        raise ValueError(f"node_rank={node} must be less than num_nodes={nodes}")
+    check_folder("out", Path(config["out"]))
+    device = devices.device(config["accelerator"])
+    count = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    if count == 1:
+        processes.keep_freed_memory()
+        return encode(config, node, nodes, device)
+    with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
+        request = Path(folder) / "request.json"
+        request.write_text(json.dumps(dict(config)))
+        if not run_group([sys.executable, "-m", "genfound.encoding.encode", str(request)], count, node, nodes):
+            raise JobError
+
+
+def _replacements(replaced: Mapping[str, str]) -> list[str]:
+    """What is said of images that could not be read."""
+    if not replaced:
+        return []
+    listed = [f"  {shown(name)}: {shown(other)} is in its place" for name, other in list(replaced.items())[:MOST_NAMED]]
+    more = [f"  and {len(replaced) - MOST_NAMED:,} more"] if len(replaced) > MOST_NAMED else []
+    head = f"warning: {len(replaced):,} images could not be read, and the store has others of their class instead"
+    return [f"{head} (data.check=full leaves them out):", *listed, *more]
+
+
+def run_group(command: list[str], devices: int, node: int = 0, nodes: int = 1) -> bool:
+    """Run a command in a process for each device, which know their places as those of torchrun do; False if one failed.
+
+    What several of them say on standard error is said once. Those that call `end_with_group` end with this process.
+    """
+    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // devices, 1))}
+    said: set[str] = set()
+
+    def relay(rank: int) -> int:
+        for line in cast(IO[str], group[rank].stderr):
+            if line not in said:
+                said.add(line)
+                print(line, end="", file=sys.stderr, flush=True)
+        code = group[rank].wait()
+        if code < 0:
+            reason = f"process {rank} was ended by signal {-code}"
+            print(f"error: {reason}; {SAFE}", file=sys.stderr, flush=True)
+        return code
+
+    with tempfile.TemporaryDirectory(prefix="genfound-") as folder, ThreadPoolExecutor(devices) as pool:
+        shared = threads | os.environ | {PARENT: str(os.getpid()), environment.LAUNCH: folder}
+        shared["WORLD_SIZE"] = str(nodes * devices)
+        places = [{"RANK": str(node * devices + i), "LOCAL_RANK": str(i)} for i in range(devices)]
+        group = [subprocess.Popen(command, env=shared | place, stderr=subprocess.PIPE, text=True) for place in places]
+        return not any(list(pool.map(relay, range(devices))))
+
+
+def end_with_group() -> None:
+    """Be killed, from now on, when the process that started this one in a group ends, however that ends."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):
+        os._exit(1)
+
+
+def _moments(codec: Tokenizer, images: Tensor) -> Tensor:
+    """(B, 3, height, width) -> (B, planes, h, w); tokenizers that are no network do not scale."""
+    return codec.moments(images) if isinstance(codec, Autoencoder) else codec.encode(images)
+
+
+def _normalised(codec: Tokenizer, moments: Tensor) -> Tensor:
+    return codec.normalise(moments) if isinstance(codec, Autoencoder) else moments
+
+
+def _worker(request: Path) -> None:
+    """One process of a group: `python -m genfound.encoding.encode REQUEST_FILE`."""
+    end_with_group()
+    rank, ranks, local_rank = processes.place()
+    config = json.loads(request.read_text())
+    processes.keep_freed_memory()
+    with frugal("encode"):
+        encode(config, rank, ranks, devices.device(config["accelerator"], local_rank))
+
+
+if __name__ == "__main__":
+    make_lasting()
+    try:
+        _worker(Path(sys.argv[1]))
+    except USER_ERRORS as error:
+        complain(sentence(error))
+        sys.exit(1)

@@ -1,0 +1,122 @@
+"""What is to be encoded: the images of each split, cut into shards, and shards into batches of one size."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from genfound.data.images.base import PictureSource
+from genfound.data.images.index import Viewed
+from genfound.data.images.pixels import to_picture
+from genfound.data.images.views import Entries
+
+LARGEST = 2**30
+"""Bytes of values in a shard, unless a single image has more."""
+
+
+class Shard(NamedTuple):
+    """What belongs into one file: entries `first` to `end` of a split."""
+
+    split: str
+    number: int
+    first: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """Its file name without an ending."""
+        return f"{self.split}-{self.number:05d}"
+
+
+class Call(NamedTuple):
+    """Entries of one size that are encoded together."""
+
+    shard: Shard
+    entries: list[int]
+
+
+class Part(NamedTuple):
+    """One split of the images.
+
+    Attributes:
+        source: reads them.
+        entries: everything that is to be encoded.
+        labels: (images,) of the images.
+    """
+
+    source: PictureSource
+    entries: Entries
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, source: PictureSource) -> Part:
+        """The entries of any source; one whose images have several views knows them itself."""
+        if isinstance(source, Viewed):
+            return cls(source, source.entries, source.classes)
+        every = np.arange(len(source.labels))
+        return cls(source, Entries(every, np.zeros_like(every), source.sizes), source.labels)
+
+    def name(self, image: int) -> str:
+        """The name of its file, or its number where it has none."""
+        return self.source.files[image] if isinstance(self.source, Viewed) else str(image)
+
+    def read(self, entry: int) -> Tensor:
+        """(3, height, width) uint8."""
+        source = self.source
+        return to_picture(source.entry(entry) if isinstance(source, Viewed) else source.image(entry))
+
+    def shards(self, split: str, size: int, bytes_per_pixel: float) -> list[Shard]:
+        """Files of at most `size` images and `LARGEST` bytes each; an image is never divided."""
+        borders = np.searchsorted(self.entries.images, np.arange(len(self.labels) + 1))
+        pixels = np.concatenate([[0], self.entries.sizes.prod(axis=1).cumsum()])[borders]
+        found: list[Shard] = []
+        first = 0
+        while first < len(self.labels):
+            fits = np.searchsorted(pixels, pixels[first] + LARGEST / bytes_per_pixel, side="right") - 1
+            end = min(max(int(fits), first + 1), first + size, len(self.labels))
+            if borders[end] > borders[first]:
+                found.append(Shard(split, len(found), int(borders[first]), int(borders[end])))
+            first = end
+        return found
+
+    def replaced(self, entries: Iterable[int]) -> dict[str, str]:
+        """Of entries that have been read the images that could not be, and those that are shown in their place."""
+        stand_ins = self.source.stand_ins if isinstance(self.source, Viewed) else {}
+        images = (int(self.entries.images[entry]) for entry in entries)
+        return {self.name(image): self.name(stand_ins[image]) for image in images if image in stand_ins}
+
+    def calls(self, shard: Shard, pixels: int) -> Iterator[Call]:
+        """The entries of a shard by size, at most so many pixels at a time, but at least one image."""
+        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for entry, (height, width) in enumerate(self.entries.sizes[shard.first : shard.end].tolist(), shard.first):
+            by_size[height, width].append(entry)
+        for (height, width), entries in by_size.items():
+            rows = max(pixels // (height * width), 1)
+            for begin in range(0, len(entries), rows):
+                yield Call(shard, entries[begin : begin + rows])
+
+
+class Read(NamedTuple):
+    """The images (B, 3, height, width) uint8 of a call, and which of them are shown by another one."""
+
+    call: Call
+    pictures: Tensor
+    replaced: dict[str, str]
+
+
+class Calls(Dataset[Read]):
+    """A call -> its images; runs in the workers."""
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, call: Call) -> Read:
+        part = self.parts[call.shard.split]
+        pictures = torch.stack([part.read(entry) for entry in call.entries])
+        return Read(call, pictures, part.replaced(call.entries))

@@ -1,0 +1,1 @@
+"""Samples, references and figures, with the protocol they were measured under."""

@@ -1,0 +1,76 @@
+"""Writing sets of images: ADM's npz file, or a folder of PNGs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from genfound.data.images.npz import Stack, write_npz
+from genfound.data.images.sets import LABELS, NOTE, ImageSet
+from genfound.runtime.files import check_folder, visible
+
+
+def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:
+    """Write images with their labels and how they were made; whole or not at all.
+
+    Args:
+        images: what to write.
+        to: a file ending in .npz, for images of one size, or a folder.
+        note: how they were made.
+
+    Raises:
+        ValueError: see `check_target`.
+    """
+    check_target(to, one_size=len(np.unique(images.sizes, axis=0)) == 1)
+    path = Path(to)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write = _write_npz if path.suffix == ".npz" else _write_folder
+    try:
+        write(temporary, images, json.dumps(dict(note)))
+        if path.is_dir():
+            path.rmdir()
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def check_target(to: str, one_size: bool) -> None:
+    """Raise a ValueError for images of several sizes in an npz file, or a place that is taken or cannot be written."""
+    path = Path(to)
+    check_folder("export", path.parent)
+    if path.suffix == ".npz":
+        if not one_size:
+            raise ValueError(f"export={to}: an npz file holds images of one size; give a folder instead")
+        if path.is_dir():
+            raise ValueError(f"export={to} is a folder; give a file ending in .npz, or a folder of another name")
+    elif path.is_file() or (path.is_dir() and visible(path)):
+        raise ValueError(f"export={to} exists; give an empty folder, or a file ending in .npz")
+
+
+def _write_npz(file: Path, images: ImageSet, note: str) -> None:
+    """`arr_0`, `arr_1` with labels, `protocol` with the note."""
+    height, width = (int(side) for side in images.sizes[0])
+    pictures = Stack((len(images), height, width, 3), (images[number] for number in range(len(images))))
+    labels = {} if images.labels is None else {"arr_1": images.labels}
+    write_npz(file, {"arr_0": pictures, **labels, "protocol": np.array(note)})
+
+
+def _write_folder(folder: Path, images: ImageSet, note: str) -> None:
+    """000000.png and on, as DiT's and SiT's sample_ddp.py, with labels.txt and protocol.json."""
+    folder.mkdir()
+    digits = max(len(str(len(images) - 1)), 6)
+    for number in range(len(images)):
+        Image.fromarray(images[number]).save(folder / f"{number:0{digits}d}.png")
+    (folder / NOTE).write_text(note)
+    if images.labels is not None:
+        (folder / LABELS).write_text("".join(f"{label}\n" for label in images.labels))

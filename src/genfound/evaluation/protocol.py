@@ -1,0 +1,235 @@
+"""What a figure is worth: the protocol that it was measured under, and which protocols agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from genfound.config.compose import flatten
+from genfound.metrics.compute import STORED, depends_on_order
+from genfound.runtime.files import make_folder
+
+UNKNOWN = "unknown"
+"""Of images whose making is not recorded."""
+
+RESULTS = "results.jsonl"
+LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "torchdiffeq", "genfound")
+NOT_COMPARED = ("name", "altered", "reference.from", "reference.rule", "reference.ignored", "drawing.guidance.weights")
+"""What a protocol is called, where things lie, and by which rule they were found; hashes say what they are."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How samples were made; every field is needed, and is `unknown` for images that do not say.
+
+    Attributes:
+        weights: ema or raw.
+        sampler: its name and all its options, steps among them.
+        guidance: its name and all its options, scale, channels and interval among them; of autoguidance also the
+            hash of the weaker network.
+        rope: what was changed of the network's rotary positions; `None` if nothing was.
+        batch: images per network call, where the sampler's steps couple them; `None` where they do not.
+        labels: the rule of the labels.
+        seed: of noise and labels.
+        precision: of the network.
+        decoder: the tokenizer's name, and the hash of its weights.
+        uint8: how decoded values became bytes.
+        versions: of the libraries that drew.
+    """
+
+    weights: str
+    sampler: Mapping[str, Any] | str
+    guidance: Mapping[str, Any] | str
+    rope: Mapping[str, Any] | str | None
+    batch: int | str | None
+    labels: str
+    seed: int | str
+    precision: str
+    decoder: Mapping[str, Any] | str
+    uint8: str
+    versions: Mapping[str, str] | str
+
+    @classmethod
+    def told(cls, note: Any) -> Drawing:
+        """What a stored note says, if it says all; otherwise unknown."""
+        whole = isinstance(note, Mapping) and note.keys() == {field.name for field in fields(cls)}
+        return cls(**note) if whole else cls.unknown()
+
+    def how(self) -> str:
+        """Sampler and guidance, in a line."""
+        return f"sampler {_said(self.sampler)}, guidance {_said(self.guidance)}"
+
+    @classmethod
+    def unknown(cls) -> Drawing:
+        """Of images from elsewhere."""
+        return cls(**{field.name: UNKNOWN for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that two figures must share to be compared; what differs besides the trained weights.
+
+    Attributes:
+        name: a named protocol.
+        altered: its keys that were set otherwise.
+        count: number of samples.
+        order: of the samples; see `figures.depends_on_order`.
+        size: [height, width], `data` for those of the data set, or `mixed`.
+        drawing: see `Drawing`.
+        extractor: name and hash.
+        convention: see `figures.CONVENTIONS`; `probe` of a probe.
+        reference: hash, rule, view, and what is known of its images.
+        versions: of the libraries that measured.
+    """
+
+    name: str
+    altered: Sequence[str]
+    count: int
+    size: Sequence[int] | str
+    drawing: Drawing
+    extractor: Mapping[str, str]
+    convention: str
+    reference: Mapping[str, Any]
+    versions: Mapping[str, str]
+    order: str = STORED
+
+    def facts(self) -> dict[str, Any]:
+        """{dotted key: value} of what is compared; see `NOT_COMPARED`."""
+        flat = flatten(json.loads(json.dumps(asdict(self))))
+        unused = () if depends_on_order(self.convention, self.count) else ("order",)
+        return {key: value for key, value in flat.items() if key not in (*NOT_COMPARED, *unused)}
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        d, reference = self.drawing, self.reference
+        title = self.name + (f", but for {', '.join(self.altered)}" if self.altered else "")
+        shown = "x".join(map(str, self.size)) if not isinstance(self.size, str) else self.size
+        return [
+            f"protocol {title}",
+            f"  {self.count:,} samples of {shown}, labels {d.labels}, seed {d.seed}, order {self.order}",
+            f"  weights {d.weights}, in {d.precision}"
+            + ("" if d.rope in (None, UNKNOWN) else f", rope {_said(d.rope)}"),
+            f"  sampler {_said(d.sampler)}" + ("" if d.batch in (None, UNKNOWN) else f", {d.batch} images together"),
+            f"  guidance {_said(d.guidance)}",
+            f"  decoder {_said(d.decoder)}, uint8 {d.uint8}",
+            f"  extractor {_said(self.extractor)}, convention {self.convention}",
+            f"  reference {_said(reference)}",
+            f"  versions {_said(self.versions)}"
+            + ("" if d.versions in (self.versions, UNKNOWN) else f", drawn with {_said(d.versions)}"),
+        ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures, and what they are worth; figures leave this package in no other form.
+
+    Attributes:
+        figures: by name.
+        protocol: what they share with figures that they may be compared with.
+        subject: whose figures they are: `from`, and the hash of the weights or images.
+        provenance: code, machine and time.
+    """
+
+    figures: Mapping[str, float]
+    protocol: Protocol
+    subject: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        wrong = [name for name, value in self.figures.items() if not isinstance(value, float)]
+        if wrong or not self.figures:
+            raise TypeError(f"a result needs figures, each a number: {wrong}")
+
+    def lines(self) -> list[str]:
+        """For the user: the figures, whose they are, and the protocol."""
+        told = "   ".join(f"{name} {value:.6g}" for name, value in self.figures.items())
+        return [told, f"  of {_said(self.subject)}", *self.protocol.lines()]
+
+    def append_to(self, folder: Path) -> None:
+        """Add a line to the results of a folder, unless the same figures under the same protocol are there."""
+        make_folder(folder)
+        if any(replace(old, provenance=self.provenance) == self for old in read_results(folder)):
+            return
+        with open(folder / RESULTS, "a") as out:
+            out.write(json.dumps(asdict(self)) + "\n")
+
+
+def read_results(path: Path) -> list[Result]:
+    """Results of a file, of a folder, or of a run; none where there are none.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: a damaged line.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there are no results {path}")
+    places = [path] if path.is_file() else [path / RESULTS, path / "evaluations" / RESULTS]
+    lines = (line for place in places if place.is_file() for line in place.read_text().splitlines())
+    try:
+        return [_result(json.loads(line)) for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds a line that is not a result; remove it, or move the file away: {error}"
+        ) from None
+
+
+def differences(a: Protocol, b: Protocol) -> list[str]:
+    """The fields in which two protocols differ, each by its dotted key; none: the figures may be compared.
+
+    How images from elsewhere were drawn is unknown, and agrees with nothing.
+    """
+    ours, theirs = a.facts(), b.facts()
+    keys = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    if Drawing.unknown() in (a.drawing, b.drawing):
+        keys = {key for key in keys if not key.startswith("drawing.")} | {"drawing (unknown)"}
+    return sorted(keys)
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """One row per result; the last column says what keeps it from being compared with the first."""
+    names = list(dict.fromkeys(name for result in results for name in result.figures))
+    rows = [["", *names, "protocol"]]
+    for place, result in enumerate(results):
+        values = [f"{result.figures[name]:.6g}" if name in result.figures else "-" for name in names]
+        differing = differences(results[0].protocol, result.protocol)
+        verdict = f"differs: {', '.join(differing)}" if differing else result.protocol.name if not place else "the same"
+        rows.append([_subject(result), *values, verdict])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
+    return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that can change a figure."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _subject(result: Result) -> str:
+    told = [result.subject["from"], result.subject.get("checkpoint"), result.subject["hash"][:8]]
+    return " ".join(str(part) for part in told if part)
+
+
+def _result(line: Mapping[str, Any]) -> Result:
+    stored = dict(line["protocol"])
+    protocol = Protocol(**{**stored, "drawing": Drawing(**stored["drawing"])})
+    return Result(**{**line, "protocol": protocol})
+
+
+def _said(value: Any) -> str:
+    """A mapping in words."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    first = [str(value[key]) for key in ("from", "name") if key in value]
+    rest = [
+        f"{key} {_said(inner)}" for key, inner in value.items() if key not in ("from", "name") and inner is not None
+    ]
+    return ", ".join([*first, *rest])

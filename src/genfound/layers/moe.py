@@ -1,0 +1,202 @@
+"""Mixture of experts: a router sends every token to a few of many feed-forward networks.
+
+The weights of all experts are stacked, and tokens are sorted by expert, so that a form of computation (`FORMS`)
+sees S sorted rows and where each expert's rows end. All forms give the same numbers; experts without a token get
+gradients of zero.
+
+Legend: B images, N tokens per image, D width, E experts, k choices per token, I hidden size of an expert,
+S = B N k rows.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from genfound.layers.adaln import full_precision
+from genfound.layers.expert_kernels import FORMS, choose_form
+from genfound.layers.initial import Draw
+from genfound.layers.mlp import SwiGLU
+
+
+class Routing(NamedTuple):
+    """What a router decided.
+
+    Attributes:
+        scores: (B, N, E) float32, a probability for each expert.
+        choices: (B, N, k) the chosen experts, in no particular order.
+        weights: (B, N, k) float32, of their outputs.
+        counts: (B, E) how often the tokens of an image chose each expert.
+    """
+
+    scores: Tensor
+    choices: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+class Router(nn.Module):
+    """Softmax over experts in float32; the k largest scores are the choices and their weights.
+
+    Args:
+        width: D.
+        experts: E.
+        top_k: k, between 1 and E.
+        normalise: divide the weights of a token by their sum (plus 1e-20), if k > 1.
+    """
+
+    def __init__(self, width: int, experts: int, top_k: int, normalise: bool) -> None:
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"model.top_k={top_k} must lie between 1 and model.experts={experts}")
+        self.top_k = top_k
+        self.normalise = normalise and top_k > 1
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.initialise(Draw(self))
+
+    def initialise(self, draw: Draw) -> None:
+        """Uniform in 1 / sqrt(D), as a linear layer of torch."""
+        bound = 1 / sqrt(self.weight.shape[1])
+        draw(nn.init.uniform_, self.weight, a=-bound, b=bound)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route the tokens x (B, N, D)."""
+        with full_precision(x):
+            scores = linear(x.float(), self.weight.float()).softmax(dim=-1)
+        weights, choices = scores.topk(self.top_k, dim=-1, sorted=False)
+        if self.normalise:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        numbers = torch.arange(scores.shape[-1], device=x.device)
+        counts = (choices.flatten(1)[..., None] == numbers).sum(dim=1)
+        return Routing(scores, choices, weights, counts)
+
+
+def load(routing: Routing) -> Tensor:
+    """(E,) the fraction of all choices that fell on each expert; 1 / E where they are balanced."""
+    return routing.counts.sum(dim=0) / routing.choices.numel()
+
+
+def balance_loss(routing: Routing, over: str) -> Tensor:
+    """E sum_e f_e P_e, a scalar: f_e is the fraction of choices of expert e, P_e its mean score (Switch, eq. 4).
+
+    A uniform router has a loss of 1. Only P has a gradient.
+
+    Args:
+        routing: of B images.
+        over: `tokens`, fractions and means of all tokens; or `sequence`, those of each image, averaged at the end.
+    """
+    fractions = routing.counts / routing.choices[0].numel()  # (B, E)
+    means = routing.scores.mean(dim=1)  # (B, E)
+    if over == "tokens":
+        fractions, means = fractions.mean(dim=0, keepdim=True), means.mean(dim=0, keepdim=True)
+    return routing.counts.shape[1] * (fractions * means).sum(dim=1).mean()
+
+
+class MixtureOfExperts(nn.Module):
+    """y = sum over choices of weight * expert(x), plus a shared expert that every token passes.
+
+    Args:
+        width: D.
+        hidden: I.
+        experts: E.
+        top_k, normalise: of the `Router`.
+        shared_hidden: hidden size of the shared expert; 0 for none.
+        eval_gradients: in evaluation mode, let gradients through the routed experts. The released code does not
+            (models.py:SparseMoeBlock.moe_infer).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        experts: int,
+        top_k: int,
+        normalise: bool,
+        shared_hidden: int,
+        eval_gradients: bool,
+    ) -> None:
+        super().__init__()
+        self.router = Router(width, experts, top_k, normalise)
+        self.experts = Experts(width, hidden, experts)
+        self.shared = SwiGLU(width, shared_hidden, width, bias=False) if shared_hidden else None
+        self.eval_gradients = eval_gradients
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x (B, N, D) -> (B, N, D), and how it was routed."""
+        routing: Routing = self.router(x)
+        out: Tensor = self.experts(x, routing)
+        if not (self.training or self.eval_gradients):
+            out = out.detach()
+        return out if self.shared is None else out + self.shared(x), routing
+
+
+class Experts(nn.Module):
+    """E networks down(SiLU(gate(x)) * up(x)) without biases; matrices are Xavier-uniform.
+
+    Attributes:
+        gate_up: (E, 2 I, D), gate and up of each expert.
+        down: (E, D, I).
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        self.down = nn.Parameter(torch.empty(experts, width, hidden))
+        self.initialise(Draw(self))
+
+    def initialise(self, draw: Draw) -> None:
+        """Xavier-uniform as separate matrices."""
+        bound = sqrt(6 / sum(self.down.shape[1:]))
+        for parameter in self.parameters():
+            draw(nn.init.uniform_, parameter, a=-bound, b=bound)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (B, N, D) -> (B, N, D), the weighted sum of the chosen experts, in float32 where the weights are."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        order = routing.choices.flatten().argsort(stable=True)  # (S,) choices sorted by expert
+        token = order // routing.choices.shape[-1]  # (S,)
+        place = order.argsort().view(-1, routing.choices.shape[-1])  # (B N, k) the rows of a token
+        ends = routing.counts.sum(dim=0).cumsum(dim=0, dtype=torch.int32)  # (E,)
+        rows = _Dispatch.apply(x.flatten(0, 1), token, place).to(dtype)  # type: ignore[no-untyped-call]
+        form = FORMS[choose_form(device, dtype, *self.down.shape[1:])]
+        out = form(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
+        weighted = out * routing.weights.flatten()[order, None]
+        summed: Tensor = _Combine.apply(weighted, token, place)  # type: ignore[no-untyped-call]
+        return summed.view_as(x)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Tokens -> a row for each of their choices. Its gradient is `_Combine`: no scatter, no random order of sums."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return tokens.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_of_rows(grad, *ctx.saved_tensors), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Rows -> the sum of every token's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return _sum_of_rows(rows, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (token,) = ctx.saved_tensors
+        return grad.index_select(0, token), None, None
+
+
+def _sum_of_rows(rows: Tensor, place: Tensor) -> Tensor:
+    return rows.index_select(0, place.flatten()).unflatten(0, place.shape).sum(dim=1)

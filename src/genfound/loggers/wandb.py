@@ -1,0 +1,134 @@
+"""Weights & Biases: one run per run directory, continued by a resume, offline when nobody is logged in.
+
+W&B takes no line back. A killed process has sent lines of steps that no checkpoint has, which the continued run makes
+again, and W&B may have lost the last ones. So a run that goes on finds out which steps W&B has: lines of those are not
+sent again, and earlier ones that it lacks are sent from metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from genfound.loggers.json_lines import lines_of
+from genfound.runtime.files import visible
+
+
+class Dashboard:
+    """A W&B run whose steps are global steps, drawn over the number of images seen.
+
+    Args:
+        folder: run directory; the id of the W&B run is kept in its wandb/ folder.
+        config: resolved configuration and provenance.
+        project: W&B project.
+        anew: begin another W&B run, because this one has later lines, of another configuration.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], project: str, anew: bool) -> None:
+        import wandb
+
+        own = folder / "wandb"
+        own.mkdir(parents=True, exist_ok=True)
+        id_file = own / "run_id"
+        if anew or not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        self._wandb = wandb
+        self._run = wandb.init(
+            id=id_file.read_text(),
+            resume="allow",
+            project=project,
+            group=str(config["study"]),
+            name=folder.name,
+            dir=folder,
+            config=dict(config),
+            mode=_mode(),
+            settings=wandb.Settings(silent=True),
+        )
+        self._run.define_metric("images_seen")
+        self._run.define_metric("*", step_metric="images_seen")
+        self._sent = max(self._run.starting_step - 1, last_step(own, self._run.id))
+        self._step, self._row = -1, dict[str, Any]()
+        for line in lines_of(folder / "metrics.jsonl"):
+            self.log({key: value for key, value in line.items() if value is not None}, line.pop("step"))
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Add numbers to the row of a step, which is sent when the next one begins."""
+        if step != self._step:
+            self._send()
+        self._step = step
+        self._row |= metrics
+
+    def _send(self) -> None:
+        if self._row and self._step > self._sent:
+            self._run.log(self._row, step=self._step, commit=True)
+        self._row = {}
+
+    def note(self, text: str, step: int) -> None:
+        """Add a text to the row of its step."""
+        self.log({"note": text}, step)
+
+    def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
+        """Log a picture."""
+        self.log({name: self._wandb.Image(str(file)), "images_seen": images_seen}, step)
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        self._send()
+        self._run.finish()
+
+
+def last_step(folder: Path, run_id: str) -> int:
+    """The last step in the offline directories of a W&B run, or -1."""
+    from wandb.proto import wandb_internal_pb2
+
+    message: Any = vars(wandb_internal_pb2)["Record"]
+    last = -1
+    files = [own / f"run-{run_id}.wandb" for own in visible(folder, f"offline-run-*-{run_id}")]
+    for file in filter(Path.is_file, files):
+        for data in stored_records(file):
+            record = message.FromString(data)
+            if record.WhichOneof("record_type") == "history":
+                last = max(last, record.history.step.num)
+    return last
+
+
+BLOCK = 32_768
+"""Bytes of a block of a .wandb file, which is a log of LevelDB: no piece of a record goes over its end."""
+
+HEAD = struct.Struct("<IHB")
+"""Before each piece: checksum, length, and whether it is all (1), the first (2), a middle (3), or the last (4) part."""
+
+
+def stored_records(file: Path) -> Iterator[bytes]:
+    """The records of a .wandb file that are whole, each a serialized protocol buffer."""
+    data, record = file.read_bytes(), b""
+    place = 7  # after the name of the format and its version
+    while place + HEAD.size <= len(data):
+        left = BLOCK - place % BLOCK
+        if left < HEAD.size:
+            place += left
+            continue
+        _, length, part = HEAD.unpack_from(data, place)
+        place += HEAD.size + length
+        if part == 0 or place > len(data):
+            return
+        record += data[place - length : place]
+        if part in (1, 4):
+            yield record
+            record = b""
+
+
+def _mode() -> Any:
+    """WANDB_MODE if set; otherwise online for who is logged in, offline (sync later) for who is not."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    import wandb
+
+    try:
+        return "online" if wandb.login(prompt=False) else "offline"
+    except wandb.Error:  # a key, but no way to the server
+        return "offline"

@@ -1,0 +1,1 @@
+"""LightningModules: one training step of any backbone, and what only a family needs."""

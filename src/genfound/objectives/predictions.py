@@ -1,0 +1,72 @@
+"""One prediction of a network, seen as any other.
+
+With x = alpha x0 + sigma n: velocity = alpha' x0 + sigma' n, and score = -n / sigma (Albergo et al. 2023). Every
+formula divides only by what must not vanish: a velocity gives noise and data at all times, noise gives no data where
+alpha is 0, and data give no noise where sigma is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from genfound.objectives.interpolants import PathPoint
+
+PREDICTIONS = ("velocity", "noise", "x0", "score")
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a network's output says about the state it was given.
+
+    Attributes:
+        kind: what the output is, a name of `PREDICTIONS`.
+        out: the output, shaped like the state.
+        x: the state.
+        point: coefficients of its time, numbers or tensors that broadcast against the state.
+    """
+
+    kind: str
+    out: Tensor
+    x: Tensor
+    point: PathPoint
+
+    @property
+    def noise(self) -> Tensor:
+        """E[noise | x]."""
+        p = self.point
+        if self.kind == "noise":
+            return self.out
+        if self.kind == "score":
+            return -p.sigma * self.out
+        if self.kind == "x0":
+            return (self.x - p.alpha * self.out) / p.sigma
+        return (p.alpha * self.out - p.d_alpha * self.x) / p.wronskian
+
+    @property
+    def x0(self) -> Tensor:
+        """E[data | x]; from a score this is Tweedie's formula."""
+        p = self.point
+        if self.kind == "x0":
+            return self.out
+        if self.kind == "velocity":
+            return (p.d_sigma * self.x - p.sigma * self.out) / p.wronskian
+        return (self.x - p.sigma * self.noise) / p.alpha
+
+    @property
+    def velocity(self) -> Tensor:
+        """E[dx/dt | x], the drift of the probability-flow ODE."""
+        p = self.point
+        if self.kind == "velocity":
+            return self.out
+        if self.kind == "x0":
+            return (p.d_sigma * self.x - p.wronskian * self.out) / p.sigma
+        if self.kind == "score":
+            return p.growth * self.x - p.spread * self.out
+        return (p.d_alpha * self.x + p.wronskian * self.noise) / p.alpha
+
+    @property
+    def score(self) -> Tensor:
+        """The gradient of log p_t(x)."""
+        return self.out if self.kind == "score" else -self.noise / self.point.sigma

@@ -1,1 +1,0 @@
-"""Where results go: files, dashboards, the terminal, pictures."""

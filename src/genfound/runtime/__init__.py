@@ -1,0 +1,1 @@
+"""Processes, files, run directories and devices."""

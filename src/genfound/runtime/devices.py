@@ -1,0 +1,45 @@
+"""The device of a process, and the precision of its arithmetic."""
+
+from __future__ import annotations
+
+import torch
+
+
+def precision(wanted: str, device: torch.device) -> str:
+    """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic.
+
+    Raises:
+        ValueError: unknown setting.
+    """
+    if wanted == "auto":
+        wanted = "bf16" if _has_bf16(device) else "fp32"
+    names = {"bf16": "bf16-mixed", "fp32": "32-true"}
+    if wanted not in names:
+        raise ValueError(f"precision={wanted} is unknown; choose auto, bf16 or fp32")
+    return names[wanted]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the machine's own arithmetic has bf16; PyTorch also emulates it, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def device(wanted: str, local_rank: int | None = None) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` means from now on.
+
+    Raises:
+        ValueError: the accelerator is unknown or absent.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"accelerator={wanted} is unknown; choose auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("accelerator=cuda, but this machine has no CUDA device")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    found = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(found)
+    return found

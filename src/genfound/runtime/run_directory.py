@@ -1,0 +1,230 @@
+"""Where things lie: the configuration folder and the run directories.
+
+A run directory `runs/<study>/<name>/` holds config.yaml, metrics.jsonl, checkpoints/, samples/, wandb/, and
+DONE or FAILED. Its name is made of the overrides that identify the run, so the same command finds it again.
+A run that is continued under another configuration has that one in config.next.yaml until everything fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import AliasToken, YAMLError, scan
+
+from genfound.config.compose import flatten, plain
+from genfound.config.targets import require_groups
+from genfound.runtime.files import visible, write_whole
+
+NOT_IDENTITY = (
+    "runs", "study", "name", "allow_changes", "trust", "trainer", "logger", "launcher",
+    "data.root", "data.index", "data.num_workers", "tokenizer.weights",
+)  # fmt: skip
+"""Keys that are no part of the name of a run, unless a sweep varies them."""
+
+RECORDED = ("trainer.precision", "trainer.deterministic", "trainer.compile")
+"""Those among them that change numbers: another value does not continue a run silently."""
+
+PLACE = ("runs", "study", "name")
+"""Keys that are the path of a run."""
+
+NEXT = "config.next.yaml"
+
+PLACES = (("data", "root"), ("data", "index"), ("tokenizer", "weights"), ("guidance", "weights"))
+"""Keys of a run that are paths, by group."""
+
+LONGEST_NAME = 100
+
+
+def is_identity(key: str) -> bool:
+    """Whether a config key, e.g. `model.depth`, is part of what a run is."""
+    return not any(key == free or key.startswith(free + ".") for free in NOT_IDENTITY)
+
+
+def changes_numbers(key: str) -> bool:
+    """Whether a run with another value of a config key is another run."""
+    return is_identity(key) or key in RECORDED
+
+
+def run_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
+    """A file name from command-line overrides: `key-value` joined by `__`, hashed beyond 100 characters.
+
+    Args:
+        overrides: `key=value`; of the keys that do not identify a run only swept ones are used.
+        swept: keys that a sweep varies; values of them that read alike as file names get a hash.
+    """
+    split = (override.lstrip("+~").partition("=") for override in overrides)
+    pairs = [(key, value) for key, _, value in split if is_identity(key) or key in {*swept} - {*PLACE}]
+    named = sorted(pairs, key="-".join)
+    name = "__".join(_part(key, value, key in swept) for key, value in named) or "default"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 13]}-{_hash('__'.join(f'{key}-{value}' for key, value in named), 6)}"
+    return name
+
+
+def _part(key: str, value: str, exact: bool) -> str:
+    written = f"{key}-{value}"
+    part = re.sub(r"[^A-Za-z0-9._-]+", "_", written).strip("_")
+    return f"{part}-{_hash(written, 3)}" if exact and part != written else part
+
+
+def _hash(text: str, size: int) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+def run_dir(cfg: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> Path:
+    """`runs/<study>/<name>`; a chosen name is followed by what a sweep varies.
+
+    Raises:
+        ValueError: study or name is not a plain file name.
+    """
+    name = str(cfg.name or run_name(overrides, swept))
+    varied = [override for override in overrides if override.lstrip("+~").partition("=")[0] in {*swept} - {*PLACE}]
+    if cfg.name and varied:
+        name += f"__{run_name(varied, swept)}"
+    for key, value in (("study", cfg.study), ("name", name)):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", str(value)) or set(str(value)) == {"."}:
+            raise ValueError(f"{key}={value} must consist of letters, digits, dots, underscores and dashes")
+    return Path(cfg.runs) / str(cfg.study) / name
+
+
+def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
+    """Write the configuration into a run directory; where a run has been trained, for `adopt` to take over.
+
+    Raises:
+        ValueError: see `check_same`.
+    """
+    check_same(folder, config, allow_changes)
+    (folder / NEXT).unlink(missing_ok=True)
+    file = folder / (NEXT if changed(folder, config) else "config.yaml")
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    write_whole(file, lambda temporary: temporary.write_text(text))
+
+
+def claimed(folder: Path) -> dict[str, Any]:
+    """The configuration that a run directory was claimed with.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_config`.
+    """
+    return read_config(folder, _claimed_file(folder).name)
+
+
+def _claimed_file(folder: Path) -> Path:
+    return folder / (NEXT if (folder / NEXT).is_file() else "config.yaml")
+
+
+def adopt(folder: Path) -> None:
+    """The run goes on as it was claimed."""
+    if (folder / NEXT).is_file():
+        (folder / NEXT).replace(folder / "config.yaml")
+
+
+def check_same(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
+    """Check that the run of a directory, if there is one, is this one.
+
+    Raises:
+        ValueError: a run with another configuration has been trained there; the message lists the keys.
+    """
+    others = {key: values for key, values in changed(folder, config).items() if changes_numbers(key)}
+    if "auto" in others.get("trainer.precision", ()):  # compared when it is known what it means here
+        del others["trainer.precision"]
+    if others and not allow_changes:
+        listed = "; ".join(f"{k}: {before} in the run, {now} now" for k, (before, now) in list(others.items())[:5])
+        raise ValueError(
+            f"{folder} was trained with another configuration ({listed}); "
+            "choose another name=..., or allow_changes=true to continue it changed"
+        )
+
+
+def changed(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> its values in the run that has been trained in a directory, if there is one, and in a configuration."""
+    trained = (folder / "DONE").exists() or visible(folder / "checkpoints", "*.ckpt")
+    if not trained or not (folder / "config.yaml").exists():
+        return {}
+    before, now = flatten(read_config(folder)), flatten(config)
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+
+
+def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
+    """The resolved configuration of a run.
+
+    Raises:
+        FileNotFoundError: the folder is not a run directory.
+        ValueError: its config.yaml is damaged, or of something else.
+    """
+    file = folder / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
+    try:
+        if any(isinstance(token, AliasToken) for token in scan(file.read_text())):
+            raise ValueError(f"{file} repeats parts of itself by name (YAML aliases), as no run writes")
+        config = plain(OmegaConf.load(file), resolve=False)
+    except (YAMLError, OmegaConfBaseException, AssertionError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    require_groups(config, folder)
+    for text in _texts(config):
+        if "${" in text:  # resolving it would read variables of the environment
+            raise ValueError(f"{file} holds an interpolation ({text}); a run's configuration has values only")
+    return config
+
+
+def located(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration of a run; its relative paths lead where they did in training, if the run has not moved."""
+    runs, run = Path(config.get("runs", "")), folder.resolve()
+    origin = run.parents[min(len(runs.parts) + 1, len(run.parents) - 1)]
+    if origin == Path.cwd() or origin / runs / str(config.get("study")) != run.parent:
+        return dict(config)
+    found = {group: dict(config[group]) for group in {group for group, _ in PLACES}}
+    for group, key in PLACES:
+        value = found[group].get(key)
+        if isinstance(value, str) and (origin / value).exists():
+            found[group][key] = str(origin / value)
+    return {**config, **found}
+
+
+def config_hash(folder: Path) -> str:
+    """Of the file of `claimed`, byte by byte."""
+    return hashlib.blake2b(_claimed_file(folder).read_bytes(), digest_size=16).hexdigest()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text, however deep in mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
+def mark_done(folder: Path, result: Mapping[str, Any]) -> None:
+    """Record that a run reached its end, and where that was."""
+    (folder / "FAILED").unlink(missing_ok=True)
+    write_whole(folder / "DONE", lambda temporary: temporary.write_text(json.dumps(dict(result)) + "\n"))
+
+
+def mark_failed(folder: Path, traceback: str) -> bool:
+    """Record why a run stopped, unless another of its processes has; whether this one did."""
+    (folder / "DONE").unlink(missing_ok=True)
+    (folder / NEXT).unlink(missing_ok=True)
+    try:
+        with open(folder / "FAILED", "x") as out:
+            out.write(traceback)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk, which may be why the run stopped
+        return True
+    return True
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What `mark_done` recorded, or None."""
+    file = folder / "DONE"
+    return json.loads(file.read_text()) if file.exists() else None

@@ -1,0 +1,77 @@
+"""Which images are wanted: class, size and number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from genfound.config.checks import whole
+from genfound.data.images.names import numbered
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image: its label, its (height, width) in pixels, and its number k within the request."""
+
+    label: int
+    size: tuple[int, int]
+    number: int
+
+
+def check_size(size: tuple[int, int], unit: int) -> None:
+    """Raise a ValueError that names the nearest legal sizes if a side is not a positive multiple of `unit`."""
+    if all(side > 0 and side % unit == 0 for side in size):
+        return
+    low, high = ([max(f(side / unit), 1) * unit for side in size] for f in (np.floor, np.ceil))
+    legal = [f"[{int(h)},{int(w)}]" for h, w in (low, high)]
+    raise ValueError(
+        f"size=[{size[0]},{size[1]}]: height and width must be multiples of {unit} pixels "
+        f"(tokenizer stride x patch); the nearest legal sizes are {' and '.join(dict.fromkeys(legal))}"
+    )
+
+
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def make_requests(
+    labels: Sequence[int | str], sizes: Sequence[tuple[int, int]], n: int, class_names: Sequence[str]
+) -> list[Request]:
+    """n images of each label at each size, numbered in this order.
+
+    Raises:
+        ValueError: a label is neither a class number nor a class name, or n is not positive.
+    """
+    whole("n", n, 1)
+    if not len(labels):
+        raise ValueError("labels=[]: give at least one class")
+    numbers = [label_number(label, class_names) for label in labels]
+    wanted = [(label, size) for size in sizes for _ in range(n) for label in numbers]
+    return [Request(label, size, number) for number, (label, size) in enumerate(wanted)]
+
+
+def label_number(label: int | str, class_names: Sequence[str]) -> int:
+    """The place of a class among all, given by its name or by its place.
+
+    A number that is the name of a class is this class, wherever it stands. Where all classes are named by numbers
+    that are not their places, a number is always a name, with or without leading zeros.
+
+    Raises:
+        ValueError: there is no such class, or there are several.
+    """
+    whole_number = isinstance(label, Integral) and not isinstance(label, bool)
+    if (whole_number or isinstance(label, str)) and str(label) in class_names:
+        return list(class_names).index(str(label))
+    by_name = numbered(class_names)
+    if whole_number and not by_name and 0 <= int(label) < len(class_names):
+        return int(label)
+    same = [place for place, name in enumerate(class_names) if by_name and whole_number and int(name) == label]
+    if len(same) == 1:
+        return same[0]
+    names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
+    places = "" if by_name else f" 0..{len(class_names) - 1}"
+    raise ValueError(f"labels: {label} is not one of the {len(class_names)} classes{places} ({names})")

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from genfound.config import compose
+from genfound.config.sweeps import Swept, swept_keys
+
+
+def start(task: list[str], params: dict[str, Any] | None = None) -> list[str]:
+    """The overrides for Hydra that the jobs of a sweep get."""
+    overrides = {"task": task, "hydra": ["hydra.mode=MULTIRUN"]}
+    config = OmegaConf.create({"hydra": {"overrides": overrides, "sweeper": {"params": params}}})
+    OmegaConf.set_readonly(config.hydra, True)
+    Swept([]).on_multirun_start(config)
+    assert OmegaConf.is_readonly(config.hydra)
+    return list(config.hydra.overrides.hydra)
+
+
+@pytest.mark.parametrize(
+    ("task", "params", "keys"),
+    [
+        (["model=nit_s", "seed=0"], None, []),
+        (["data.root=a,b", "seed=0"], None, ["data.root"]),
+        (["trainer.precision=bf16,fp32", "seed=range(3)", "model=glob(nit*)"], None,
+         ["model", "seed", "trainer.precision"]),
+        (["data.root='a,b'", "ema.decays=[0.9,0.99]", "model.depth=1"], None, []),
+        (["ema.decays=[0.9],[0.99]", "data.root='a b','a c'"], None, ["data.root", "ema.decays"]),
+        (["seed=1"], {"optimizer.lr": "interval(0.1, 1)", "trainer.devices": "1,2", "model.depth": 3},
+         ["optimizer.lr", "trainer.devices"]),
+    ],
+)  # fmt: skip
+def test_what_a_sweep_varies(task: list[str], params: dict[str, Any] | None, keys: list[str]) -> None:
+    assert job(start(task, params)) == keys
+
+
+def job(overrides: list[str]) -> list[str]:
+    """What a job finds that is composed with these overrides, as launchers compose it on any machine."""
+    OverridesParser.create().parse_overrides(overrides)
+    with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
+        composed: DictConfig = hydra.compose(
+            "train", [o for o in overrides if "hydra.mode" not in o], return_hydra_config=True
+        )
+    before = HydraConfig.instance().cfg
+    composed.hydra.job.num = 0  # Hydra's own value is missing outside of a job
+    HydraConfig.instance().set_config(composed)
+    try:
+        return swept_keys()
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def test_outside_a_sweep_nothing_is_varied(tmp_path: Path) -> None:
+    assert job([]) == []

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from genfound.data.packing.prefetch import read_ahead
+
+
+class Numbers(Dataset[int]):
+    def __getitem__(self, key: int) -> int:
+        if key == 3:
+            raise FileNotFoundError(2, "no such file", "three.jpg")
+        if key > 3:
+            raise ValueError(f"{key}.jpg is damaged")
+        return 10 * key
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_come_in_the_order_of_the_keys_and_errors_as_they_were(workers: int) -> None:
+    items = read_ahead(Numbers(), (key for key in (2, 0, 1, 5)), workers)
+    assert [next(items) for _ in range(3)] == [20, 0, 10]
+    with pytest.raises(ValueError, match=r"^5\.jpg is damaged$"):
+        next(items)
+    with pytest.raises(FileNotFoundError, match=r"no such file: 'three\.jpg'"):
+        next(read_ahead(Numbers(), [3], workers))
+
+
+class Killed(Dataset[int]):
+    def __getitem__(self, key: int) -> int:
+        if key == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return key
+
+
+def test_a_killed_worker_is_one_clear_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"was ended from outside, .* memory .*: set a smaller data\.num_workers, or 0"
+    ):
+        list(read_ahead(Killed(), [0, 1, 2], 1))
+
+
+class Broken(Dataset[int]):
+    def __getitem__(self, key: int) -> int:
+        raise RuntimeError("a mistake")
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="a mistake"):
+        next(read_ahead(Broken(), [0], 0))
+
+
+def test_a_negative_number_of_workers_is_named() -> None:
+    with pytest.raises(ValueError, match=r"data\.num_workers=-1 must be a whole number of at least 0"):
+        read_ahead(Broken(), [0], -1)
+
+
+class Shared(Dataset[tuple[list[Tensor], str]]):
+    def __getitem__(self, key: int) -> tuple[list[Tensor], str]:
+        if key == 1:
+            Tensor.share_memory_ = full  # type: ignore[method-assign]
+        return [torch.full((3,), float(key))], "name"
+
+
+def full(_: Tensor) -> Tensor:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_shared_memory_without_room_is_an_error_and_not_an_endless_wait() -> None:
+    items = read_ahead(Shared(), [0, 1], 1)
+    (values,), name = next(items)
+    assert values.tolist() == [0.0] * 3 and values.is_shared() and name == "name"
+    with pytest.raises(OSError, match=r"/dev/shm.*No space left.*docker run --shm-size=8g.* data\.num_workers"):
+        next(items)

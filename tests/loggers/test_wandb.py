@@ -1,0 +1,125 @@
+"""What W&B has of a run, read back from its offline directories."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from PIL import Image
+from wandb.proto import wandb_internal_pb2
+
+from genfound.loggers.json_lines import JsonLines
+from genfound.loggers.wandb import Dashboard, stored_records
+
+CONFIG = {"study": "axes", "seed": 3, "model": {"depth": 2}}
+
+
+def line(step: int) -> dict[str, float]:
+    return {"images_seen": 8 * step, "train/loss": step / 2}
+
+
+def begin(folder: Path, start: int, anew: bool = False) -> tuple[JsonLines, Dashboard]:
+    """The sinks of a run that goes on after so many steps."""
+    return JsonLines(folder / "metrics.jsonl", start), Dashboard(folder, CONFIG, "genfound", anew)
+
+
+def log(sinks: tuple[JsonLines, Dashboard], steps: range) -> None:
+    for step in steps:
+        for sink in sinks:
+            sink.log(line(step), step)
+
+
+def end(sinks: tuple[JsonLines, Dashboard]) -> None:
+    """As at the end of a process, where W&B's own process writes what is left and ends as well."""
+    for sink in sinks:
+        sink.close()
+    wandb.teardown()
+
+
+def records(folder: Path) -> list[tuple[str, Any]]:
+    """(id of the W&B run, record) of all offline directories, oldest first."""
+    message: Any = vars(wandb_internal_pb2)["Record"]
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    return [(file.stem, message.FromString(data)) for file in files for data in stored_records(file)]
+
+
+def rows(folder: Path) -> list[tuple[str, int, dict[str, Any]]]:
+    """(id, step, values) of each row."""
+    found = []
+    for run, record in records(folder):
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            found.append((run, record.history.step.num, items))
+    return found
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return tmp_path / "seed-3"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.loggers.test_wandb import begin, log
+log(begin(Path(sys.argv[1]), 0), range(1, 7))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("first", ["killed", "written"])
+def test_a_run_that_goes_on_shows_each_step_once(run: Path, first: str) -> None:
+    """Six steps, the last checkpoint after three: W&B has lost all of them, or has all of them."""
+    if first == "killed":
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(run)], env=dict(os.environ), check=False)
+        assert killed.returncode == -signal.SIGKILL
+    else:
+        sinks = begin(run, 0)
+        log(sinks, range(1, 7))
+        end(sinks)
+    sinks = begin(run, 3)
+    log(sinks, range(4, 9))
+    picture = run / "images-64.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    sinks[1].picture("samples", picture, 64, 8)
+    end(sinks)
+    found = rows(run)
+    assert [step for _, step, _ in found] == list(range(1, 9))
+    assert all(values["train/loss"] == step / 2 and values["images_seen"] == 8 * step for _, step, values in found)
+    assert found[-1][2]["samples._type"] == "image-file"
+    assert len({run_id for run_id, _, _ in found}) == 1
+    described = [record.run for _, record in records(run) if record.WhichOneof("record_type") == "run"]
+    assert {(run.run_group, run.display_name, run.project) for run in described} == {("axes", "seed-3", "genfound")}
+    kept = {item.key: json.loads(item.value_json) for item in described[-1].config.update}
+    assert kept["seed"] == 3 and kept["model"] == {"depth": 2}
+
+
+def test_lines_of_another_configuration_stay_in_a_run_of_their_own(run: Path) -> None:
+    sinks = begin(run, 0)
+    log(sinks, range(1, 6))
+    end(sinks)
+    sinks = begin(run, 2, anew=True)
+    log(sinks, range(3, 5))
+    end(sinks)
+    first, second = dict.fromkeys(run_id for run_id, _, _ in rows(run))
+    assert [step for run_id, step, _ in rows(run) if run_id == first] == [1, 2, 3, 4, 5]
+    assert [step for run_id, step, _ in rows(run) if run_id == second] == [1, 2, 3, 4]
+
+
+def test_records_of_several_blocks_are_read(run: Path) -> None:
+    """Records of more than 32 KiB lie in pieces."""
+    sinks = begin(run, 0)
+    for step in range(1, 5):
+        sinks[1].log({f"layer/{i}": float(i) for i in range(1000)}, step)
+    end(sinks)
+    assert [(step, len([key for key in row if key.startswith("layer")])) for _, step, row in rows(run)] == [
+        (step, 1000) for step in range(1, 5)
+    ]

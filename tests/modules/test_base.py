@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from genfound.data.packing.batch_plan import Micro
+from genfound.layouts import Packed
+from genfound.modules.base import GenerativeModule, schedule
+from genfound.objectives.weighting import EXPONENTS, image_weight
+from genfound.rng import Rng
+from tests.helpers import latents, small_nit, training_module
+
+PACKS = [[(3, 5), (1, 1)], [(4, 4)], [(2, 2), (2, 3), (1, 7)], [(5, 5)]]
+
+
+def module(**options: Any) -> GenerativeModule:
+    return training_module(small_nit(), **{"label_drop": 0.1, "weight": "token", **options})
+
+
+def item(number: int, step_weight: float) -> Any:
+    sizes = PACKS[number]
+    batch = Packed(1, 40, 4, filler_label=10).to_batch(latents(sizes, seed=number), torch.arange(len(sizes)))
+    return batch, Micro(number, (), (), 0, 0, step_weight, 0)
+
+
+@pytest.mark.parametrize("weight", EXPONENTS)
+@pytest.mark.parametrize(("micro_batches", "ranks"), [(4, 1), (2, 2), (1, 4)])
+def test_loss_of_a_step_is_the_weighted_mean_over_all_its_images(weight: str, micro_batches: int, ranks: int) -> None:
+    tokens = torch.tensor([h * w for sizes in PACKS for h, w in sizes])
+    weights = image_weight(tokens.float(), weight)
+    trained = module(micro_batches=micro_batches, ranks=ranks, weight=weight)
+    parts, losses = [], []
+    for number in range(4):
+        parts.append(trained.training_step(item(number, weights.sum().item()), number))
+        losses.append(trained.losses.total[: len(PACKS[number])])
+    expected = (weights * torch.cat(losses)).sum() / weights.sum()
+    torch.testing.assert_close(torch.stack(parts).mean(), expected)  # Lightning averages over both
+
+
+def test_a_micro_batch_draws_the_same_wherever_it_is_computed() -> None:
+    first, second = module(micro_batches=4), module(ranks=4)
+    for number in range(3):
+        first.training_step(item(number, 1.0), number)
+    second.training_step(item(2, 1.0), 0)
+    assert torch.equal(first.losses.total, second.losses.total)
+    assert torch.equal(first.losses.t, second.losses.t)
+
+
+@pytest.mark.parametrize(("label_drop", "low", "high"), [(1.0, 1, 1), (0.3, 0.2, 0.4), (0.0, 0, 0)])
+def test_labels_are_dropped_with_the_given_probability(label_drop: float, low: float, high: float) -> None:
+    trained, seen = module(label_drop=label_drop), []
+    trained.net.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0].y))
+    batch = Packed(1).to_batch(latents([(1, 1)] * 400), torch.full((400,), 3))
+    trained.evaluate(batch, Rng(0))
+    assert low <= (seen[0] == 10).float().mean() <= high
+    assert set(seen[0].tolist()) <= {3, 10}
+    assert (batch.y == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "images_seen", "factor"),
+    [
+        ("constant", 0, 1), ("constant", 999, 1), ("warmup", 0, 1 / 101), ("warmup", 50, 51 / 101), ("warmup", 100, 1),
+        ("warmup", 900, 1), ("cosine", 50, 51 / 101), ("cosine", 100, 1), ("cosine", 550, 0.5), ("cosine", 1000, 0),
+        ("cosine", 5000, 0),
+    ],
+)  # fmt: skip
+def test_schedules(kind: str, images_seen: int, factor: float) -> None:
+    assert schedule({"schedule": kind, "warmup_images": 100}, images_seen, 1000) == pytest.approx(factor, abs=1e-12)
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.schedule=step is unknown; choose constant, warmup or cosine"):
+        schedule({"schedule": "step", "warmup_images": 0}, 0, 10)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import genfound
+from genfound import build, training
+from genfound.callbacks import preview
+from genfound.config import compose, environment, options
+from genfound.runtime import run_directory
+from genfound.training import fit, typical_sizes
+from tests.cli.commands import TINY
+from tests.helpers import composed, run_dir, state_differences
+
+WRONG = {
+    "sampler.steps=0": r"sampler\.steps=0 must be a whole number of at least 1",
+    "guidance.interval=[0.7,0.2]": r"guidance\.interval=.* low <= high",
+    "model.label_drop=0": r"guidance needs a null label: .* guidance=none",
+    "layout=dense": "layout=dense does not fit NiT",
+    "objective=gaussian_x0 sampler=ddim objective.timesteps=30 sampler.steps=40": "40 steps cannot be chosen from 30",
+}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "typical"),
+    [
+        ([(8, 8)], [(8, 8)]),
+        ([(8, 16), (16, 8)], [(16, 8), (8, 16)]),
+        ([(8, 8), (16, 8), (8, 16)], [(8, 8), (8, 16), (16, 8)]),
+        ([(8, 8)] * 98 + [(4, 16), (16, 4)], [(8, 8)]),
+    ],
+)
+def test_typical_sizes_of_few_images_are_those_there_are(
+    sizes: list[tuple[int, int]], typical: list[tuple[int, int]]
+) -> None:
+    assert typical_sizes(np.array(sizes)) == typical
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_settings_of_previews_are_checked_before_the_first_step(options: str, tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, *TINY, *options.split(), "trainer.max_steps=1", "logger=jsonl")
+    with pytest.raises(ValueError, match=WRONG[options]):
+        fit(folder)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("extra", ["batch.packs=2", "ema.decays=[0.9,0.99]", "trainer.checkpoint_every=2"])
+def test_whatever_is_saved_continues_bit_by_bit(extra: str, tmp_path: Path) -> None:
+    """Weights, averages, optimizer and the place in the data, also where several micro-batches make a step."""
+    for name, ends in (("straight", [7]), ("resumed", [2, 3, 7])):
+        for end in ends:
+            fit(run_dir(tmp_path / name, *TINY, extra, f"trainer.max_steps={end}"))
+    assert not state_differences(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_run_without_averages_says_so(tmp_path: Path) -> None:
+    fit(run_dir(tmp_path, *TINY, "ema.decays=[]", "trainer.max_steps=1"))
+    assert genfound.load(tmp_path, weights="raw").class_names
+    with pytest.raises(ValueError, match=r"keeps no average of its weights \(ema\.decays=\[\]\); set weights=raw"):
+        genfound.load(tmp_path)
+
+
+def test_a_run_that_failed_at_its_very_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last checkpoint is written when the last picture is."""
+    folder = run_dir(tmp_path, *TINY, "budget.images=40", "trainer.checkpoint_every=1", "trainer.preview_every=1000")
+    with monkeypatch.context() as context:
+        context.setattr(preview, "save_grid", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            training.run(folder)
+    assert "No space left" in (folder / "FAILED").read_text()
+    training.run(folder)
+    assert run_directory.finished(folder) and not (folder / "FAILED").exists()
+    assert len(list((folder / "samples").glob("*.png"))) == 1
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_ended(tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, *TINY, "trainer.max_steps=2")
+    fit(folder)
+    done = (folder / "DONE").read_text()
+    (folder / "DONE").unlink()
+    fit(folder)
+    assert (folder / "DONE").read_text() == done
+
+
+@pytest.mark.parametrize("model", ["nit_tiny", "fitv2_tiny"])
+@pytest.mark.parametrize("sides", [[8], [24]])
+def test_held_out_images_may_have_other_sizes(
+    model: str, sides: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller ones, of which more would fit a pack, and larger ones."""
+    source = build.source
+
+    def others(config: Any, spec: Any, split: str) -> Any:
+        data = {**config["data"], "sides": sides} if split == "val" else config["data"]
+        return source({**config, "data": data}, spec, split)
+
+    monkeypatch.setattr(build, "source", others)
+    fit(
+        run_dir(tmp_path, *TINY, f"model={model}", "data.max_tokens=1024", "trainer.max_steps=2", "trainer.val_every=1")
+    )
+    assert "val/loss_ema" in (tmp_path / "metrics.jsonl").read_text()
+
+
+SENSELESS = {
+    "trainer.keep=-1": "trainer.keep=-1 must be a whole number of at least 1",
+    "trainer.preview_every=0": "trainer.preview_every=0 must be a whole number of at least 1",
+    "trainer.log_every=null": "trainer.log_every=null must be a whole number",
+    "trainer.devices=0": "trainer.devices=0 must be",
+    "trainer.eval_every=-5": "trainer.eval_every=-5 must be a whole number of at least 1, or null",
+    "sample.batch=0": "sample.batch=0 must be",
+    "budget.images=-3": "budget.images=-3 must be",
+    "batch.packs=0": "batch.packs=0 must be",
+    "ema.decays=[1.5]": "ema.decays=1.5 must be a finite number of at least 0 and at most 1",
+    "ema.decays=0.9": "ema.decays=0.9 must be a list, such as [0.9999,0.999]",
+    "optimizer.ema_decay=2": "optimizer.ema_decay=2 must be",
+    "optimizer.betas=[0.9,2]": "optimizer.betas=2 must be",
+    "model.depth=0": "model.depth=0 must be a whole number of at least 1",
+    "batch.packs=null batch.images=4": "batch.images counts nothing in layout=packed; set batch.packs",
+    "optimizer.clip=0": "optimizer.clip=0 must be a finite number above 0",
+    "model.label_drop=2": "model.label_drop=2 must be",
+    "data.num_workers=null": "data.num_workers=null must be",
+}
+
+
+@pytest.mark.parametrize("override", SENSELESS)
+def test_numbers_that_make_no_sense_are_refused(override: str) -> None:
+    with pytest.raises(ValueError) as error:
+        options.check(composed(*TINY, *override.split()))
+    assert SENSELESS[override] in str(error.value)
+
+
+def test_a_project_that_wandb_refuses_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fit(run_dir(tmp_path, *TINY, "logger=wandb", "logger.project=a/b", "trainer.max_steps=1"))
+    assert "Weights & Biases has stopped (Invalid project name 'a/b'" in capsys.readouterr().out
+    assert run_directory.finished(tmp_path) and "train/loss" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_parameters_that_do_not_exist_cannot_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.trainable=\['lora'\]: no parameter has one of these"):
+        fit(run_dir(tmp_path, *TINY, "optimizer.trainable=[lora]"))
+
+
+def test_the_end_of_the_budget_is_validated_and_drawn_once(tmp_path: Path) -> None:
+    fit(run_dir(tmp_path, *TINY, "budget.images=60", "trainer.val_every=1", "trainer.preview_every=1000"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    validated = [line["images_seen"] for line in lines if "val/loss" in line]
+    assert validated == sorted(set(validated)) and validated[-1] >= 60
+    assert [file.stem for file in (tmp_path / "samples").glob("*.png")] == [f"images-{validated[-1]:09d}"]
+
+
+@pytest.mark.parametrize("group", ["trainer", "data", "optimizer", "model"])
+def test_every_option_makes_sense(group: str) -> None:
+    for file in sorted((Path(compose.config_dir()) / group).glob("*.yaml")):
+        if "???" not in file.read_text():
+            options.check(composed(f"{group}={file.stem}"))
+
+
+def test_the_first_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter([ValueError("shard 3 is damaged"), RuntimeError("connection closed by peer")])
+    monkeypatch.setattr("genfound.training.fit", lambda *_: (_ for _ in ()).throw(next(reasons)))
+    (tmp_path / "launch").mkdir()
+    monkeypatch.setenv(environment.LAUNCH, str(tmp_path / "launch"))
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    monkeypatch.setenv(training.CONFIG, run_directory.config_hash(tmp_path))
+    for rank in ("1", "2"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit):
+            training._worker(tmp_path)
+    assert (tmp_path / "launch/reason").read_text() == "shard 3 is damaged"
+    assert "shard 3 is damaged" in (tmp_path / "FAILED").read_text()
+
+
+REFUSED = {
+    "trainer.devices=3 batch.packs=2": "a global step of 2 micro-batches cannot be shared by trainer.devices=3",
+    "data=image_folder data.root=nowhere tokenizer=dc_ae tokenizer.weights=none/none": "data.root=nowhere is not a",
+    "model.channels=4": "tokenizer is pixel (3 channels) but model.channels is 4",
+    "tokenizer=sd_vae tokenizer.weights=none/none model.channels=5": "tokenizer is sdvae (4 channels) but",
+    "layout=dense batch.packs=null batch.images=64": "layout=dense does not fit NiT",
+    "sampler=ddpm": "sampler=ddpm cannot sample objective=flow",
+    "trainer.precision=fp8": "precision=fp8 is unknown",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_is_known_at_once_is_refused_before_anything_is_read(
+    options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "training_tokenizer", lambda _: pytest.fail("weights were looked for"))
+    config = composed(*TINY, *options.split())
+    with pytest.raises((ValueError, OSError)) as error:
+        build.parts(config, config["trainer"]["devices"])
+    assert REFUSED[options] in str(error.value)
+
+
+def test_more_devices_than_the_machine_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"trainer\.devices=4, but this machine has 2 CUDA device"):
+        build.check(composed(*TINY, "batch.packs=4"), 4)
+
+
+def test_variables_of_launchers_do_not_make_a_run_one_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a program calls `fit` itself, and Lightning looks for a cluster."""
+    found = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "NODE_RANK": "1", "SLURM_NTASKS": "4",
+             "SLURM_PROCID": "3", "SLURM_JOB_NAME": "job"}  # fmt: skip
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    fit(run_dir(tmp_path, *TINY, "batch.packs=2", "trainer.max_steps=1"))
+    assert json.loads((tmp_path / "DONE").read_text())["steps"] == 1
