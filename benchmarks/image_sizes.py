@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from genfound.data.images.views import Views
+from genfound.data.images.views import ImageViews
 
 COMMON = ((0.37, (500, 375)), (0.11, (500, 333)))
 """Share of a size, and its longer and shorter side."""
@@ -44,6 +44,6 @@ def token_counts(count: int, view: str = "native", seed: int = 0) -> np.ndarray:
         view: see `Views`; squares are of 256 and 512 pixels.
         seed: of the sizes.
     """
-    views = Views(view, 256, 32, 4096)
+    views = ImageViews(view, 256, 32, 4096)
     heights, widths = image_sizes(count, seed).T.tolist()
     return (views.entries(heights, widths).sizes // 32).prod(axis=1)

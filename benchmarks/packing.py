@@ -23,13 +23,13 @@ from benchmarks.lpfhp import BestFit, assign, costs, fill, lpfhp
 from genfound.data.packing.batch_plan import Plan
 from genfound.data.packing.budget import max_images
 from genfound.data.packing.order import Order
-from genfound.data.packing.packer import LOOKAHEAD, Grouper, Packer
+from genfound.data.packing.packer import LOOKAHEAD, Batcher, Packer
 from genfound.loggers.provenance import provenance
 
 RANKS, WIDTH = 8, 1152
 BUDGETS = (8192, 16_384, 65_536)
 Tokens = Callable[[int], int]
-Make = Callable[[Tokens, int, int], Grouper]
+Make = Callable[[Tokens, int, int], Batcher]
 
 
 def main() -> None:

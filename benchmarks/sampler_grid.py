@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import genfound
 from genfound.config import compose
-from genfound.sampling.pipeline import Sampling
+from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import make_requests
 
 SIZE, FACTOR, LEFT, GAP = (16, 16), 4, 150, 4
@@ -32,7 +32,7 @@ def draw(run: str, name: str, steps: int) -> tuple[list[np.ndarray], int, int]:
     handle = loaded.net.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0].y)))
     requests = make_requests(list(range(10)), [SIZE], 1, loaded.class_names)
     config = {**loaded.config, "sampler": sampler, "trainer": {"precision": "fp32"}}
-    sampling = Sampling.of(config, loaded.objective, loaded.tokenizer, torch.device("cpu"), len(requests))
+    sampling = Pipeline.of(config, loaded.objective, loaded.tokenizer, torch.device("cpu"), len(requests))
     images = sampling.draw(loaded.net, requests, seed=0)
     handle.remove()
     return images, len(rows), sum(count > len(requests) for count in rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.layouts import Dense
 from genfound.objectives.flow import FlowField
-from genfound.objectives.interpolants import PATHS, PathPoint
+from genfound.objectives.interpolants import INTERPOLANTS, Coefficients
 from genfound.objectives.times import time_grid
 from genfound.samplers import SAMPLERS
 
@@ -49,13 +49,13 @@ class Exact:
     def __call__(self, batch: Batch, t: float) -> Tensor:
         """E[dx/dt | x_t]."""
         self.calls += 1
-        p = PathPoint.at(PATHS[self.path], t)
+        p = Coefficients.at(INTERPOLANTS[self.path], t)
         centred = (batch.x.double() - p.alpha * MEAN) / (p.alpha**2 * STD**2 + p.sigma**2)
         return (p.d_alpha * (MEAN + p.alpha * STD**2 * centred) + p.d_sigma * p.sigma * centred).float()
 
     def moments(self, t: float) -> tuple[float, float]:
         """Mean and variance of x_t."""
-        p = PathPoint.at(PATHS[self.path], t)
+        p = Coefficients.at(INTERPOLANTS[self.path], t)
         return float(p.alpha * MEAN), float(p.alpha**2 * STD**2 + p.sigma**2)
 
 
@@ -82,7 +82,7 @@ def errors(path: str, name: str, steps: int, end: float, options: dict[str, Any]
     x = torch.zeros(rows, 1, 1, 1)
     x[1] = 1
     batch = Dense(1).to_batch(list(x), torch.zeros(rows, dtype=torch.long))
-    field = FlowField(net, PATHS[path], "velocity")
+    field = FlowField(net, INTERPOLANTS[path], "velocity")
     out = SAMPLERS[name](field, batch, time_grid(steps, start, end), Impulses(rows), **options).x.flatten().double()
     slope, kicks = out[1] - out[0], out[2:] - out[0]
     mean, variance = net.moments(start)

@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from benchmarks.image_sizes import image_sizes
-from genfound.data.images.views import Views
+from genfound.data.images.views import ImageViews
 from genfound.data.latents.manifest import FORMAT, store_digest, write_manifest
-from genfound.data.latents.store import Filling, Store, manifest_line, read_index
+from genfound.data.latents.store import ShardWriter, Store, manifest_line, read_index
 from genfound.loggers.provenance import provenance
 
 IMAGENET = 1_300_000
 SHARD = 8192
-VIEWS = Views("native", 256, 32, 4096)
+VIEWS = ImageViews("native", 256, 32, 4096)
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def make_store(root: Path, images: int, channels: int) -> None:
         columns = {"sizes": sizes, "images": entries.images[own], "rules": entries.rules[own]}
         labels = np.arange(begin, begin + len(sizes)) % 1000
         names = [f"n{label:08d}/n{label:08d}_{image}.JPEG" for image, label in enumerate(labels.tolist(), begin)]
-        filling = Filling({**columns, "labels": labels}, names, channels, channels, 1, torch.float16)
+        filling = ShardWriter({**columns, "labels": labels}, names, channels, channels, 1, torch.float16)
         filling.values.normal_(generator=generator)
         file = root / f"train-{number:05d}.safetensors"
         filling.write(file, {"split": "train", "number": number, "store": store_digest(manifest)})

@@ -28,7 +28,7 @@ from genfound.loggers.provenance import provenance
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.runtime import devices
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 
 REPEATS = 5
 
@@ -94,7 +94,7 @@ def training_row(device: torch.device, model: str, tokens: int, precision: str) 
     with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose("train", [f"model={model}"]), resolve=True)
     assert isinstance(config, dict)
-    spec = Spec(config["model"]["channels"] or 32, 32)
+    spec = LatentSpec(config["model"]["channels"] or 32, 32)
     net = build.net({**config, "layout": {"name": "packed"}}, spec, 1000).to(device)
     objective = build.objective(config)
     patch = config["model"]["patch_size"]

@@ -17,13 +17,13 @@ from genfound.backbones.base import Backbone
 from genfound.backbones.nit import NiT
 from genfound.batch import Batch
 from genfound.config import compose
-from genfound.data.packing.collate import Assembly
+from genfound.data.packing.collate import Collate
 from genfound.layouts import Dense, Packed, Padded
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.flow import Flow
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io, run_directory
-from genfound.tokenizers import Pixel, Spec
+from genfound.tokenizers import LatentSpec, PixelTokenizer
 
 
 def latents(sizes: Sequence[tuple[int, int]], channels: int = 4, seed: int = 0) -> list[Tensor]:
@@ -51,7 +51,7 @@ def fresh_nit(channels: int = 4, num_classes: int = 10, seed: int = 0, **options
     """A NiT of two small blocks, or of other options, as it is initialised."""
     config = composed("model=nit_s")
     model = {**config["model"], "width": 32, "depth": 2, "heads": 2, "attention": "loop", **options}
-    net = build.net({**config, "model": model, "seed": seed}, Spec(channels, 1), num_classes)
+    net = build.net({**config, "model": model, "seed": seed}, LatentSpec(channels, 1), num_classes)
     assert isinstance(net, NiT)
     return net
 
@@ -65,7 +65,7 @@ def training_module(net: Backbone, weight: str = "image", **options: Any) -> Gen
     """What trains a network on noise-free shapes of the linear path."""
     defaults: dict[str, Any] = {
         "objective": linear_flow(weight=weight), "optimizer": {}, "label_drop": 0.0, "seed": 0, "budget": 100,
-        "micro_batches": 1, "ranks": 1, "assembly": Assembly(Pixel(), Packed(1), Rng(0)),
+        "micro_batches": 1, "ranks": 1, "assembly": Collate(PixelTokenizer(), Packed(1), Rng(0)),
     }  # fmt: skip
     return GenerativeModule(net, **{**defaults, **options})
 
@@ -115,12 +115,12 @@ def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
 
 def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
     """A resolved configuration, as the command line would compose it."""
-    return compose.plain(_composed(name, overrides))
+    return compose.to_dict(_composed(name, overrides))
 
 
 def run_dir(folder: Path, *overrides: str) -> Path:
     """A run directory that `genfound.training.fit` can train."""
-    run_directory.claim(folder, compose.compose("train", overrides), allow_changes=False)
+    run_directory.write_config(folder, compose.compose("train", overrides), allow_changes=False)
     return folder
 
 

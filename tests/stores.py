@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from genfound.data.images.views import Views
+from genfound.data.images.views import ImageViews
 from genfound.encoding.encode import encode
 from tests.helpers import composed
 
@@ -36,9 +36,9 @@ def encoded(images: Path, out: Path, *overrides: str, rank: int = 0, ranks: int 
     return out
 
 
-def native(unit: int = 8, max_tokens: int = 4096) -> Views:
+def native(unit: int = 8, max_tokens: int = 4096) -> ImageViews:
     """Images at their own sizes."""
-    return Views("native", 32, unit, max_tokens)
+    return ImageViews("native", 32, unit, max_tokens)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

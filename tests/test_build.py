@@ -8,7 +8,7 @@ import torch
 
 from genfound import build
 from genfound.runtime import devices
-from genfound.runtime.processes import Place
+from genfound.runtime.processes import RankInfo
 from genfound.training import fit
 from tests.cli.commands import TINY
 from tests.helpers import run_dir
@@ -40,9 +40,9 @@ def test_a_process_has_its_device_before_anything_is_built(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
-    monkeypatch.setattr(build, "parts", parts)
+    monkeypatch.setattr(build, "build_run", parts)
     with pytest.raises(InterruptedError, match="building begins"):
-        fit(run_dir(tmp_path, *TINY), Place(rank, ranks, rank))
+        fit(run_dir(tmp_path, *TINY), RankInfo(rank, ranks, rank))
     assert current == [rank]
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import genfound
 from genfound import build
 from genfound.config import compose
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 from genfound.training import fit
 from tests.helpers import run_dir, state_differences
 
@@ -37,7 +37,7 @@ def test_its_companions_fit_together(model: str) -> None:
     config = composed(f"model={model}")
     objective = build.objective(config)
     with torch.device("meta"):
-        net = build.net(config, Spec(4, 8), num_classes=7)
+        net = build.net(config, LatentSpec(4, 8), num_classes=7)
     assert config["layout"]["name"] in net.layouts
     assert net.null_label == 7
     assert objective.name in ("flow", "gaussian")

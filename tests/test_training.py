@@ -196,7 +196,7 @@ def test_what_is_known_at_once_is_refused_before_anything_is_read(
     monkeypatch.setattr(build, "training_tokenizer", lambda _: pytest.fail("weights were looked for"))
     config = composed(*TINY, *options.split())
     with pytest.raises((ValueError, OSError)) as error:
-        build.parts(config, config["trainer"]["devices"])
+        build.build_run(config, config["trainer"]["devices"])
     assert REFUSED[options] in str(error.value)
 
 

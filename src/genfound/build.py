@@ -21,19 +21,19 @@ from genfound.config import compose, targets
 from genfound.config.targets import trusted
 from genfound.data.images.base import ImageSource
 from genfound.data.latents import stored_tokenizer
-from genfound.data.packing.batch_plan import Micro, Plan, each_once
+from genfound.data.packing.batch_plan import MicroBatch, Plan, each_once
 from genfound.data.packing.budget import max_images, micro_batches, token_budget, token_counts
-from genfound.data.packing.collate import Assembly
+from genfound.data.packing.collate import Collate
 from genfound.data.packing.loader import MicroBatches, TrainLoader
 from genfound.data.packing.order import Order
-from genfound.data.packing.packer import Chunker, Grouper, Packer
+from genfound.data.packing.packer import Batcher, FixedBatcher, Packer
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
 from genfound.runtime.devices import device, precision
 from genfound.samplers import SAMPLERS
-from genfound.tokenizers import Absent, Spec, Tokenizer
+from genfound.tokenizers import LatentSpec, Tokenizer, Undecodable
 from genfound.tokenizers.weights import option_of
 
 Config = Mapping[str, Any]
@@ -43,7 +43,7 @@ LOADER_KEYS = ("batch_size", "num_workers", "flip")
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunComponents:
     """Everything a training run is made of, checked to fit together."""
 
     config: Config
@@ -67,7 +67,7 @@ class Parts:
         """Processes that read for a rank."""
         return min(self.config["data"]["num_workers"], os.cpu_count() or 1)
 
-    def validation(self, images: int) -> list[Micro]:
+    def validation(self, images: int) -> list[MicroBatch]:
         """Micro-batches of the first held-out images of a fixed order, each image once; independent of the ranks.
 
         Raises:
@@ -81,16 +81,16 @@ class Parts:
         return each_once(Order(len(tokens), 0), tokens, images, budget, rows, self.objective.weight)
 
     @property
-    def assembly(self) -> Assembly:
+    def assembly(self) -> Collate:
         """From decoded images to batches."""
-        return Assembly(self.tokenizer, self.layout, Rng(self.config["seed"], "encode"))
+        return Collate(self.tokenizer, self.layout, Rng(self.config["seed"], "encode"))
 
     @property
-    def validation_assembly(self) -> Assembly:
+    def validation_assembly(self) -> Collate:
         """From held-out images to batches, the same in every run."""
-        return Assembly(self.tokenizer, self.layout, Rng(0, "val"))
+        return Collate(self.tokenizer, self.layout, Rng(0, "val"))
 
-    def batches(self, images: ImageSource, assembly: Assembly, flips: Rng | None = None) -> MicroBatches:
+    def batches(self, images: ImageSource, assembly: Collate, flips: Rng | None = None) -> MicroBatches:
         """Reads micro-batches; where the tokenizer is a network, they are encoded on the training device."""
         return MicroBatches(images, None if self.tokenizer.online else assembly, flips)
 
@@ -136,15 +136,15 @@ def check(config: Config, ranks: int) -> None:
     objective(config)
 
 
-def _expected_spec(config: Config) -> Spec:
+def _expected_spec(config: Config) -> LatentSpec:
     """The published one of the tokenizer; what the model expects, where other weights or latents may have another."""
     weights = Path(config["tokenizer"].get("weights") or "").expanduser()
     if config["data"].get("source", "images") == "images" and (weights == Path() or not weights.is_dir()):
         return published_spec(config)
-    return Spec(config["model"]["channels"] or 4, 1)
+    return LatentSpec(config["model"]["channels"] or 4, 1)
 
 
-def parts(config: Config, ranks: int) -> Parts:
+def build_run(config: Config, ranks: int) -> RunComponents:
     """Build a training run.
 
     Raises:
@@ -155,7 +155,7 @@ def parts(config: Config, ranks: int) -> Parts:
     images, held_out = (source(config, codec.spec, split) for split in ("train", "val"))
     backbone = net(config, codec.spec, len(images.class_names))
     goal = objective(config)
-    return Parts(
+    return RunComponents(
         config=config,
         ranks=ranks,
         device=device(config["trainer"]["accelerator"]),
@@ -171,7 +171,7 @@ def parts(config: Config, ranks: int) -> Parts:
 
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a configuration."""
-    built: Tokenizer = construct("tokenizer", config["tokenizer"], trusted(config))
+    built: Tokenizer = instantiate("tokenizer", config["tokenizer"], trusted(config))
     return built
 
 
@@ -202,11 +202,11 @@ def tokenizer_if_there(config: Config, path: Path) -> Tokenizer:
         try:
             codec = tokenizer(config)
         except FileNotFoundError as error:
-            return Absent(published_spec(config), str(error))
+            return Undecodable(published_spec(config), str(error))
         if channels in (None, codec.spec.channels):
             return codec
         spec = codec.spec
-    return Absent(
+    return Undecodable(
         spec._replace(channels=channels),
         f"{path} is a model of {channels} channels, and {name_of(config['tokenizer'])} has {spec.channels}; "
         "say hints.tokenizer=..., an option such as pixel or a folder with the weights of its autoencoder",
@@ -222,7 +222,7 @@ def training_tokenizer(config: Config) -> Tokenizer:
     return stored_tokenizer.stored_tokenizer(config["data"], config["tokenizer"], load, trust)
 
 
-def source(config: Config, spec: Spec, split: str) -> ImageSource:
+def source(config: Config, spec: LatentSpec, split: str) -> ImageSource:
     """The images or latents of a configuration; `split` is `train` or `val`."""
     options = {key: value for key, value in config["data"].items() if key not in LOADER_KEYS}
     options["view"] = options["view"] or ("square" if config["layout"]["name"] == "dense" else "native")
@@ -230,7 +230,7 @@ def source(config: Config, spec: Spec, split: str) -> ImageSource:
     built: ImageSource
     if kind == "images":
         unit = spec.stride * patch
-        built = construct("data", options, trusted(config), unit=unit, split=split, seed=config["seed"])
+        built = instantiate("data", options, trusted(config), unit=unit, split=split, seed=config["seed"])
     else:
         built = stored_tokenizer.source(kind, options, spec, patch, split, config["data"]["flip"] and split == "train")
     if split == "train" and not len(built.labels):
@@ -238,7 +238,7 @@ def source(config: Config, spec: Spec, split: str) -> ImageSource:
     return built
 
 
-def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
+def net(config: Config, spec: LatentSpec, num_classes: int) -> Backbone:
     """The backbone for a tokenizer and a number of classes, initialised from the seed; on `meta` without values.
 
     Raises:
@@ -256,7 +256,9 @@ def net(config: Config, spec: Spec, num_classes: int) -> Backbone:
         with torch.device("cpu"):  # also where the network itself is built without memory, on meta
             options["learn_sigma"] = objective(config).learned_variance
     with torch.device("meta"):
-        built: Backbone = construct("model", options, trusted(config), channels=spec.channels, num_classes=num_classes)
+        built: Backbone = instantiate(
+            "model", options, trusted(config), channels=spec.channels, num_classes=num_classes
+        )
     if config["layout"]["name"] not in built.layouts:
         raise ValueError(
             f"layout={config['layout']['name']} does not fit {type(built).__name__}; "
@@ -273,7 +275,7 @@ def objective(config: Config) -> Objective:
     Raises:
         ValueError: the pair of objective and sampler is not legal.
     """
-    built: Objective = construct("objective", config["objective"], trusted(config))
+    built: Objective = instantiate("objective", config["objective"], trusted(config))
     sampler = config["sampler"]["name"]
     if sampler not in built.samplers or sampler not in SAMPLERS:
         raise ValueError(
@@ -282,7 +284,7 @@ def objective(config: Config) -> Objective:
     return built
 
 
-def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], spec: Spec) -> Layout:
+def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], spec: LatentSpec) -> Layout:
     """The layout of training and held-out images, of static shape.
 
     Raises:
@@ -306,7 +308,7 @@ def sampling_layout(config: Config) -> Layout:
     return {"dense": Dense, "padded": Padded, "packed": Packed}[name](patch)
 
 
-def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: int, seed: int) -> Plan:
+def plan(config: Config, images: ImageSource, spec: LatentSpec, weight: str, ranks: int, seed: int) -> Plan:
     """The global steps over a source; a pack has at most twice as many images as it holds on average.
 
     Raises:
@@ -314,22 +316,22 @@ def plan(config: Config, images: ImageSource, spec: Spec, weight: str, ranks: in
     """
     tokens = token_counts(images, spec, config["model"]["patch_size"])
     order = Order(len(tokens), seed)
-    grouper: Grouper
+    grouper: Batcher
     if config["layout"]["name"] == "dense":
-        grouper = Chunker(config["data"]["batch_size"])
+        grouper = FixedBatcher(config["data"]["batch_size"])
     else:
         budget = token_budget(config, tokens)
         grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
     return Plan(order, tokens, grouper, micro_batches(config, ranks), weight, seed)
 
 
-def published_spec(config: Config) -> Spec:
+def published_spec(config: Config) -> LatentSpec:
     """The shape of the latents of a configuration's tokenizer, as published; its weights are not needed."""
-    spec: Spec = targets.target("tokenizer", config["tokenizer"], trusted(config)).published
+    spec: LatentSpec = targets.target("tokenizer", config["tokenizer"], trusted(config)).published
     return spec
 
 
-def construct(group: str, options: Mapping[str, Any], trust: Sequence[str], **extra: Any) -> Any:
+def instantiate(group: str, options: Mapping[str, Any], trust: Sequence[str], **extra: Any) -> Any:
     """Call the class that `options["_target_"]` names, with the other options; see `targets.target`.
 
     Raises:

@@ -12,7 +12,7 @@ from genfound.config import command_line, compose
 def _task(cfg: DictConfig) -> None:
     from genfound.checkpoints.convert import convert
 
-    config = compose.plain(cfg)
+    config = compose.to_dict(cfg)
     how = {"weights": config["weights"], "trust": config["trust"], **config["hints"]}
     written = convert(Path(config["from"]), config["to"], config["format"], **how)
     print(f"{written.tensors:,} tensors, {written.parameters:,} parameters: {written.file} ({written.format})")
@@ -20,7 +20,7 @@ def _task(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console entry point."""
-    command_line.entry(_task, "convert")
+    command_line.hydra_main(_task, "convert")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,18 @@ from genfound.runtime import processes, run_directory
 
 
 def _task(cfg: DictConfig) -> None:
-    from genfound.evaluation.evaluator import Asked, evaluate
+    from genfound.evaluation.evaluator import EvaluationRequest, evaluate
 
-    processes.keep_freed_memory()
-    config = compose.plain(cfg)
-    evaluate(Asked(config, command_line.chosen(), str(HydraConfig.get().runtime.choices["protocol"])))
+    processes.tune_malloc()
+    config = compose.to_dict(cfg)
+    evaluate(
+        EvaluationRequest(config, command_line.user_overrides(), str(HydraConfig.get().runtime.choices["protocol"]))
+    )
 
 
 def main() -> None:
     """Console entry point."""
-    command_line.entry(_task, "evaluate", run_directory.read_config)
+    command_line.hydra_main(_task, "evaluate", run_directory.read_config)
 
 
 if __name__ == "__main__":

@@ -24,25 +24,25 @@ def _task(cfg: DictConfig) -> None:
     from genfound.data.images.pixels import save_png
     from genfound.runtime import devices
     from genfound.runtime.files import check_folder
-    from genfound.runtime.progress import Counter
+    from genfound.runtime.progress import ProgressCounter
     from genfound.sampling.grid import save_grid
-    from genfound.sampling.pipeline import Sampling, run_or_chosen
+    from genfound.sampling.pipeline import Pipeline, run_or_chosen
     from genfound.sampling.requests import make_requests
-    from genfound.tokenizers import Absent
+    from genfound.tokenizers import Undecodable
 
-    processes.keep_freed_memory()
-    config = compose.plain(cfg)
-    checks.whole("batch", config["batch"], 1)
-    chosen = command_line.chosen()
+    processes.tune_malloc()
+    config = compose.to_dict(cfg)
+    checks.integer("batch", config["batch"], 1)
+    chosen = command_line.user_overrides()
     out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
     check_folder("out", out)
     loaded = load(config["from"], weights=config["weights"], trust=config["trust"], **hints_of(config))
-    if isinstance(loaded.tokenizer, Absent):
+    if isinstance(loaded.tokenizer, Undecodable):
         raise ValueError(loaded.tokenizer.reason)
     loaded.net.reposition(config["rope"])
     settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
     labels = loaded.class_names[:FEW] if config["labels"] is None else config["labels"]
-    sizes = loaded.sizes if config["size"] is None else checks.sizes("size", config["size"])
+    sizes = loaded.sizes if config["size"] is None else checks.image_sizes("size", config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
     device = devices.device(config["accelerator"])
     how = {
@@ -52,7 +52,7 @@ def _task(cfg: DictConfig) -> None:
         "trainer": {"precision": config["precision"] or loaded.config["trainer"]["precision"]},
     }
     objective = build.objective(how)
-    sampling = Sampling.of(how, objective, loaded.tokenizer, device, config["batch"])
+    sampling = Pipeline.of(how, objective, loaded.tokenizer, device, config["batch"])
 
     classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:LONGEST_CLASS] for name in loaded.class_names]
     names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
@@ -60,7 +60,7 @@ def _task(cfg: DictConfig) -> None:
     if numbered(loaded.class_names):
         drawn = dict.fromkeys(loaded.class_names[request.label] for request in requests)
         print(f"classes are named by numbers, and labels are these names: {', '.join(drawn)}", flush=True)
-    images = sampling.draw(loaded.net.to(device), requests, config["seed"], Counter("images"))
+    images = sampling.draw(loaded.net.to(device), requests, config["seed"], ProgressCounter("images"))
     for name, image in zip(names, images, strict=True):
         save_png(out / name, image)
     save_grid(out / GRID, images, requests, loaded.class_names)
@@ -84,7 +84,7 @@ def _default_out(origin: Path, chosen: list[str]) -> Path:
 
 def main() -> None:
     """Console entry point."""
-    command_line.entry(_task, "sample", run_directory.read_config)
+    command_line.hydra_main(_task, "sample", run_directory.read_config)
 
 
 if __name__ == "__main__":

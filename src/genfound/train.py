@@ -12,7 +12,7 @@ def _task(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console entry point."""
-    command_line.entry(_task, "train")
+    command_line.hydra_main(_task, "train")
 
 
 if __name__ == "__main__":

@@ -23,16 +23,16 @@ from omegaconf import DictConfig
 
 from genfound import build
 from genfound.callbacks import resuming
-from genfound.callbacks.checkpointing import AtomicCheckpointIO, Saving
+from genfound.callbacks.checkpointing import AtomicCheckpointIO, Checkpointing
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
 from genfound.callbacks.nonfinite import NonFinite
 from genfound.callbacks.preview import Preview
-from genfound.callbacks.train_log import Metrics
+from genfound.callbacks.train_log import TrainLog
 from genfound.callbacks.validation import Validation
 from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, targets
-from genfound.config.command_line import frugal
+from genfound.config.command_line import explain_oom
 from genfound.config.errors import USER_ERRORS, JobError
 from genfound.config.options import check
 from genfound.config.sweeps import swept_keys
@@ -42,10 +42,10 @@ from genfound.loggers.provenance import provenance
 from genfound.loggers.terminal import Terminal
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io, devices, launch, processes, run_directory
-from genfound.runtime.processes import keep_freed_memory
-from genfound.runtime.work import ending_as_exit, held
-from genfound.sampling.pipeline import Sampling
-from genfound.sampling.requests import Request
+from genfound.runtime.processes import tune_malloc
+from genfound.runtime.work import lock, sigterm_as_exit
+from genfound.sampling.pipeline import Pipeline
+from genfound.sampling.requests import SampleRequest
 
 LABELS_IN_PREVIEW = 10
 
@@ -68,7 +68,7 @@ class OneProcess(LightningEnvironment):
         return 0
 
 
-def fit(folder: Path, place: processes.Place = processes.ALONE) -> None:
+def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> None:
     """Train the run of a directory, continuing from its newest checkpoint.
 
     Raises:
@@ -79,7 +79,7 @@ def fit(folder: Path, place: processes.Place = processes.ALONE) -> None:
     _quiet_lightning()
     config = run_directory.claimed(folder)
     devices.device(config["trainer"]["accelerator"], local_rank)
-    parts = build.parts(config, ranks)
+    parts = build.build_run(config, ranks)
     newest = checkpoint_io.newest(folder / "checkpoints")
     start: dict[str, Any] = {"global_step": 0, "images_seen": 0} if newest is None else checkpoint_io.read(newest)
     budget = config["budget"]["images"] or config["optimizer"]["budget_images"]
@@ -109,7 +109,7 @@ def fit(folder: Path, place: processes.Place = processes.ALONE) -> None:
         print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps; everything is in {folder}")
 
 
-def _module(parts: build.Parts, budget: int, rank: int, new: bool) -> GenerativeModule:
+def _module(parts: build.RunComponents, budget: int, rank: int, new: bool) -> GenerativeModule:
     """What Lightning trains; a new run starts from the weights of `init_from`."""
     config = parts.config
     if new and config["init_from"]:
@@ -139,24 +139,24 @@ def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:
     return list(dict.fromkeys((int(h), int(w)) for h, w in picks))
 
 
-def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[Request]:
+def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[SampleRequest]:
     """One image of each of the first classes at each size."""
     pairs = [(label, size) for size in sizes for label in range(min(len(class_names), LABELS_IN_PREVIEW))]
-    return [Request(label, size, number) for number, (label, size) in enumerate(pairs)]
+    return [SampleRequest(label, size, number) for number, (label, size) in enumerate(pairs)]
 
 
 def _callbacks(
-    folder: Path, parts: build.Parts, loader: TrainLoader, sinks: Sequence[Sink]
+    folder: Path, parts: build.RunComponents, loader: TrainLoader, sinks: Sequence[Sink]
 ) -> list[lightning.Callback]:
     """In the order in which they act after a step: average, measure, judge, evaluate, draw, save."""
     settings, names = parts.config["trainer"], parts.images.class_names
     decays = parts.config["ema"]["decays"]
     ema = Ema([parts.config["optimizer"]["ema_decay"]] if decays is None else decays)
-    metrics = Metrics(sinks, settings["log_every"], loader)
+    metrics = TrainLog(sinks, settings["log_every"], loader)
     nonfinite = NonFinite(sinks, folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
     sizes = typical_sizes(parts.images.sizes)
     batch = parts.config["sample"]["batch"]
-    sampling = Sampling.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
+    sampling = Pipeline.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
     sampling.check(parts.net)
     requests = preview_requests(names, sizes)
     facts = {"class_names": names, "sizes": sizes, **resuming.facts(parts)}
@@ -171,11 +171,11 @@ def _callbacks(
         *validation,
         *evaluation,
         Preview(folder / "samples", settings["preview_every"], sampling, requests, names, ema, metrics),
-        Saving(folder / "checkpoints", settings["checkpoint_every"], settings["keep"], loader, facts),
+        Checkpointing(folder / "checkpoints", settings["checkpoint_every"], settings["keep"], loader, facts),
     ]
 
 
-def _trainer(folder: Path, parts: build.Parts, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def _trainer(folder: Path, parts: build.RunComponents, callbacks: list[lightning.Callback]) -> lightning.Trainer:
     settings = parts.config["trainer"]
     return lightning.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",
@@ -248,37 +248,37 @@ def train(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     folder = run_directory.run_dir(cfg, list(hydra_cfg.overrides.task), swept_keys())
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    config = compose.with_own_targets(compose.plain(cfg))
+    config = compose.with_own_targets(compose.to_dict(cfg))
     check(config)
-    with held(folder, "choose name=..."):
+    with lock(folder, "choose name=..."):
         result = run_directory.finished(folder)
         if result and _reached(cfg, result):
-            run_directory.check_same(folder, config, cfg.allow_changes)
+            run_directory.refuse_changes(folder, config, cfg.allow_changes)
             _check_images(folder, config, result)
             print(f"[done before] {folder}  {_summary(result)}", flush=True)
             return
-        run_directory.check_same(folder, config, cfg.allow_changes)
+        run_directory.refuse_changes(folder, config, cfg.allow_changes)
         _check_at_once(folder, config, sweeping)
-        run_directory.claim(folder, config, cfg.allow_changes)
+        run_directory.write_config(folder, config, cfg.allow_changes)
         if sweeping or cfg.trainer.devices > 1:
             _run_apart(folder, cfg.trainer.devices, run_directory.config_hash(folder))
         else:
             run(folder)
 
 
-def run(folder: Path, place: processes.Place = processes.ALONE) -> None:
+def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> None:
     """Train the run of a directory in this process; leave DONE or FAILED there.
 
     Raises:
         JobError: it failed as another of its processes did, which has said why.
     """
-    keep_freed_memory()
+    tune_malloc()
     if place.rank == 0:
         (folder / "FAILED").unlink(missing_ok=True)
     from genfound.training import fit
 
     try:
-        with ending_as_exit(), frugal("train"):
+        with sigterm_as_exit(), explain_oom("train"):
             fit(folder, place)
     except BaseException as error:
         first = run_directory.mark_failed(folder, traceback.format_exc())
@@ -295,7 +295,7 @@ def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> N
         build.check(config, config["trainer"]["devices"])
     except USER_ERRORS:
         if not (folder / "config.yaml").exists():
-            run_directory.claim(folder, config, allow_changes=False)
+            run_directory.write_config(folder, config, allow_changes=False)
             run_directory.mark_failed(folder, traceback.format_exc())
         if sweeping:
             print(f"[failed] {folder}", flush=True)
@@ -350,7 +350,7 @@ def _summary(result: Mapping[str, Any]) -> str:
 def _worker(folder: Path) -> None:
     """One rank of a job: `python -m genfound.training RUN_DIR`, which trusts the configuration of the command alone."""
     with launch.reporting():
-        place = processes.place()
+        place = processes.rank_info()
         if run_directory.config_hash(folder) != os.environ.get(CONFIG):
             raise ValueError(f"the configuration in {folder} is not what the command has written; give it again")
         run(folder, place)

@@ -210,7 +210,7 @@ def test_foreign_weights_are_refused() -> None:
         from_official({**official, "pos_embed": official["pos_embed"][:, :15]})
     with pytest.raises(ValueError, match=r"1 unexpected \(blocks\.0\.attn\.q_norm\.weight\)"):
         extra = from_official({**official, "blocks.0.attn.q_norm.weight": torch.ones(16)})
-        checkpoint_io.fill(small_dit(), extra, Path("weights.pt"))
+        checkpoint_io.load_strict(small_dit(), extra, Path("weights.pt"))
 
 
 def test_an_averaged_position_table_is_accepted() -> None:

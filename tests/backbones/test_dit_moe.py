@@ -19,8 +19,8 @@ from genfound.objectives.gaussian import Gaussian
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
 from genfound.samplers import SAMPLERS
-from genfound.sampling.pipeline import guided
-from genfound.tokenizers import Spec
+from genfound.sampling.pipeline import with_guidance
+from genfound.tokenizers import LatentSpec
 from tests.helpers import assert_equal_gradients, composed, latents, linear_flow, loss_and_gradients
 
 SMALL: dict[str, Any] = {
@@ -54,7 +54,7 @@ def dense(size: tuple[int, int] = (8, 8), count: int = 3) -> Batch:
 @pytest.mark.parametrize("size", SIZES)
 def test_published_parameter_counts(size: str) -> None:
     with torch.device("meta"):
-        net = build.net(composed(f"model=dit_moe_{size}"), Spec(4, 8), 1000)
+        net = build.net(composed(f"model=dit_moe_{size}"), LatentSpec(4, 8), 1000)
     assert isinstance(net, DiTMoE)
     assert (sum(p.numel() for p in net.parameters()), active_parameters(net)) == SIZES[size]
     assert net.final_layer.linear.out_features == 2 * 4 * 2 * 2
@@ -241,7 +241,7 @@ def test_foreign_weights_are_refused() -> None:
         from_official({key: value for key, value in official.items() if key != absent})
     with pytest.raises(ValueError, match=r"1 unexpected \(blocks\.0\.moe\.experts\.4\.up_proj\.weight\)"):
         extra = from_official({**official, "blocks.0.moe.experts.4.up_proj.weight": torch.ones(64, 32)})
-        checkpoint_io.fill(small(), extra, Path("weights.pt"))
+        checkpoint_io.load_strict(small(), extra, Path("weights.pt"))
     with pytest.raises(ValueError, match="pos_embed is not DiT's sine-cosine table"):
         from_official({**official, "pos_embed": official["pos_embed"].flip(1)})
 
@@ -275,7 +275,7 @@ def test_routing_is_counted_by_class_time_and_token() -> None:
     times = objective.times("ddpm", 5)
     guidance = {"name": "cfg", "scale": 1.5, "interval": [0.0, 1.0], "channels": "all"}
     batch = Dense(2).to_batch(latents([(8, 8)] * 3), torch.tensor([7, 2, 7]))
-    field = objective.field(guided(net, guidance, objective.time_range))
+    field = objective.field(with_guidance(net, guidance, objective.time_range))
 
     class StepNoise:
         def normal(self, step: int) -> Tensor:

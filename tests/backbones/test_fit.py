@@ -21,7 +21,7 @@ from genfound.checkpoints.official.fit import (
 )
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.runtime import checkpoint_io
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 from tests.helpers import assert_equal_gradients, composed, latents, loss_and_gradients
 
 SIZES = [(6, 10), (8, 8), (2, 14), (4, 2)]
@@ -179,7 +179,7 @@ def test_a_new_network_predicts_zero_and_only_its_last_layer_learns_at_first(opt
 def test_published_parameter_counts(model: str) -> None:
     config = composed(f"model={model}")
     with torch.device("meta"):
-        net = build.net(config, Spec(channels=4, stride=8), num_classes=1000)
+        net = build.net(config, LatentSpec(channels=4, stride=8), num_classes=1000)
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[model]
     parts = config["optimizer"]["trainable"] or [""]
     trained = [p.numel() for name, p in net.named_parameters() if any(part in name for part in parts)]
@@ -254,7 +254,7 @@ def test_official_weights_tell_their_options(options: dict[str, Any]) -> None:
         if key in options and options[key] not in ("none", "layernorm"):
             assert told[key] == options[key]
     again = fresh_fit(**{**options, **told})
-    checkpoint_io.fill(again, net.state_dict(), Path("weights"))
+    checkpoint_io.load_strict(again, net.state_dict(), Path("weights"))
 
 
 @pytest.mark.parametrize(("ratio", "kind"), [(4, "swiglu"), (4, "swiglu_large"), (4, "mlp"), (1.3, "swiglu_large")])
@@ -272,7 +272,9 @@ def test_foreign_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no matrix x_embedder\.proj\.weight"):
         from_official({**official, "x_embedder.proj.weight": torch.zeros(32, 4, 2, 2)})
     with pytest.raises(ValueError, match=r"1 unexpected \(pos_embed\)"):
-        checkpoint_io.fill(small_fit(), from_official({**official, "pos_embed": torch.ones(1)}), Path("weights.pt"))
+        checkpoint_io.load_strict(
+            small_fit(), from_official({**official, "pos_embed": torch.ones(1)}), Path("weights.pt")
+        )
 
 
 def test_partial_finetuning_trains_what_its_names_say() -> None:

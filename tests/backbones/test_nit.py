@@ -9,7 +9,7 @@ from torch import Tensor
 from genfound import build
 from genfound.backbones.nit import coordinates
 from genfound.batch import Batch
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 from tests.helpers import assert_equal_gradients, composed, fresh_nit, loss_and_gradients, packed, small_nit
 
 SIZES = [(3, 5), (4, 4), (1, 7), (2, 1)]
@@ -51,7 +51,7 @@ def test_published_parameter_counts(size: str, parameters: int) -> None:
     assert config["model"]["_target_"] == "genfound.backbones.nit.NiT"
     assert config["model"]["patch_size"] == 1
     with torch.device("meta"):
-        net = build.net(config, Spec(channels=32, stride=32), num_classes=1000)
+        net = build.net(config, LatentSpec(channels=32, stride=32), num_classes=1000)
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from genfound import build
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed, fresh_nit
 
 KEPT = {"rule": None, "trained": None, "target": None, "decouple": None}
@@ -20,6 +20,6 @@ def test_a_network_without_rotary_positions_and_an_unknown_rule_are_refused() ->
     with pytest.raises(ValueError, match="rule=yarm is unknown"):
         fresh_nit().reposition({**KEPT, "rule": "yarm"})
     config = composed("model=dit_tiny", "tokenizer=pixel", "data=shapes")
-    net = build.net(config, Pixel.spec, 10)
+    net = build.net(config, PixelTokenizer.spec, 10)
     with pytest.raises(ValueError, match=r"rope\.rule: DiT has no rotary positions"):
         net.reposition({**KEPT, "rule": "yarn"})

@@ -6,7 +6,7 @@ import torch
 from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.layouts import Dense
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 from tests.helpers import composed, latents, randomise
 
 SIZES = {  # with and without the unused half of the released code
@@ -23,7 +23,7 @@ SIZES = {  # with and without the unused half of the released code
 def sit(**options: object) -> Backbone:
     config = composed("model=sit_s")
     model = {**config["model"], "width": 32, "depth": 2, "heads": 2, **options}
-    return randomise(build.net({**config, "model": model}, Spec(4, 8), 7))
+    return randomise(build.net({**config, "model": model}, LatentSpec(4, 8), 7))
 
 
 @pytest.mark.parametrize("name, patch", SIZES)
@@ -31,7 +31,7 @@ def test_parameter_counts(name: str, patch: int) -> None:
     for unused, count in zip((True, False), SIZES[name, patch], strict=True):
         config = composed(f"model={name}", f"model.patch_size={patch}", f"model.unused_half={unused}".lower())
         with torch.device("meta"):
-            net = build.net(config, Spec(4, 8), 1000)
+            net = build.net(config, LatentSpec(4, 8), 1000)
         table = (32 // patch) ** 2 * config["model"]["width"]
         assert sum(p.numel() for p in net.parameters()) + table == count
 

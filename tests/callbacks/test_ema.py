@@ -101,7 +101,7 @@ def test_averages_are_float32_and_see_small_changes() -> None:
 def test_within_the_context_the_network_is_the_first_average() -> None:
     training = Training(0.9, 0.5)
     training.micro_batch(0.0)
-    with pytest.raises(KeyError), training.ema.swapped(training.module):
+    with pytest.raises(KeyError), training.ema.ema_weights(training.module):
         torch.testing.assert_close(training.net.weights["a"].detach(), torch.full((2,), 0.9))
         raise KeyError
     assert (training.net.weights["a"] == 0).all()
@@ -110,7 +110,7 @@ def test_within_the_context_the_network_is_the_first_average() -> None:
 
 def test_without_decays_the_context_changes_nothing() -> None:
     training = Training()
-    with training.ema.swapped(training.module):
+    with training.ema.ema_weights(training.module):
         assert (training.net.weights["a"] == 1).all()
 
 

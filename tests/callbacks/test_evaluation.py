@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from genfound import build, training
-from genfound.callbacks.checkpointing import Saving
+from genfound.callbacks.checkpointing import Checkpointing
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
 from genfound.callbacks.nonfinite import NonFinite
-from genfound.callbacks.train_log import Metrics
+from genfound.callbacks.train_log import TrainLog
 from genfound.config import compose
 from genfound.evaluation.protocol import read_results
-from genfound.evaluation.samples import Drawn
+from genfound.evaluation.samples import SampleStore
 from genfound.loggers.json_lines import JsonLines
 from genfound.runtime import run_directory
 from tests.evaluation.runs import TINY, evaluated
@@ -37,11 +37,11 @@ def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     run_dir(folder, *TINY, f"runs={folder.parent}", "trainer.precision=fp32", "trainer.max_steps=12")
     config = run_directory.read_config(folder)
     config["trainer"] |= EVALUATED | settings
-    parts = build.parts(config, 1)
+    parts = build.build_run(config, 1)
     loader = parts.loader(0)
-    ema, metrics = Ema([0.9]), Metrics([JsonLines(folder / "metrics.jsonl", 0)], 1, loader)
+    ema, metrics = Ema([0.9]), TrainLog([JsonLines(folder / "metrics.jsonl", 0)], 1, loader)
     facts = {"class_names": parts.images.class_names, "sizes": [[16, 16]], "fingerprint": parts.images.fingerprint}
-    saving = Saving(folder / "checkpoints", 100, 1, loader, facts)
+    saving = Checkpointing(folder / "checkpoints", 100, 1, loader, facts)
     watching = [Evaluation(folder, parts, ema, metrics)] if evaluate else []
     callbacks = [ema, metrics, NonFinite([], folder / "bad", 5, 5), *watching, saving]
     training._trainer(folder, parts, callbacks).fit(training._module(parts, 10_000, 0, new=True), loader)
@@ -76,7 +76,7 @@ def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path: Path, mon
         raise FloatingPointError("an image is not finite")
 
     notes: list[str] = []
-    monkeypatch.setattr(Drawn, "draw", diverge)
+    monkeypatch.setattr(SampleStore, "draw", diverge)
     monkeypatch.setattr(JsonLines, "note", lambda _, text, step: notes.append(text))
     state = trained(tmp_path / "run", True)
     assert state["global_step"] == 12 and read_results(tmp_path / "run") == []
@@ -129,8 +129,8 @@ def test_the_work_of_another_protocol_is_not_taken(tmp_path: Path, monkeypatch: 
         folder = run_dir(tmp_path / "run", *TINY, f"runs={tmp_path}", "trainer.precision=fp32")
         config = run_directory.read_config(folder)
         config["trainer"] |= EVALUATED
-        parts = build.parts(config, 1)
-        evaluation = Evaluation(folder, parts, Ema([0.9]), Metrics([], 1, parts.loader(0)))
+        parts = build.build_run(config, 1)
+        evaluation = Evaluation(folder, parts, Ema([0.9]), TrainLog([], 1, parts.loader(0)))
         evaluation._prepare()
         keys.append(evaluation._key("weights", "data"))
     assert keys[0] == keys[1] != keys[2]

@@ -23,6 +23,6 @@ def test_a_preview_that_diverges_does_not_end_the_training(tmp_path: Path) -> No
     sampling: Any = Diverging()
     preview = Preview(tmp_path, 10, sampling, [], [], ema, SimpleNamespace(sinks=[sink]))  # type: ignore[arg-type]
     module = training_module(small_nit())
-    preview.act(SimpleNamespace(is_global_zero=True, global_step=7), module)  # type: ignore[arg-type]
+    preview.on_interval(SimpleNamespace(is_global_zero=True, global_step=7), module)  # type: ignore[arg-type]
     assert notes == [("no preview: an image is not finite", 7)]
     assert module.training and not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ FOLDER = ["data=image_folder", "tokenizer=pixel", "data.max_image_tokens=64", "d
 def go_on(folder: Path, *overrides: str, allow_changes: bool = True) -> None:
     """Train the run of a directory as the command line would."""
     allowed = [f"allow_changes={str(allow_changes).lower()}"]
-    run_directory.claim(folder, composed(*TINY, *allowed, *overrides), allow_changes)
+    run_directory.write_config(folder, composed(*TINY, *allowed, *overrides), allow_changes)
     training.run(folder)
 
 

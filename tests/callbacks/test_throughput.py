@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genfound import build
 from genfound.callbacks import throughput, train_log
-from genfound.callbacks.checkpointing import Saving
+from genfound.callbacks.checkpointing import Checkpointing
 from genfound.callbacks.validation import Validation
 from genfound.loggers.json_lines import JsonLines
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import PixelTokenizer
 from genfound.training import fit
 from tests.cli.commands import TINY
 from tests.helpers import composed, latents, run_dir
@@ -35,7 +35,7 @@ def test_the_formula_gives_the_operations_of_the_network(model: str) -> None:
     assert net.flops().total(3, 3 * 64, 3 * 64**2) == counter.get_total_flops() > 0
 
 
-class SlowTokenizer(Pixel):
+class SlowTokenizer(PixelTokenizer):
     """A tokenizer that the training device runs, and that takes its time."""
 
     online = True
@@ -74,7 +74,7 @@ def test_the_clock_has_all_of_a_step_and_nothing_else(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(JsonLines, "log", logged)
     monkeypatch.setattr(Validation, "act", slowed(Validation.act))
-    monkeypatch.setattr(Saving, "_save", slowed(Saving._save))
+    monkeypatch.setattr(Checkpointing, "_save", slowed(Checkpointing._save))
     options = ["trainer.max_steps=9", "trainer.log_every=3", "trainer.val_every=8", "trainer.checkpoint_every=2"]
     fit(run_dir(tmp_path, *TINY, *options, "data.sides=[16]", "data.num_workers=0", "trainer.preview_every=1000"))
     (first, begin), (last, end) = ends[0], ends[-1]
@@ -104,5 +104,5 @@ def test_a_gauge_that_fails_is_left_out_and_changes_nothing(
 
 def test_measuring_the_machine_takes_no_random_number() -> None:
     before = torch.get_rng_state()
-    assert train_log.Speed is throughput.Speed and throughput.matmul_rate(torch.device("cpu")) > 0
+    assert train_log.Speed is throughput.Throughput and throughput.matmul_rate(torch.device("cpu")) > 0
     assert torch.equal(torch.get_rng_state(), before)

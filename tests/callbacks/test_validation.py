@@ -15,7 +15,7 @@ from genfound.callbacks.validation import TIMES, Validation, uniform_times
 from genfound.data.packing import budget
 from genfound.data.packing.order import Order
 from genfound.modules.base import GenerativeModule
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed, randomise, training_module
 
 FIT = ("model=fitv2_tiny", "model.width=32", "model.depth=1", "model.heads=2", "model.adaln_rank=8")
@@ -24,7 +24,7 @@ DIT = ("model=dit_tiny", "model.width=32", "model.depth=1", "model.heads=1", "da
 NAMES = {"val/loss", "val/velocity_mse", "val/loss_ema", "val/velocity_mse_ema"}
 
 
-class Noisy(Pixel):
+class Noisy(PixelTokenizer):
     """Like an autoencoder that draws latents from its posterior."""
 
     stochastic = True
@@ -34,12 +34,12 @@ class Noisy(Pixel):
         return images + 0.3 * noise
 
 
-def built(*overrides: str) -> build.Parts:
+def built(*overrides: str) -> build.RunComponents:
     config = composed("data.images=500", "data.holdout=150", "trainer.val_images=25", "data.max_tokens=256", *overrides)
-    return replace(build.parts(config, 1), tokenizer=Noisy())
+    return replace(build.build_run(config, 1), tokenizer=Noisy())
 
 
-def module_of(parts: build.Parts) -> tuple[GenerativeModule, Ema]:
+def module_of(parts: build.RunComponents) -> tuple[GenerativeModule, Ema]:
     module = training_module(randomise(parts.net), objective=parts.objective)  # type: ignore[arg-type]
     ema = Ema([0.5])
     ema.averages = {0.5: {name: 0.5 * p.detach() for name, p in module.net.named_parameters() if p.requires_grad}}

@@ -21,7 +21,7 @@ from genfound.checkpoints import convert, formats, load
 from genfound.checkpoints.official.families import FAMILIES, release_of
 from genfound.layouts import Dense, Packed, Padded
 from genfound.runtime import run_directory
-from genfound.tokenizers import Absent, Pixel, Spec
+from genfound.tokenizers import LatentSpec, PixelTokenizer, Undecodable
 from genfound.training import fit
 from tests.evaluation.runs import untrained_run
 from tests.helpers import composed, latents, randomise, run_dir
@@ -88,7 +88,7 @@ def test_a_flat_file_gives_the_same_network(family: str, tmp_path: Path) -> None
     assert same(loaded.net.state_dict(), net.state_dict())
     layout = config["layout"]["name"]
     assert torch.equal(output(loaded.net, layout), output(net, layout))
-    assert isinstance(loaded.tokenizer, Absent) and "FOLDER" in loaded.tokenizer.reason
+    assert isinstance(loaded.tokenizer, Undecodable) and "FOLDER" in loaded.tokenizer.reason
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,19 +208,19 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["nit", "dit"])
 def test_a_pixel_model_of_the_official_format_is_told_its_tokenizer(family: str, tmp_path: Path) -> None:
     config, _ = small(family)
-    net = randomise(build.net(config, Spec(3, 1), CLASSES))
+    net = randomise(build.net(config, LatentSpec(3, 1), CLASSES))
     file = tmp_path / "pixels.pt"
     torch.save(FAMILIES[family].theirs(net.state_dict(), {**config["model"]}, GRID), file)
     loaded = genfound.load(file, **told(family))
-    assert isinstance(loaded.tokenizer, Absent) and loaded.tokenizer.spec.channels == 3
+    assert isinstance(loaded.tokenizer, Undecodable) and loaded.tokenizer.spec.channels == 3
     assert f"{file} is a model of 3 channels" in loaded.tokenizer.reason
     assert "say hints.tokenizer=" in loaded.tokenizer.reason
     loaded = genfound.load(file, tokenizer="pixel", **told(family))
-    assert isinstance(loaded.tokenizer, Pixel) and isinstance(loaded.net, Backbone)
+    assert isinstance(loaded.tokenizer, PixelTokenizer) and isinstance(loaded.net, Backbone)
     side = GRID[0] * config["model"]["patch_size"]
     assert family == "nit" or loaded.sizes == [(side, side)]
     ours = convert.convert(file, f"{tmp_path}/ours/", None, tokenizer="pixel", **told(family)).file
-    assert isinstance(genfound.load(ours).tokenizer, Pixel)
+    assert isinstance(genfound.load(ours).tokenizer, PixelTokenizer)
     with pytest.raises(ValueError, match=r"hints\.tokenizer=vq_f4 needs weights; give the folder"):
         genfound.load(file, tokenizer="vq_f4", **told(family))
 
@@ -229,7 +229,7 @@ def test_a_pixel_model_of_the_official_format_is_told_its_tokenizer(family: str,
 def test_a_folder_tells_which_autoencoder_it_is(tmp_path: Path) -> None:
     build.tokenizer(composed("tokenizer=vq_f4", "tokenizer.weights=random_tiny")).model.save_pretrained(tmp_path)
     config, _ = small("nit")
-    net = build.net(config, Spec(3, 4), CLASSES)
+    net = build.net(config, LatentSpec(3, 4), CLASSES)
     torch.save(FAMILIES["nit"].theirs(net.state_dict(), {**config["model"]}, GRID), tmp_path / "x.pt")
     loaded = genfound.load(tmp_path / "x.pt", tokenizer=str(tmp_path), **HEADS)
     assert type(loaded.tokenizer).__name__ == "VqF4" and loaded.tokenizer.spec == (3, 4)
@@ -238,7 +238,7 @@ def test_a_folder_tells_which_autoencoder_it_is(tmp_path: Path) -> None:
 def test_kernels_are_chosen_where_a_model_is_loaded(tmp_path: Path) -> None:
     run = untrained_run(tmp_path / "run", "model.attention=varlen", "trainer.accelerator=cpu")
     with pytest.raises(ValueError, match=r"model\.attention=varlen cannot run on cpu"):
-        build.parts(run_directory.read_config(run), 1).report()
+        build.build_run(run_directory.read_config(run), 1).report()
     ours = convert.convert(run, f"{tmp_path}/ours.safetensors", "genfound").file
     for origin in (run, ours):
         loaded = genfound.load(origin)
@@ -263,7 +263,7 @@ def test_arguments_of_the_training_script_tell_the_family_and_the_path(tmp_path:
 def test_published_sizes_need_no_hint() -> None:
     config = composed("model=nit_xl")
     with torch.device("meta"):
-        state = FAMILIES["nit"].theirs(build.net(config, Spec(32, 32), 1000).state_dict(), config["model"], GRID)
+        state = FAMILIES["nit"].theirs(build.net(config, LatentSpec(32, 32), 1000).state_dict(), config["model"], GRID)
     options = FAMILIES["nit"].options(state)
     assert (options["width"], options["depth"], options["heads"], options["num_classes"]) == (1152, 28, 16, 1000)
 

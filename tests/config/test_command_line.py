@@ -13,7 +13,7 @@ from tests.helpers import run_dir
 
 def test_a_device_without_memory_is_one_line_with_the_keys_that_help() -> None:
     reason = "CUDA out of memory. Tried to allocate 2.00 GiB. See documentation for Memory Management"
-    with pytest.raises(USER_ERRORS) as caught, command_line.frugal("train"):
+    with pytest.raises(USER_ERRORS) as caught, command_line.explain_oom("train"):
         raise torch.OutOfMemoryError(reason)
     message = str(caught.value)
     assert message.startswith("CUDA out of memory. Tried to allocate 2.00 GiB -- ") and "\n" not in message
@@ -22,7 +22,7 @@ def test_a_device_without_memory_is_one_line_with_the_keys_that_help() -> None:
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"), command_line.frugal("train"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), command_line.explain_oom("train"):
         raise RuntimeError("shapes differ")
 
 

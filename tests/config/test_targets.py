@@ -19,15 +19,15 @@ from genfound.checkpoints import convert, initialise, load
 from genfound.config import compose, targets
 from genfound.config.environment import LAUNCH
 from genfound.data.latents.manifest import read_manifest
-from genfound.evaluation.evaluator import Asked, evaluate
+from genfound.evaluation.evaluator import EvaluationRequest, evaluate
 from genfound.runtime import run_directory
-from genfound.sampling.pipeline import Sampling
-from genfound.tokenizers import Pixel
+from genfound.sampling.pipeline import Pipeline
+from genfound.tokenizers import PixelTokenizer
 from genfound.training import CONFIG, _worker
 from tests.evaluation.runs import untrained_run
 from tests.helpers import composed, fresh_nit, linear_flow
 
-PIXEL = "genfound.tokenizers.pixel.Pixel"
+PIXEL = "genfound.tokenizers.pixel.PixelTokenizer"
 MARK = 'from pathlib import Path\nPath(__file__).with_name("imported").touch()\n'
 CLASSES = """
 from subprocess import call
@@ -43,7 +43,7 @@ def make(**options):
 
 NIT, FLOW = "genfound.backbones.nit.NiT", "genfound.objectives.flow.Flow"
 FOREIGN, NO_CLASS, NO_NAME = "is code outside genfound", "is not a class of", "must be the dotted name"
-INNER = {"y": [[{"_target_": "genfound.encoding.store_writer.Destination"}]]}
+INNER = {"y": [[{"_target_": "genfound.encoding.store_writer.StoreWriter"}]]}
 ATTACKS: dict[str, tuple[str, Any, str]] = {
     "a function of the system": ("tokenizer", {"_target_": "subprocess.call", "args": ["touch", "pwned"]}, FOREIGN),
     "a module that acts when it is imported": ("model", {"_target_": "acting.Thing"}, FOREIGN),
@@ -55,9 +55,9 @@ ATTACKS: dict[str, tuple[str, Any, str]] = {
     ),
     "its method": ("tokenizer", {"_target_": "genfound.runtime.run_directory.Path.write_text"}, "cannot be imported"),
     "a foreign module under a name of genfound": ("model", {"_target_": "genfound.build.os"}, NO_CLASS),
-    "a function that writes": ("objective", {"_target_": "genfound.runtime.files.write_whole"}, NO_CLASS),
+    "a function that writes": ("objective", {"_target_": "genfound.runtime.files.atomic_write"}, NO_CLASS),
     "a class of another group": ("tokenizer", {"_target_": "genfound.data.images.shapes.Shapes"}, "is no Tokenizer"),
-    "a class of no group": ("model", {"_target_": "genfound.encoding.store_writer.Destination"}, "is no Backbone"),
+    "a class of no group": ("model", {"_target_": "genfound.encoding.store_writer.StoreWriter"}, "is no Backbone"),
     "a list": ("tokenizer", {"_target_": [PIXEL]}, NO_NAME),
     "a number": ("tokenizer", {"_target_": 3}, NO_NAME),
     "nothing": ("tokenizer", {}, NO_NAME),
@@ -92,18 +92,18 @@ def file_of(config: Any, file: Path) -> Path:
 
 
 def run_of(config: Any, folder: Path) -> Path:
-    run_directory.claim(folder, config, allow_changes=False)
+    run_directory.write_config(folder, config, allow_changes=False)
     return folder
 
 
 def guided_by(origin: Path) -> None:
     config = composed("model=nit_tiny", "guidance=autoguidance", f"guidance.weights={origin}")
-    Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2)
+    Pipeline.of(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2)
 
 
 def evaluation_of(origin: Path) -> None:
     config = composed("from=x", "reference=data", "protocol=quick", name="evaluate")
-    evaluate(Asked({**config, "from": str(origin), "references": "references"}, [], "quick"))
+    evaluate(EvaluationRequest({**config, "from": str(origin), "references": "references"}, [], "quick"))
 
 
 ENTRANCES: dict[str, Callable[[Path], Any]] = {
@@ -152,7 +152,7 @@ def test_data_are_built_of_no_code_of_a_file_either(place: Path) -> None:
     loaded = genfound.load(run)
     foreign = {**loaded.config, "data": {**loaded.config["data"], "_target_": "acting.Thing"}}
     with pytest.raises(ValueError, match=r"data\._target_=acting.Thing is code outside genfound.*trust=\[acting\]"):
-        build.source(foreign, Pixel.spec, "train")
+        build.source(foreign, PixelTokenizer.spec, "train")
     assert not (place / "imported").exists()
 
 
@@ -167,9 +167,11 @@ def test_what_is_never_built_of_a_file_may_name_anything(place: Path) -> None:
 def own_model(place: Path, target: str) -> Path:
     """The file of a NiT whose class is the user's."""
     config = composed("model=nit_tiny", "model.width=32", "model.depth=1", "model.heads=2")
-    net = build.net(config, Pixel.spec, 10)
+    net = build.net(config, PixelTokenizer.spec, 10)
     model = {**config["model"], "_target_": target}
-    loaded = load.Loaded(net, linear_flow(), Pixel(), {**config, "model": model}, list("0123456789"), [(16, 16)])
+    loaded = load.LoadedModel(
+        net, linear_flow(), PixelTokenizer(), {**config, "model": model}, list("0123456789"), [(16, 16)]
+    )
     convert.save(loaded, place / "own.safetensors")
     return place / "own.safetensors"
 
@@ -197,13 +199,15 @@ def test_what_a_trusted_package_imports_is_not_trusted(place: Path) -> None:
 
 def test_trust_reaches_every_entrance(place: Path) -> None:
     file = own_model(place, "mine.Own")
-    net = build.net(composed("model=nit_tiny", "model.width=32", "model.depth=1", "model.heads=2"), Pixel.spec, 10)
+    net = build.net(
+        composed("model=nit_tiny", "model.width=32", "model.depth=1", "model.heads=2"), PixelTokenizer.spec, 10
+    )
     assert initialise.initialise(net, file, 0, trust=["mine"])
     written = convert.convert(file, "copy/", "genfound", trust=["mine"]).file
     assert type(genfound.load(written, trust=["mine"]).net).__name__ == "Own"
     guidance = {"name": "autoguidance", "weights": str(file), "scale": 2.0}
     config = {**composed("model=nit_tiny"), "guidance": guidance, "trust": ["mine"]}
-    assert Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2).weak is not None
+    assert Pipeline.of(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2).weak is not None
 
 
 def test_the_own_composition_is_trusted_as_it_is(place: Path) -> None:
@@ -211,7 +215,7 @@ def test_the_own_composition_is_trusted_as_it_is(place: Path) -> None:
     config = compose.with_own_targets({**config, "model": {**config["model"], "_target_": "mine.make"}})
     assert config["trust"] == ["mine.make"]
     run = run_of(config, place / "run")
-    assert type(build.net(run_directory.read_config(run), Pixel.spec, 10)).__name__ == "Own"
+    assert type(build.net(run_directory.read_config(run), PixelTokenizer.spec, 10)).__name__ == "Own"
     with pytest.raises(ValueError, match=r"mine\.make is code outside genfound"):  # the file's own word counts nothing
         genfound.load(run)
 

@@ -15,7 +15,7 @@ from torch import multiprocessing as mp
 from genfound import build, training
 from genfound.callbacks import evaluation
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.train_log import Metrics
+from genfound.callbacks.train_log import TrainLog
 from genfound.config import compose
 from genfound.evaluation import references
 from genfound.evaluation.protocol import read_results
@@ -45,9 +45,9 @@ def evaluating(rank: int, folder: Path) -> None:
     evaluation.measure = slow(evaluation.measure)
     config = run_directory.read_config(folder)
     config["trainer"] |= EVALUATED
-    parts = build.parts(config, 2)
+    parts = build.build_run(config, 2)
     ema = Ema([0.9])
-    acting = evaluation.Evaluation(folder, parts, ema, Metrics([], 1, parts.loader(rank)))
+    acting = evaluation.Evaluation(folder, parts, ema, TrainLog([], 1, parts.loader(rank)))
     module = training._module(parts, 10_000, rank, new=True).eval()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     distributed.barrier()
@@ -66,7 +66,7 @@ def evaluating(rank: int, folder: Path) -> None:
     acting.on_train_start(trainer, module)
     parts_of_rank = sorted(file.name for file in folder.parent.rglob("*.parts/*.npz"))
     assert not parts_of_rank, "features of the reference are removed when its file is there"
-    acting.act(trainer, module)
+    acting.on_interval(trainer, module)
     distributed.destroy_process_group()
 
 

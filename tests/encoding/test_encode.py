@@ -20,7 +20,7 @@ from genfound.data.latents.manifest import MANIFEST, read_manifest
 from genfound.data.latents.store import Store, read_index
 from genfound.encoding import encode
 from genfound.encoding.encode import Encoding, run_group
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed
 from tests.stores import contents, encoded, native, tree
 
@@ -78,7 +78,7 @@ def test_unfinished_files_of_killed_processes_are_cleared(images: Path, whole: P
     assert contents(tmp_path / "store") == contents(whole)
 
 
-class Counting(Pixel):
+class Counting(PixelTokenizer):
     """Remembers the batches it was given."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ def test_each_shard_has_a_picture_of_its_first_image_and_what_is_decoded(whole: 
 
 
 def test_latents_that_are_not_finite_are_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Large(Pixel):
+    class Large(PixelTokenizer):
         def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
             return images.sign() * 1e6
 

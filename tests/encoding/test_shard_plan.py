@@ -11,17 +11,17 @@ from genfound.data.images.base import PictureSource
 from genfound.data.images.imagenet import ImageTree
 from genfound.data.images.views import Entries
 from genfound.encoding import shard_plan
-from genfound.encoding.shard_plan import Calls, Part
+from genfound.encoding.shard_plan import EncodeBatches, Split
 from tests.stores import tree
 
 
-def part(sizes: list[list[int]], images: list[int] | None = None) -> Part:
+def part(sizes: list[list[int]], images: list[int] | None = None) -> Split:
     every = np.array(range(len(sizes)) if images is None else images)
     entries = Entries(every, np.zeros_like(every), np.array(sizes))
-    return Part(cast(PictureSource, None), entries, np.zeros(int(every.max()) + 1, dtype=np.int64))
+    return Split(cast(PictureSource, None), entries, np.zeros(int(every.max()) + 1, dtype=np.int64))
 
 
-def borders(whole: Part, *arguments: Any) -> list[tuple[int, int]]:
+def borders(whole: Split, *arguments: Any) -> list[tuple[int, int]]:
     shards = whole.shards("train", *arguments)
     assert [shard.number for shard in shards] == list(range(len(shards)))
     return [(shard.first, shard.end) for shard in shards]
@@ -49,9 +49,9 @@ def test_reading_says_which_images_are_shown_by_others(tmp_path: Path) -> None:
         root=str(root), holdout=None, view="native", size=32, max_tokens=4096, max_image_tokens=None, check="header",
         unit=8, split="train", seed=0, index=str(tmp_path / "index"),
     )  # fmt: skip
-    whole = Part.of(source)
+    whole = Split.of(source)
     calls = [call for shard in whole.shards("train", 100, 1.0) for call in whole.calls(shard, 10**6)]
-    read = [Calls({"train": whole})[call] for call in calls]
+    read = [EncodeBatches({"train": whole})[call] for call in calls]
     replaced = {name: other for found in read for name, other in found.replaced.items()}
     assert replaced == {"n01/004.png": "n01/007.png"}
     assert sum(len(found.pictures) for found in read) == 9

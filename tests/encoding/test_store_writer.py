@@ -11,7 +11,7 @@ import pytest
 
 from genfound.data.latents.manifest import MANIFEST, read_manifest, write_manifest
 from genfound.encoding.shard_plan import Shard
-from genfound.encoding.store_writer import Destination
+from genfound.encoding.store_writer import StoreWriter
 from tests.stores import contents, encoded, tree
 
 
@@ -33,9 +33,9 @@ def shards(store: Path) -> list[Shard]:
 
 
 def test_a_folder_without_a_shard_may_be_claimed_anew(begun: dict[str, Any], tmp_path: Path) -> None:
-    Destination(tmp_path / "store", {**begun, "dtype": "fp32"})
+    StoreWriter(tmp_path / "store", {**begun, "dtype": "fp32"})
     (tmp_path / "store/train-00007.png").touch()  # of a process that was killed before its shard was there
-    place = Destination(tmp_path / "store", begun)
+    place = StoreWriter(tmp_path / "store", begun)
     assert read_manifest(tmp_path / "store")["dtype"] == "fp16"
     assert [file.name for file in place.out.iterdir()] == [MANIFEST]
     assert not place.begun and not place.was_complete
@@ -44,25 +44,25 @@ def test_a_folder_without_a_shard_may_be_claimed_anew(begun: dict[str, Any], tmp
 def test_a_folder_with_a_shard_keeps_its_manifest(whole: Path, begun: dict[str, Any], tmp_path: Path) -> None:
     store = Path(shutil.copytree(whole, tmp_path / "store"))
     with pytest.raises(ValueError, match=r"was begun with other settings or images \(dtype: fp16 there, fp32 now\)"):
-        Destination(store, {**begun, "dtype": "fp32"})
+        StoreWriter(store, {**begun, "dtype": "fp32"})
     (store / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match=r"train-00000\.safetensors belongs to another store; choose another out="):
-        Destination(store, {**begun, "dtype": "fp32"})
+        StoreWriter(store, {**begun, "dtype": "fp32"})
     assert (store / MANIFEST).read_text() == "{"
-    assert Destination(store, begun).begun
+    assert StoreWriter(store, begun).begun
 
 
 def test_what_a_system_leaves_in_a_folder_does_not_make_it_another_one(begun: dict[str, Any], tmp_path: Path) -> None:
     for name in (".DS_Store", "Thumbs.db", "._train-00000.safetensors"):
         (tmp_path / name).touch()
-    assert not Destination(tmp_path, begun).begun
+    assert not StoreWriter(tmp_path, begun).begun
 
 
 @pytest.mark.parametrize("name", ["notes.txt", MANIFEST, "train-00000.png"])
 def test_what_is_no_store_is_left_alone(begun: dict[str, Any], tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"name": "a web page"}')
     with pytest.raises(ValueError, match=rf"holds {name} and is no latent store; choose another out="):
-        Destination(tmp_path, begun)
+        StoreWriter(tmp_path, begun)
     assert (tmp_path / name).read_text() == '{"name": "a web page"}'
 
 
@@ -70,7 +70,7 @@ def test_what_is_no_store_is_left_alone(begun: dict[str, Any], tmp_path: Path, n
 def test_a_file_in_the_way_is_named(begun: dict[str, Any], tmp_path: Path, below: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=rf"file{below} cannot be written: .*: see that .* can be written"):
-        Destination(tmp_path / f"file{below}", begun)
+        StoreWriter(tmp_path / f"file{below}", begun)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_file_in_the_way_is_named(begun: dict[str, Any], tmp_path: Path, below
      (errno.EACCES, "see that .* can be written")],
 )  # fmt: skip
 def test_the_way_out_is_that_of_the_error(begun: dict[str, Any], tmp_path: Path, code: int, way: str) -> None:
-    place = Destination(tmp_path / "store", begun)
+    place = StoreWriter(tmp_path / "store", begun)
 
     def fail() -> None:
         raise OSError(code, os.strerror(code))
@@ -93,7 +93,7 @@ def test_of_several_that_find_it_complete_one_completes_it(whole: Path, begun: d
     store = Path(shutil.copytree(whole, tmp_path / "store"))
     every = shards(store)
     write_manifest(store, begun)
-    places = [Destination(store, begun) for _ in range(6)]
+    places = [StoreWriter(store, begun) for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda place: place.complete(every), places))
     assert sorted(map(str, found)) == ["False"] * 5 + ["True"]
@@ -103,7 +103,7 @@ def test_of_several_that_find_it_complete_one_completes_it(whole: Path, begun: d
 def test_a_missing_or_foreign_shard_is_still_to_be_written(whole: Path, begun: dict[str, Any], tmp_path: Path) -> None:
     store = Path(shutil.copytree(whole, tmp_path / "store"))
     every, file = shards(store), store / "train-00001.safetensors"
-    place = Destination(store, begun)
+    place = StoreWriter(store, begun)
     shutil.copy(store / "train-00000.safetensors", file)
     assert place.complete(every) is None
     with pytest.raises(ValueError, match=r"train-00001\.safetensors belongs to another store"):

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from genfound import build
-from genfound.evaluation.evaluator import Asked, evaluate
+from genfound.evaluation.evaluator import EvaluationRequest, evaluate
 from genfound.evaluation.protocol import Result
 from genfound.metrics.reference_stats import reference_note
 from genfound.runtime import checkpoint_io, run_directory
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed, run_dir
 
 TINY = [
@@ -24,8 +24,8 @@ def untrained_run(folder: Path, *overrides: str, of: Sequence[str] = TINY) -> Pa
     """A run directory with a checkpoint of initial weights, whose average differs from them."""
     run_dir(folder, *of, *overrides)
     config = run_directory.read_config(folder)
-    images = build.source(config, Pixel.spec, "train")
-    net = build.net(config, Pixel.spec, len(images.class_names))
+    images = build.source(config, PixelTokenizer.spec, "train")
+    net = build.net(config, PixelTokenizer.spec, len(images.class_names))
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     average = {name: tensor + 0.01 for name, tensor in state.items()}
     content = {
@@ -47,7 +47,7 @@ def evaluated(
     config = {**composed(*chosen, "from=x", "reference=data", name="evaluate"), "from": str(source)}
     defaults = {"references": str(references), "accelerator": "cpu", "precision": "fp32", "batch": 4, "n": 96}
     defaults |= {"extractor": "probe", "reference_view": "as_is"}
-    return evaluate(Asked({**config, **defaults, **settings}, chosen, protocol))
+    return evaluate(EvaluationRequest({**config, **defaults, **settings}, chosen, protocol))
 
 
 def probe(references: Path) -> str:

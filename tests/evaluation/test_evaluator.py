@@ -13,11 +13,11 @@ from genfound.config.compose import config_dir
 from genfound.data.images.npz import file_hash
 from genfound.data.images.sets import open_images
 from genfound.evaluation import evaluator
-from genfound.evaluation.evaluator import Asked, settings
+from genfound.evaluation.evaluator import EvaluationRequest, sampling_config
 from genfound.evaluation.protocol import differences, read_results
-from genfound.evaluation.samples import Drawn
+from genfound.evaluation.samples import SampleStore
 from genfound.runtime import checkpoint_io
-from genfound.runtime.work import held
+from genfound.runtime.work import lock
 from genfound.sampling.requests import check_size
 from tests.evaluation.runs import evaluated, of_probe, probe, untrained_run
 from tests.helpers import composed
@@ -107,19 +107,19 @@ def test_live_weights_and_another_seed_are_other_samples(run: Path, references: 
 def test_it_goes_on_where_it_was_stopped(
     run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genfound.sampling.pipeline import Sampling
+    from genfound.sampling.pipeline import Pipeline
 
     options = {"sizes": "data", "labels": "data", "n": 200}
     whole = evaluated(run, references, **options, out=str(tmp_path / "whole"))[0]
-    draw, calls = Sampling.draw, []
+    draw, calls = Pipeline.draw, []
 
-    def failing(self: Sampling, *arguments: Any, **more: Any) -> Any:
+    def failing(self: Pipeline, *arguments: Any, **more: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return draw(self, *arguments, **more)
 
-    monkeypatch.setattr(Sampling, "draw", failing)
+    monkeypatch.setattr(Pipeline, "draw", failing)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, references, **options, out=str(tmp_path / "out"))
     assert len(list((tmp_path / "out/work").rglob("images-*.npy"))) == 2
@@ -228,18 +228,18 @@ def test_adms_own_file_gives_its_statistics_for_the_distances_and_its_images_for
 
 def test_nits_table_is_complete_and_fits_its_model() -> None:
     config = composed("protocol=nit", "from=x", "reference=y", name="evaluate")
-    asked = Asked(config, ["protocol=nit"], "nit")
+    asked = EvaluationRequest(config, ["protocol=nit"], "nit")
     run = composed("model=nit_xl", "data=imagenet_native", "data.root=x")
     found = {}
     for row in config["table"]:
-        how = settings(asked, run, tuple(row["size"]))
+        how = sampling_config(asked, run, tuple(row["size"]))
         build.objective(how)
         check_size(tuple(row["size"]), 32)
         assert how["sample"]["uint8"] == "truncate" and how["guidance"]["channels"] == "all"
         found[tuple(row["size"])] = (how["sampler"]["name"], how["sampler"]["steps"], how["guidance"]["scale"])
     assert len(found) == 12
     assert found[256, 256] == ("sde", 250, 2.25) and found[320, 960] == ("euler", 50, 4.0)
-    assert settings(asked, run, (512, 512))["guidance"]["interval"] == [0, 0.7]
+    assert sampling_config(asked, run, (512, 512))["guidance"]["interval"] == [0, 0.7]
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (Path(config_dir()) / "protocol").glob("*.yaml")))
@@ -292,8 +292,8 @@ def test_the_weaker_network_and_the_positions_are_in_the_protocol(
     run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn_by: list[Any] = []
-    draw = Drawn.draw
-    monkeypatch.setattr(Drawn, "draw", lambda self, net, *rest: (drawn_by.append(net), draw(self, net, *rest))[1])
+    draw = SampleStore.draw
+    monkeypatch.setattr(SampleStore, "draw", lambda self, net, *rest: (drawn_by.append(net), draw(self, net, *rest))[1])
     weak = tmp_path / "weak"
     shutil.copytree(run, weak)
     options = {"sizes": [16, 16], "out": str(tmp_path / "out")}
@@ -386,5 +386,5 @@ def test_samples_belong_to_one_evaluation_at_a_time(run: Path, references: Path,
     options = {"sizes": [16, 16], "out": str(tmp_path)}
     evaluated(run, references, keep=True, **options)
     work = next((tmp_path / "work").iterdir())
-    with held(work), pytest.raises(ValueError, match=r"another process is at work on .*; wait for it, or give out="):
+    with lock(work), pytest.raises(ValueError, match=r"another process is at work on .*; wait for it, or give out="):
         evaluated(run, references, **options)

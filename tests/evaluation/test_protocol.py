@@ -5,9 +5,18 @@ from typing import Any
 
 import pytest
 
-from genfound.evaluation.protocol import RESULTS, Drawing, Protocol, Result, differences, read_results, table, versions
+from genfound.evaluation.protocol import (
+    RESULTS,
+    Protocol,
+    Result,
+    SamplingRecord,
+    differences,
+    read_results,
+    table,
+    versions,
+)
 
-DRAWING = Drawing(
+DRAWING = SamplingRecord(
     weights="ema",
     sampler={"name": "heun", "steps": 20},
     guidance={"name": "cfg", "scale": 1.5, "interval": [0.0, 0.7], "channels": "all"},
@@ -57,7 +66,7 @@ def test_an_option_that_one_of_them_lacks_is_a_difference() -> None:
 
 
 def test_what_is_unknown_agrees_with_nothing() -> None:
-    unknown = replace(PROTOCOL, drawing=Drawing.unknown(), count=10_000)
+    unknown = replace(PROTOCOL, drawing=SamplingRecord.unknown(), count=10_000)
     assert differences(PROTOCOL, unknown) == ["count", "drawing (unknown)"]
     assert differences(unknown, unknown) == ["drawing (unknown)"]
 
@@ -89,7 +98,7 @@ def test_a_figure_without_a_protocol_cannot_be_made_or_read(tmp_path: Path) -> N
     with pytest.raises(TypeError):
         Result(figures={"fid": 2.27})  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        Drawing(weights="ema")  # type: ignore[call-arg]
+        SamplingRecord(weights="ema")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="a result needs figures"):
         result("2.27")  # type: ignore[arg-type]
     result().append_to(tmp_path)
@@ -138,8 +147,8 @@ def test_rope_and_the_images_of_a_call_are_differences_and_are_printed() -> None
 
 @pytest.mark.parametrize("note", [None, [1], 3.0, {"seed": 0}, {**asdict(DRAWING), "more": 1}])
 def test_a_making_that_is_not_told_whole_is_unknown(note: object) -> None:
-    assert Drawing.told(note) == Drawing.unknown()
-    assert Drawing.told(asdict(DRAWING)) == DRAWING
+    assert SamplingRecord.told(note) == SamplingRecord.unknown()
+    assert SamplingRecord.told(asdict(DRAWING)) == DRAWING
 
 
 def test_the_order_of_samples_is_a_difference_where_a_figure_depends_on_it() -> None:

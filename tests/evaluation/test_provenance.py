@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from genfound.evaluation.protocol import Drawing
-from genfound.evaluation.provenance import checkpoint_of, drawing_of, pinned
+from genfound.evaluation.protocol import SamplingRecord
+from genfound.evaluation.provenance import checkpoint_of, pin_guide_checkpoint, sampling_record
 from genfound.runtime import checkpoint_io
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed
 
 
@@ -22,21 +22,21 @@ def test_a_run_is_one_checkpoint_of_it(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", 3, 20)
     assert checkpoint_of(run) == run / "checkpoints/20.ckpt"
     assert checkpoint_of(run / "checkpoints/3.ckpt") == run / "checkpoints/3.ckpt"
-    assert pinned({"guidance": {"name": "autoguidance", "weights": str(run)}})["guidance"]["weights"].endswith(
-        "20.ckpt"
-    )
+    assert pin_guide_checkpoint({"guidance": {"name": "autoguidance", "weights": str(run)}})["guidance"][
+        "weights"
+    ].endswith("20.ckpt")
     with pytest.raises(FileNotFoundError, match="new has no checkpoint yet"):
         checkpoint_of(run_of(tmp_path / "new"))
 
 
-def drawing(*overrides: str, weak: str | None = None) -> Drawing:
+def drawing(*overrides: str, weak: str | None = None) -> SamplingRecord:
     config = composed("from=x", "reference=y", *overrides, name="evaluate")
     how = {
         **composed("tokenizer=pixel", "trainer.precision=fp32"),
         "sampler": config["sampler"],
         "guidance": config["guidance"],
     }
-    return drawing_of(config, how, Pixel(), torch.device("cpu"), weak)
+    return sampling_record(config, how, PixelTokenizer(), torch.device("cpu"), weak)
 
 
 def test_the_images_of_a_call_count_where_the_sampler_couples_them() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genfound.evaluation.samples import PART, Drawn, requests_by_rule
+from genfound.evaluation.samples import PART, SampleStore, requests_by_rule
 from genfound.runtime.progress import Progress
-from genfound.sampling.requests import Request
+from genfound.sampling.requests import SampleRequest
 from tests.image_sets import Pictures
 
 
@@ -17,13 +17,13 @@ class Sampler:
     def __init__(self) -> None:
         self.drawn = 0
 
-    def draw(self, net: Any, requests: list[Request], seed: int, progress: Progress) -> list[np.ndarray]:
+    def draw(self, net: Any, requests: list[SampleRequest], seed: int, progress: Progress) -> list[np.ndarray]:
         assert len({request.size for request in requests}) == 1 and len(requests) <= PART
         self.drawn += len(requests)
         return [np.full((*r.size, 3), (r.number + r.label + seed) % 256, dtype=np.uint8) for r in requests]
 
 
-def requests(n: int = 150, size: Any = (4, 6)) -> list[Request]:
+def requests(n: int = 150, size: Any = (4, 6)) -> list[SampleRequest]:
     return requests_by_rule(n, "random", size, 10, 0, None)
 
 
@@ -56,8 +56,8 @@ def test_wrong_rules_are_refused() -> None:
 
 def test_any_number_of_processes_and_an_interruption_give_the_same_images(tmp_path: Path) -> None:
     sizes = [(4, 6), (2, 2), (4, 6), (6, 4)] * 80
-    asked = [Request(k % 10, size, k) for k, size in enumerate(sizes)]
-    alone, shared = Drawn(tmp_path / "alone", asked), Drawn(tmp_path / "shared", asked)
+    asked = [SampleRequest(k % 10, size, k) for k, size in enumerate(sizes)]
+    alone, shared = SampleStore(tmp_path / "alone", asked), SampleStore(tmp_path / "shared", asked)
     for drawn in (alone, shared):
         drawn.begin()
     alone.draw(None, Sampler(), seed=3)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def test_any_number_of_processes_and_an_interruption_give_the_same_images(tmp_pa
     for rank in range(3):
         shared.draw(None, rest, 3, rank, ranks=3)  # type: ignore[arg-type]
     assert rest.drawn == first and shared.missing == 0
-    again = Drawn.open(tmp_path / "shared")
+    again = SampleStore.open(tmp_path / "shared")
     assert again.requests == asked
     for k, request in enumerate(asked):
         assert np.array_equal(alone[k], again[k]) and again[k].shape == (*request.size, 3)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from genfound.layers.embed import LabelEmbedding, TimeEmbedding, sinusoid
+from genfound.layers.embed import LabelEmbedder, TimestepEmbedder, sinusoid
 
 
 @pytest.mark.parametrize("size", [6, 256])
@@ -35,7 +35,7 @@ def test_times_are_not_rescaled() -> None:
 
 
 def test_time_embedding_tells_times_apart() -> None:
-    embed = TimeEmbedding(16)
+    embed = TimestepEmbedder(16)
     out = embed(torch.tensor([0.0, 0.5, 0.5, 1.0]))
     assert out.shape == (4, 16)
     assert torch.equal(out[1], out[2])
@@ -45,7 +45,7 @@ def test_time_embedding_tells_times_apart() -> None:
 
 @pytest.mark.parametrize("null_class", [True, False])
 def test_the_label_table_has_a_null_row_where_wanted(null_class: bool) -> None:
-    embed = LabelEmbedding(10, 4, null_class=null_class)
+    embed = LabelEmbedder(10, 4, null_class=null_class)
     assert embed.embedding_table.weight.shape == (10 + null_class, 4)
     assert torch.equal(embed(torch.tensor([3, 9])), embed.embedding_table.weight[[3, 9]])
     if null_class:

@@ -10,7 +10,7 @@ from genfound import build
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.layers.initial import Draw
 from genfound.rng import Rng
-from genfound.tokenizers.base import Spec
+from genfound.tokenizers.base import LatentSpec
 from tests.test_models import TINY, composed
 
 LABELS = "y_embedder.embedding_table.weight"
@@ -21,7 +21,7 @@ configuration = cache(composed)
 
 def built(model: str, classes: int = 7) -> Backbone:
     config = configuration(f"model={model}")
-    return build.net({**config, "model": {**config["model"], "depth": 1}}, Spec(4, 8), classes)
+    return build.net({**config, "model": {**config["model"], "depth": 1}}, LatentSpec(4, 8), classes)
 
 
 def differing(one: Backbone, other: Backbone) -> set[str]:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from genfound.layers.expert_kernels import FORMS, Form, choose_form
-from genfound.layers.moe import Experts, MixtureOfExperts, Router, Routing, balance_loss, load
+from genfound.layers.expert_kernels import KERNELS, Kernel, choose_kernel
+from genfound.layers.moe import Experts, MixtureOfExperts, Router, Routing, balance_loss, expert_load
 
 WIDTH, HIDDEN = 16, 24
 LENGTHS = {
@@ -40,16 +40,16 @@ def plain_loop(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Ten
     return torch.cat(out)
 
 
-def output_and_gradients(form: Form, rows: Tensor, ends: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def output_and_gradients(form: Kernel, rows: Tensor, ends: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     gate_up, down, upstream = rest
     out = form(rows, ends, gate_up, down)
     return out.detach(), *torch.autograd.grad(out, (rows, gate_up, down), upstream)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", KERNELS)
 def test_every_form_is_a_loop_over_experts(form: str, lengths: list[int]) -> None:
-    ours = output_and_gradients(FORMS[form], *inputs(lengths))
+    ours = output_and_gradients(KERNELS[form], *inputs(lengths))
     expected = output_and_gradients(plain_loop, *inputs(lengths))
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)
@@ -58,19 +58,19 @@ def test_every_form_is_a_loop_over_experts(form: str, lengths: list[int]) -> Non
             assert (gradient[expert] == 0).all() == (rows == 0)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", KERNELS)
 def test_a_form_without_gradients_gives_the_same_output(form: str) -> None:
     rows, ends, gate_up, down, _ = inputs([3, 0, 5])
-    with_gradient = FORMS[form](rows, ends, gate_up, down)
+    with_gradient = KERNELS[form](rows, ends, gate_up, down)
     with torch.no_grad():
-        assert torch.equal(FORMS[form](rows, ends, gate_up, down), with_gradient)
+        assert torch.equal(KERNELS[form](rows, ends, gate_up, down), with_gradient)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[40, 0, 3, 21], [0, 64, 0, 0]])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", KERNELS)
 def test_every_form_on_the_graphics_card(form: str, lengths: list[int]) -> None:
-    ours = output_and_gradients(FORMS[form], *inputs(lengths, "cuda", torch.bfloat16))
+    ours = output_and_gradients(KERNELS[form], *inputs(lengths, "cuda", torch.bfloat16))
     expected = output_and_gradients(plain_loop, *inputs(lengths))
     for mine, theirs in zip(ours, expected, strict=True):
         error = (mine.float().cpu() - theirs).norm() / theirs.norm()
@@ -80,26 +80,26 @@ def test_every_form_on_the_graphics_card(form: str, lengths: list[int]) -> None:
 
 
 def test_the_form_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_form("cpu", torch.float32, 64, 64) == "slices"
-    assert choose_form("cpu", torch.bfloat16, 64, 64) == "slices"
+    assert choose_kernel("cpu", torch.float32, 64, 64) == "slices"
+    assert choose_kernel("cpu", torch.bfloat16, 64, 64) == "slices"
     for capability, fastest in (((9, 0), "grouped"), ((8, 0), "slices"), ((10, 0), "grouped")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda it=capability: it)
-        assert choose_form("cuda", torch.bfloat16, 64, 64) == fastest
-    assert choose_form("cuda", torch.float32, 64, 64) == "slices"
-    assert choose_form("cuda", torch.bfloat16, 60, 64) == "slices"
+        assert choose_kernel("cuda", torch.bfloat16, 64, 64) == fastest
+    assert choose_kernel("cuda", torch.float32, 64, 64) == "slices"
+    assert choose_kernel("cuda", torch.bfloat16, 60, 64) == "slices"
 
 
 def test_all_forms_count_the_same_operations() -> None:
     rows, ends, gate_up, down, upstream = inputs([3, 0, 5, 4])
     forward = 6 * len(rows) * WIDTH * HIDDEN
-    for name, form in FORMS.items():
+    for name, form in KERNELS.items():
         with FlopCounterMode(display=False) as counter:
             out = form(rows, ends, gate_up, down)
             assert counter.get_total_flops() == forward, name
             out.backward(upstream)
             assert counter.get_total_flops() == 3 * forward, name
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        FORMS["slices"](*(a.detach().to("meta") for a in (rows, ends, gate_up, down)))
+        KERNELS["slices"](*(a.detach().to("meta") for a in (rows, ends, gate_up, down)))
     assert counter.get_total_flops() == forward
 
 
@@ -184,7 +184,7 @@ def test_the_router_knows_how_often_each_image_chose_each_expert() -> None:
     routing = Router(WIDTH, 4, 2, False)(tokens(3, 7))
     for image in range(3):
         assert routing.counts[image].tolist() == torch.bincount(routing.choices[image].flatten(), minlength=4).tolist()
-    torch.testing.assert_close(load(routing), routing.counts.sum(0) / 42)
+    torch.testing.assert_close(expert_load(routing), routing.counts.sum(0) / 42)
 
 
 @pytest.mark.parametrize("top_k", [0, 5])

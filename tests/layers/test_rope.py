@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genfound.layers.rope import RULES, Rope, rotate, row_major
+from genfound.layers.rope import RULES, Rope, apply_rope, row_major
 
 HEAD = 16
 PLAIN = Rope(HEAD, 10_000, "normal", 16, None, decouple=True, exact=True)
 
 
 def turned(x: torch.Tensor, coordinates: torch.Tensor, rope: Rope = PLAIN) -> torch.Tensor:
-    return rotate(x, *rope(coordinates, torch.ones(1, 2), lambda v: v))
+    return apply_rope(x, *rope(coordinates, torch.ones(1, 2), lambda v: v))
 
 
 def xl(rule: str, target: Sequence[int] | None, **options: Any) -> Rope:

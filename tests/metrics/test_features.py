@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from genfound.metrics.features import BATCH, Features
+from genfound.metrics.features import BATCH, FeatureStore
 from genfound.metrics.frechet import Moments
 from tests.image_sets import Averages, Pictures
 
 
 def test_they_are_whole_whoever_computes_them(tmp_path: Path) -> None:
     images, extractor = Pictures([(5, 6)] * 150), Averages()
-    alone, shared = Features(tmp_path / "alone", 150), Features(tmp_path / "shared", 150)
+    alone, shared = FeatureStore(tmp_path / "alone", 150), FeatureStore(tmp_path / "shared", 150)
     alone.extract(images, extractor)
     shared.extract(images, extractor, rank=1, ranks=2)
     assert not shared.complete and alone.complete
@@ -24,7 +24,7 @@ def test_they_are_whole_whoever_computes_them(tmp_path: Path) -> None:
 
 def test_only_what_is_missing_is_computed(tmp_path: Path) -> None:
     images, extractor = Pictures([(5, 6)] * 200), Averages()
-    features = Features(tmp_path, 200)
+    features = FeatureStore(tmp_path, 200)
     features.extract(images, extractor)
     before = features.column("logits")
     features.files[2].unlink()
@@ -34,7 +34,7 @@ def test_only_what_is_missing_is_computed(tmp_path: Path) -> None:
 
 
 def test_sums_go_through_blocks_of_the_same_rows(tmp_path: Path) -> None:
-    features = Features(tmp_path, 4500)
+    features = FeatureStore(tmp_path, 4500)
     features.extract(Pictures([(2, 2)] * 4500), Averages())
     assert [len(block) for block in features.blocks("pool")] == [4096, 404]
     rows = features.column("pool").double().numpy()
@@ -48,23 +48,23 @@ def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
             return {name: value / 0 for name, value in super().__call__(images).items()}
 
     with pytest.raises(ValueError, match="features pool of the images from number 0 on are not finite"):
-        Features(tmp_path, 10).extract(Pictures([(4, 4)] * 10), Broken())
+        FeatureStore(tmp_path, 10).extract(Pictures([(4, 4)] * 10), Broken())
     assert not list(tmp_path.iterdir())
 
 
 def test_files_of_another_number_of_images_are_not_taken(tmp_path: Path) -> None:
     images = Pictures([(5, 6)] * 100)
     for count in (100, 70):
-        features = Features(tmp_path, count)
+        features = FeatureStore(tmp_path, count)
         assert not features.complete
         features.extract(images, Averages())
         assert features.complete and len(features.column("pool")) == count
     with pytest.raises(ValueError, match="holds features of 70 images, not of 100; remove it"):
-        Features(tmp_path, 100).column("pool")
+        FeatureStore(tmp_path, 100).column("pool")
 
 
 def test_a_damaged_file_is_written_anew(tmp_path: Path) -> None:
-    features = Features(tmp_path, 70)
+    features = FeatureStore(tmp_path, 70)
     features.extract(Pictures([(5, 6)] * 70), Averages())
     whole = features.column("pool")
     features.files[0].write_bytes(features.files[0].read_bytes()[:500])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from genfound.data.images.sets import Chosen, Sourced
+from genfound.data.images.sets import Sourced, Subset
 from genfound.data.images.shapes import Shapes
 from genfound.metrics import probe as probe_module
 from genfound.metrics.probe import HELD_OUT, Probe, is_guessing, probe_key, train_probe
@@ -29,7 +29,7 @@ def test_it_learns_the_classes_from_few_images(probe: Probe) -> None:
 
 def test_the_same_images_give_the_same_probe_and_take_no_random_number() -> None:
     before = torch.get_rng_state()
-    few = Chosen(shapes("train"), np.arange(128))
+    few = Subset(shapes("train"), np.arange(128))
     hashes = {train_probe(few, shapes("val"), 10, CPU).hash for _ in range(2)}
     assert len(hashes) == 1
     assert torch.equal(torch.get_rng_state(), before)
@@ -65,7 +65,7 @@ def test_its_name_follows_the_data(probe: Probe) -> None:
 
 
 def test_the_number_of_threads_does_not_change_it() -> None:
-    few, hashes = Chosen(shapes("train"), np.arange(128)), set()
+    few, hashes = Subset(shapes("train"), np.arange(128)), set()
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -96,7 +96,7 @@ def test_an_accuracy_is_judged_by_what_guessing_gives(accuracy: float, counts: l
 
 def test_all_classes_are_held_out_also_where_images_are_sorted_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
     images = shapes("train", 3000)
-    by_class = Chosen(images, np.argsort(images.labels, kind="stable"))
+    by_class = Subset(images, np.argsort(images.labels, kind="stable"))
     seen: list[np.ndarray] = []
     data = probe_module._data
     monkeypatch.setattr(probe_module, "_data", lambda chosen: (seen.append(chosen.labels), data(chosen))[1])

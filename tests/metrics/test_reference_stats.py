@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from genfound.data.images.npz import file_hash
-from genfound.metrics.features import Features
+from genfound.metrics.features import FeatureStore
 from genfound.metrics.reference_stats import (
     choose_reference,
     given_statistics,
@@ -18,7 +18,7 @@ from tests.image_sets import Averages, Pictures
 
 
 def written(folder: Path, images: Pictures, name: str = "ref.npz") -> Path:
-    features = Features(folder / f"{name}.parts", len(images))
+    features = FeatureStore(folder / f"{name}.parts", len(images))
     features.extract(images, Averages())
     write_reference(folder / name, features, images, Averages(), {"from": "test", "view": "as_is"})
     return folder / name

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from genfound.data.packing.batch_plan import Micro
+from genfound.data.packing.batch_plan import MicroBatch
 from genfound.layouts import Packed
 from genfound.modules.base import GenerativeModule, schedule
 from genfound.objectives.weighting import EXPONENTS, image_weight
@@ -19,10 +19,10 @@ def module(**options: Any) -> GenerativeModule:
     return training_module(small_nit(), **{"label_drop": 0.1, "weight": "token", **options})
 
 
-def item(number: int, step_weight: float) -> Any:
+def item(number: int, weight_sum: float) -> Any:
     sizes = PACKS[number]
     batch = Packed(1, 40, 4, filler_label=10).to_batch(latents(sizes, seed=number), torch.arange(len(sizes)))
-    return batch, Micro(number, (), (), 0, 0, step_weight, 0)
+    return batch, MicroBatch(number, (), (), 0, 0, weight_sum, 0)
 
 
 @pytest.mark.parametrize("weight", EXPONENTS)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from genfound.objectives.process import cosine, linear, spaced
+from genfound.objectives.process import cosine, linear, space_timesteps
 
 
 def test_the_linear_schedule() -> None:
@@ -22,11 +22,11 @@ def test_the_cosine_schedule() -> None:
 
 
 def test_kept_steps() -> None:
-    assert spaced(5, 1000) == [0, 250, 500, 749, 999]  # 499.5 is rounded to the even 500
-    assert spaced("5", 1000) == spaced([5], 1000) == spaced(5, 1000)
-    assert spaced("2,0,1", 10) == [0, 3, 7]
-    assert spaced("ddim4", 1000) == [0, 250, 500, 750]
-    assert spaced(1000, 1000) == list(range(1000))
+    assert space_timesteps(5, 1000) == [0, 250, 500, 749, 999]  # 499.5 is rounded to the even 500
+    assert space_timesteps("5", 1000) == space_timesteps([5], 1000) == space_timesteps(5, 1000)
+    assert space_timesteps("2,0,1", 10) == [0, 3, 7]
+    assert space_timesteps("ddim4", 1000) == [0, 250, 500, 750]
+    assert space_timesteps(1000, 1000) == list(range(1000))
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_kept_steps() -> None:
 )
 def test_impossible_steps_are_refused(sections: int | str, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"sampler\.steps={sections}.*{reason}"):
-        spaced(sections, 1000)
+        space_timesteps(sections, 1000)

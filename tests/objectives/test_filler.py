@@ -14,7 +14,7 @@ from genfound.batch import Batch
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
 from genfound.objectives.gaussian import Gaussian
-from genfound.objectives.interpolants import PATHS
+from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import PREDICTIONS
 from genfound.objectives.times import TIME_LAWS
 from genfound.objectives.weighting import WEIGHTINGS
@@ -29,7 +29,7 @@ FILLED: dict[str, tuple[list[tuple[int, int]], Layout, Layout]] = {
     "padded": (RAGGED, Padded(1), Padded(1, 30)),
 }
 
-FLOWS = list(itertools.product(PATHS, PREDICTIONS, WEIGHTINGS, [None, 0.0, 0.01]))
+FLOWS = list(itertools.product(INTERPOLANTS, PREDICTIONS, WEIGHTINGS, [None, 0.0, 0.01]))
 
 
 class Toy(nn.Module):
@@ -73,7 +73,7 @@ def assert_filler_has_no_influence(objective: Objective, filled: str, outputs: i
 
 
 @pytest.mark.parametrize("filled", FILLED)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_filler_has_no_influence_on_any_flow(path: str, filled: str) -> None:
     for name, prediction, weighting, eps in FLOWS:
         if name == path:

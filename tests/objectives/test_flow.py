@@ -11,8 +11,8 @@ from torch import Tensor
 from genfound.backbones.base import TokenSpec
 from genfound.batch import Batch
 from genfound.layouts import Packed
-from genfound.objectives.flow import Flow, turn
-from genfound.objectives.interpolants import PATHS
+from genfound.objectives.flow import Flow, cosine_loss
+from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import PREDICTIONS
 from genfound.objectives.times import TIME_LAWS, time_grid
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS
@@ -107,7 +107,7 @@ def test_samplers_walk_from_noise_to_data(sampler: str) -> None:
 @pytest.mark.parametrize(
     ("key", "choices"),
     [
-        ("path", PATHS),
+        ("path", INTERPOLANTS),
         ("prediction", PREDICTIONS),
         ("weighting", WEIGHTINGS),
         ("time", TIME_LAWS),
@@ -121,7 +121,7 @@ def test_an_unknown_name_lists_the_choices(key: str, choices: list[str]) -> None
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_a_perfect_network_has_no_loss(prediction: str, path: str, weighting: str) -> None:
     """Data at one point: state, time and prediction determine each other."""
@@ -221,7 +221,7 @@ def test_a_patch_has_a_direction_in_each_of_its_pixels() -> None:
     out, target = torch.randn(2, 4, 2, 2)
     net = Tokens()
     net.token_spec = TokenSpec(4, 2)
-    ours = turn(net, batch, out.reshape(1, 16), target.reshape(1, 16))
+    ours = cosine_loss(net, batch, out.reshape(1, 16), target.reshape(1, 16))
     wanted = 1 - torch.nn.functional.cosine_similarity(out, target, dim=0).reshape(1, 4)
     torch.testing.assert_close(ours, wanted)
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.gaussian import Gaussian
-from genfound.objectives.process import SCHEDULES, Process, linear, noise_from_x0, posterior_mean, q_sample, spaced
+from genfound.objectives.process import (
+    SCHEDULES,
+    Process,
+    linear,
+    noise_from_x0,
+    posterior_mean,
+    q_sample,
+    space_timesteps,
+)
 from genfound.objectives.vlb import variational_bound
 from genfound.objectives.weighting import EXPONENTS
 from genfound.rng import Rng
@@ -202,7 +210,7 @@ def test_clipping_acts_on_the_predicted_data() -> None:
 def test_the_bound_adds_up_and_prefers_the_better_network() -> None:
     """Data N(0, 0.3^2) under its exact predictor, and under half of it."""
     objective = gaussian(variance="fixed_small")
-    objective.process = objective.process.respaced(spaced(20, 1000))
+    objective.process = objective.process.respaced(space_timesteps(20, 1000))
     signals = gaussian().process.tables.alphas_cumprod.float()
 
     def exact(batch: Batch, t: Tensor) -> Tensor:

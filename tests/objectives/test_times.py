@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from genfound.layouts import Dense, Packed
-from genfound.objectives.interpolants import PATHS
+from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.times import (
     TIME_LAWS,
     latent_numbers,
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def draw(name: str, mean: float = 0.0, std: float = 1.0, path: str = "linear", n: int = 100_000) -> Tensor:
-    return TIME_LAWS[name](mean, std, PATHS[path])(Rng(0), n, CPU)
+    return TIME_LAWS[name](mean, std, INTERPOLANTS[path])(Rng(0), n, CPU)
 
 
 def test_uniform_times() -> None:
@@ -44,9 +44,9 @@ def test_logit_normal_times(mean: float, std: float) -> None:
     assert abs(t.median() - torch.sigmoid(torch.tensor(mean))) < 0.01
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_log_normal_noise_levels_are_those_of_edm_on_any_path(path: str) -> None:
-    own = PATHS[path]
+    own = INTERPOLANTS[path]
     t = draw("log_normal", -0.4, 0.7, path) * own.end
     point = own.point(t)
     levels = (point.sigma / point.alpha).log()
@@ -101,7 +101,7 @@ def test_one_grid_needs_images_of_one_size() -> None:
 
 @pytest.mark.parametrize("name", TIME_LAWS)
 def test_a_window_holds_all_times(name: str) -> None:
-    law = TIME_LAWS[name](0.0, 1.0, PATHS["linear"])
+    law = TIME_LAWS[name](0.0, 1.0, INTERPOLANTS["linear"])
     t = windowed(name, law, [0.2, 0.4], 1.0)(Rng(0), 20_000, CPU)
     assert t.shape == (20_000,)
     assert 0.2 <= t.min() < 0.201
@@ -109,7 +109,7 @@ def test_a_window_holds_all_times(name: str) -> None:
 
 
 def test_a_window_in_a_share_of_the_micro_batches() -> None:
-    law = TIME_LAWS["uniform"](0.0, 1.0, PATHS["linear"])
+    law = TIME_LAWS["uniform"](0.0, 1.0, INTERPOLANTS["linear"])
     inside = [
         (windowed("uniform", law, [0.2, 0.4], 0.3)(Rng(0).at(k), 50, CPU) <= 0.4).all().item() for k in range(300)
     ]
@@ -119,11 +119,11 @@ def test_a_window_in_a_share_of_the_micro_batches() -> None:
 @pytest.mark.parametrize("window", [[0.5], [0.6, 0.4], [-0.1, 0.5], [0.5, 1.1]])
 def test_a_window_is_two_ordered_times(window: list[float]) -> None:
     with pytest.raises(ValueError, match=r"objective\.time_window=.* low <=? high"):
-        windowed("uniform", TIME_LAWS["uniform"](0, 1, PATHS["linear"]), window, 1.0)
+        windowed("uniform", TIME_LAWS["uniform"](0, 1, INTERPOLANTS["linear"]), window, 1.0)
 
 
 def test_a_window_that_is_never_met_is_reported() -> None:
-    law = TIME_LAWS["logit_normal"](-30.0, 0.1, PATHS["linear"])
+    law = TIME_LAWS["logit_normal"](-30.0, 0.1, INTERPOLANTS["linear"])
     with pytest.raises(ValueError, match=r"hardly ever met by objective\.time=logit_normal"):
         windowed("logit_normal", law, [0.5, 0.9], 1.0)(Rng(0), 4, CPU)
 

@@ -13,7 +13,7 @@ from genfound.batch import Batch
 from genfound.callbacks.validation import TIMES
 from genfound.objectives.base import Net, Objective
 from genfound.objectives.gaussian import Gaussian
-from genfound.objectives.interpolants import PATHS
+from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import PREDICTIONS
 from tests.helpers import linear_flow, three_layouts
 
@@ -30,7 +30,7 @@ VELOCITIES: dict[str, Velocity] = {
 
 def on_flow(path: str, prediction: str, velocity: Velocity) -> tuple[Objective, Net]:
     def net(batch: Batch, t: Tensor) -> Tensor:
-        p = PATHS[path].point(t.double()).of(batch)
+        p = INTERPOLANTS[path].point(t.double()).of(batch)
         s = p.sigma / (p.alpha + p.sigma)
         z = batch.x / (p.alpha + p.sigma)
         v = velocity(z, s)
@@ -58,7 +58,7 @@ def on_gaussian(prediction: str, velocity: Velocity, **options: object) -> tuple
 WRAPPED: dict[str, Callable[[Velocity], tuple[Objective, Net]]] = {
     **{
         f"{path} {prediction}": lambda v, a=path, b=prediction: on_flow(a, b, v)  # type: ignore[misc]
-        for path in PATHS
+        for path in INTERPOLANTS
         for prediction in PREDICTIONS
     },
     "gaussian epsilon": lambda v: on_gaussian("epsilon", v),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from genfound.objectives.interpolants import PATHS
-from genfound.objectives.predictions import PREDICTIONS, Views
+from genfound.objectives.interpolants import INTERPOLANTS
+from genfound.objectives.predictions import PREDICTIONS, Predictions
 from genfound.objectives.weighting import WEIGHTINGS, image_weight, time_weight
 
 T = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
@@ -21,14 +21,14 @@ def test_image_weights() -> None:
 
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w != "none"])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_a_weighting_is_one_loss_whatever_is_predicted(weighting: str, path: str) -> None:
     """The same wrong answer, given as noise, data, velocity or score, costs the same."""
-    point = PATHS[path].point(T * PATHS[path].end)
+    point = INTERPOLANTS[path].point(T * INTERPOLANTS[path].end)
     x, right, wrong = torch.randn(3, 4, dtype=torch.float64)
     costs = []
     for kind in PREDICTIONS:
-        a, b = (getattr(Views("noise", out, x, point), kind) for out in (right, wrong))
+        a, b = (getattr(Predictions("noise", out, x, point), kind) for out in (right, wrong))
         error = (point.sigma * (a - b) if kind == "score" else a - b) ** 2
         costs.append(time_weight(weighting, kind, point, 5.0) * error)
     for cost in costs[1:]:
@@ -36,7 +36,7 @@ def test_a_weighting_is_one_loss_whatever_is_predicted(weighting: str, path: str
 
 
 def test_weights_by_their_names() -> None:
-    point = PATHS["linear"].point(T)
+    point = INTERPOLANTS["linear"].point(T)
     snr = ((1 - T) / T) ** 2
     torch.testing.assert_close(time_weight("velocity", "velocity", point, 5.0), torch.ones_like(T))
     torch.testing.assert_close(time_weight("min_snr", "x0", point, 5.0), snr.clamp(max=5))
@@ -47,6 +47,6 @@ def test_weights_by_their_names() -> None:
 
 
 def test_a_velocity_has_finite_weights_at_both_ends() -> None:
-    point = PATHS["linear"].point(torch.tensor([0.0, 1.0]))
+    point = INTERPOLANTS["linear"].point(torch.tensor([0.0, 1.0]))
     for weighting in ("none", "velocity", "min_snr"):
         assert time_weight(weighting, "velocity", point, 5.0).isfinite().all()

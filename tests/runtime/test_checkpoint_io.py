@@ -121,7 +121,7 @@ def network() -> nn.Module:
 
 def test_fill_copies_every_tensor() -> None:
     net, other = network(), network()
-    checkpoint_io.fill(net, other.state_dict(), Path("x.ckpt"))
+    checkpoint_io.load_strict(net, other.state_dict(), Path("x.ckpt"))
     for key, value in net.state_dict().items():
         assert torch.equal(value, other.state_dict()[key])
         assert value.data_ptr() != other.state_dict()[key].data_ptr()
@@ -133,7 +133,7 @@ def test_fill_lists_what_does_not_fit_and_copies_nothing() -> None:
     tensors = {key: value + 1 for key, value in before.items()}
     tensors["2.weight"], tensors["1.weight"] = tensors.pop("0.bias"), torch.zeros(2, 5)
     with pytest.raises(ValueError, match=r"x\.ckpt does not fit Sequential") as error:
-        checkpoint_io.fill(net, tensors, Path("x.ckpt"))
+        checkpoint_io.load_strict(net, tensors, Path("x.ckpt"))
     message = str(error.value)
     for part in ("1 missing (0.bias)", "1 unexpected (2.weight)", "1 of another shape (1.weight)"):
         assert part in message
@@ -144,7 +144,7 @@ def test_fill_lists_what_does_not_fit_and_copies_nothing() -> None:
 def test_fill_counts_all_and_names_a_few() -> None:
     net = nn.Sequential(*(nn.Linear(1, 1) for _ in range(5)))
     with pytest.raises(ValueError, match=r"10 missing \(0\.bias, 0\.weight, 1\.bias\)$"):
-        checkpoint_io.fill(net, {}, Path("x.ckpt"))
+        checkpoint_io.load_strict(net, {}, Path("x.ckpt"))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -161,4 +161,4 @@ def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
 
 def test_fill_names_what_is_no_tensor() -> None:
     with pytest.raises(ValueError, match=r"x\.ckpt holds no state dict: 0\.bias is not a tensor"):
-        checkpoint_io.fill(network(), {**network().state_dict(), "0.bias": [1.0]}, Path("x.ckpt"))  # type: ignore[dict-item]
+        checkpoint_io.load_strict(network(), {**network().state_dict(), "0.bias": [1.0]}, Path("x.ckpt"))  # type: ignore[dict-item]

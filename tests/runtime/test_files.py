@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from genfound.runtime import files
-from genfound.runtime.files import PARTIAL, STALE, check_folder, make_folder, visible, write_whole
+from genfound.runtime.files import PARTIAL, STALE, atomic_write, check_folder, makedirs, visible
 
 
 def none(*_: object) -> None:
@@ -22,8 +22,8 @@ def none(*_: object) -> None:
 def write_many(folder: Path, rank: int) -> int:
     """Files of one's own, and one that all write."""
     for i in range(60):
-        write_whole(folder / "common", lambda temporary: temporary.write_text("the same"))
-        write_whole(folder / f"{rank}-{i}", lambda temporary: temporary.write_text("own"))
+        atomic_write(folder / "common", lambda temporary: temporary.write_text("the same"))
+        atomic_write(folder / f"{rank}-{i}", lambda temporary: temporary.write_text("own"))
     return rank
 
 
@@ -43,7 +43,7 @@ def test_processes_that_write_at_once_never_disturb_each_other(
 def test_temporaries_name_host_and_process_and_are_never_the_same(tmp_path: Path) -> None:
     names: list[str] = []
     for _ in range(2):
-        write_whole(tmp_path / "a", lambda temporary: names.append(temporary.name))
+        atomic_write(tmp_path / "a", lambda temporary: names.append(temporary.name))
     assert all(re.fullmatch(rf"{os.uname().nodename}-{os.getpid()}-[0-9a-f]{{8}}-a", name) for name in names)
     assert names[0] != names[1]
 
@@ -54,10 +54,10 @@ def test_what_killed_processes_left_goes_when_nobody_else_writes(tmp_path: Path)
     left.write_text("half")
     other = os.open(left.parent, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_SH)  # as a process that is writing
-    write_whole(tmp_path / "a", lambda temporary: temporary.write_text(""))
+    atomic_write(tmp_path / "a", lambda temporary: temporary.write_text(""))
     assert left.read_text() == "half"
     os.close(other)
-    write_whole(tmp_path / "a", lambda temporary: temporary.write_text(""))
+    atomic_write(tmp_path / "a", lambda temporary: temporary.write_text(""))
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
@@ -68,8 +68,8 @@ def test_without_locks_only_what_is_old_goes(tmp_path: Path, monkeypatch: pytest
     for file in (old, new):
         file.touch()
     os.utime(old, (0, new.stat().st_mtime - STALE - 1))
-    with files.alone(tmp_path):
-        write_whole(tmp_path / "a", lambda temporary: temporary.write_text("whole"))
+    with files.lock_folder(tmp_path):
+        atomic_write(tmp_path / "a", lambda temporary: temporary.write_text("whole"))
     assert (tmp_path / "a").read_text() == "whole"
     assert not old.exists() and new.exists()
 
@@ -82,7 +82,7 @@ def test_a_failed_write_leaves_nothing_and_the_old_file(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "a", full)
+        atomic_write(tmp_path / "a", full)
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
 
@@ -99,7 +99,7 @@ def test_a_folder_that_another_process_removes_while_it_is_made(
         make(path, *arguments)
 
     monkeypatch.setattr(os, "mkdir", gone)
-    write_whole(tmp_path / "a", lambda temporary: temporary.write_text("whole"))
+    atomic_write(tmp_path / "a", lambda temporary: temporary.write_text("whole"))
     assert (tmp_path / "a").read_text() == "whole"
 
 
@@ -108,7 +108,7 @@ def test_what_is_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
         with pytest.raises(FileExistsError):
-            make_folder(tmp_path / name)
+            makedirs(tmp_path / name)
 
 
 def test_a_folder_that_cannot_be_written_is_known_before_the_work(
@@ -139,4 +139,4 @@ def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"):
-        write_whole(tmp_path / "x.json", save)
+        atomic_write(tmp_path / "x.json", save)

@@ -10,7 +10,7 @@ from genfound.config.environment import LAUNCH, forget_inherited
 from genfound.config.environment import copies as environment_copies
 from genfound.config.errors import JobError
 from genfound.runtime import launch, processes
-from genfound.runtime.processes import ALONE, Place
+from genfound.runtime.processes import SINGLE_PROCESS, RankInfo
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 
@@ -25,10 +25,10 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_process_of_a_launch_knows_its_place(group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert processes.place() == ALONE
+    assert processes.rank_info() == SINGLE_PROCESS
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert processes.place() == Place(3, 4, 1)
+    assert processes.rank_info() == RankInfo(3, 4, 1)
 
 
 @pytest.mark.parametrize("wrong", [
@@ -41,7 +41,7 @@ def test_a_rank_is_believed_only_with_everything_that_a_launch_sets(
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"genfound starts itself: give the command.* trainer\.devices=N"):
-        processes.place()
+        processes.rank_info()
 
 
 def test_a_command_forgets_what_launchers_left() -> None:

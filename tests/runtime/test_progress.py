@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from genfound.runtime.progress import Counter
+from genfound.runtime.progress import ProgressCounter
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_log_file_gets_a_line_now_and_then_and_at_the_end(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counter = Counter("latents")
+    counter = ProgressCounter("latents")
     for seconds, done in ((0, 200), (4, 300), (11, 420), (15, 430), (40, 1000)):
         clock[0] = 100.0 + seconds
         counter(done, 1000)
@@ -27,7 +27,7 @@ def test_a_log_file_gets_a_line_now_and_then_and_at_the_end(
 
 
 def test_images_that_are_under_way_count_in_part(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    counter = Counter("images")
+    counter = ProgressCounter("images")
     counter(0, 4)
     clock[0] += 20
     counter(0.5, 4)
@@ -38,7 +38,7 @@ def test_a_person_sees_one_line_that_moves(
     clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    counter = Counter("images")
+    counter = ProgressCounter("images")
     for done in (0, 1, 2):
         counter(done, 2)
         clock[0] += 1

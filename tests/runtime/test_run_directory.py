@@ -111,14 +111,14 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def trained(folder: Path) -> Path:
-    run_directory.claim(folder, config(), False)
+    run_directory.write_config(folder, config(), False)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints/step-5.ckpt").touch()
     return folder
 
 
 def test_a_claimed_folder_keeps_its_configuration(tmp_path: Path) -> None:
-    run_directory.claim(tmp_path / "a/b", config(), False)
+    run_directory.write_config(tmp_path / "a/b", config(), False)
     assert run_directory.read_config(tmp_path / "a/b") == config()
     assert [p.name for p in (tmp_path / "a/b").iterdir()] == ["config.yaml"]
 
@@ -126,16 +126,16 @@ def test_a_claimed_folder_keeps_its_configuration(tmp_path: Path) -> None:
 def test_another_identity_is_refused_once_there_is_a_checkpoint(tmp_path: Path) -> None:
     folder = trained(tmp_path / "run")
     with pytest.raises(ValueError, match=r"model\.depth: 2 in the run, 3 now.*name=.*allow_changes=true"):
-        run_directory.claim(folder, config(model__depth=3), False)
+        run_directory.write_config(folder, config(model__depth=3), False)
     with pytest.raises(ValueError, match=r"data\.extra: None in the run, 1 now"):
-        run_directory.claim(folder, config(data__extra=1), False)
+        run_directory.write_config(folder, config(data__extra=1), False)
     assert run_directory.read_config(folder) == config()
 
 
 def test_another_identity_may_be_forced(tmp_path: Path) -> None:
     """It is the run's when it has been found to fit, not before."""
     folder = trained(tmp_path / "run")
-    run_directory.claim(folder, config(model__depth=3), True)
+    run_directory.write_config(folder, config(model__depth=3), True)
     assert run_directory.read_config(folder) == config()
     assert run_directory.claimed(folder) == config(model__depth=3)
     run_directory.adopt(folder)
@@ -146,9 +146,9 @@ def test_another_identity_may_be_forced(tmp_path: Path) -> None:
 def test_what_is_not_identity_may_change(tmp_path: Path) -> None:
     folder = trained(tmp_path / "run")
     changed = config(trainer__max_steps=9, data__root="/new")
-    run_directory.claim(folder, changed, False)
+    run_directory.write_config(folder, changed, False)
     assert run_directory.claimed(folder) == changed
-    run_directory.claim(folder, config(), False)  # again as it was
+    run_directory.write_config(folder, config(), False)  # again as it was
     assert run_directory.claimed(folder) == config() and not (folder / run_directory.NEXT).exists()
 
 
@@ -156,29 +156,29 @@ def test_what_is_not_identity_may_change(tmp_path: Path) -> None:
 def test_what_changes_numbers_is_refused_though_it_is_not_in_the_name(tmp_path: Path, key: str) -> None:
     folder = trained(tmp_path / "run")
     with pytest.raises(ValueError, match=rf"trainer\.{key}: None in the run, new now.*allow_changes=true"):
-        run_directory.claim(folder, config(**{f"trainer__{key}": "new"}), False)
-    run_directory.claim(folder, config(**{f"trainer__{key}": "new"}), True)
+        run_directory.write_config(folder, config(**{f"trainer__{key}": "new"}), False)
+    run_directory.write_config(folder, config(**{f"trainer__{key}": "new"}), True)
     assert run_directory.run_name([f"trainer.{key}=new"]) == "default"
 
 
 def test_precision_auto_is_compared_when_it_is_known_what_it_means(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run_directory.claim(folder, config(trainer__precision="auto"), False)
+    run_directory.write_config(folder, config(trainer__precision="auto"), False)
     (folder / "DONE").touch()
-    run_directory.check_same(folder, config(trainer__precision="fp32"), False)
+    run_directory.refuse_changes(folder, config(trainer__precision="fp32"), False)
 
 
 def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:
-    run_directory.claim(tmp_path, config(), False)
+    run_directory.write_config(tmp_path, config(), False)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/._step-5.ckpt").touch()
-    run_directory.claim(tmp_path, config(seed=1), False)
+    run_directory.write_config(tmp_path, config(seed=1), False)
     assert run_directory.read_config(tmp_path) == config(seed=1)
 
 
 def test_a_folder_without_a_checkpoint_is_free(tmp_path: Path) -> None:
-    run_directory.claim(tmp_path, config(), False)
-    run_directory.claim(tmp_path, config(seed=1), False)
+    run_directory.write_config(tmp_path, config(), False)
+    run_directory.write_config(tmp_path, config(seed=1), False)
     assert run_directory.read_config(tmp_path) == config(seed=1)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from genfound.runtime.work import held, remove, run_apart
+from genfound.runtime.work import lock, remove, run_command
 
 HOLD = """
 import sys, time
@@ -47,13 +47,13 @@ def alive(number: int) -> bool:
 def test_work_belongs_to_one_process(tmp_path: Path) -> None:
     other, told = started(HOLD, str(tmp_path / "out/work/a"), "60")
     assert told == "held"
-    with pytest.raises(ValueError, match=r"another process is at work on .*/a; wait"), held(tmp_path / "out/work/a"):
+    with pytest.raises(ValueError, match=r"another process is at work on .*/a; wait"), lock(tmp_path / "out/work/a"):
         pass
-    with held(tmp_path / "out/work/b"):
+    with lock(tmp_path / "out/work/b"):
         pass
     other.kill()
     other.wait()
-    with held(tmp_path / "out/work/a"):
+    with lock(tmp_path / "out/work/a"):
         (tmp_path / "out/work/a").mkdir()
         remove(tmp_path / "out/work/a")
     assert not (tmp_path / "out/work").exists()
@@ -63,7 +63,7 @@ def test_one_can_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     said: list[str] = []
     other, _ = started(HOLD, str(tmp_path / "a"), "60")
     monkeypatch.setattr(builtins, "print", lambda *told, **_: (said.append(told[0]), other.kill()))
-    with held(tmp_path / "a", wait=True):
+    with lock(tmp_path / "a", wait=True):
         assert other.wait(60) == -signal.SIGKILL
     assert said == [f"waiting for another process, which makes {tmp_path / 'a'}"]
 
@@ -82,5 +82,5 @@ def test_processes_end_with_the_one_that_began_them(number: signal.Signals) -> N
 
 def test_the_status_is_that_of_the_command() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    assert run_apart([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
+    assert run_command([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
     assert signal.getsignal(signal.SIGTERM) is before

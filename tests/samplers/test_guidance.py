@@ -10,8 +10,8 @@ from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.layouts import Dense, Packed, Padded
 from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import AutoGuidance, ClassifierFree, unguided
-from genfound.sampling.pipeline import guided
+from genfound.samplers.guidance import AutoGuidance, ClassifierFreeGuidance, unguided
+from genfound.sampling.pipeline import with_guidance
 from tests.helpers import latents, linear_flow, small_nit
 from tests.samplers.test_ddpm import objective as gaussian
 from tests.samplers.toys import SeededNoise, doubled
@@ -48,8 +48,8 @@ def batches(patch_size: int = 1) -> dict[str, Batch]:
     return made
 
 
-def cfg(net: Backbone, **options: Any) -> ClassifierFree:
-    return ClassifierFree(net, **{"scale": 2.5, "interval": [0.0, 1.0], "channels": "all", **options})
+def cfg(net: Backbone, **options: Any) -> ClassifierFreeGuidance:
+    return ClassifierFreeGuidance(net, **{"scale": 2.5, "interval": [0.0, 1.0], "channels": "all", **options})
 
 
 def both(net: Toy, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
@@ -161,9 +161,9 @@ def test_a_predicted_variance_is_the_conditional_one(layout: str, channels: str)
 
 def test_guidance_by_name() -> None:
     net, batch = Toy(), batches()["packed"]
-    assert torch.equal(guided(net, {"name": "none"}, (0.0, 1.0))(batch, 0.5), unguided(net)(batch, 0.5))
+    assert torch.equal(with_guidance(net, {"name": "none"}, (0.0, 1.0))(batch, 0.5), unguided(net)(batch, 0.5))
     options = {"name": "cfg", "scale": 3.0, "interval": [0.0, 1.0], "channels": "all"}
-    assert torch.equal(guided(net, options, (0.0, 1.0))(batch, 0.5), cfg(net, scale=3.0)(batch, 0.5))
+    assert torch.equal(with_guidance(net, options, (0.0, 1.0))(batch, 0.5), cfg(net, scale=3.0)(batch, 0.5))
 
 
 @pytest.mark.parametrize(("t", "guided_"), [(0.2, False), (0.21, True), (0.69, True), (0.7, False)])
@@ -303,8 +303,8 @@ def test_integer_steps_have_one_direction_whatever_the_network_declares() -> Non
 
 
 def test_the_linear_schedule() -> None:
-    guided = cfg(Toy(), scale=3.0, schedule="linear")
-    assert [guided.scale_at(level) for level in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]
+    with_guidance = cfg(Toy(), scale=3.0, schedule="linear")
+    assert [with_guidance.scale_at(level) for level in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]
 
 
 def test_the_weaker_network_must_have_the_same_tokens_and_classes() -> None:

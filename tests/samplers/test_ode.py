@@ -10,7 +10,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.objectives.base import GuidedNet
 from genfound.objectives.flow import FlowField
-from genfound.objectives.interpolants import PATHS
+from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.times import time_grid
 from genfound.samplers import SAMPLERS
 from tests.helpers import packed
@@ -19,7 +19,7 @@ MEAN, STD = 0.8, 0.35
 
 
 def field(velocity: GuidedNet) -> FlowField:
-    return FlowField(velocity, PATHS["linear"], "velocity")
+    return FlowField(velocity, INTERPOLANTS["linear"], "velocity")
 
 
 class NoNoise:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from genfound.layouts import Dense
-from genfound.objectives.interpolants import PATHS
+from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import PREDICTIONS
 from genfound.objectives.times import time_grid
 from genfound.samplers import SAMPLERS
@@ -26,7 +26,7 @@ def slopes(errors: list[float]) -> list[float]:
     return [math.log2(a / b) for a, b in pairwise(errors)]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 @pytest.mark.parametrize(
     ("name", "method", "order"),
     [("euler", None, 1), ("heun", None, 2), ("dopri5", "euler", 1), ("dopri5", "midpoint", 2), ("dopri5", "heun2", 2)],

@@ -10,7 +10,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.layouts import Dense
 from genfound.objectives.flow import Flow, FlowField
-from genfound.objectives.interpolants import PathPoint
+from genfound.objectives.interpolants import Coefficients
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from tests.helpers import linear_flow
@@ -28,7 +28,7 @@ class Exact:
     def __call__(self, batch: Batch, t: float) -> Tensor:
         self.asked.append(t)
         reversed_ = self.time == "data1"
-        p = PathPoint.at(self.flow.path, self.flow.path.end - t if reversed_ else t)
+        p = Coefficients.at(self.flow.path, self.flow.path.end - t if reversed_ else t)
         variance = p.alpha**2 * STD**2 + p.sigma**2
         centred = batch.x.double() - p.alpha * MEAN
         noise, x0 = p.sigma / variance * centred, MEAN + p.alpha * STD**2 / variance * centred
@@ -51,7 +51,7 @@ def exact(time: str = "data0", **options: object) -> tuple[Flow, FlowField, Exac
 
 def moments(flow: Flow, t: float) -> tuple[float, float]:
     """Mean and variance of x_t."""
-    p = PathPoint.at(flow.path, t)
+    p = Coefficients.at(flow.path, t)
     return float(p.alpha * MEAN), float(p.alpha**2 * STD**2 + p.sigma**2)
 
 

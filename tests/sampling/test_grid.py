@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from genfound.sampling.grid import save_grid
-from genfound.sampling.requests import Request
+from genfound.sampling.requests import SampleRequest
 
 NAMES = ["zero", "one", "two", "three"]
 Size = tuple[int, int]
 
 
-def drawn(folder: Path, requests: list[Request]) -> tuple[np.ndarray, list[np.ndarray]]:
+def drawn(folder: Path, requests: list[SampleRequest]) -> tuple[np.ndarray, list[np.ndarray]]:
     """The grid of images of one colour each, and where each colour is."""
     colours = [(10 + 20 * i, 200 - 15 * i, 90) for i in range(len(requests))]
     images = [np.full((*r.size, 3), c, dtype=np.uint8) for r, c in zip(requests, colours, strict=True)]
@@ -22,9 +22,9 @@ def drawn(folder: Path, requests: list[Request]) -> tuple[np.ndarray, list[np.nd
     return grid, [np.argwhere((grid == c).all(-1)) for c in colours]
 
 
-def many(sizes: list[Size], labels: list[int], each: int = 1) -> list[Request]:
+def many(sizes: list[Size], labels: list[int], each: int = 1) -> list[SampleRequest]:
     wanted = [(label, size) for size in sizes for _ in range(each) for label in labels]
-    return [Request(label, size, n) for n, (label, size) in enumerate(wanted)]
+    return [SampleRequest(label, size, n) for n, (label, size) in enumerate(wanted)]
 
 
 @pytest.mark.parametrize(("sizes", "factor"), [([(16, 16)], 6), ([(16, 16), (12, 24), (24, 12)], 6), ([(256, 128)], 1)])
@@ -54,7 +54,7 @@ def test_columns_are_labels_and_rows_are_sizes_and_repetitions(tmp_path: Path) -
 
 
 def test_a_missing_cell_stays_empty(tmp_path: Path) -> None:
-    requests = [Request(0, (16, 16), 0), Request(1, (16, 16), 1), Request(1, (16, 16), 2)]
+    requests = [SampleRequest(0, (16, 16), 0), SampleRequest(1, (16, 16), 1), SampleRequest(1, (16, 16), 2)]
     _, places = drawn(tmp_path, requests)
     assert [len(place) for place in places] == [96 * 96] * 3
     assert places[2].min(0)[1] == places[1].min(0)[1]

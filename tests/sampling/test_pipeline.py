@@ -17,9 +17,9 @@ import genfound
 from genfound import build
 from genfound.layouts import Packed
 from genfound.objectives.base import Objective
-from genfound.sampling.pipeline import Sampling, complete
-from genfound.sampling.requests import Request, check_size, label_number, make_requests
-from genfound.tokenizers import Absent, Pixel
+from genfound.sampling.pipeline import Pipeline, complete
+from genfound.sampling.requests import SampleRequest, check_size, label_number, make_requests
+from genfound.tokenizers import PixelTokenizer, Undecodable
 from tests.evaluation.runs import untrained_run
 from tests.helpers import composed, linear_flow, small_nit
 from tests.samplers.test_ddpm import objective as gaussian
@@ -27,14 +27,16 @@ from tests.samplers.test_ddpm import objective as gaussian
 NAMES = ["circle", "square", "star"]
 
 
-def sampling(micro_batch: int = 4) -> Sampling:
+def sampling(micro_batch: int = 4) -> Pipeline:
     guidance = {"name": "cfg", "scale": 2.0, "interval": [0.2, 0.8], "channels": "all"}
     sampler = {"name": "heun", "steps": 3}
     device = torch.device("cpu")
-    return Sampling(linear_flow(), Pixel(), Packed(2), sampler, guidance, micro_batch, "32-true", "round", device)
+    return Pipeline(
+        linear_flow(), PixelTokenizer(), Packed(2), sampler, guidance, micro_batch, "32-true", "round", device
+    )
 
 
-REQUESTS = [Request(n % 10, ((8, 8), (4, 12), (8, 8))[n % 3], n) for n in range(9)]
+REQUESTS = [SampleRequest(n % 10, ((8, 8), (4, 12), (8, 8))[n % 3], n) for n in range(9)]
 NET = small_nit(channels=3, patch_size=2).eval()
 
 
@@ -77,12 +79,12 @@ def test_another_micro_batch_changes_rounding_only() -> None:
 
 
 def test_seed_number_and_label_matter() -> None:
-    base = Request(1, (8, 8), 0)
+    base = SampleRequest(1, (8, 8), 0)
     images = [
         sampling().draw(NET, [base], 0)[0],
         sampling().draw(NET, [base], 1)[0],
-        sampling().draw(NET, [Request(2, (8, 8), 0)], 0)[0],
-        sampling().draw(NET, [Request(1, (8, 8), 1)], 0)[0],
+        sampling().draw(NET, [SampleRequest(2, (8, 8), 0)], 0)[0],
+        sampling().draw(NET, [SampleRequest(1, (8, 8), 1)], 0)[0],
     ]
     assert len({image.tobytes() for image in images}) == 4
 
@@ -104,7 +106,7 @@ def test_a_size_that_does_not_divide_names_the_nearest(size: tuple[int, int], le
 def test_a_wrong_size_stops_before_any_image() -> None:
     finished: list[float] = []
     with pytest.raises(ValueError, match=r"size=\[9,8\]"):
-        sampling().draw(NET, [*REQUESTS, Request(0, (9, 8), 9)], 0, lambda done, _: finished.append(done))
+        sampling().draw(NET, [*REQUESTS, SampleRequest(0, (9, 8), 9)], 0, lambda done, _: finished.append(done))
     assert finished == []
 
 
@@ -205,7 +207,7 @@ def run_in(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_precision_is_that_of_the_run_unless_it_is_set(run_in: tuple[str, Path]) -> None:
     own, run = run_in
     loaded = genfound.load(run)
-    loaded = replace(loaded, tokenizer=Absent(Pixel.spec, "shows rounding"))
+    loaded = replace(loaded, tokenizer=Undecodable(PixelTokenizer.spec, "shows rounding"))
     drawn = {
         wanted: genfound.sample(loaded, [1], (8, 8), batch=1, precision=wanted) for wanted in (None, "fp32", "bf16")
     }
@@ -217,10 +219,10 @@ def test_precision_is_that_of_the_run_unless_it_is_set(run_in: tuple[str, Path])
 
 def test_so_it_is_of_the_command(run_in: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own, run = run_in
-    monkeypatch.setattr("genfound.config.command_line.chosen", lambda: [])
+    monkeypatch.setattr("genfound.config.command_line.user_overrides", lambda: [])
     used: list[str] = []
     monkeypatch.setattr(
-        Sampling, "draw", lambda self, *_: used.append(self.precision) or [np.zeros((8, 8, 3), np.uint8)]
+        Pipeline, "draw", lambda self, *_: used.append(self.precision) or [np.zeros((8, 8, 3), np.uint8)]
     )
     for wanted in ("null", "fp32", "bf16"):
         arguments = [
@@ -238,7 +240,7 @@ def test_so_it_is_of_the_command(run_in: tuple[str, Path], monkeypatch: pytest.M
 def test_released_dit_and_sit_are_drawn_in_float32() -> None:
     for family in ("dit", "sit"):
         config = composed(f"experiment=official/{family}", f"model={family}_tiny")
-        sampling = Sampling.of(config, build.objective(config), Pixel(), torch.device("cpu"), 2)
+        sampling = Pipeline.of(config, build.objective(config), PixelTokenizer(), torch.device("cpu"), 2)
         assert sampling.precision == "32-true"
 
 
@@ -256,8 +258,8 @@ def test_the_weaker_network_must_predict_the_same(
     monkeypatch.setattr("genfound.sampling.pipeline.load", lambda *_, **__: SimpleNamespace(net=NET, objective=other))
     config = composed("model=nit_tiny", "guidance=autoguidance", "guidance.weights=runs/weak")
     with pytest.raises(ValueError, match=rf"guidance\.weights=runs/weak has {message}"):
-        Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2)
+        Pipeline.of(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2)
     monkeypatch.setattr(
         "genfound.sampling.pipeline.load", lambda *_, **__: SimpleNamespace(net=NET, objective=linear_flow())
     )
-    assert Sampling.of(config, linear_flow(), Pixel(), torch.device("cpu"), 2).weak is NET
+    assert Pipeline.of(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2).weak is NET

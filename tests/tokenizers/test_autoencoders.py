@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import PixelTokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.dc_ae import DcAe
-from genfound.tokenizers.sd_vae import SdVae
-from genfound.tokenizers.vq_f4 import VqF4
+from genfound.tokenizers.dc_ae import DCAE
+from genfound.tokenizers.sd_vae import SDVAE
+from genfound.tokenizers.vq_f4 import VQF4
 from tests.helpers import composed
 
 OPTIONS: dict[str, Any] = {"weights": "random_tiny", "precision": "fp32", "pixels_per_call": 2**20}
@@ -21,8 +21,8 @@ NAMES = list(SPECS)
 
 def build(name: str, **options: Any) -> Autoencoder:
     if name == "sd_vae":
-        return SdVae(**{"posterior": "sample", **OPTIONS, **options})
-    return {"dc_ae": DcAe, "vq_f4": VqF4}[name](**{**OPTIONS, **options})
+        return SDVAE(**{"posterior": "sample", **OPTIONS, **options})
+    return {"dc_ae": DCAE, "vq_f4": VQF4}[name](**{**OPTIONS, **options})
 
 
 def images(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
@@ -47,7 +47,7 @@ def test_shapes_follow_from_the_spec_at_any_aspect_ratio(name: str) -> None:
     ("name", "parameters", "keys"), [("sd_vae", 83.65, 248), ("dc_ae", 312.25, 375), ("vq_f4", 55.32, 205)]
 )
 def test_random_weights_have_the_official_architecture(name: str, parameters: float, keys: int) -> None:
-    kind = {"sd_vae": SdVae, "dc_ae": DcAe, "vq_f4": VqF4}[name].kind
+    kind = {"sd_vae": SDVAE, "dc_ae": DCAE, "vq_f4": VQF4}[name].kind
     with torch.device("meta"):
         model = getattr(importlib.import_module("diffusers"), kind.name)(**kind.official)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == parameters
@@ -175,7 +175,7 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_pixels_are_encoded_by_the_workers() -> None:
-    codec = Pixel()
+    codec = PixelTokenizer()
     assert not codec.online
     assert not codec.stochastic
     assert torch.equal(codec.decode(codec.encode(images())), images())

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genfound.tokenizers import weights
-from genfound.tokenizers.dc_ae import DcAe
-from genfound.tokenizers.sd_vae import SdVae
+from genfound.tokenizers.dc_ae import DCAE
+from genfound.tokenizers.sd_vae import SDVAE
 from genfound.tokenizers.weights import CONFIG, WEIGHTS
 
 NAME = "someone/some-vae"
@@ -24,7 +24,7 @@ NAME = "someone/some-vae"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights") / "vae"
-    weights.load(SdVae.kind, "random_tiny").save_pretrained(folder)
+    weights.load(SDVAE.kind, "random_tiny").save_pretrained(folder)
     return folder
 
 
@@ -40,8 +40,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def sd_vae(source: Path | str) -> SdVae:
-    return SdVae(weights=str(source), posterior="mode", precision="fp32", pixels_per_call=2**20)
+def sd_vae(source: Path | str) -> SDVAE:
+    return SDVAE(weights=str(source), posterior="mode", precision="fp32", pixels_per_call=2**20)
 
 
 def change_config(folder: Path, **values: Any) -> None:
@@ -55,7 +55,7 @@ def change_keys(folder: Path, change: Callable[[dict[str, torch.Tensor]], None])
     save_file(state, folder / WEIGHTS)
 
 
-def states_equal(one: SdVae, two: SdVae) -> bool:
+def states_equal(one: SDVAE, two: SDVAE) -> bool:
     a, b = one.model.state_dict(), two.model.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -131,7 +131,7 @@ def test_damage_is_one_line_that_names_the_file(folder: Path, damage: Any, messa
 
 def test_another_architecture_names_the_tokenizer_that_takes_it(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer=dc_ae takes .* describes AutoencoderKL; choose tokenizer=sd_vae"):
-        DcAe(weights=str(folder), precision="fp32", pixels_per_call=2**20)
+        DCAE(weights=str(folder), precision="fp32", pixels_per_call=2**20)
     change_config(folder, _class_name="AutoencoderTiny")
     with pytest.raises(ValueError, match=r"tokenizer=sd_vae takes AutoencoderKL, .* describes AutoencoderTiny$"):
         sd_vae(folder)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from genfound.batch import Batch
-from genfound.layers.embed import TimeEmbedding
+from genfound.layers.embed import TimestepEmbedder
 from genfound.layers.initial import Draw
 from genfound.layers.moe import Experts, Router
 from genfound.layers.rope import Rope
@@ -88,7 +88,7 @@ class Backbone(nn.Module):
             elif isinstance(module, (Experts, Router)):
                 module.initialise(draw)
         for module in self.modules():
-            if isinstance(module, TimeEmbedding):
+            if isinstance(module, TimestepEmbedder):
                 for layer in (module.first, module.second):
                     draw(nn.init.normal_, layer.weight, std=0.02)
 
@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         torch._dynamo.config.optimize_ddp = False  # a block is small enough to overlap with communication as it is
         self._compiled = torch.compile(_call)
 
-    def run(self, block: nn.Module, *inputs: Any) -> Any:
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """A block's output; with activation checkpointing nothing else of it is kept for the backward pass."""
         call = self._compiled if self._compiled is not None and self.training else _call
         if self.activation_checkpointing and self.training:

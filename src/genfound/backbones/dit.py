@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.layers.adaln import full_precision, modulate, zero
-from genfound.layers.attention import attend
-from genfound.layers.embed import LabelEmbedding, TimeEmbedding
+from genfound.layers.adaln import autocast_off, norm_modulate, zero_init_
+from genfound.layers.attention import sdpa
+from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
 from genfound.rng import Rng
 
 EMA_DRIFT = 1e-3
@@ -80,8 +80,8 @@ class DiT(Backbone):
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
         self.x_embedder = nn.Linear(token, width)
-        self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = LabelEmbedding(num_classes, width, null_class=label_drop > 0)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width, null_class=label_drop > 0)
         self.blocks = nn.ModuleList((make_block or Block)(width, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token if learn_sigma or unused_half else token)
         self.initialise()
@@ -92,25 +92,25 @@ class DiT(Backbone):
         rows, columns = (side // p for side in batch.x.shape[2:])
         tokens = rearrange(batch.x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, N, C p p)
         x = self.x_embedder(tokens).float() + position_table(rows, columns, self.width, tokens.device)  # (B, N, D)
-        with full_precision(x):
+        with autocast_off(x):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
             c = nn.functional.silu(c)
-        out = self.final_layer(self.through_blocks(x, c), c)  # (B, N, K p p)
+        out = self.final_layer(self.run_blocks(x, c), c)  # (B, N, K p p)
         out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, K, h, w)
         return out[:, : self.token_spec.channels] if self.unused_half else out
 
-    def through_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""
         for block in self.blocks:
-            x = self.run(block, x, c)
+            x = self.run_block(block, x, c)
         return x
 
     def initialise(self, rng: Rng | None = None) -> None:
         """As in `Backbone`; zeros where adaLN-Zero starts as identity."""
         super().initialise(rng)
         for block in self.blocks:
-            zero(block.adaln)
-        zero(self.final_layer)
+            zero_init_(block.adaln)
+        zero_init_(self.final_layer)
 
 
 class ModulatedBlock(nn.Module):
@@ -131,11 +131,11 @@ class ModulatedBlock(nn.Module):
 
     def attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x + gate * attention(modulated x), and the modulated input (B, N, D) and gate (B, 1, D) of the MLP."""
-        with full_precision(x):
+        with autocast_off(x):
             per_image = self.adaln(c)[:, None]  # (B, 1, 6 D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
-        x = x + gate_a * self.attn(modulate(x, shift_a, scale_a))
-        return x, modulate(x, shift_m, scale_m), gate_m
+        x = x + gate_a * self.attn(norm_modulate(x, shift_a, scale_a))
+        return x, norm_modulate(x, shift_m, scale_m), gate_m
 
 
 class Block(ModulatedBlock):
@@ -166,7 +166,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (B, H, N, d) each
-        mixed = attend(self.q_norm(q), self.k_norm(k), v)  # (B, H, N, d)
+        mixed = sdpa(self.q_norm(q), self.k_norm(k), v)  # (B, H, N, d)
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -181,9 +181,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, K p p)."""
-        with full_precision(x):
+        with autocast_off(x):
             shift, scale = self.adaln(c)[:, None].chunk(2, dim=2)  # (B, 1, D) each
-            out: Tensor = self.linear(modulate(x, shift, scale))
+            out: Tensor = self.linear(norm_modulate(x, shift, scale))
         return out
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Flops
 from genfound.backbones.dit import DiT, ModulatedBlock
 from genfound.batch import Batch
-from genfound.layers.moe import MixtureOfExperts, Routing, balance_loss, load
+from genfound.layers.moe import MixtureOfExperts, Routing, balance_loss, expert_load
 
 ROUTER_STD = 0.02
 """Of a router's weights after upcycling (upcycle.py)."""
@@ -102,11 +102,11 @@ class DiTMoE(DiT):
         """The experts of every block."""
         return [cast(MixtureOfExperts, block.mlp) for block in self.blocks]
 
-    def through_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         """As in `DiT`; keeps the balance and the load of every block."""
         balances, loads = [], []
         for block in self.blocks:
-            x, balance, fractions = self.run(block, x, c)
+            x, balance, fractions = self.run_block(block, x, c)
             balances.append(balance)
             loads.append(fractions)
         keep = self.training and self.balance != 0 and bool(balances)
@@ -179,7 +179,7 @@ class Block(ModulatedBlock):
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D), the balance loss and the load (E,) of its experts."""
         x, inner, gate = self.attend(x, c)
         out, routing = self.mlp(inner)
-        return x + gate * out, balance_loss(routing, self.balance_over), load(routing)
+        return x + gate * out, balance_loss(routing, self.balance_over), expert_load(routing)
 
 
 class RoutingCounts:

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.config.checks import known
-from genfound.layers.adaln import full_precision, zero
-from genfound.layers.attention import attend, packed_attention, with_block_mask
-from genfound.layers.embed import LabelEmbedding, TimeEmbedding
+from genfound.config.checks import one_of
+from genfound.layers.adaln import autocast_off, zero_init_
+from genfound.layers.attention import packed_attention, sdpa, with_block_mask
+from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
 from genfound.layers.mlp import SwiGLU, feed_forward
 from genfound.layers.norm import norm_layer
-from genfound.layers.rope import Rope, Rotation, rotate, row_major
+from genfound.layers.rope import Rope, RopeTables, apply_rope, row_major
 from genfound.rng import Rng
 
 
@@ -102,10 +102,10 @@ class FiT(Backbone):
     ) -> None:
         super().__init__()
         head = _head_size(width, heads)
-        self.time = known("model.time", time, ("index", "data1"))
+        self.time = one_of("model.time", time, ("index", "data1"))
         self.null_label = num_classes if label_drop > 0 else None
         self.token_spec = TokenSpec(channels, patch_size)
-        with_rope = known("model.positions", positions, ("rope", "none")) == "rope"
+        with_rope = one_of("model.positions", positions, ("rope", "none")) == "rope"
         self.rope = Rope.of(head, rope_theta, rope_scaling) if with_rope else None
         self.time_shifting = time_shifting
         self.clamp_time = clamp_time
@@ -113,8 +113,8 @@ class FiT(Backbone):
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
         self.x_embedder = nn.Linear(token, width)
-        self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = LabelEmbedding(num_classes, width, null_class=label_drop > 0)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width, null_class=label_drop > 0)
         self.global_adaln = _silu_linears(width, 6 * width) if adaln == "lora" else None
 
         def block() -> Block:
@@ -135,12 +135,12 @@ class FiT(Backbone):
         x = self.x_embedder(self._tokens(batch))  # (..., D)
         batch = with_block_mask(batch, x, self.attention)
         x = x.float()
-        with full_precision(x):
+        with autocast_off(x):
             c = self.t_embedder(self._embedded_time(t)) + self.y_embedder(batch.y)  # (B, D)
             shared = 0.0 if self.global_adaln is None else self.global_adaln(c)  # (B, 6 D)
-            turn = self._rotation(batch)  # (..., 1, d) twice
+            rope = self._rotation(batch)  # (..., 1, d) twice
         for block in self.blocks:
-            x = self.run(block, x, c, shared, batch, turn)  # (..., D)
+            x = self.run_block(block, x, c, shared, batch, rope)  # (..., D)
         out: Tensor = self.final_layer(x, c, batch)  # (..., P) or (..., 2 P)
         if batch.mask is not None:
             return out.masked_fill(~batch.mask[..., None], 0)
@@ -154,8 +154,8 @@ class FiT(Backbone):
         super().initialise(rng)
         for name, module in self.named_modules():
             if name.endswith("adaln"):
-                zero(module.fc2 if isinstance(module, SwiGLU) else list(module.children())[-1])
-        zero(self.final_layer.linear)
+                zero_init_(module.fc2 if isinstance(module, SwiGLU) else list(module.children())[-1])
+        zero_init_(self.final_layer.linear)
 
     def _tokens(self, batch: Batch) -> Tensor:
         """(..., P)."""
@@ -170,7 +170,7 @@ class FiT(Backbone):
         t = s * t / (1 + (s - 1) * t)
         return t.clamp(max=1) if self.clamp_time else t
 
-    def _rotation(self, batch: Batch) -> Rotation | None:
+    def _rotation(self, batch: Batch) -> RopeTables | None:
         if self.rope is None:
             return None
         sizes = batch.sizes[:1] if batch.layout == "dense" else batch.sizes
@@ -188,12 +188,12 @@ class Block(nn.Module):
         self.mlp = mlp
         self.adaln = adaln
 
-    def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, turn: Rotation | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, rope: RopeTables | None) -> Tensor:
         """x (..., D), condition c (B, D), the modulation that blocks share (B, 6 D) -> (..., D)."""
-        with full_precision(x):
+        with autocast_off(x):
             per_image = (self.adaln(c) + shared).chunk(6, dim=1)  # 6 x (B, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
-        mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), 1 + scale_a), batch, turn)
+        mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), 1 + scale_a), batch, rope)
         x = torch.addcmul(x, gate_a, mixed.float())
         return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), 1 + scale_m)).float())
 
@@ -213,13 +213,13 @@ class Attention(nn.Module):
         self.k_norm = norm_layer("k_norm", k_norm, width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, batch: Batch, turn: Rotation | None) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, rope: RopeTables | None) -> Tensor:
         """(..., D) -> (..., D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, d) each
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
-        if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
-            v = rotate(v, *turn).to(v.dtype) if self.rope_on_values else v
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            v = apply_rope(v, *rope).to(v.dtype) if self.rope_on_values else v
         out: Tensor = self.proj(self._mix(q, k, v, batch).flatten(-2))
         return out
 
@@ -229,8 +229,8 @@ class Attention(nn.Module):
             return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, batch.block_mask)
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, H, N, d)
         if batch.mask is None:
-            return attend(q, k, v).transpose(1, 2)
-        mixed = attend(q, k, v, batch.mask[:, None, None]).transpose(1, 2)
+            return sdpa(q, k, v).transpose(1, 2)
+        mixed = sdpa(q, k, v, batch.mask[:, None, None]).transpose(1, 2)
         return mixed * batch.mask[..., None, None]
 
 
@@ -245,7 +245,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (..., D), c (B, D) -> (..., P)."""
-        with full_precision(x):
+        with autocast_off(x):
             shift, scale = (batch.per_token(v) for v in self.adaln(c).chunk(2, dim=1))
             out: Tensor = self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
         return out
@@ -257,7 +257,7 @@ def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:
     Raises:
         ValueError: an unknown kind, or a rank that the kind does not take.
     """
-    known("model.adaln", kind, ("normal", "lora", "swiglu"))
+    one_of("model.adaln", kind, ("normal", "lora", "swiglu"))
     if (rank is None) == (kind == "lora"):
         raise ValueError(f"model.adaln={kind} with model.adaln_rank={rank}: lora needs a rank, the others take null")
     if kind == "swiglu":

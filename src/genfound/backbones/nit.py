@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.layers.adaln import full_precision, modulate, zero
+from genfound.layers.adaln import autocast_off, norm_modulate, zero_init_
 from genfound.layers.attention import packed_attention, with_block_mask
-from genfound.layers.embed import LabelEmbedding, TimeEmbedding
-from genfound.layers.rope import Rope, Rotation, rotate, row_major
+from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
+from genfound.layers.rope import Rope, RopeTables, apply_rope, row_major
 from genfound.rng import Rng
 
 
@@ -94,8 +94,8 @@ class NiT(Backbone):
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
         self.x_embedder = nn.Linear(token, width)
-        self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = LabelEmbedding(num_classes, width, null_class=label_drop > 0)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width, null_class=label_drop > 0)
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, qk_norm, adaln_rank, attention) for _ in range(depth)
         )
@@ -107,12 +107,12 @@ class NiT(Backbone):
         x = self.x_embedder(batch.x)  # (T, D)
         batch = with_block_mask(batch, x, self.attention)
         x = x.float()
-        with full_precision(x):
+        with autocast_off(x):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
             c = nn.functional.silu(c)
-            turn = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d) twice
+            rope = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d) twice
         for block in self.blocks:
-            x = self.run(block, x, c, batch, turn)  # (T, D)
+            x = self.run_block(block, x, c, batch, rope)  # (T, D)
         out: Tensor = self.final_layer(x, c, batch)  # (T, P)
         return out
 
@@ -121,9 +121,9 @@ class NiT(Backbone):
         super().initialise(rng)
         for block in self.blocks:
             assert isinstance(block, Block)
-            zero(block.adaln[-1])
-        zero(self.final_layer.adaln)
-        zero(self.final_layer.linear)
+            zero_init_(block.adaln[-1])
+        zero_init_(self.final_layer.adaln)
+        zero_init_(self.final_layer.linear)
 
 
 class Block(nn.Module):
@@ -139,13 +139,13 @@ class Block(nn.Module):
         ranks = [width] if adaln_rank is None else [width, adaln_rank]
         self.adaln = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise([*ranks, 6 * width])))
 
-    def forward(self, x: Tensor, c: Tensor, batch: Batch, turn: Rotation) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, batch: Batch, rope: RopeTables) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
-        with full_precision(x):
+        with autocast_off(x):
             per_image = self.adaln(c).chunk(6, dim=1)  # 6 x (B, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
-        x = torch.addcmul(x, gate_a, self.attn(modulate(x, shift_a, scale_a), batch, turn).float())
-        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)).float())
+        x = torch.addcmul(x, gate_a, self.attn(norm_modulate(x, shift_a, scale_a), batch, rope).float())
+        return torch.addcmul(x, gate_m, self.mlp(norm_modulate(x, shift_m, scale_m)).float())
 
 
 class Attention(nn.Module):
@@ -160,12 +160,12 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, batch: Batch, turn: Rotation) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, rope: RopeTables) -> Tensor:
         """(T, D) -> (T, D)."""
         assert batch.cu_seqlens is not None
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (T, H, d) each
-        q = rotate(self.q_norm(q.float()), *turn)
-        k = rotate(self.k_norm(k.float()), *turn)
+        q = apply_rope(self.q_norm(q.float()), *rope)
+        k = apply_rope(self.k_norm(k.float()), *rope)
         mixed = packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, batch.block_mask)
         out: Tensor = self.proj(mixed.flatten(1))
         return out
@@ -181,9 +181,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, P)."""
-        with full_precision(x):
+        with autocast_off(x):
             shift, scale = (batch.per_token(v) for v in self.adaln(c).chunk(2, dim=1))
-            out: Tensor = self.linear(modulate(x, shift, scale))
+            out: Tensor = self.linear(norm_modulate(x, shift, scale))
         return out
 
 

@@ -15,7 +15,7 @@ from genfound.runtime import checkpoint_io
 from genfound.runtime.files import visible
 
 
-class Saving(lightning.Callback):
+class Checkpointing(lightning.Callback):
     """Writes `step-<n>.ckpt`; older ones are deleted after the new one is complete.
 
     Args:

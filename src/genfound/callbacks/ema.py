@@ -76,7 +76,7 @@ class Ema(lightning.Callback):
             torch._foreach_lerp_(list(average.values()), live, 1 - decay)
 
     @contextmanager
-    def swapped(self, module: lightning.LightningModule) -> Iterator[None]:
+    def ema_weights(self, module: lightning.LightningModule) -> Iterator[None]:
         """Within this context the network holds the first average."""
         if not self.decays:
             yield

@@ -12,31 +12,31 @@ import lightning
 
 from genfound import build
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.every_n_images import Periodic
+from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.throughput import paused
-from genfound.callbacks.train_log import Metrics
+from genfound.callbacks.train_log import TrainLog
 from genfound.config import compose
-from genfound.config.checks import sizes
+from genfound.config.checks import image_sizes
 from genfound.data.images.sets import digest
-from genfound.evaluation.evaluator import Asked, check, circumstances, protocol_of, settings
-from genfound.evaluation.extraction import network_hash, size_text, weak_hash
-from genfound.evaluation.protocol import Drawing, Result
-from genfound.evaluation.provenance import drawing_of, pinned
-from genfound.evaluation.references import DataSet, Place, Tool, prepare_extractor, prepare_reference
-from genfound.evaluation.samples import DATA, Drawn, requests_by_rule
-from genfound.metrics.compute import check_count, check_reference, measure
-from genfound.metrics.features import Features
+from genfound.evaluation.evaluator import EvaluationRequest, check, circumstances, make_protocol, sampling_config
+from genfound.evaluation.extraction import guide_hash, network_hash, size_text
+from genfound.evaluation.protocol import Result, SamplingRecord
+from genfound.evaluation.provenance import pin_guide_checkpoint, sampling_record
+from genfound.evaluation.references import RunDataset, Tool, Workspace, prepare_extractor, prepare_reference
+from genfound.evaluation.samples import DATA, SampleStore, requests_by_rule
+from genfound.metrics.compute import check_count, check_reference, compute
+from genfound.metrics.features import FeatureStore
 from genfound.metrics.reference_stats import Reference
 from genfound.modules.base import GenerativeModule
 from genfound.runtime.work import remove, wait_until
-from genfound.sampling.pipeline import Sampling
-from genfound.sampling.requests import Request, check_size
+from genfound.sampling.pipeline import Pipeline
+from genfound.sampling.requests import SampleRequest, check_size
 from genfound.tokenizers import Tokenizer
 
 Size = tuple[int, int]
 
 
-class Evaluation(Periodic):
+class Evaluation(EveryNImages):
     """Draws samples on every rank, measures them on the first; results go to the sinks and to evaluations/.
 
     Nothing of it reaches the training: weights are swapped back bit by bit, and no random number is taken from it.
@@ -51,7 +51,7 @@ class Evaluation(Periodic):
         ValueError: a protocol that does not fit the run.
     """
 
-    def __init__(self, folder: Path, parts: build.Parts, ema: Ema, metrics: Metrics) -> None:
+    def __init__(self, folder: Path, parts: build.RunComponents, ema: Ema, metrics: TrainLog) -> None:
         trainer = parts.config["trainer"]
         super().__init__(trainer["eval_every"])
         self.folder, self.parts, self.ema, self.metrics = folder, parts, ema, metrics
@@ -59,11 +59,11 @@ class Evaluation(Periodic):
         config = self.asked.config
         check(config)
         references = Path(parts.config["runs"]) / ".references"
-        self.place = Place(folder / "evaluations", references, 1, trainer["accelerator"])
+        self.place = Workspace(folder / "evaluations", references, 1, trainer["accelerator"])
         self.work = self.place.out / "work/training"
-        self.data = DataSet(parts.config, parts.tokenizer.spec, len(parts.images.class_names))
+        self.data = RunDataset(parts.config, parts.tokenizer.spec, len(parts.images.class_names))
         wanted = config["sizes"]
-        self.sizes: list[Size | str] = [DATA] if wanted in (None, DATA) else list(sizes("sizes", wanted))
+        self.sizes: list[Size | str] = [DATA] if wanted in (None, DATA) else list(image_sizes("sizes", wanted))
         unit = parts.tokenizer.spec.stride * parts.config["model"]["patch_size"]
         for size in self.sizes:
             if not isinstance(size, str):
@@ -81,7 +81,7 @@ class Evaluation(Periodic):
         with paused(trainer, module):
             self._prepare()
 
-    def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Evaluate at every size."""
         figures: dict[str, float] = {}
         for size in self.sizes:
@@ -104,9 +104,9 @@ class Evaluation(Periodic):
         assert self.tool is not None
         share, reason = (trainer.global_rank, trainer.world_size), ""
         module.eval()
-        with self.ema.swapped(module):
+        with self.ema.ema_weights(module):
             weights = network_hash(module.net, self.parts.config)
-            drawn = Drawn(self.work / self._key(weights, size), self.requests[size])
+            drawn = SampleStore(self.work / self._key(weights, size), self.requests[size])
             drawn.begin()
             try:
                 drawn.draw(module.net, self.samplings[size], self.asked.config["seed"], *share)
@@ -119,7 +119,7 @@ class Evaluation(Periodic):
                     f"no evaluation: {reason or 'samples of another process are not finite'}", trainer.global_step
                 )
             return {}
-        features = Features(drawn.folder / "features", len(drawn))
+        features = FeatureStore(drawn.folder / "features", len(drawn))
         features.extract(drawn, self.tool.extractor, *share)
         figures: dict[str, float] = {}
         if trainer.is_global_zero:
@@ -130,34 +130,36 @@ class Evaluation(Periodic):
         trainer.strategy.barrier()  # nobody begins another folder while the first rank removes this one
         return figures
 
-    def _measure(self, drawn: Drawn, features: Features, size: Size | str, subject: dict[str, Any]) -> dict[str, float]:
+    def _measure(
+        self, drawn: SampleStore, features: FeatureStore, size: Size | str, subject: dict[str, Any]
+    ) -> dict[str, float]:
         assert self.tool is not None
         config, (reference, facts) = self.asked.config, self.references[size]
         device = self.samplings[size].device
-        figures = measure(features, reference, self.tool.extractor, config["convention"], drawn.labels, device)
-        protocol = protocol_of(self.asked, len(drawn), size, self.drawings[size], self.tool, facts)
+        figures = compute(features, reference, self.tool.extractor, config["convention"], drawn.labels, device)
+        protocol = make_protocol(self.asked, len(drawn), size, self.drawings[size], self.tool, facts)
         result = Result(figures, protocol, {"from": str(self.folder), **subject}, circumstances(device))
         result.append_to(self.place.out)
         return figures
 
-    def _requests(self, size: Size | str) -> Sequence[Request]:
+    def _requests(self, size: Size | str) -> Sequence[SampleRequest]:
         config = self.asked.config
         named = self.data.images("train") if DATA in (size, config["labels"]) else None
         return requests_by_rule(config["n"], config["labels"], size, self.data.classes, config["seed"], named)
 
     def _how(self, size: Size | str) -> dict[str, Any]:
-        return pinned(settings(self.asked, self.parts.config, size))
+        return pin_guide_checkpoint(sampling_config(self.asked, self.parts.config, size))
 
-    def _sampling(self, size: Size | str) -> Sampling:
+    def _sampling(self, size: Size | str) -> Pipeline:
         parts, asked = self.parts, self.asked.config
-        sampling = Sampling.of(self._how(size), parts.objective, _decoder(parts), parts.device, asked["batch"])
+        sampling = Pipeline.of(self._how(size), parts.objective, _decoder(parts), parts.device, asked["batch"])
         sampling.check(parts.net)
         return sampling
 
-    def _drawing(self, size: Size | str) -> Drawing:
+    def _drawing(self, size: Size | str) -> SamplingRecord:
         sampling = self.samplings[size]
         how = {**self._how(size), "sampler": sampling.sampler, "guidance": sampling.guidance}
-        return drawing_of(self.asked.config, how, sampling.tokenizer, sampling.device, weak_hash(sampling))
+        return sampling_record(self.asked.config, how, sampling.tokenizer, sampling.device, guide_hash(sampling))
 
     def _key(self, weights: str, size: Size | str) -> str:
         """Of the work on these weights: whatever could change an image or a feature."""
@@ -166,7 +168,7 @@ class Evaluation(Periodic):
         return digest(weights, size_text(size), self.tool.extractor.hash, json.dumps(facts))
 
 
-def asked(folder: Path, run: Mapping[str, Any]) -> Asked:
+def asked(folder: Path, run: Mapping[str, Any]) -> EvaluationRequest:
     """What conf/evaluate.yaml asks for under the protocol of `trainer.eval_protocol`.
 
     Raises:
@@ -187,10 +189,10 @@ def asked(folder: Path, run: Mapping[str, Any]) -> Asked:
         "batch": run["sample"]["batch"],
         "max_pixels": run["data"].get("max_pixels"),
     }
-    return Asked({**config, **own}, [], name)
+    return EvaluationRequest({**config, **own}, [], name)
 
 
-def _decoder(parts: build.Parts) -> Tokenizer:
+def _decoder(parts: build.RunComponents) -> Tokenizer:
     """What decodes: also of a run on stored latents the tokenizer itself."""
     return (
         parts.tokenizer if parts.config["data"].get("source", "images") == "images" else build.tokenizer(parts.config)

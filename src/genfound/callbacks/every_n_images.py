@@ -10,7 +10,7 @@ from genfound.callbacks.throughput import paused
 from genfound.modules.base import GenerativeModule
 
 
-class Periodic(lightning.Callback):
+class EveryNImages(lightning.Callback):
     """Calls `act` after each step with which another `every` images have been seen, and at the end of the budget.
 
     The clock of the training stands meanwhile. A resumed run keeps the rhythm. One that is only cut short is not worth
@@ -25,7 +25,7 @@ class Periodic(lightning.Callback):
         self._rounds = 0
         self._acted = -1
 
-    def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """What is done; on every rank."""
         raise TypeError(f"{type(self).__name__} does not define act")
 
@@ -44,10 +44,10 @@ class Periodic(lightning.Callback):
             self._rounds = rounds
             self._acted = module.images_seen
             with paused(trainer, module):
-                self.act(trainer, module)
+                self.on_interval(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Act once more, unless that was just done."""
         assert isinstance(module, GenerativeModule)
         if module.images_seen >= module.budget and module.images_seen != self._acted:
-            self.act(trainer, module)
+            self.on_interval(trainer, module)

@@ -11,7 +11,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from genfound.data.packing.batch_plan import Micro
+from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.loader import Item
 from genfound.loggers.json_lines import Sink
 from genfound.modules.base import GenerativeModule
@@ -35,7 +35,7 @@ class NonFinite(lightning.Callback):
         self.skipped = 0
         self._in_a_row = 0
         self._norms: list[tuple[int, Tensor]] = []
-        self._micros: dict[int, list[tuple[Micro, Tensor]]] = {}
+        self._micros: dict[int, list[tuple[MicroBatch, Tensor]]] = {}
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int

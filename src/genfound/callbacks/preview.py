@@ -8,15 +8,15 @@ from pathlib import Path
 import lightning
 
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.every_n_images import Periodic
-from genfound.callbacks.train_log import Metrics
+from genfound.callbacks.every_n_images import EveryNImages
+from genfound.callbacks.train_log import TrainLog
 from genfound.modules.base import GenerativeModule
 from genfound.sampling.grid import save_grid
-from genfound.sampling.pipeline import Sampling
-from genfound.sampling.requests import Request
+from genfound.sampling.pipeline import Pipeline
+from genfound.sampling.requests import SampleRequest
 
 
-class Preview(Periodic):
+class Preview(EveryNImages):
     """Writes samples/images-<n>.png; the same noise every time.
 
     Args:
@@ -33,11 +33,11 @@ class Preview(Periodic):
         self,
         folder: Path,
         every: int,
-        sampling: Sampling,
-        requests: Sequence[Request],
+        sampling: Pipeline,
+        requests: Sequence[SampleRequest],
         class_names: Sequence[str],
         ema: Ema,
-        metrics: Metrics,
+        metrics: TrainLog,
     ) -> None:
         super().__init__(every)
         self.folder = folder
@@ -47,14 +47,14 @@ class Preview(Periodic):
         self.ema = ema
         self.metrics = metrics
 
-    def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Draw and write the grid, on rank 0."""
         file = self.folder / f"images-{module.images_seen:09d}.png"
         if not trainer.is_global_zero or file.exists():
             return
         module.eval()
         try:
-            with self.ema.swapped(module):
+            with self.ema.ema_weights(module):
                 images = self.sampling.draw(module.net, self.requests, seed=0)
         except FloatingPointError as error:
             for sink in self.metrics.sinks:

@@ -30,12 +30,12 @@ OTHER_IMAGES = (
 )
 
 
-def facts(parts: build.Parts) -> dict[str, Any]:
+def facts(parts: build.RunComponents) -> dict[str, Any]:
     """What the configuration of a run does not say, because it is found out on the machine."""
     return {"fingerprint": parts.images.fingerprint, "precision": _precision(parts)}
 
 
-def changes(folder: Path, parts: build.Parts, state: Mapping[str, Any], file: Path) -> Changes:
+def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], file: Path) -> Changes:
     """What changes with a run that goes on from a checkpoint.
 
     Args:
@@ -75,7 +75,7 @@ def changes(folder: Path, parts: build.Parts, state: Mapping[str, Any], file: Pa
     return found
 
 
-def _check_network(folder: Path, parts: build.Parts, state: Mapping[str, Any], file: Path) -> None:
+def _check_network(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], file: Path) -> None:
     tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
     own, names = parts.net.state_dict(), parts.images.class_names
     if LABELS in own and LABELS in tensors and len(own[LABELS]) != len(tensors[LABELS]):
@@ -84,12 +84,12 @@ def _check_network(folder: Path, parts: build.Parts, state: Mapping[str, Any], f
             f"label table does not fit; start another run from its weights, with name=... init_from={folder}"
         )
     try:
-        checkpoint_io.check(parts.net, tensors, file)
+        checkpoint_io.compare_keys(parts.net, tensors, file)
     except ValueError as error:
         raise ValueError(f"{error}; a run keeps its network: choose another name=...") from None
 
 
-def _precision(parts: build.Parts) -> str:
+def _precision(parts: build.RunComponents) -> str:
     names = {"bf16-mixed": "bf16", "32-true": "fp32"}
     return names[devices.precision(parts.config["trainer"]["precision"], parts.device)]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from genfound.backbones.base import Flops
 from genfound.batch import Batch
-from genfound.data.packing.batch_plan import Micro
+from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.loader import TrainLoader
 from genfound.modules.base import GenerativeModule
 
 
-class Speed:
+class Throughput:
     """Sums of one window of steps.
 
     The clock runs from the end of the last step of a window to that of the next: waiting for data, the tokenizer,
@@ -60,7 +60,7 @@ class Speed:
         finally:
             self.away += _now(device) - begin
 
-    def add(self, micro: Micro, batch: Batch) -> None:
+    def add(self, micro: MicroBatch, batch: Batch) -> None:
         """Add a micro-batch of this rank."""
         tokens = self.loader.plan.tokens[list(micro.indices)].astype(float)
         self.images += len(micro.indices)
@@ -98,7 +98,7 @@ def paused(trainer: lightning.Trainer, module: lightning.LightningModule) -> Ite
     """Stop the clocks of a run within this context, which is no part of training."""
     with ExitStack() as stack:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(speed := getattr(callback, "speed", None), Speed):
+            if isinstance(speed := getattr(callback, "speed", None), Throughput):
                 stack.enter_context(speed.paused(module.device))
         yield
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.callbacks.throughput import Speed
+from genfound.callbacks.throughput import Throughput
 from genfound.data.packing.loader import Item, TrainLoader
 from genfound.loggers.json_lines import Sink
 from genfound.modules.base import GenerativeModule
@@ -41,7 +41,7 @@ class Sums:
             self.named[name] = self.named.get(name, 0.0) + value.detach().float()
 
 
-class Metrics(lightning.Callback):
+class TrainLog(lightning.Callback):
     """Averages over `every` steps and hands them to the sinks on rank 0.
 
     A step that the optimizer skips, since its gradient is not finite, is left out as a whole and counted in
@@ -56,7 +56,7 @@ class Metrics(lightning.Callback):
     def __init__(self, sinks: Sequence[Sink], every: int, loader: TrainLoader) -> None:
         self.sinks = list(sinks)
         self.every = every
-        self.speed = Speed(loader)
+        self.speed = Throughput(loader)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Begin an empty window."""
@@ -98,8 +98,8 @@ class Metrics(lightning.Callback):
         assert isinstance(images, Batch)
         weights = image_weight(images.tokens, module.objective.weight) * images.real
         parts = {"loss": losses.total, **losses.terms}
-        self._step.add({name: (weights * part).sum() / micro.step_weight for name, part in parts.items()})
-        self._step.add({name: value / module.share for name, value in module.net.extra_losses().items()})
+        self._step.add({name: (weights * part).sum() / micro.weight_sum for name, part in parts.items()})
+        self._step.add({name: value / module.loss_scale for name, value in module.net.extra_losses().items()})
         low, high = module.objective.time_range
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):

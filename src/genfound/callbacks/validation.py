@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.build import Parts
+from genfound.build import RunComponents
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.every_n_images import Periodic
-from genfound.callbacks.train_log import Metrics
-from genfound.data.packing.batch_plan import Micro
-from genfound.data.packing.collate import Assembly, Pictures
+from genfound.callbacks.every_n_images import EveryNImages
+from genfound.callbacks.train_log import TrainLog
+from genfound.data.packing.batch_plan import MicroBatch
+from genfound.data.packing.collate import Collate, RawImages
 from genfound.data.packing.loader import MicroBatches
 from genfound.data.packing.prefetch import read_ahead
 from genfound.modules.base import GenerativeModule
@@ -29,7 +29,7 @@ TIMES = (0.02, 0.98)
 GOLDEN = (5**0.5 - 1) / 2
 
 
-class Validation(Periodic):
+class Validation(EveryNImages):
     """`val/loss` and `val/velocity_mse` of the live weights, and with the suffix `_ema` of the average.
 
     `val/loss` is the objective's own loss; `val/velocity_mse` compares objectives, see `Objective.velocity_error`:
@@ -49,11 +49,11 @@ class Validation(Periodic):
     def __init__(
         self,
         batches: MicroBatches,
-        assembly: Assembly,
-        micros: Sequence[Micro],
+        assembly: Collate,
+        micros: Sequence[MicroBatch],
         every: int,
         ema: Ema,
-        metrics: Metrics,
+        metrics: TrainLog,
         workers: int,
     ) -> None:
         super().__init__(every)
@@ -65,14 +65,14 @@ class Validation(Periodic):
         self.workers = workers
 
     @classmethod
-    def of(cls, parts: Parts, ema: Ema, metrics: Metrics) -> Validation:
+    def of(cls, parts: RunComponents, ema: Ema, metrics: TrainLog) -> Validation:
         """On the held-out images of a run."""
         settings, assembly = parts.config["trainer"], parts.validation_assembly
         micros = parts.validation(settings["val_images"])
         batches = parts.batches(parts.held_out, assembly)
         return cls(batches, assembly, micros, settings["val_every"], ema, metrics, parts.workers)
 
-    def act(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """The four figures, reduced over ranks, to the sinks."""
         sums = self.sums(module, trainer.precision_plugin.forward_context, trainer.global_rank, trainer.world_size)
         total = trainer.strategy.reduce(sums, reduce_op="sum")
@@ -85,7 +85,7 @@ class Validation(Periodic):
         """The metrics from the sums of all ranks."""
         step = self.micros[0]
         names = ("val/loss", "val/velocity_mse", "val/loss_ema", "val/velocity_mse_ema")
-        means = sums / sums.new_tensor([step.step_weight, step.images_seen])
+        means = sums / sums.new_tensor([step.weight_sum, step.images_seen])
         return dict(zip(names, means.flatten().tolist(), strict=True))
 
     @torch.no_grad()
@@ -96,11 +96,11 @@ class Validation(Periodic):
         module.eval()
         totals = torch.zeros(2, 2, dtype=torch.float64, device=module.device)
         for images, micro in read_ahead(self.batches, self.micros[rank::ranks], self.workers):
-            encoded = self.assembly(images, micro.positions, module.device) if isinstance(images, Pictures) else images
+            encoded = self.assembly(images, micro.positions, module.device) if isinstance(images, RawImages) else images
             batch = encoded.to(module.device)
             part, times, noise = self._draws(batch, micro, module.objective)
             weights = image_weight(batch.tokens, module.objective.weight) * batch.real
-            swaps: tuple[AbstractContextManager[None], ...] = (nullcontext(), self.ema.swapped(module))
+            swaps: tuple[AbstractContextManager[None], ...] = (nullcontext(), self.ema.ema_weights(module))
             for i, swapped in enumerate(swaps):
                 with swapped, context():
                     loss = module.objective.loss_at(module.net, batch, part, noise).total
@@ -109,7 +109,7 @@ class Validation(Periodic):
         module.train()
         return totals
 
-    def _draws(self, batch: Batch, micro: Micro, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    def _draws(self, batch: Batch, micro: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) draws of the time law, (B,) times of the velocity error, and noise shaped like the batch."""
         layout, cpu = self.assembly.layout, torch.device("cpu")
         streams = [Rng(0, "val", k) for k in micro.positions]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genfound import build
 from genfound.checkpoints import formats
-from genfound.checkpoints.load import Found, Loaded, _same, _shape, find
+from genfound.checkpoints.load import LoadedModel, Weights, _same, _shape, find
 from genfound.checkpoints.official.families import FAMILIES
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import check_folder
@@ -33,7 +33,7 @@ def to_official(
     return FAMILIES[family].theirs(state, config["model"], grid)
 
 
-class Written(NamedTuple):
+class Conversion(NamedTuple):
     """What `convert` wrote."""
 
     file: Path
@@ -44,7 +44,7 @@ class Written(NamedTuple):
 
 def convert(
     path: Path, to: str, file_format: str | None, weights: str = "ema", trust: Collection[str] = (), **hints: Any
-) -> Written:
+) -> Conversion:
     """Write weights in the other format; a way there and back gives every tensor bit by bit.
 
     Args:
@@ -62,7 +62,7 @@ def convert(
     found = find(path, weights, trust, **hints)
     with torch.device("meta"):
         net = build.net(found.config, _shape(found), len(found.class_names))
-    checkpoint_io.check(net, found.state, path)
+    checkpoint_io.compare_keys(net, found.state, path)
     chosen = file_format or ("official" if found.official is None else "genfound")
     file = _destination(path, to, chosen)
     ours_again = chosen == "genfound" and found.official is None
@@ -74,15 +74,15 @@ def convert(
     else:
         state = {**found.state, **{f"{formats.KEPT}{key}": tensor for key, tensor in kept.items()}}
         formats.write(file, state, _note(found))
-    return Written(file, chosen, len(state), sum(tensor.numel() for tensor in state.values()))
+    return Conversion(file, chosen, len(state), sum(tensor.numel() for tensor in state.values()))
 
 
-def save(loaded: Loaded, file: Path) -> None:
+def save(loaded: LoadedModel, file: Path) -> None:
     """Write a model to a .safetensors that `load` takes, whatever it was loaded from."""
     formats.write(file, loaded.net.state_dict(), _note(loaded))
 
 
-def _note(model: Found | Loaded) -> dict[str, Any]:
+def _note(model: Weights | LoadedModel) -> dict[str, Any]:
     config = {key: value for key, value in model.config.items() if key != "trust"}
     return {"config": config, "class_names": model.class_names, "sizes": model.sizes}
 

@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from genfound.runtime import checkpoint_io
-from genfound.runtime.files import write_whole
+from genfound.runtime.files import atomic_write
 
 State = Mapping[str, Tensor]
 
@@ -29,7 +29,7 @@ ACCELERATE = (("model.safetensors", "model_1.safetensors"), ("pytorch_model.bin"
 OURS, KEPT = "genfound", "official."
 
 
-class Stored(NamedTuple):
+class CheckpointFile(NamedTuple):
     """What a file or folder holds.
 
     Attributes:
@@ -56,7 +56,7 @@ class Stored(NamedTuple):
         raise ValueError(f"{path} holds only averaged weights; load it with weights=ema")
 
 
-def read(path: Path) -> Stored:
+def read(path: Path) -> CheckpointFile:
     """Open a file or an accelerate folder of weights.
 
     Raises:
@@ -64,16 +64,16 @@ def read(path: Path) -> Stored:
         ValueError: the file is damaged, holds code, or no state dict.
     """
     if path.is_dir():
-        return Stored(_folder(path), {})
+        return CheckpointFile(_folder(path), {})
     if not path.is_file():
         raise FileNotFoundError(f"there is no run {path}, nor a file of that name")
     if _is_safetensors(path):
-        return Stored({"": unwrapped(read_safetensors(path), path)}, {})
+        return CheckpointFile({"": strip_prefixes(read_safetensors(path), path)}, {})
     content = _unpickled(path)
     args = content.get("args", {})
     outer = {key: content[key] for key in OUTER if isinstance(content.get(key), Mapping)}
-    states = {key: unwrapped(state, path) for key, state in (outer or {"": content}).items()}
-    return Stored(states, dict(vars(args)) if isinstance(args, argparse.Namespace) else {})
+    states = {key: strip_prefixes(state, path) for key, state in (outer or {"": content}).items()}
+    return CheckpointFile(states, dict(vars(args)) if isinstance(args, argparse.Namespace) else {})
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -116,10 +116,10 @@ def write(path: Path, state: State, note: Mapping[str, Any] | None = None) -> No
         checkpoint_io.save(tensors, path)
         return
     metadata = {"format": "pt"} if note is None else {"format": "pt", OURS: json.dumps(note)}
-    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
-def unwrapped(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def strip_prefixes(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """A state dict without the prefixes of compiled and distributed modules.
 
     Raises:

@@ -47,5 +47,5 @@ def initialise(net: Backbone, path: Path, seed: int, trust: Collection[str] = ()
     if LABELS in state and len(state[LABELS]) != len(own[LABELS]):
         remarks.append(f"  the label table is new: {path} has {len(state[LABELS])} rows, this model {len(own[LABELS])}")
         state[LABELS] = own[LABELS]
-    checkpoint_io.fill(net, state, path)
+    checkpoint_io.load_strict(net, state, path)
     return remarks

@@ -17,13 +17,13 @@ from genfound.checkpoints.official.families import FAMILIES, RELEASES, family_of
 from genfound.config import compose, targets
 from genfound.objectives.base import Objective
 from genfound.runtime import checkpoint_io, run_directory
-from genfound.tokenizers import Spec, Tokenizer
+from genfound.tokenizers import LatentSpec, Tokenizer
 
 Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A trained model, ready to sample.
 
     Attributes:
@@ -44,7 +44,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Found:
+class Weights:
     """Weights in our names, and what they belong to.
 
     Attributes:
@@ -65,7 +65,7 @@ class Found:
     official: Mapping[str, Tensor] | None = None
 
 
-def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **hints: Any) -> Loaded:
+def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **hints: Any) -> LoadedModel:
     """Load a trained model; no code that is not genfound's is imported for it, unless it is trusted.
 
     Args:
@@ -85,8 +85,8 @@ def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **
     config = found.config
     tokenizer = build.tokenizer_if_there(config, Path(path))
     net = build.net(config, tokenizer.spec, len(found.class_names))
-    checkpoint_io.fill(net, found.state, Path(path))
-    return Loaded(net.eval(), build.objective(config), tokenizer, config, found.class_names, found.sizes)
+    checkpoint_io.load_strict(net, found.state, Path(path))
+    return LoadedModel(net.eval(), build.objective(config), tokenizer, config, found.class_names, found.sizes)
 
 
 def hints_of(config: Mapping[str, Any]) -> Config:
@@ -94,7 +94,7 @@ def hints_of(config: Mapping[str, Any]) -> Config:
     return {**config["hints"], "tokenizer": config["hints"]["tokenizer"] or config["tokenizer"]["weights"]}
 
 
-def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) -> Found:
+def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) -> Weights:
     """Read weights of any origin; see `load`."""
     hints = {key: value for key, value in hints.items() if value is not None}
     found = _ours(path, weights, trust)
@@ -109,7 +109,7 @@ def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) ->
     return replace(found, config={**found.config, "tokenizer": tokenizer})
 
 
-def _ours(path: Path, weights: str | None, trust: Collection[str]) -> Found | None:
+def _ours(path: Path, weights: str | None, trust: Collection[str]) -> Weights | None:
     """Weights of a run or of a file of ours; `None` if it is something else.
 
     Args:
@@ -129,7 +129,7 @@ def _ours(path: Path, weights: str | None, trust: Collection[str]) -> Found | No
     tensors = formats.read_safetensors(path)
     own = {key: value for key, value in tensors.items() if not key.startswith(formats.KEPT)}
     kept = {key.removeprefix(formats.KEPT): tensors[key] for key in tensors.keys() - own.keys()}
-    return Found(config, own, note["class_names"], _pairs(note["sizes"]), kept)
+    return Weights(config, own, note["class_names"], _pairs(note["sizes"]), kept)
 
 
 def _read_config(config: Any, trust: Collection[str], file: Path) -> Config:
@@ -143,7 +143,7 @@ def _read_config(config: Any, trust: Collection[str], file: Path) -> Config:
     return {**config, "model": {**config["model"], **kernels}}
 
 
-def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str]) -> Found:
+def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str]) -> Weights:
     config = _read_config(run_directory.read_config(folder), trust, folder / "config.yaml")
     file = path if path.is_file() else checkpoint_io.newest(folder / "checkpoints")
     if file is None:
@@ -159,7 +159,7 @@ def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str
         tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
     data = state["run"]
     config = run_directory.located(config, folder)
-    return Found(config, tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
+    return Weights(config, tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
 
 
 class _Official(NamedTuple):
@@ -189,7 +189,7 @@ def _open(path: Path, weights: str, family: str | None) -> _Official:
     return _Official(name, release, stored.choose(weights, path, FAMILIES[name].ema_first), stored.args)
 
 
-def _released(official: _Official, hints: dict[str, Any], path: Path) -> Found:
+def _released(official: _Official, hints: dict[str, Any], path: Path) -> Weights:
     family, release, state, args = official
     codec = hints.pop("tokenizer", None)
     told = {"heads" if key == "num_heads" else key: value for key, value in hints.items()}
@@ -201,7 +201,7 @@ def _released(official: _Official, hints: dict[str, Any], path: Path) -> Found:
     for key in ("path_type", "prediction"):
         if key in args:
             config["objective"][key.removesuffix("_type")] = str(args[key]).lower()
-    return Found(config, FAMILIES[family].ours(state), names, [_size(config, state)], {}, official=state)
+    return Weights(config, FAMILIES[family].ours(state), names, [_size(config, state)], {}, official=state)
 
 
 def _config(family: str, release: str | None, options: Mapping[str, Any], path: Path) -> Config:
@@ -256,7 +256,7 @@ def _size(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, 
     ) * 2
 
 
-def _shape(found: Found) -> Spec:
+def _shape(found: Weights) -> LatentSpec:
     """The shape of the latents that the weights are for; no tokenizer is built."""
     channels = found.state["x_embedder.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
     return build.published_spec(found.config)._replace(channels=channels)

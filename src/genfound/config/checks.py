@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 
-def known(key: str, value: str, names: Collection[str]) -> str:
+def one_of(key: str, value: str, names: Collection[str]) -> str:
     """The value, if it is one of the names.
 
     Raises:
@@ -18,7 +18,7 @@ def known(key: str, value: str, names: Collection[str]) -> str:
     return value
 
 
-def whole(key: str, value: Any, least: int, or_null: bool = False) -> None:
+def integer(key: str, value: Any, least: int, or_null: bool = False) -> None:
     """Nothing, if the value is a whole number of at least `least`, or `None` where that is allowed.
 
     Raises:
@@ -57,7 +57,7 @@ def interval(key: str, value: Any) -> tuple[float, float]:
     raise ValueError(f"{key}={value} must be [low, high] with low <= high")
 
 
-def sizes(key: str, value: Any) -> list[tuple[int, int]]:
+def image_sizes(key: str, value: Any) -> list[tuple[int, int]]:
     """[height, width], or a list of such, as pairs of pixels.
 
     Raises:

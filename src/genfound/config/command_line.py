@@ -38,7 +38,7 @@ ALWAYS_SET = ("objective.", "sampler.", "guidance.")
 OF_THE_RUN = ("sampler", "guidance")
 """Groups that a command with `from=RUN` takes from the run, unless they are chosen."""
 
-LESS = {
+OOM_ADVICE = {
     "train": "a smaller data.max_tokens (dense layouts: data.batch_size; the global step stays what it is), "
     "model.activation_checkpointing=true, or a smaller sample.batch for previews",
     "sample": "a smaller batch or size",
@@ -50,7 +50,7 @@ LESS = {
 
 
 @contextlib.contextmanager
-def frugal(command: str) -> Iterator[None]:
+def explain_oom(command: str) -> Iterator[None]:
     """Name the way out where a device has no more memory.
 
     Raises:
@@ -59,13 +59,13 @@ def frugal(command: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or command not in LESS:
+        if type(error).__name__ != "OutOfMemoryError" or command not in OOM_ADVICE:
             raise
         reason = str(error).partition(". See documentation")[0].splitlines()[0]
-        raise ValueError(f"{reason} -- it needs less with {LESS[command]}") from error
+        raise ValueError(f"{reason} -- it needs less with {OOM_ADVICE[command]}") from error
 
 
-def entry(
+def hydra_main(
     task: Callable[[DictConfig], None], config_name: str, read_run: Callable[[Path], Mapping[str, Any]] | None = None
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
@@ -86,11 +86,11 @@ def entry(
             if copies not in (1, OmegaConf.select(cfg, "num_nodes", default=1)):
                 _refuse_copies(size, copies, config_name)
             _check(cfg, config_name)
-            with frugal(config_name):
+            with explain_oom(config_name):
                 task(cfg)
         except USER_ERRORS as error:
             errors.append(str(error))
-            complain(sentence(error))
+            print_error(sentence(error))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -100,11 +100,11 @@ def entry(
         hydra.main(version_base="1.3", config_path=compose.config_dir(), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         errors.append(str(error))
-        complain(_composition_error(error, config_name))
+        print_error(_composition_error(error, config_name))
     sys.exit(1 if errors else 0)
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """One line on standard error."""
     if message:
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
@@ -137,7 +137,7 @@ def _check(cfg: DictConfig, config_name: str) -> None:
         raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
     choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
     default, given = (
-        compose.flatten(compose.plain(c, resolve=False)) for c in (hydra.compose(config_name, choices), cfg)
+        compose.flatten(compose.to_dict(c, resolve=False)) for c in (hydra.compose(config_name, choices), cfg)
     )
     for key, value in given.items():
         usual = default.get(key)
@@ -230,7 +230,7 @@ def _quoted(text: str) -> str:
     return QuotedString(text, Quote.double).with_quotes()
 
 
-def chosen() -> list[str]:
+def user_overrides() -> list[str]:
     """The overrides of the command line, without the choices that were added for the run."""
     return [override for override in HydraConfig.get().overrides.task if override not in _added]
 
@@ -280,5 +280,5 @@ def _known_keys(config_name: str, arguments: list[str]) -> list[str]:
             composed = hydra.compose(config_name, choices)
         except HydraException:
             composed = hydra.compose(config_name)
-        flat = compose.flatten(compose.plain(composed, resolve=False))
+        flat = compose.flatten(compose.to_dict(composed, resolve=False))
     return sorted(flat.keys() | {key.rpartition(".")[0] for key in flat})

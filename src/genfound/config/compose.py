@@ -41,7 +41,7 @@ def targets_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """One file of conf/ alone, without what it inherits."""
-    return plain(OmegaConf.load(file), resolve=False)
+    return to_dict(OmegaConf.load(file), resolve=False)
 
 
 def option_names(group: str) -> list[str]:
@@ -69,10 +69,10 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     else:
         with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
             composed = hydra.compose(name, list(overrides))
-    return plain(composed)
+    return to_dict(composed)
 
 
-def plain(cfg: DictConfig | ListConfig, resolve: bool = True) -> dict[str, Any]:
+def to_dict(cfg: DictConfig | ListConfig, resolve: bool = True) -> dict[str, Any]:
     """A composed configuration as dicts and lists, its interpolations resolved or as they are written."""
     container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from genfound.config.checks import number, whole
+from genfound.config.checks import integer, number
 
 AT_LEAST = {
     "trainer": {
@@ -31,9 +31,9 @@ def check(config: Mapping[str, Any]) -> None:
     """Raise a ValueError for a number of the run that makes no sense."""
     for group, keys in AT_LEAST.items():
         for key, least in keys.items():
-            whole(f"{group}.{key}", config[group][key], least)
+            integer(f"{group}.{key}", config[group][key], least)
     for group, key in OR_NULL:
-        whole(f"{group}.{key}", config[group][key], 1, or_null=True)
+        integer(f"{group}.{key}", config[group][key], 1, or_null=True)
     decays, model, optimizer = config["ema"]["decays"], config["model"], config["optimizer"]
     if not isinstance(decays, list | None):
         raise ValueError(f"ema.decays={decays} must be a list, such as [0.9999,0.999]")
@@ -41,7 +41,7 @@ def check(config: Mapping[str, Any]) -> None:
         for decay in value:
             number(key, decay, 0, 1)
     for key in SIZES & model.keys():
-        whole(f"model.{key}", model[key], 1)
+        integer(f"model.{key}", model[key], 1)
     number("model.label_drop", model["label_drop"], 0, 1)
     number("optimizer.ema_decay", optimizer["ema_decay"], 0, 1)
     for key in ("lr", "weight_decay"):

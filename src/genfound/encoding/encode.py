@@ -28,24 +28,24 @@ from torch import Tensor
 
 from genfound import build
 from genfound.config import environment
-from genfound.config.checks import known, whole
-from genfound.config.command_line import complain, frugal
+from genfound.config.checks import integer, one_of
+from genfound.config.command_line import explain_oom, print_error
 from genfound.config.errors import USER_ERRORS, JobError, sentence
 from genfound.config.streams import make_lasting
 from genfound.config.targets import trusted
 from genfound.data.images.base import PictureSource
-from genfound.data.images.index import Viewed
+from genfound.data.images.index import ImageFiles
 from genfound.data.images.names import shown
 from genfound.data.images.pixels import normalised, to_uint8
 from genfound.data.latents import store
 from genfound.data.latents.manifest import FORMAT, MANIFEST
 from genfound.data.latents.stored_tokenizer import describe, encoder_digest
 from genfound.data.packing.prefetch import read_ahead
-from genfound.encoding.shard_plan import Call, Calls, Part, Shard
-from genfound.encoding.store_writer import Destination
+from genfound.encoding.shard_plan import EncodeBatch, EncodeBatches, Shard, Split
+from genfound.encoding.store_writer import StoreWriter
 from genfound.runtime import devices, processes
-from genfound.runtime.files import check_folder, write_whole
-from genfound.runtime.progress import Counter
+from genfound.runtime.files import atomic_write, check_folder
+from genfound.runtime.progress import ProgressCounter
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 
@@ -76,22 +76,22 @@ class Encoding:
             raise ValueError(
                 f"data.source={config['data']['source']}: only images can be encoded; set data.source=images"
             )
-        known("dtype", config["dtype"], DTYPES)
+        one_of("dtype", config["dtype"], DTYPES)
         for key in ("patch_size", "shard_images"):
-            whole(key, config[key], 1)
+            integer(key, config[key], 1)
         self.config, self.device = config, device
         self.dtype = DTYPES[config["dtype"]]
         self.variants = 2 if config["data"]["flip"] else 1
         self.codec = build.tokenizer(config)
         like = {**config, "layout": {"name": "packed"}, "model": {"patch_size": config["patch_size"]}}
         sources = {split: build.source(like, self.codec.spec, split) for split in ("train", "val")}
-        self.parts = {split: Part.of(cast(PictureSource, source)) for split, source in sources.items()}
+        self.parts = {split: Split.of(cast(PictureSource, source)) for split, source in sources.items()}
         self.pixels = config["tokenizer"].get("pixels_per_call", PIXELS)
         self.planes = _moments(self.codec, self._blank()).shape[1]
         weight = self.variants * self.planes * self.dtype.itemsize / self.codec.spec.stride**2
         every = [part.shards(split, config["shard_images"], weight) for split, part in self.parts.items()]
         self.shards = [shard for shards in every for shard in shards]
-        self.place = Destination(Path(config["out"]), self._described())
+        self.place = StoreWriter(Path(config["out"]), self._described())
 
     def _blank(self) -> Tensor:
         side = self.codec.spec.stride * self.config["patch_size"]
@@ -100,16 +100,16 @@ class Encoding:
     def _described(self) -> dict[str, Any]:
         """The manifest before anything is encoded."""
         config, spec = self.config, self.codec.spec
-        known = describe(config["tokenizer"], lambda: self.codec, trust=trusted(config))
+        one_of = describe(config["tokenizer"], lambda: self.codec, trust=trusted(config))
         train = self.parts["train"].source
-        views = train.views if isinstance(train, Viewed) else None
+        views = train.views if isinstance(train, ImageFiles) else None
         size = config["data"]["size"]
         return {
             "format": FORMAT,
             "tokenizer": {
-                "name": known.name, "weights": known.weights, "digest": encoder_digest(known),
+                "name": one_of.name, "weights": one_of.weights, "digest": encoder_digest(one_of),
                 "precision": config["tokenizer"].get("precision", "fp32"), "pixels_per_call": self.pixels,
-                "channels": spec.channels, "stride": spec.stride, "scale": known.scale, "shift": known.shift,
+                "channels": spec.channels, "stride": spec.stride, "scale": one_of.scale, "shift": one_of.shift,
                 "moments": ["mean", "logvar"][: self.planes // spec.channels],
             },
             "views": list(views.rules) if views else [str(size) if config["data"]["view"] == "square" else "native"],
@@ -138,10 +138,10 @@ class Encoding:
         if not shards:
             return
         calls = [call for shard in shards for call in self.parts[shard.split].calls(shard, self.pixels)]
-        filling: store.Filling | None = None
+        filling: store.ShardWriter | None = None
         count = 0
         encoded(count)
-        for call, pictures, replaced in read_ahead(Calls(self.parts), calls, workers):
+        for call, pictures, replaced in read_ahead(EncodeBatches(self.parts), calls, workers):
             shard = call.shard
             filling = filling or self._filling(shard)
             filling.put([entry - shard.first for entry in call.entries], self._encoded(call, pictures))
@@ -152,16 +152,16 @@ class Encoding:
                 self._keep(shard, filling)
                 filling = None
 
-    def _filling(self, shard: Shard) -> store.Filling:
+    def _filling(self, shard: Shard) -> store.ShardWriter:
         """An empty shard."""
         part = self.parts[shard.split]
         images, rules, sizes = (column[shard.first : shard.end] for column in part.entries)
         columns = {"sizes": sizes // self.codec.spec.stride, "labels": part.labels[images], "images": images}
         names = [part.name(image) for image in np.unique(images).tolist()]
         channels = self.codec.spec.channels
-        return store.Filling({**columns, "rules": rules}, names, channels, self.planes, self.variants, self.dtype)
+        return store.ShardWriter({**columns, "rules": rules}, names, channels, self.planes, self.variants, self.dtype)
 
-    def _encoded(self, call: Call, pictures: Tensor) -> Tensor:
+    def _encoded(self, call: EncodeBatch, pictures: Tensor) -> Tensor:
         """(B, variants, planes, h, w) moments in the stored dtype.
 
         Raises:
@@ -179,14 +179,14 @@ class Encoding:
             raise ValueError(f"{name}: its latents are not finite in dtype={self.config['dtype']}; {way}")
         return values
 
-    def _keep(self, shard: Shard, filling: store.Filling) -> None:
+    def _keep(self, shard: Shard, filling: store.ShardWriter) -> None:
         """Write a full shard, and before it its first image beside what is decoded of it."""
         latent = _normalised(self.codec, filling.first().to(self.device))
         image = self.parts[shard.split].read(shard.first).permute(1, 2, 0).numpy()
         picture = Image.fromarray(np.concatenate([image, to_uint8(self.codec.decode(latent)[0])], axis=1))
         file, save = self.place.file(shard), functools.partial(picture.save, format="PNG")
         beside = file.with_suffix(".png")
-        self.place.write(lambda: write_whole(beside, save), beside)
+        self.place.write(lambda: atomic_write(beside, save), beside)
         self.place.write(lambda: filling.write(file, self.place.note(shard)), file)
 
 
@@ -212,7 +212,7 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
         share = f" on each of {ranks} processes" if ranks > 1 else ""
         print("\n".join([*lines, f"{place.out}: {total:,} latents in {len(encoding.shards)} shards; {there}{share}"]))
     workers = min(config["data"]["num_workers"], os.cpu_count() or 1)
-    counter = Counter("latents", config["log_every"])
+    counter = ProgressCounter("latents", config["log_every"])
 
     def encoded(count: int) -> None:
         if rank == 0:  # the other processes are taken to be as far
@@ -233,9 +233,9 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
         ValueError: see `encode`; or a number of processes that makes no sense.
         JobError: one of several processes failed, and has said why.
     """
-    whole("devices", config["devices"], 1, or_null=True)
-    whole("num_nodes", config["num_nodes"], 1)
-    whole("node_rank", config["node_rank"], 0)
+    integer("devices", config["devices"], 1, or_null=True)
+    integer("num_nodes", config["num_nodes"], 1)
+    integer("node_rank", config["node_rank"], 0)
     node, nodes = config["node_rank"], config["num_nodes"]
     if node >= nodes:
         raise ValueError(f"node_rank={node} must be less than num_nodes={nodes}")
@@ -243,7 +243,7 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
     device = devices.device(config["accelerator"])
     count = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
     if count == 1:
-        processes.keep_freed_memory()
+        processes.tune_malloc()
         return encode(config, node, nodes, device)
     with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
         request = Path(folder) / "request.json"
@@ -311,10 +311,10 @@ def _normalised(codec: Tokenizer, moments: Tensor) -> Tensor:
 def _worker(request: Path) -> None:
     """One process of a group: `python -m genfound.encoding.encode REQUEST_FILE`."""
     end_with_group()
-    rank, ranks, local_rank = processes.place()
+    rank, ranks, local_rank = processes.rank_info()
     config = json.loads(request.read_text())
-    processes.keep_freed_memory()
-    with frugal("encode"):
+    processes.tune_malloc()
+    with explain_oom("encode"):
         encode(config, rank, ranks, devices.device(config["accelerator"], local_rank))
 
 
@@ -323,5 +323,5 @@ if __name__ == "__main__":
     try:
         _worker(Path(sys.argv[1]))
     except USER_ERRORS as error:
-        complain(sentence(error))
+        print_error(sentence(error))
         sys.exit(1)

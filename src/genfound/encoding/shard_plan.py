@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from genfound.data.images.base import PictureSource
-from genfound.data.images.index import Viewed
+from genfound.data.images.index import ImageFiles
 from genfound.data.images.pixels import to_picture
 from genfound.data.images.views import Entries
 
@@ -34,14 +34,14 @@ class Shard(NamedTuple):
         return f"{self.split}-{self.number:05d}"
 
 
-class Call(NamedTuple):
+class EncodeBatch(NamedTuple):
     """Entries of one size that are encoded together."""
 
     shard: Shard
     entries: list[int]
 
 
-class Part(NamedTuple):
+class Split(NamedTuple):
     """One split of the images.
 
     Attributes:
@@ -55,21 +55,21 @@ class Part(NamedTuple):
     labels: np.ndarray
 
     @classmethod
-    def of(cls, source: PictureSource) -> Part:
+    def of(cls, source: PictureSource) -> Split:
         """The entries of any source; one whose images have several views knows them itself."""
-        if isinstance(source, Viewed):
+        if isinstance(source, ImageFiles):
             return cls(source, source.entries, source.classes)
         every = np.arange(len(source.labels))
         return cls(source, Entries(every, np.zeros_like(every), source.sizes), source.labels)
 
     def name(self, image: int) -> str:
         """The name of its file, or its number where it has none."""
-        return self.source.files[image] if isinstance(self.source, Viewed) else str(image)
+        return self.source.files[image] if isinstance(self.source, ImageFiles) else str(image)
 
     def read(self, entry: int) -> Tensor:
         """(3, height, width) uint8."""
         source = self.source
-        return to_picture(source.entry(entry) if isinstance(source, Viewed) else source.image(entry))
+        return to_picture(source.entry(entry) if isinstance(source, ImageFiles) else source.image(entry))
 
     def shards(self, split: str, size: int, bytes_per_pixel: float) -> list[Shard]:
         """Files of at most `size` images and `LARGEST` bytes each; an image is never divided."""
@@ -87,11 +87,11 @@ class Part(NamedTuple):
 
     def replaced(self, entries: Iterable[int]) -> dict[str, str]:
         """Of entries that have been read the images that could not be, and those that are shown in their place."""
-        stand_ins = self.source.stand_ins if isinstance(self.source, Viewed) else {}
+        stand_ins = self.source.stand_ins if isinstance(self.source, ImageFiles) else {}
         images = (int(self.entries.images[entry]) for entry in entries)
         return {self.name(image): self.name(stand_ins[image]) for image in images if image in stand_ins}
 
-    def calls(self, shard: Shard, pixels: int) -> Iterator[Call]:
+    def calls(self, shard: Shard, pixels: int) -> Iterator[EncodeBatch]:
         """The entries of a shard by size, at most so many pixels at a time, but at least one image."""
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for entry, (height, width) in enumerate(self.entries.sizes[shard.first : shard.end].tolist(), shard.first):
@@ -99,24 +99,24 @@ class Part(NamedTuple):
         for (height, width), entries in by_size.items():
             rows = max(pixels // (height * width), 1)
             for begin in range(0, len(entries), rows):
-                yield Call(shard, entries[begin : begin + rows])
+                yield EncodeBatch(shard, entries[begin : begin + rows])
 
 
-class Read(NamedTuple):
+class EncodeDataset(NamedTuple):
     """The images (B, 3, height, width) uint8 of a call, and which of them are shown by another one."""
 
-    call: Call
+    call: EncodeBatch
     pictures: Tensor
     replaced: dict[str, str]
 
 
-class Calls(Dataset[Read]):
+class EncodeBatches(Dataset[EncodeDataset]):
     """A call -> its images; runs in the workers."""
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
+    def __init__(self, parts: Mapping[str, Split]) -> None:
         self.parts = parts
 
-    def __getitem__(self, call: Call) -> Read:
+    def __getitem__(self, call: EncodeBatch) -> EncodeDataset:
         part = self.parts[call.shard.split]
         pictures = torch.stack([part.read(entry) for entry in call.entries])
-        return Read(call, pictures, part.replaced(call.entries))
+        return EncodeDataset(call, pictures, part.replaced(call.entries))

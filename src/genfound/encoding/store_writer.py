@@ -20,7 +20,7 @@ from genfound.data.latents import store
 from genfound.data.latents.manifest import FORMAT, MANIFEST, fixed, read_manifest, store_digest, write_manifest
 from genfound.data.latents.safetensors_io import read_header
 from genfound.encoding.shard_plan import Shard
-from genfound.runtime.files import alone, visible
+from genfound.runtime.files import lock_folder, visible
 
 SHARD = re.compile(r"(train|val)-\d{5,}\.safetensors")
 PICTURE = re.compile(r"(train|val)-\d{5,}\.png")
@@ -29,7 +29,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What freeing or allowing more space helps against."""
 
 
-class Destination:
+class StoreWriter:
     """The folder of a store in the making.
 
     Args:
@@ -50,7 +50,7 @@ class Destination:
         self.digest = store_digest(described)
         self.replaced: dict[str, str] = {}
         self.write(lambda: out.mkdir(parents=True, exist_ok=True), out)
-        with alone(out):
+        with lock_folder(out):
             self.manifest = self._claimed(dict(described))
         self.was_complete = self.manifest["shards"] is not None
 
@@ -169,7 +169,7 @@ class Destination:
         train = [index.columns for index in indices if index.note["split"] == "train"]
         whole = {**self.manifest, "statistics": _statistics(train), "shards": lines}
         self.replaced = {name: other for index in indices for name, other in index.note["replaced"].items()}
-        with alone(self.out):
+        with lock_folder(self.out):
             if _current(self.out) == whole:
                 return False
             self.write(lambda: write_manifest(self.out, whole), self.out / MANIFEST)

@@ -18,27 +18,34 @@ import torch
 
 from genfound import build
 from genfound.checkpoints.convert import save
-from genfound.checkpoints.load import Loaded, hints_of, load
+from genfound.checkpoints.load import LoadedModel, hints_of, load
 from genfound.config import checks, compose
 from genfound.data.images.npz import file_hash
-from genfound.data.images.sets import Chosen, FolderImages, ImageSet, digest, ignored_files, open_images
+from genfound.data.images.sets import FolderImages, ImageSet, Subset, digest, ignored_files, open_images
 from genfound.evaluation import protocol
 from genfound.evaluation.export import check_target, export
-from genfound.evaluation.extraction import NETWORK, DrawTask, Where, network_hash, perform, size_text, weak_hash
-from genfound.evaluation.protocol import UNKNOWN, Drawing, Protocol, Result
-from genfound.evaluation.provenance import checkpoint_of, drawing_of, is_images, pinned, subject_of, told_of
+from genfound.evaluation.extraction import NETWORK, DrawTask, Where, guide_hash, network_hash, perform, size_text
+from genfound.evaluation.protocol import UNKNOWN, Protocol, Result, SamplingRecord
+from genfound.evaluation.provenance import (
+    checkpoint_of,
+    is_images,
+    model_identity,
+    pin_guide_checkpoint,
+    read_provenance,
+    sampling_record,
+)
 from genfound.evaluation.references import (
     DECODED,
     GIVEN,
-    DataSet,
-    Place,
+    RunDataset,
     Tool,
+    Workspace,
     content,
     prepare_extractor,
     prepare_reference,
     write_order,
 )
-from genfound.evaluation.samples import DATA, Drawn, check_labels, requests_by_rule
+from genfound.evaluation.samples import DATA, SampleStore, check_labels, requests_by_rule
 from genfound.loggers.provenance import provenance
 from genfound.metrics.compute import (
     CONTENT,
@@ -46,17 +53,17 @@ from genfound.metrics.compute import (
     check_convention,
     check_count,
     check_reference,
+    compute,
     convention_of,
-    measure,
 )
-from genfound.metrics.features import Features
+from genfound.metrics.features import FeatureStore
 from genfound.metrics.reference_stats import common_size
 from genfound.runtime import devices
 from genfound.runtime.files import check_folder
-from genfound.runtime.work import held, remove
-from genfound.sampling.pipeline import Sampling, run_or_chosen
+from genfound.runtime.work import lock, remove
+from genfound.sampling.pipeline import Pipeline, run_or_chosen
 from genfound.sampling.requests import check_size
-from genfound.tokenizers import Absent
+from genfound.tokenizers import Undecodable
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]
@@ -65,7 +72,7 @@ COUNTS = ("n", "batch", "devices", "reference_images", "max_pixels")
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """What the command line asks for.
 
     Attributes:
@@ -80,7 +87,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Samples:
+class EvaluationSamples:
     """What is measured.
 
     Attributes:
@@ -100,15 +107,15 @@ class Samples:
     where: Where
     count: int
     size: Size | str
-    drawing: Drawing
+    drawing: SamplingRecord
     subject: Mapping[str, Any]
     work: Path
     task: DrawTask | None = None
-    network: Loaded | None = None
+    network: LoadedModel | None = None
     order: np.ndarray | None = None
 
 
-def evaluate(asked: Asked) -> list[Result]:
+def evaluate(asked: EvaluationRequest) -> list[Result]:
     """Evaluate at each size; prints and stores each result, and a table of several.
 
     Raises:
@@ -116,7 +123,7 @@ def evaluate(asked: Asked) -> list[Result]:
     """
     config, source = asked.config, Path(asked.config["from"])
     check(config)
-    place = place_of(config, source)
+    place = workspace(config, source)
     check_folder("out", place.out)
     check_folder("references", place.references)
     earlier = _earlier(config, place)
@@ -128,27 +135,32 @@ def evaluate(asked: Asked) -> list[Result]:
     else:
         source = checkpoint_of(source)
         loaded = _load(config, source)
-        data = DataSet(loaded.config, loaded.tokenizer.spec, len(loaded.class_names))
+        data = RunDataset(loaded.config, loaded.tokenizer.spec, len(loaded.class_names))
     sizes: Sequence[Size | str | None] = [None] if loaded is None else wanted_sizes(config, loaded)
     targets = [_target(config, size, len(sizes)) for size in sizes]
     for target, size in zip(targets, sizes, strict=True):
         if target is not None:
             check_target(target, one_size=size != DATA)
-    ours = [drawn(asked, source, loaded, size, data, place) for size in sizes] if loaded is not None else []
+    ours = [new_samples(asked, source, loaded, size, data, place) for size in sizes] if loaded is not None else []
     if len(sizes) > 1:
         print(f"{len(sizes)} sizes, {config['n']:,} samples of each; sizes=... chooses", flush=True)
     tool = prepare_extractor(config, data, place)
     results = []
-    for samples, target in zip(ours or [given(config, source, place)], targets, strict=True):
-        results.append(result_of(asked, samples, data, tool, place, target))
+    for samples, target in zip(ours or [existing_samples(config, source, place)], targets, strict=True):
+        results.append(evaluate_size(asked, samples, data, tool, place, target))
         print("\n".join(results[-1].lines()), flush=True)
     if len(results) + len(earlier) > 1:
         print("\n".join(["", *protocol.table([*results, *earlier])]), flush=True)
     return results
 
 
-def result_of(
-    asked: Asked, samples: Samples, data: DataSet | None, tool: Tool, place: Place, target: str | None
+def evaluate_size(
+    asked: EvaluationRequest,
+    samples: EvaluationSamples,
+    data: RunDataset | None,
+    tool: Tool,
+    place: Workspace,
+    target: str | None,
 ) -> Result:
     """Reference, samples, features, figures; stored, and what took long removed unless it is to be kept."""
     config = asked.config
@@ -157,7 +169,7 @@ def result_of(
         check_target(target, one_size=samples.size not in (DATA, "mixed"))
     reference, facts = prepare_reference(config, samples.size, data, tool, place)
     check_reference(reference, tool.extractor, config["convention"])
-    with held(samples.work):
+    with lock(samples.work):
         if samples.task is not None:
             _draw(samples, place)
         if target is not None:
@@ -165,13 +177,13 @@ def result_of(
             print(f"samples: {export(samples.images, target, note)}", flush=True)
         if samples.order is not None:
             write_order(Path(str(samples.where.order)), samples.order)
-        features = Features(samples.work / f"features-{tool.extractor.hash}-{samples.count}", samples.count)
+        features = FeatureStore(samples.work / f"features-{tool.extractor.hash}-{samples.count}", samples.count)
         tool.extract(features, samples.where, place)
         labels = samples.images.labels
-        figures = measure(features, reference, tool.extractor, config["convention"], labels, place.device)
+        figures = compute(features, reference, tool.extractor, config["convention"], labels, place.device)
         result = Result(
             figures=figures,
-            protocol=protocol_of(asked, samples.count, samples.size, samples.drawing, tool, facts, samples.order),
+            protocol=make_protocol(asked, samples.count, samples.size, samples.drawing, tool, facts, samples.order),
             subject=samples.subject,
             provenance=circumstances(place.device),
         )
@@ -181,11 +193,11 @@ def result_of(
     return result
 
 
-def protocol_of(
-    asked: Asked,
+def make_protocol(
+    asked: EvaluationRequest,
     count: int,
     size: Size | str,
-    drawing: Drawing,
+    drawing: SamplingRecord,
     tool: Tool,
     reference: Mapping[str, Any],
     order: np.ndarray | None = None,
@@ -196,7 +208,7 @@ def protocol_of(
     """
     return Protocol(
         name=asked.protocol,
-        altered=_altered(asked, count, drawing, str(reference["view"])),
+        altered=_changed_keys(asked, count, drawing, str(reference["view"])),
         count=count,
         size=size if isinstance(size, str) else list(size),
         drawing=drawing,
@@ -208,7 +220,7 @@ def protocol_of(
     )
 
 
-def _altered(asked: Asked, count: int, drawing: Drawing, view: str) -> list[str]:
+def _changed_keys(asked: EvaluationRequest, count: int, drawing: SamplingRecord, view: str) -> list[str]:
     """The keys of a named protocol that were set otherwise, then the options of sampler, guidance and positions."""
     named = compose.compose("evaluate", [f"protocol={asked.protocol}"])
     keys = compose.read_option("protocol", "adm_50k") | compose.read_option("protocol", asked.protocol)
@@ -222,7 +234,7 @@ def _altered(asked: Asked, count: int, drawing: Drawing, view: str) -> list[str]
     return [*altered, *dict.fromkeys(key for key in chosen if key.partition(".")[0] in (*GROUPS, "rope"))]
 
 
-def place_of(config: Config, source: Path) -> Place:
+def workspace(config: Config, source: Path) -> Workspace:
     """Where this evaluation works: beside the images or the file, or in the run."""
     run = source.parent.parent if source.suffix == ".ckpt" else source
     named = source if source.name not in ("", "..") else source.resolve()
@@ -230,13 +242,13 @@ def place_of(config: Config, source: Path) -> Place:
     out = Path(config["out"]) if config["out"] else run / "evaluations" if (run / "config.yaml").is_file() else beside
     device = devices.device(config["accelerator"])
     count = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
-    return Place(out, Path(config["references"]), count, config["accelerator"])
+    return Workspace(out, Path(config["references"]), count, config["accelerator"])
 
 
 def check(config: Config) -> None:
     """Raise a ValueError for what can be known to be wrong before anything is made."""
     for key in COUNTS:
-        checks.whole(key, config[key], 1, or_null=True)
+        checks.integer(key, config[key], 1, or_null=True)
     check_convention(config["convention"], config["extractor"])
     check_labels(config["labels"])
     for row in config["table"] or ():
@@ -247,7 +259,7 @@ def check(config: Config) -> None:
                 raise ValueError(f"table: the row of {size_text(row['size'])} must have a {group} with its name")
 
 
-def wanted_sizes(config: Config, loaded: Loaded) -> list[Size | str]:
+def wanted_sizes(config: Config, loaded: LoadedModel) -> list[Size | str]:
     """The sizes asked for, those of the protocol's table, or the most typical one of the data.
 
     Raises:
@@ -258,29 +270,34 @@ def wanted_sizes(config: Config, loaded: Loaded) -> list[Size | str]:
         return [DATA]
     if asked is None:
         asked = [row["size"] for row in config["table"] or ()] or list(loaded.sizes[0])
-    sizes = checks.sizes("sizes", asked)
+    sizes = checks.image_sizes("sizes", asked)
     for size in sizes:
         check_size(size, loaded.tokenizer.spec.stride * loaded.config["model"]["patch_size"])
     return list(sizes)
 
 
-def drawn(
-    asked: Asked, source: Path, loaded: Loaded, size: Size | str | None, data: DataSet | None, place: Place
-) -> Samples:
+def new_samples(
+    asked: EvaluationRequest,
+    source: Path,
+    loaded: LoadedModel,
+    size: Size | str | None,
+    data: RunDataset | None,
+    place: Workspace,
+) -> EvaluationSamples:
     """Samples that a model is to draw."""
     assert size is not None and data is not None
     config = asked.config
-    how = pinned(settings(asked, loaded.config, size))
+    how = pin_guide_checkpoint(sampling_config(asked, loaded.config, size))
     objective = build.objective(how)  # refuses a sampler that does not fit
-    sampling = Sampling.of(how, objective, loaded.tokenizer, torch.device("cpu"), config["batch"])
+    sampling = Pipeline.of(how, objective, loaded.tokenizer, torch.device("cpu"), config["batch"])
     sampling.check(loaded.net)
     named = data.images("train") if DATA in (size, config["labels"]) else None
     requests = requests_by_rule(config["n"], config["labels"], size, data.classes, config["seed"], named)
-    weak = weak_hash(sampling)
-    drawing = drawing_of(config, how, loaded.tokenizer, place.device, weak)
-    subject = subject_of(source, network_hash(loaded.net, loaded.config))
+    weak = guide_hash(sampling)
+    drawing = sampling_record(config, how, loaded.tokenizer, place.device, weak)
+    subject = model_identity(source, network_hash(loaded.net, loaded.config))
     facts = [asdict(drawing), subject["hash"], size_text(size), config["batch"], how["objective"], how["layout"]]
-    images = Drawn(place.out / "work" / digest(json.dumps([*facts, len(requests)])), requests)
+    images = SampleStore(place.out / "work" / digest(json.dumps([*facts, len(requests)])), requests)
     task = DrawTask(
         folder=str(images.folder),
         weak=weak,
@@ -291,10 +308,10 @@ def drawn(
         accelerator=config["accelerator"],
     )
     where = Where("drawn", str(images.folder))
-    return Samples(images, where, len(requests), size, drawing, subject, images.folder, task, loaded)
+    return EvaluationSamples(images, where, len(requests), size, drawing, subject, images.folder, task, loaded)
 
 
-def given(config: Config, source: Path, place: Place) -> Samples:
+def existing_samples(config: Config, source: Path, place: Workspace) -> EvaluationSamples:
     """Samples that are there: an npz file or a folder.
 
     Raises:
@@ -303,7 +320,7 @@ def given(config: Config, source: Path, place: Place) -> Samples:
     images = open_images(source, config["max_pixels"])
     size = common_size(images)
     if config["sizes"] not in (None, DATA):
-        wanted = checks.sizes("sizes", config["sizes"])
+        wanted = checks.image_sizes("sizes", config["sizes"])
         if wanted != [size]:
             asked = " and ".join(map(size_text, wanted))
             raise ValueError(f"from={source} holds images of {size_text(size or 'mixed')} pixels, not {asked}")
@@ -312,17 +329,17 @@ def given(config: Config, source: Path, place: Place) -> Samples:
         hashed, order = content(images)
     else:
         hashed = file_hash(source)
-    subject, drawing, noted = told_of(source, hashed)
+    subject, drawing, noted = read_provenance(source, hashed)
     subject |= ignored_files(images)
     marked = DATA if noted == DATA else size or "mixed"
-    chosen = Chosen(images, np.arange(count) if order is None else order[:count])
+    chosen = Subset(images, np.arange(count) if order is None else order[:count])
     work = place.out / "work" / f"{chosen.key}-{count}"
     path = None if order is None else str(work / "order.npy")
     where = Where("path", str(source), order=path, max_pixels=config["max_pixels"])
-    return Samples(chosen, where, count, marked, drawing, subject, work, order=order)
+    return EvaluationSamples(chosen, where, count, marked, drawing, subject, work, order=order)
 
 
-def settings(asked: Asked, run: Config, size: Size | str) -> dict[str, Any]:
+def sampling_config(asked: EvaluationRequest, run: Config, size: Size | str) -> dict[str, Any]:
     """The run's configuration with sampler, guidance, byte rule and precision: its own, the table's, or those chosen.
 
     Raises:
@@ -351,9 +368,9 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     return {**provenance(), "device": name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-def _load(config: Config, source: Path) -> Loaded:
+def _load(config: Config, source: Path) -> LoadedModel:
     loaded = load(source, weights=config["weights"], trust=config["trust"], **hints_of(config))
-    if isinstance(loaded.tokenizer, Absent):
+    if isinstance(loaded.tokenizer, Undecodable):
         raise ValueError(loaded.tokenizer.reason)
     loaded.net.reposition(config["rope"])
     moved = _moved(config)
@@ -368,7 +385,7 @@ def _moved(config: Config) -> dict[str, str]:
     return {key: str(value) for key, value in config["data"].items() if value is not None}
 
 
-def _earlier(config: Config, place: Place) -> list[Result]:
+def _earlier(config: Config, place: Workspace) -> list[Result]:
     """The results to compare with; those that the new ones join are read too, so that damage is found now."""
     if place.out.is_dir():
         protocol.read_results(place.out)
@@ -379,8 +396,8 @@ def _earlier(config: Config, place: Place) -> list[Result]:
     return [result for _, results in found for result in results]
 
 
-def _draw(samples: Samples, place: Place) -> None:
-    assert samples.task is not None and samples.network is not None and isinstance(samples.images, Drawn)
+def _draw(samples: EvaluationSamples, place: Workspace) -> None:
+    assert samples.task is not None and samples.network is not None and isinstance(samples.images, SampleStore)
     samples.images.begin()
     missing = samples.images.missing
     if missing < samples.count:

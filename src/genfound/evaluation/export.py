@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genfound.data.images.npz import Stack, write_npz
+from genfound.data.images.npz import ImageStack, write_npz
 from genfound.data.images.sets import LABELS, NOTE, ImageSet
 from genfound.runtime.files import check_folder, visible
 
@@ -60,7 +60,7 @@ def check_target(to: str, one_size: bool) -> None:
 def _write_npz(file: Path, images: ImageSet, note: str) -> None:
     """`arr_0`, `arr_1` with labels, `protocol` with the note."""
     height, width = (int(side) for side in images.sizes[0])
-    pictures = Stack((len(images), height, width, 3), (images[number] for number in range(len(images))))
+    pictures = ImageStack((len(images), height, width, 3), (images[number] for number in range(len(images))))
     labels = {} if images.labels is None else {"arr_1": images.labels}
     write_npz(file, {"arr_0": pictures, **labels, "protocol": np.array(note)})
 

@@ -20,21 +20,21 @@ import torch
 from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.checkpoints.load import load
-from genfound.config.command_line import frugal
+from genfound.config.command_line import explain_oom
 from genfound.config.targets import trusted
 from genfound.data.images.base import LatentSource, PictureSource
 from genfound.data.images.pixels import to_uint8
-from genfound.data.images.sets import Chosen, Cropped, ImageSet, Sourced, digest, open_images
+from genfound.data.images.sets import Cropped, ImageSet, Sourced, Subset, digest, open_images
 from genfound.data.packing.collate import Normaliser
-from genfound.evaluation.samples import Drawn
+from genfound.evaluation.samples import SampleStore
 from genfound.metrics.extractor import Extractor, Inception, tensors_hash
-from genfound.metrics.features import Features
+from genfound.metrics.features import FeatureStore
 from genfound.metrics.probe import Probe
 from genfound.rng import Rng
 from genfound.runtime import devices, launch, processes
-from genfound.runtime.progress import Counter, Progress, silent
-from genfound.sampling.pipeline import Sampling
-from genfound.tokenizers import Spec, Tokenizer
+from genfound.runtime.progress import Progress, ProgressCounter, no_progress
+from genfound.sampling.pipeline import Pipeline
+from genfound.tokenizers import LatentSpec, Tokenizer
 
 NO_CHANGE = ("attention", "activation_checkpointing")
 """Options of a model that say how, not what, it computes."""
@@ -86,17 +86,17 @@ class Where:
             raise ValueError(f"reference_view={self.view} is unknown; choose one of {', '.join(VIEWS)}")
         images = self._whole(torch.device(device))
         if self.order is not None:
-            images = Chosen(images, np.load(self.order))
+            images = Subset(images, np.load(self.order))
         if self.view == "same_size":
             fitting = np.flatnonzero((images.sizes == np.array(self.size)).all(axis=1))
             if not len(fitting):
                 raise ValueError(f"reference_view=same_size: no reference image is {size_text(self.size)} pixels")
-            images = Chosen(images, fitting)
+            images = Subset(images, fitting)
         if self.shuffled:
             order = Rng(0, "reference").permutation("order", len(images)).numpy()
-            images = Chosen(images, order[: self.limit])
+            images = Subset(images, order[: self.limit])
         elif self.limit is not None:
-            images = Chosen(images, np.arange(len(images))[: self.limit])
+            images = Subset(images, np.arange(len(images))[: self.limit])
         if self.view == "crop" and self.size is not None:
             images = Cropped(images, (int(self.size[0]), int(self.size[1])))
         return images
@@ -104,10 +104,10 @@ class Where:
     def _whole(self, device: torch.device) -> ImageSet:
         if self.kind == "data":
             assert self.config is not None
-            return data_images(self.config, Spec(*self.spec), self.split, device)
+            return data_images(self.config, LatentSpec(*self.spec), self.split, device)
         assert self.path is not None
         path = Path(self.path)
-        return Drawn.open(path) if self.kind == "drawn" else open_images(path, self.max_pixels)
+        return SampleStore.open(path) if self.kind == "drawn" else open_images(path, self.max_pixels)
 
 
 def size_text(size: Any) -> str:
@@ -133,7 +133,7 @@ class Decoded:
         self.rule = config["sample"]["uint8"]
         self.stored = build.training_tokenizer(config)
         self.tokenizer = build.tokenizer(config)
-        decoder = json.dumps(decoder_of(self.tokenizer, config))
+        decoder = json.dumps(decoder_identity(self.tokenizer, config))
         self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes(), self.rule, decoder)
         self.device = device
         self._one_at_a_time = threading.Lock()
@@ -150,7 +150,7 @@ class Decoded:
 
 
 def data_images(
-    config: Mapping[str, Any], spec: Spec, split: str, device: torch.device | str = "cpu"
+    config: Mapping[str, Any], spec: LatentSpec, split: str, device: torch.device | str = "cpu"
 ) -> Sourced | Decoded:
     """The data set of a run as images; `split` is `train` or `val`."""
     source = build.source(config, spec, split)
@@ -159,7 +159,7 @@ def data_images(
     return Sourced(cast(PictureSource, source))
 
 
-def decoder_of(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
+def decoder_identity(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
     """What decodes, in the words of the protocol: its name, its precision, and the hash of its weights."""
     network = getattr(tokenizer, "model", None)
     return {
@@ -175,7 +175,7 @@ def network_hash(net: Backbone, config: Mapping[str, Any]) -> str:
     return digest(tensors_hash(net.state_dict()), json.dumps(options, sort_keys=True))
 
 
-def weak_hash(sampling: Sampling) -> str | None:
+def guide_hash(sampling: Pipeline) -> str | None:
     """Of the tensors of the weaker network of autoguidance, if there is one."""
     return None if sampling.weak is None else tensors_hash(sampling.weak.state_dict())
 
@@ -212,10 +212,10 @@ class DrawTask:
         loaded = load(Path(self.folder) / NETWORK, trust=trusted(self.config))
         loaded.net.reposition(self.rope)
         objective = build.objective(self.config)
-        sampling = Sampling.of(self.config, objective, loaded.tokenizer, device, self.batch)
-        if weak_hash(sampling) != self.weak:
+        sampling = Pipeline.of(self.config, objective, loaded.tokenizer, device, self.batch)
+        if guide_hash(sampling) != self.weak:
             raise ValueError(f"guidance.weights={sampling.guidance['weights']} has changed; give the command again")
-        Drawn.open(Path(self.folder)).draw(loaded.net.to(device), sampling, self.seed, rank, ranks, progress)
+        SampleStore.open(Path(self.folder)).draw(loaded.net.to(device), sampling, self.seed, rank, ranks, progress)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class ExtractTask:
     def run(self, rank: int, ranks: int, device: torch.device, progress: Progress) -> None:
         """Compute this process's share."""
         extractor = open_extractor(self.extractor, Path(self.extractor_weights), device)
-        Features(Path(self.folder), self.count).extract(self.images.open(device), extractor, rank, ranks, progress)
+        FeatureStore(Path(self.folder), self.count).extract(self.images.open(device), extractor, rank, ranks, progress)
 
 
 Task = DrawTask | ExtractTask
@@ -275,7 +275,7 @@ def perform(task: Task, count: int, file: Path) -> None:
         JobError: a process failed, and why.
     """
     if count == 1:
-        task.run(0, 1, devices.device(task.accelerator), Counter(task.makes))
+        task.run(0, 1, devices.device(task.accelerator), ProgressCounter(task.makes))
         return
     kind = next(name for name, cls in TASKS.items() if isinstance(task, cls))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -291,18 +291,18 @@ def perform(task: Task, count: int, file: Path) -> None:
 
 def _worker(file: Path) -> None:
     """One process of a group: `python -m genfound.evaluation.extraction TASK_FILE`."""
-    rank, ranks, local = processes.place()
+    rank, ranks, local = processes.rank_info()
     stored = json.loads(file.read_text())
     options = stored["task"]
     if stored["kind"] == "extract":
         options["images"] = Where(**options["images"])
     task = TASKS[stored["kind"]](**options)
     device = devices.device(task.accelerator, local)
-    processes.keep_freed_memory()
-    counter = Counter(f"{task.makes} on the first of {ranks} processes")
-    task.run(rank, ranks, device, counter if rank == 0 else silent)
+    processes.tune_malloc()
+    counter = ProgressCounter(f"{task.makes} on the first of {ranks} processes")
+    task.run(rank, ranks, device, counter if rank == 0 else no_progress)
 
 
 if __name__ == "__main__":
-    with launch.reporting(), frugal("evaluate"):
+    with launch.reporting(), explain_oom("evaluate"):
         _worker(Path(sys.argv[1]))

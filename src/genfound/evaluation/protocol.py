@@ -11,7 +11,7 @@ from typing import Any
 
 from genfound.config.compose import flatten
 from genfound.metrics.compute import STORED, depends_on_order
-from genfound.runtime.files import make_folder
+from genfound.runtime.files import makedirs
 
 UNKNOWN = "unknown"
 """Of images whose making is not recorded."""
@@ -23,7 +23,7 @@ NOT_COMPARED = ("name", "altered", "reference.from", "reference.rule", "referenc
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingRecord:
     """How samples were made; every field is needed, and is `unknown` for images that do not say.
 
     Attributes:
@@ -54,7 +54,7 @@ class Drawing:
     versions: Mapping[str, str] | str
 
     @classmethod
-    def told(cls, note: Any) -> Drawing:
+    def told(cls, note: Any) -> SamplingRecord:
         """What a stored note says, if it says all; otherwise unknown."""
         whole = isinstance(note, Mapping) and note.keys() == {field.name for field in fields(cls)}
         return cls(**note) if whole else cls.unknown()
@@ -64,7 +64,7 @@ class Drawing:
         return f"sampler {_said(self.sampler)}, guidance {_said(self.guidance)}"
 
     @classmethod
-    def unknown(cls) -> Drawing:
+    def unknown(cls) -> SamplingRecord:
         """Of images from elsewhere."""
         return cls(**{field.name: UNKNOWN for field in fields(cls)})
 
@@ -90,7 +90,7 @@ class Protocol:
     altered: Sequence[str]
     count: int
     size: Sequence[int] | str
-    drawing: Drawing
+    drawing: SamplingRecord
     extractor: Mapping[str, str]
     convention: str
     reference: Mapping[str, Any]
@@ -151,7 +151,7 @@ class Result:
 
     def append_to(self, folder: Path) -> None:
         """Add a line to the results of a folder, unless the same figures under the same protocol are there."""
-        make_folder(folder)
+        makedirs(folder)
         if any(replace(old, provenance=self.provenance) == self for old in read_results(folder)):
             return
         with open(folder / RESULTS, "a") as out:
@@ -184,7 +184,7 @@ def differences(a: Protocol, b: Protocol) -> list[str]:
     """
     ours, theirs = a.facts(), b.facts()
     keys = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
-    if Drawing.unknown() in (a.drawing, b.drawing):
+    if SamplingRecord.unknown() in (a.drawing, b.drawing):
         keys = {key for key in keys if not key.startswith("drawing.")} | {"drawing (unknown)"}
     return sorted(keys)
 
@@ -220,7 +220,7 @@ def _subject(result: Result) -> str:
 
 def _result(line: Mapping[str, Any]) -> Result:
     stored = dict(line["protocol"])
-    protocol = Protocol(**{**stored, "drawing": Drawing(**stored["drawing"])})
+    protocol = Protocol(**{**stored, "drawing": SamplingRecord(**stored["drawing"])})
     return Result(**{**line, "protocol": protocol})
 
 

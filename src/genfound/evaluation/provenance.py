@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from genfound.data.images.sets import image_files, note_of
+from genfound.data.images.sets import image_files, read_note
 from genfound.evaluation import protocol
-from genfound.evaluation.extraction import decoder_of
-from genfound.evaluation.protocol import Drawing
+from genfound.evaluation.extraction import decoder_identity
+from genfound.evaluation.protocol import SamplingRecord
 from genfound.runtime import checkpoint_io, devices
 from genfound.runtime.files import visible
 from genfound.samplers import adapts
@@ -49,7 +49,7 @@ def checkpoint_of(source: Path) -> Path:
     return file
 
 
-def subject_of(source: Path, network: str) -> dict[str, Any]:
+def model_identity(source: Path, network: str) -> dict[str, Any]:
     """Whose samples they are.
 
     Args:
@@ -63,7 +63,7 @@ def subject_of(source: Path, network: str) -> dict[str, Any]:
     return {"from": str(run), "checkpoint": source.name, "images_seen": seen, "hash": network}
 
 
-def told_of(source: Path, hashed: str) -> tuple[dict[str, Any], Drawing, Any]:
+def read_provenance(source: Path, hashed: str) -> tuple[dict[str, Any], SamplingRecord, Any]:
     """Whose images they are, how they were drawn, and of which size, by the note of their export if it is whole.
 
     Args:
@@ -73,16 +73,16 @@ def told_of(source: Path, hashed: str) -> tuple[dict[str, Any], Drawing, Any]:
     Raises:
         ValueError: the note is damaged.
     """
-    note = note_of(source) or {}
-    drawing, subject = Drawing.told(note.get("drawing")), note.get("subject")
-    if not isinstance(subject, dict) or not {"from", "hash"} <= subject.keys() or drawing == Drawing.unknown():
+    note = read_note(source) or {}
+    drawing, subject = SamplingRecord.told(note.get("drawing")), note.get("subject")
+    if not isinstance(subject, dict) or not {"from", "hash"} <= subject.keys() or drawing == SamplingRecord.unknown():
         if note:
             print(f"{source}: the protocol beside the images is not whole; their making is unknown", flush=True)
-        return {"from": str(source), "hash": hashed, "images": str(source)}, Drawing.unknown(), None
+        return {"from": str(source), "hash": hashed, "images": str(source)}, SamplingRecord.unknown(), None
     return {**subject, "images": str(source)}, drawing, note.get("size")
 
 
-def pinned(how: Config) -> dict[str, Any]:
+def pin_guide_checkpoint(how: Config) -> dict[str, Any]:
     """Settings of drawing with one checkpoint of the run that is the weaker network of autoguidance."""
     guidance = dict(how["guidance"])
     if "weights" in guidance:
@@ -90,7 +90,9 @@ def pinned(how: Config) -> dict[str, Any]:
     return {**how, "guidance": guidance}
 
 
-def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.device, weak: str | None) -> Drawing:
+def sampling_record(
+    config: Config, how: Config, tokenizer: Tokenizer, device: torch.device, weak: str | None
+) -> SamplingRecord:
     """How samples are made, in the words of the protocol.
 
     Args:
@@ -100,7 +102,7 @@ def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.
         device: draws.
         weak: hash of the weaker network of autoguidance.
     """
-    return Drawing(
+    return SamplingRecord(
         weights=config["weights"],
         sampler=dict(how["sampler"]),
         guidance={**how["guidance"], **({} if weak is None else {"hash": weak})},
@@ -109,7 +111,7 @@ def drawing_of(config: Config, how: Config, tokenizer: Tokenizer, device: torch.
         labels=config["labels"],
         seed=config["seed"],
         precision=devices.precision(how["trainer"]["precision"], device),
-        decoder=decoder_of(tokenizer, how),
+        decoder=decoder_identity(tokenizer, how),
         uint8=how["sample"]["uint8"],
         versions=protocol.versions(),
     )

@@ -20,7 +20,7 @@ from genfound.data.latents.manifest import MANIFEST, read_manifest
 from genfound.evaluation.extraction import ExtractTask, Where, data_images, open_extractor, perform
 from genfound.metrics.compute import check_count
 from genfound.metrics.extractor import WEIGHTS, Extractor
-from genfound.metrics.features import Features
+from genfound.metrics.features import FeatureStore
 from genfound.metrics.frechet import Gaussian
 from genfound.metrics.probe import is_guessing, probe_key, train_probe
 from genfound.metrics.reference_stats import (
@@ -32,10 +32,10 @@ from genfound.metrics.reference_stats import (
     write_reference,
 )
 from genfound.runtime import devices
-from genfound.runtime.files import visible, write_whole
-from genfound.runtime.progress import Counter
-from genfound.runtime.work import held, wait_until
-from genfound.tokenizers import Spec
+from genfound.runtime.files import atomic_write, visible
+from genfound.runtime.progress import ProgressCounter
+from genfound.runtime.work import lock, wait_until
+from genfound.tokenizers import LatentSpec
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]
@@ -47,7 +47,7 @@ DECODED = " of decoded latents"
 
 
 @dataclass(frozen=True)
-class DataSet:
+class RunDataset:
     """The data set of a run.
 
     Attributes:
@@ -57,7 +57,7 @@ class DataSet:
     """
 
     config: Config
-    spec: Spec
+    spec: LatentSpec
     classes: int
 
     def images(self, split: str) -> ImageSet:
@@ -73,7 +73,7 @@ class DataSet:
             raise ValueError(f"data.root={root} has {found:,} classes, and the run was trained on {self.classes:,}")
         return images
 
-    def of_store(self, root: Path) -> DataSet:
+    def of_store(self, root: Path) -> RunDataset:
         """The latents of a store in the place of its own images."""
         manifest, spec = read_manifest(root), self.spec
         made = manifest["tokenizer"]
@@ -89,7 +89,7 @@ class DataSet:
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where an evaluation works.
 
     Attributes:
@@ -120,10 +120,10 @@ class Tool:
     extractor: Extractor
     file: Path
 
-    def extract(self, features: Features, where: Where, place: Place) -> None:
+    def extract(self, features: FeatureStore, where: Where, place: Workspace) -> None:
         """Compute what is not there yet; with the other ranks, if there are any, and it waits for them."""
         if place.ranks > 1:
-            progress = Counter(f"features on the first of {place.ranks} processes")
+            progress = ProgressCounter(f"features on the first of {place.ranks} processes")
             features.extract(where.open(place.device), self.extractor, place.rank, place.ranks, progress)
             wait_until(lambda: features.complete)
         elif not features.complete:
@@ -132,7 +132,7 @@ class Tool:
             perform(task, place.devices, features.folder.with_suffix(".task"))
 
 
-def prepare_extractor(config: Config, data: DataSet | None, place: Place) -> Tool:
+def prepare_extractor(config: Config, data: RunDataset | None, place: Workspace) -> Tool:
     """The extractor of a configuration; a probe is trained on the data set unless there is one already.
 
     Raises:
@@ -148,7 +148,7 @@ def prepare_extractor(config: Config, data: DataSet | None, place: Place) -> Too
         images = data.images("train")
         file = place.references / f"probe-{probe_key(images.key, data.classes)}.safetensors"
         if not file.is_file():
-            with held(file, wait=True):
+            with lock(file, wait=True):
                 if not file.is_file():
                     _train(images, data, file, place)
     else:
@@ -156,7 +156,7 @@ def prepare_extractor(config: Config, data: DataSet | None, place: Place) -> Too
     return Tool(open_extractor(name, file, place.device), file)
 
 
-def _train(images: ImageSet, data: DataSet, file: Path, place: Place) -> None:
+def _train(images: ImageSet, data: RunDataset, file: Path, place: Workspace) -> None:
     print("training a probe on the data set", flush=True)
     held_out = data.images("val")
     probe = train_probe(images, held_out, data.classes, place.device)
@@ -168,7 +168,7 @@ def _train(images: ImageSet, data: DataSet, file: Path, place: Place) -> None:
 
 
 def prepare_reference(
-    config: Config, size: Size | str, data: DataSet | None, tool: Tool, place: Place
+    config: Config, size: Size | str, data: RunDataset | None, tool: Tool, place: Workspace
 ) -> tuple[Reference, dict[str, Any]]:
     """The reference for samples of a size, and what the protocol says of it.
 
@@ -208,7 +208,7 @@ def prepare_reference(
 
 
 def _view(
-    config: Config, asked: str, size: Size | str, data: DataSet | None, place: Place
+    config: Config, asked: str, size: Size | str, data: RunDataset | None, place: Workspace
 ) -> tuple[Where, dict[str, str]]:
     """Images of a folder or of the data set, as samples of this size are compared with them; see `ignored_files`."""
     view = config["reference_view"]
@@ -233,39 +233,39 @@ def _view(
 
 def content(images: FolderImages) -> tuple[str, np.ndarray]:
     """16 digits of the SHA-256 of a folder's images, and their order by it; neither follows from their names."""
-    digests = images.digests(Counter("files read"))
+    digests = images.digests(ProgressCounter("files read"))
     order = by_content(digests)
     return hashlib.sha256(digests[order].tobytes()).hexdigest()[:16], order
 
 
 def write_order(file: Path, order: np.ndarray) -> None:
     """Write an order for `Where`."""
-    write_whole(file, functools.partial(np.save, arr=order))
+    atomic_write(file, functools.partial(np.save, arr=order))
 
 
-def _order(images: FolderImages, place: Place) -> Path:
+def _order(images: FolderImages, place: Workspace) -> Path:
     """The file of the order of these images by content, kept because all of them are read for it."""
     file = place.references / f"{images.key}.order.npy"
     if not file.is_file():
-        with held(file, wait=True):
+        with lock(file, wait=True):
             if not file.is_file():
                 print(f"reference: reading {len(images):,} files, once, for their order by content", flush=True)
                 write_order(file, content(images)[1])
     return file
 
 
-def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: Tool, place: Place) -> Path:
+def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: Tool, place: Workspace) -> Path:
     """The file of statistics of these images, computed unless it is there."""
     images = where.open(place.device)
     file = place.references / f"{digest(images.key, tool.extractor.hash, view)}.npz"
     if not file.is_file():
         if given is None:
             check_count("reference", len(images), tool.extractor)
-        features = Features(file.with_suffix(".parts"), len(images))
+        features = FeatureStore(file.with_suffix(".parts"), len(images))
         if place.rank != 0:
             _share(file, features, images, tool, place)
             return file
-        with held(file, wait=True):
+        with lock(file, wait=True):
             if not file.is_file():
                 print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
                 tool.extract(features, where, place)
@@ -274,7 +274,7 @@ def _kept(where: Where, view: str, given: Mapping[str, Gaussian] | None, tool: T
     return file
 
 
-def _share(file: Path, features: Features, images: ImageSet, tool: Tool, place: Place) -> None:
+def _share(file: Path, features: FeatureStore, images: ImageSet, tool: Tool, place: Workspace) -> None:
     """What a rank other than the first does for a file of statistics: its features, unless the file is there first."""
 
     def go_on(done: float, total: int) -> None:

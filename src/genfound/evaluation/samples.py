@@ -16,10 +16,10 @@ from genfound.backbones.base import Backbone
 from genfound.data.images.npz import write_npz
 from genfound.data.images.sets import ImageSet, digest
 from genfound.rng import Rng
-from genfound.runtime.files import write_whole
-from genfound.runtime.progress import Progress, silent
-from genfound.sampling.pipeline import Sampling
-from genfound.sampling.requests import Request
+from genfound.runtime.files import atomic_write
+from genfound.runtime.progress import Progress, no_progress
+from genfound.sampling.pipeline import Pipeline
+from genfound.sampling.requests import SampleRequest
 
 PART = 64
 DATA = "data"
@@ -30,7 +30,7 @@ LABEL_RULES = ("random", "balanced", DATA)
 
 def requests_by_rule(
     n: int, labels: str, size: tuple[int, int] | str, classes: int, seed: int, data: ImageSet | None
-) -> list[Request]:
+) -> list[SampleRequest]:
     """n images, numbered.
 
     Args:
@@ -63,7 +63,7 @@ def requests_by_rule(
         numbers = np.array([rng.at(k).integer("label") % classes for k in range(n)])
     sizes = data.sizes[rows] if size == DATA and data is not None else np.tile(np.array(size), (n, 1))
     pairs = zip(numbers, sizes, strict=True)
-    return [Request(int(label), (int(h), int(w)), k) for k, (label, (h, w)) in enumerate(pairs)]
+    return [SampleRequest(int(label), (int(h), int(w)), k) for k, (label, (h, w)) in enumerate(pairs)]
 
 
 def check_labels(labels: str) -> None:
@@ -72,7 +72,7 @@ def check_labels(labels: str) -> None:
         raise ValueError(f"labels={labels} is unknown; choose one of {', '.join(LABEL_RULES)}")
 
 
-class Drawn:
+class SampleStore:
     """The images of requests, as far as they have been drawn; see `metrics.images.ImageSet`.
 
     Args:
@@ -80,7 +80,7 @@ class Drawn:
         requests: numbered from 0.
     """
 
-    def __init__(self, folder: Path, requests: Sequence[Request]) -> None:
+    def __init__(self, folder: Path, requests: Sequence[SampleRequest]) -> None:
         self.folder = folder
         self.requests = list(requests)
         self.sizes = np.array([request.size for request in requests], dtype=np.int64)
@@ -95,11 +95,11 @@ class Drawn:
         self._opened = functools.lru_cache(maxsize=PART)(lambda part: np.load(self._file(part), mmap_mode="r"))
 
     @classmethod
-    def open(cls, folder: Path) -> Drawn:
+    def open(cls, folder: Path) -> SampleStore:
         """The images of a folder in which `begin` was called."""
         with np.load(folder / "requests.npz") as stored:
             rows = zip(stored["labels"], stored["sizes"], strict=True)
-            return cls(folder, [Request(int(y), (int(h), int(w)), k) for k, (y, (h, w)) in enumerate(rows)])
+            return cls(folder, [SampleRequest(int(y), (int(h), int(w)), k) for k, (y, (h, w)) in enumerate(rows)])
 
     def begin(self) -> None:
         """Write the requests into the folder, for `open`."""
@@ -113,11 +113,11 @@ class Drawn:
     def draw(
         self,
         net: Backbone,
-        sampling: Sampling,
+        sampling: Pipeline,
         seed: int,
         rank: int = 0,
         ranks: int = 1,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> None:
         """Draw the files of this process that are not there yet.
 
@@ -138,7 +138,7 @@ class Drawn:
 
         for part in missing:
             images = sampling.draw(net, [self.requests[k] for k in self.parts[part]], seed, within)
-            write_whole(self._file(part), functools.partial(np.save, arr=np.stack(images)))
+            atomic_write(self._file(part), functools.partial(np.save, arr=np.stack(images)))
             done += len(images)
 
     def __len__(self) -> int:

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without affine parameters (eps 1e-6), then shift and scale, which broadcast against x (..., D)."""
     normed = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift, normed, 1 + scale)
 
 
-def full_precision(x: Tensor) -> torch.autocast:
+def autocast_off(x: Tensor) -> torch.autocast:
     """A context without autocast on x's device, for the small float32 parts."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def zero(layer: nn.Module | Tensor) -> None:
+def zero_init_(layer: nn.Module | Tensor) -> None:
     """Set every parameter of a layer to zero, as adaLN-Zero starts its gates and its output."""
     assert isinstance(layer, nn.Module)
     for parameter in layer.parameters():

@@ -58,7 +58,7 @@ def packed_attention(
     return BACKENDS[name](q, k, v, cu_seqlens, max_seqlen).to(v.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Softmax attention of rows of equal length; on the CPU in float32, which is faster there than bfloat16.
 
     Args:

@@ -22,7 +22,7 @@ def sinusoid(t: Tensor, size: int = FREQUENCIES, longest_period: float = LONGEST
     return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, size % 2))
 
 
-class TimeEmbedding(nn.Module):
+class TimestepEmbedder(nn.Module):
     """Sinusoid -> Linear -> SiLU -> Linear. The time is taken in the unit it comes in."""
 
     def __init__(self, width: int) -> None:
@@ -36,7 +36,7 @@ class TimeEmbedding(nn.Module):
         return embedded
 
 
-class LabelEmbedding(nn.Module):
+class LabelEmbedder(nn.Module):
     """A table of classes; the last row is the null class where one is wanted."""
 
     def __init__(self, num_classes: int, width: int, null_class: bool) -> None:

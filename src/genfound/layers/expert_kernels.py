@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def choose_form(device: str, dtype: torch.dtype, width: int, hidden: int) -> str:
+def choose_kernel(device: str, dtype: torch.dtype, width: int, hidden: int) -> str:
     """The fastest form of a device: a grouped kernel where there is one, else slices.
 
     The kernel exists for bfloat16 from CUDA capability 9.0, for sizes that are multiples of 16 bytes; elsewhere
@@ -40,7 +40,7 @@ def grouped(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor
     return grouped_mm(silu(gate) * up, down.mT, offs=ends)
 
 
-def slices(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def sliced(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Expert after expert, each on its own rows; the host reads their numbers once.
 
     The gradient is written out: autograd would gather the experts' gradients into the stack by one more copy of
@@ -56,7 +56,7 @@ def slices(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return out
 
 
-FORMS: dict[str, Form] = {"grouped": grouped, "slices": slices}
+KERNELS: dict[str, Kernel] = {"grouped": grouped, "slices": sliced}
 """(rows (S, D) sorted by expert, ends (E,) int32 of each expert's rows, gate_up, down) -> (S, D)."""
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from genfound.layers.adaln import full_precision
-from genfound.layers.expert_kernels import FORMS, choose_form
+from genfound.layers.adaln import autocast_off
+from genfound.layers.expert_kernels import KERNELS, choose_kernel
 from genfound.layers.initial import Draw
 from genfound.layers.mlp import SwiGLU
 
@@ -65,7 +65,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Route the tokens x (B, N, D)."""
-        with full_precision(x):
+        with autocast_off(x):
             scores = linear(x.float(), self.weight.float()).softmax(dim=-1)
         weights, choices = scores.topk(self.top_k, dim=-1, sorted=False)
         if self.normalise:
@@ -75,7 +75,7 @@ class Router(nn.Module):
         return Routing(scores, choices, weights, counts)
 
 
-def load(routing: Routing) -> Tensor:
+def expert_load(routing: Routing) -> Tensor:
     """(E,) the fraction of all choices that fell on each expert; 1 / E where they are balanced."""
     return routing.counts.sum(dim=0) / routing.choices.numel()
 
@@ -164,7 +164,7 @@ class Experts(nn.Module):
         place = order.argsort().view(-1, routing.choices.shape[-1])  # (B N, k) the rows of a token
         ends = routing.counts.sum(dim=0).cumsum(dim=0, dtype=torch.int32)  # (E,)
         rows = _Dispatch.apply(x.flatten(0, 1), token, place).to(dtype)  # type: ignore[no-untyped-call]
-        form = FORMS[choose_form(device, dtype, *self.down.shape[1:])]
+        form = KERNELS[choose_kernel(device, dtype, *self.down.shape[1:])]
         out = form(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
         weighted = out * routing.weights.flatten()[order, None]
         summed: Tensor = _Combine.apply(weighted, token, place)  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]
+RopeTables = tuple[Tensor, Tensor]
 """Cosine and signed sine of every token, for `rotate`."""
 
 
@@ -75,7 +75,7 @@ class Rope:
             )
         return cls(head, theta, **scaling)
 
-    def __call__(self, coordinates: Tensor, sizes: Tensor, per_token: Callable[[Tensor], Tensor]) -> Rotation:
+    def __call__(self, coordinates: Tensor, sizes: Tensor, per_token: Callable[[Tensor], Tensor]) -> RopeTables:
         """The rotation of every token.
 
         Args:
@@ -90,7 +90,7 @@ class Rope:
         if len(frequencies) > 1:
             frequencies = per_token(frequencies.flatten(1)).unflatten(-1, (2, -1))
             factor = per_token(factor)
-        return rotation(coordinates, frequencies, factor, self.exact)
+        return rope_tables(coordinates, frequencies, factor, self.exact)
 
     def frequencies(self, sizes: Tensor) -> Tensor:
         """(R, 2, F) float32 angular frequencies of rows and columns."""
@@ -137,7 +137,7 @@ class Rope:
         return torch.stack(axes, dim=1)
 
 
-def rotation(coordinates: Tensor, frequencies: Tensor, factor: Tensor, exact: bool) -> Rotation:
+def rope_tables(coordinates: Tensor, frequencies: Tensor, factor: Tensor, exact: bool) -> RopeTables:
     """Cosine and signed sine of every token's angles, times a factor.
 
     Args:
@@ -158,7 +158,7 @@ def rotation(coordinates: Tensor, frequencies: Tensor, factor: Tensor, exact: bo
     return torch.stack([cos, cos], -1).flatten(-2).unsqueeze(-2), torch.stack([-sin, sin], -1).flatten(-2).unsqueeze(-2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn adjacent pairs of channels of x (..., H, d) in float32: (a, b) -> (a cos - b sin, b cos + a sin)."""
     x = x.float()
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (..., H, d)

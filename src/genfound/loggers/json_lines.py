@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from genfound.runtime.files import write_whole
+from genfound.runtime.files import atomic_write
 
 
 class Sink(Protocol):
@@ -38,7 +38,7 @@ class JsonLines:
 
     def __init__(self, file: Path, step: int) -> None:
         kept = "".join(json.dumps(line) + "\n" for line in lines_of(file) if line["step"] <= step)
-        write_whole(file, lambda temporary: temporary.write_text(kept))
+        atomic_write(file, lambda temporary: temporary.write_text(kept))
         self._out = open(file, "a", buffering=1)  # noqa: SIM115  closed by `close`
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genfound.metrics.extractor import Extractor
-from genfound.metrics.features import Features
+from genfound.metrics.features import FeatureStore
 from genfound.metrics.frechet import frechet_distance
 from genfound.metrics.inception_score import adm_score, torch_fidelity_score
 from genfound.metrics.kid import SUBSET, kernel_distance
@@ -30,8 +30,8 @@ STORED, CONTENT = "as stored", "by content"
 """Orders of samples: that of an npz file, or of the numbers they are drawn by; and that of the SHA-256 of files."""
 
 
-def measure(
-    samples: Features,
+def compute(
+    samples: FeatureStore,
     reference: Reference,
     extractor: Extractor,
     convention: str,
@@ -59,7 +59,7 @@ def measure(
         figures = _probe_figures(samples, reference, labels, device)
     else:
         figures = _inception_figures(samples, reference, convention, device)
-    return {named(name, samples.count, extractor.name): value for name, value in figures.items()}
+    return {metric_name(name, samples.count, extractor.name): value for name, value in figures.items()}
 
 
 def check_convention(convention: str, extractor: str) -> None:
@@ -105,7 +105,7 @@ def check_reference(reference: Reference, extractor: Extractor, convention: str)
         )
 
 
-def named(name: str, count: int, extractor: str) -> str:
+def metric_name(name: str, count: int, extractor: str) -> str:
     """`fid` of 50,000 samples, `fid@10k` of 10,000; a probe's figures always have its own name."""
     if extractor == PROBE:
         return {"fid": "fd_probe"}.get(name, f"{name}_probe")
@@ -115,7 +115,7 @@ def named(name: str, count: int, extractor: str) -> str:
 
 
 def _inception_figures(
-    samples: Features, reference: Reference, convention: str, device: torch.device
+    samples: FeatureStore, reference: Reference, convention: str, device: torch.device
 ) -> dict[str, float]:
     figures = _distances(samples, reference, device)
     logits = samples.column("logits").to(device)
@@ -135,7 +135,7 @@ def _inception_figures(
 
 
 def _probe_figures(
-    samples: Features, reference: Reference, labels: np.ndarray | None, device: torch.device
+    samples: FeatureStore, reference: Reference, labels: np.ndarray | None, device: torch.device
 ) -> dict[str, float]:
     figures = _distances(samples, reference, device)
     if labels is not None:
@@ -146,7 +146,7 @@ def _probe_figures(
     return figures
 
 
-def _distances(samples: Features, reference: Reference, device: torch.device) -> dict[str, float]:
+def _distances(samples: FeatureStore, reference: Reference, device: torch.device) -> dict[str, float]:
     """`fid`, and `sfid` where the reference has spatial statistics."""
     names: Mapping[str, str] = {"pool": "fid", "spatial": "sfid"}
     known = (column for column in reference.gaussians if samples.has(column))

@@ -67,7 +67,7 @@ class Inception:
         with torch.random.fork_rng(devices=[]):  # training goes on with the numbers it would have drawn
             net = InceptionV3()
         own = {key: value for key, value in net.state_dict().items() if key.endswith(COUNTED)}
-        checkpoint_io.fill(net, {**own, **{k: v for k, v in state.items() if not k.endswith(COUNTED)}}, file)
+        checkpoint_io.load_strict(net, {**own, **{k: v for k, v in state.items() if not k.endswith(COUNTED)}}, file)
         self.hash = tensors_hash({k: v for k, v in net.state_dict().items() if not k.endswith(COUNTED)})
         self.net = net.to(device)
         self.device = device

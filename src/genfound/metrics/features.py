@@ -18,13 +18,13 @@ from genfound.data.images.npz import headers, write_npz
 from genfound.data.images.sets import ImageSet
 from genfound.metrics.extractor import Extractor
 from genfound.metrics.frechet import ROWS, Gaussian, Moments
-from genfound.runtime.progress import Progress, silent
+from genfound.runtime.progress import Progress, no_progress
 
 BATCH = 64
 READERS = 4
 
 
-class Features:
+class FeatureStore:
     """The features of `count` images in a folder."""
 
     def __init__(self, folder: Path, count: int) -> None:
@@ -42,7 +42,7 @@ class Features:
         return all(self._is_there(place) for place in range(len(self.files)))
 
     def extract(
-        self, images: ImageSet, extractor: Extractor, rank: int = 0, ranks: int = 1, progress: Progress = silent
+        self, images: ImageSet, extractor: Extractor, rank: int = 0, ranks: int = 1, progress: Progress = no_progress
     ) -> None:
         """Compute the files of this process that are not there yet."""
         files = list(enumerate(self.files))[rank::ranks]

@@ -12,14 +12,14 @@ SEED = 2020
 SUBSET = 1000
 
 
-class KernelDistance(NamedTuple):
+class KID(NamedTuple):
     """Mean and population standard deviation over subsets."""
 
     mean: float
     std: float
 
 
-def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size: int = SUBSET) -> KernelDistance:
+def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size: int = SUBSET) -> KID:
     """Kernel (x.y / D + 1)^3 on random subsets of features (N, D); the terms within a set are unbiased.
 
     Raises:
@@ -32,7 +32,7 @@ def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size
     for _ in range(subsets):
         x, y = (_subset(features, size, draw) for features in (samples, reference))
         values.append(_discrepancy(x, y))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)))
+    return KID(float(np.mean(values)), float(np.std(values)))
 
 
 def _subset(features: Tensor, size: int, draw: np.random.RandomState) -> Tensor:

@@ -25,7 +25,7 @@ class Manifold(NamedTuple):
     radii: Tensor
 
 
-class Shares(NamedTuple):
+class PrecisionRecall(NamedTuple):
     """For each k: share of samples inside the reference, and of references inside the samples."""
 
     precision: list[float]
@@ -73,7 +73,7 @@ def manifold(
 
 def precision_recall(
     reference: Manifold, samples: Manifold, half: bool = False, rows: int = BLOCK, columns: int = BLOCK
-) -> Shares:
+) -> PrecisionRecall:
     """How much of each set lies inside the balls of the other."""
     inside = samples.radii.new_zeros(samples.radii.shape, dtype=torch.bool)
     covered = reference.radii.new_zeros(reference.radii.shape, dtype=torch.bool)
@@ -82,7 +82,7 @@ def precision_recall(
             distances = squared_distances(u, v, half)[..., None]
             is_inside.logical_or_((distances <= ru[:, None]).any(dim=0))
             is_covered.logical_or_((distances <= rv).any(dim=1))
-    return Shares(inside.double().mean(dim=0).tolist(), covered.double().mean(dim=0).tolist())
+    return PrecisionRecall(inside.double().mean(dim=0).tolist(), covered.double().mean(dim=0).tolist())
 
 
 def _blocks(balls: Manifold, found: Tensor, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, relu
 
-from genfound.data.images.sets import Chosen, ImageSet, digest
+from genfound.data.images.sets import ImageSet, Subset, digest
 from genfound.metrics.extractor import full_precision, tensors_hash, to_tensor
-from genfound.runtime.files import write_whole
+from genfound.runtime.files import atomic_write
 
 SIDE, WIDTH = 32, 64
 IMAGES, EPOCHS, BATCH, RATE, SEED = 4096, 6, 64, 3e-3, 0
@@ -78,7 +78,7 @@ class Probe:
         """Write the probe, whole or not at all."""
         state = {key: value.cpu().contiguous() for key, value in self.net.state_dict().items()}
         note = {"probe": json.dumps({"accuracy": self.accuracy})}
-        write_whole(file, lambda temporary: save_file(state, temporary, note))
+        atomic_write(file, lambda temporary: save_file(state, temporary, note))
 
     @classmethod
     def load(cls, file: Path, device: torch.device) -> Probe:
@@ -122,7 +122,7 @@ def train_probe(images: ImageSet, held_out: ImageSet, classes: int, device: torc
     if images.labels is None:
         raise ValueError("extractor=probe needs labelled images to learn from")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:IMAGES].numpy()
-    inputs, labels = _data(Chosen(images, order))
+    inputs, labels = _data(Subset(images, order))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         net = ProbeNet(classes)
@@ -174,7 +174,7 @@ def _accuracy(net: ProbeNet, held_out: ImageSet) -> float | None:
     if not len(held_out):
         return None
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(SEED))[:HELD_OUT].numpy()
-    inputs, labels = _data(Chosen(held_out, order))
+    inputs, labels = _data(Subset(held_out, order))
     return float((net(inputs)[1].argmax(dim=1) == labels).double().mean())
 
 

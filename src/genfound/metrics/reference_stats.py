@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfound.data.images.npz import Stack, file_hash, headers, read_member, write_npz
+from genfound.data.images.npz import ImageStack, file_hash, headers, read_member, write_npz
 from genfound.data.images.sets import ImageSet, NpzImages
 from genfound.metrics.extractor import Extractor
-from genfound.metrics.features import Features
+from genfound.metrics.features import FeatureStore
 from genfound.metrics.frechet import Gaussian
 from genfound.runtime.files import visible
 
@@ -77,7 +77,7 @@ def read_reference(file: Path, extractor: Extractor) -> Reference:
 
 def write_reference(
     file: Path,
-    features: Features,
+    features: FeatureStore,
     images: ImageSet,
     extractor: Extractor,
     note: Mapping[str, Any],
@@ -101,12 +101,12 @@ def write_reference(
     chosen = features.count if isinstance(images, NpzImages) else min(POINTS, features.count)
     columns = [name for name in STATISTICS if features.has(name)]
     gaussians = given or {name: features.gaussian(name, torch.device(device)) for name in columns}
-    arrays: dict[str, np.ndarray | Stack] = {"points": features.column("pool", chosen).numpy()}
+    arrays: dict[str, np.ndarray | ImageStack] = {"points": features.column("pool", chosen).numpy()}
     for column, gaussian in gaussians.items():
         arrays |= zip(STATISTICS[column], (gaussian.mean.cpu().numpy(), gaussian.covariance.cpu().numpy()), strict=True)
     size = common_size(images)
     if size and not isinstance(images, NpzImages):
-        arrays["arr_0"] = Stack((chosen, *size, 3), (images[number] for number in range(chosen)))
+        arrays["arr_0"] = ImageStack((chosen, *size, 3), (images[number] for number in range(chosen)))
     facts = {
         **note,
         "extractor": {"name": extractor.name, "hash": extractor.hash},

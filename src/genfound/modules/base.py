@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
-from genfound.data.packing.batch_plan import Micro
-from genfound.data.packing.collate import Assembly, Pictures
+from genfound.data.packing.batch_plan import MicroBatch
+from genfound.data.packing.collate import Collate, RawImages
 from genfound.data.packing.loader import Item
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
@@ -51,7 +51,7 @@ class GenerativeModule(lightning.LightningModule):
         budget: int,
         micro_batches: int,
         ranks: int,
-        assembly: Assembly | None = None,
+        assembly: Collate | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -65,13 +65,13 @@ class GenerativeModule(lightning.LightningModule):
         self.label_drop = label_drop
         self.seed = seed
         self.budget = budget
-        self.share = micro_batches * ranks  # Lightning averages over both; the loss of a step is a sum
+        self.loss_scale = micro_batches * ranks  # Lightning averages over both; the loss of a step is a sum
         self.assembly = assembly
         self.encoding = Stopwatch()  # of the tokenizer, in training
         self.images_seen = 0
         self.grad_norm: Tensor | None = None
         self.losses: Losses | None = None
-        self.micro: Micro | None = None
+        self.micro: MicroBatch | None = None
 
     def training_step(self, item: Item, batch_idx: int) -> Tensor:
         """This micro-batch's part of the loss of the global step; a scalar."""
@@ -83,7 +83,7 @@ class GenerativeModule(lightning.LightningModule):
         loss = (weights * self.losses.total).sum()
         for value in self.net.extra_losses().values():
             loss = loss + weights.sum() * value  # each micro-batch's value counts as much as its images do
-        return loss / micro.step_weight * self.share
+        return loss / micro.weight_sum * self.loss_scale
 
     def evaluate(self, batch: Batch, rng: Rng) -> Losses:
         """Losses of a batch with the training law of labels, times and noise."""
@@ -123,7 +123,7 @@ class GenerativeModule(lightning.LightningModule):
     def transfer_batch_to_device(self, item: Item, device: torch.device, dataloader_idx: int) -> Item:
         """Encode what is not encoded yet; the plan of the micro-batch stays on the host."""
         batch, micro = item
-        if isinstance(batch, Pictures):
+        if isinstance(batch, RawImages):
             assert self.assembly is not None
             with self.encoding.running(device) if self.training else nullcontext():
                 return self.assembly(batch, micro.positions, device), micro

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.predictions import Views
+from genfound.objectives.predictions import Predictions
 from genfound.objectives.times import TimeLaw
 from genfound.rng import Rng
 
@@ -80,7 +80,7 @@ class Objective(Protocol):
             noise: shaped like `batch.x`.
         """
 
-    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Views:
+    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Predictions:
         """The network's output on noised data.
 
         Args:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from genfound.batch import Batch
-from genfound.config.checks import known, number
+from genfound.config.checks import number, one_of
 from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during
-from genfound.objectives.interpolants import PATHS, Path, PathPoint
-from genfound.objectives.predictions import PREDICTIONS, Views
+from genfound.objectives.interpolants import INTERPOLANTS, Coefficients, Interpolant
+from genfound.objectives.predictions import PREDICTIONS, Predictions
 from genfound.objectives.time_direction import ask, told
 from genfound.objectives.times import TIME_LAWS, check_shift, shift_factor, shifted, time_grid, windowed
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
@@ -68,17 +68,17 @@ class Flow(Objective):
         time_window: Sequence[float] | None = None,
         time_window_share: float = 1.0,
     ) -> None:
-        self.path = PATHS[known("objective.path", path, PATHS)]
-        self.prediction = known("objective.prediction", prediction, PREDICTIONS)
-        self.weighting = known("objective.weighting", weighting, WEIGHTINGS)
+        self.path = INTERPOLANTS[one_of("objective.path", path, INTERPOLANTS)]
+        self.prediction = one_of("objective.prediction", prediction, PREDICTIONS)
+        self.weighting = one_of("objective.weighting", weighting, WEIGHTINGS)
         self.gamma = number("objective.min_snr_gamma", min_snr_gamma, 0, above=True)
         number("objective.time_mean", time_mean)
         number("objective.time_std", time_std, 0)
-        self.time_law = TIME_LAWS[known("objective.time", time, TIME_LAWS)](time_mean, time_std, self.path)
+        self.time_law = TIME_LAWS[one_of("objective.time", time, TIME_LAWS)](time_mean, time_std, self.path)
         if time_window is not None:
             self.time_law = windowed(time, self.time_law, time_window, time_window_share)
         self.time_shift = check_shift("objective.time_shift", time_shift)
-        self.weight = known("objective.weight", weight, EXPONENTS)
+        self.weight = one_of("objective.weight", weight, EXPONENTS)
         self.outputs = {"objective": self.name, "objective.path": path, "objective.prediction": prediction}
         self.time_range = (0.0, self.path.end)
         self.directional = number("objective.directional", directional, 0)
@@ -117,7 +117,7 @@ class Flow(Objective):
             mse = mse * time_weight(self.weighting, self.prediction, point, self.gamma).float()
         if not self.directional:
             return Losses(total=mse, t=t.float())
-        turned = self.directional * batch.per_image(turn(net, batch, out, velocity))
+        turned = self.directional * batch.per_image(cosine_loss(net, batch, out, velocity))
         return Losses(total=mse + turned, t=t.float(), terms={"mse": mse, "directional": turned})
 
     def training_times(self, batch: Batch, part: Tensor) -> Tensor:
@@ -134,12 +134,12 @@ class Flow(Objective):
             t = end - ((end * (1 - part)).float() * ((high - low) / end) + (end - high)).double()
         return torch.where(batch.real, t, (low + high) / 2)
 
-    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Views:
+    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Predictions:
         """What the network says where this path has the linear path's ratio of noise to signal."""
         t = self.path.time_of(time / (1 - time))
         point = self.path.point(t).of(batch)
         noised = replace(batch, x=point.state(batch.x, noise))
-        return Views(self.prediction, ask(net, noised, t, self.path.end, self.prediction), noised.x, point)
+        return Predictions(self.prediction, ask(net, noised, t, self.path.end, self.prediction), noised.x, point)
 
     def times(self, sampler: str, steps: int | str) -> Tensor:
         """steps + 1 equidistant times from noise to data.
@@ -166,17 +166,17 @@ class FlowField:
         prediction: what its output is.
     """
 
-    def __init__(self, net: GuidedNet, path: Path, prediction: str) -> None:
+    def __init__(self, net: GuidedNet, path: Interpolant, prediction: str) -> None:
         self.net = net
         self.path = path
         self.prediction = prediction
         # Below t = 0 the variance-preserving path has no sigma, which data and noise are converted by.
         self.reach = "past" if path.pure or prediction in ("velocity", "score") else "end"
 
-    def views(self, batch: Batch, t: float) -> Views:
+    def views(self, batch: Batch, t: float) -> Predictions:
         """Everything that one call of the network at time t says; batch.x may be float64."""
         out = ask(self.net, replace(batch, x=batch.x.float()), t, self.path.end, self.prediction)
-        return Views(self.prediction, out, batch.x, PathPoint.at(self.path, t))
+        return Predictions(self.prediction, out, batch.x, Coefficients.at(self.path, t))
 
     def velocity(self, batch: Batch, t: float) -> Tensor:
         """dx/dt at time t, shaped like `batch.x`."""
@@ -188,7 +188,7 @@ class FlowField:
         return FlowField(net, self.path, self.prediction)
 
 
-def turn(net: Net, batch: Batch, out: Tensor, target: Tensor) -> Tensor:
+def cosine_loss(net: Net, batch: Batch, out: Tensor, target: Tensor) -> Tensor:
     """1 - cosine similarity along the channels of each latent pixel; layout of `batch.x`, channels reduced.
 
     Raises:

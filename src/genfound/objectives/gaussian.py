@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.config.checks import known, whole
+from genfound.config.checks import integer, one_of
 from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during, told_steps
 from genfound.objectives.bits import discretised_bits, kl_bits
-from genfound.objectives.interpolants import PATHS
-from genfound.objectives.predictions import Views
+from genfound.objectives.interpolants import INTERPOLANTS
+from genfound.objectives.predictions import Predictions
 from genfound.objectives.process import (
     SCHEDULES,
     Process,
-    Sections,
+    StepSpec,
     Tables,
     noise_from_x0,
     posterior_mean,
     q_sample,
-    spaced,
+    space_timesteps,
     x0_from_noise,
 )
 from genfound.objectives.times import TimeLaw, time_grid
@@ -34,7 +34,7 @@ Gradient = Callable[[Batch, float], Tensor]
 """Of log p(y | x_t) with respect to x_t, shaped like `batch.x`."""
 
 
-class Reverse(NamedTuple):
+class ReverseStep(NamedTuple):
     """p(x_{t-1} | x_t), each shaped like `batch.x`, and the data that it was derived from."""
 
     mean: Tensor
@@ -81,19 +81,19 @@ class Gaussian(Objective):
         clip_x0: bool,
         weight: str,
     ) -> None:
-        whole("objective.timesteps", timesteps, 1)
-        betas = SCHEDULES[known("objective.schedule", schedule, SCHEDULES)](timesteps)
+        integer("objective.timesteps", timesteps, 1)
+        betas = SCHEDULES[one_of("objective.schedule", schedule, SCHEDULES)](timesteps)
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError(
                 f"objective.timesteps={timesteps} is too few for objective.schedule={schedule}, whose largest beta "
                 f"would be {betas.max():g}; take more, or objective.schedule=cosine"
             )
         self.process = Process(betas)
-        self.prediction = known("objective.prediction", prediction, ("epsilon", "x0"))
-        self.variance = known("objective.variance", variance, ("learned_range", "fixed_small", "fixed_large"))
-        self.kind = known("objective.loss", loss, ("hybrid", "rescaled_mse", "kl", "mse"))
+        self.prediction = one_of("objective.prediction", prediction, ("epsilon", "x0"))
+        self.variance = one_of("objective.variance", variance, ("learned_range", "fixed_small", "fixed_large"))
+        self.kind = one_of("objective.loss", loss, ("hybrid", "rescaled_mse", "kl", "mse"))
         self.clip_x0 = clip_x0
-        self.weight = known("objective.weight", weight, EXPONENTS)
+        self.weight = one_of("objective.weight", weight, EXPONENTS)
         self.learned_variance = variance == "learned_range"
         self.outputs = {
             "objective": self.name,
@@ -119,26 +119,29 @@ class Gaussian(Objective):
         terms = self._terms(c, batch, noised, noise, net(noised, t).float())
         return Losses(total=torch.stack(list(terms.values())).sum(0), t=t, terms=terms)
 
-    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Views:
+    def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Predictions:
         """What the network says at the ratio of noise to signal of the linear path, told the time between two steps."""
-        path, ratio = PATHS["cosine"], time / (1 - time)  # on which the variances of signal and noise add up to 1, too
+        path, ratio = (
+            INTERPOLANTS["cosine"],
+            time / (1 - time),
+        )  # on which the variances of signal and noise add up to 1, too
         point = path.point(path.time_of(ratio)).of(batch)
         noised = replace(batch, x=point.state(batch.x, noise))
         output = net(noised, self.process.timestep_of(ratio).float()).float()
         kind = "noise" if self.prediction == "epsilon" else "x0"
-        return Views(kind, self.split(noised, output)[0], noised.x, point)
+        return Predictions(kind, self.split(noised, output)[0], noised.x, point)
 
     def _terms(self, c: Tables, clean: Batch, noised: Batch, noise: Tensor, output: Tensor) -> dict[str, Tensor]:
         prediction, v = self.split(noised, output)
         if self.kind == "kl":
             reverse = self.reverse(c, noised, prediction, v, clip=False)
-            return {"vb": bound_bits(c, clean, noised, reverse) * len(self.process)}
+            return {"vb": vlb_bits(c, clean, noised, reverse) * len(self.process)}
         target = noise if self.prediction == "epsilon" else clean.x
         terms = {"mse": clean.per_image((target - prediction) ** 2)}
         if v is not None:
             reverse = self.reverse(c, noised, prediction.detach(), v, clip=False)
             factor = len(self.process) / 1000 if self.kind == "rescaled_mse" else 1.0
-            terms["vb"] = bound_bits(c, clean, noised, reverse) * factor
+            terms["vb"] = vlb_bits(c, clean, noised, reverse) * factor
         return terms
 
     def split(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +163,7 @@ class Gaussian(Objective):
         prediction, v = output.chunk(2, dim=axis)
         return prediction, v
 
-    def reverse(self, c: Tables, batch: Batch, prediction: Tensor, v: Tensor | None, clip: bool) -> Reverse:
+    def reverse(self, c: Tables, batch: Batch, prediction: Tensor, v: Tensor | None, clip: bool) -> ReverseStep:
         """p(x_{t-1} | x_t) at x_t = `batch.x`, from the two parts of the network's output."""
         x0 = prediction if self.prediction == "x0" else x0_from_noise(c, batch.x, prediction)
         x0 = x0.clamp(-1, 1) if clip else x0
@@ -173,15 +176,15 @@ class Gaussian(Objective):
         else:
             variance, log_variance = c.posterior_variance, c.posterior_log_variance_clipped
         shape = batch.x.shape
-        return Reverse(posterior_mean(c, x0, batch.x), variance.expand(shape), log_variance.expand(shape), x0)
+        return ReverseStep(posterior_mean(c, x0, batch.x), variance.expand(shape), log_variance.expand(shape), x0)
 
-    def times(self, sampler: str, steps: Sections) -> Tensor:
+    def times(self, sampler: str, steps: StepSpec) -> Tensor:
         """Of ddpm and ddim, the kept timesteps from noise to data; of ODE solvers, a grid that ends before 0.
 
         At -1 there is no noise at all, as there is after the last step of ddpm. The last step of dopri5 is from 0.
         """
         if sampler in ("ddpm", "ddim"):
-            return torch.tensor(spaced(steps, len(self.process))[::-1], dtype=torch.float64)
+            return torch.tensor(space_timesteps(steps, len(self.process))[::-1], dtype=torch.float64)
         if not isinstance(steps, int):
             raise ValueError(f"sampler.steps={steps} must be a number for sampler={sampler}")
         if sampler == "dopri5":
@@ -212,7 +215,7 @@ class GaussianField:
         self.process = process
         self.gradient = gradient
 
-    def along(self, timesteps: Tensor) -> GaussianField:
+    def respaced(self, timesteps: Tensor) -> GaussianField:
         """The same network on the process that keeps only these timesteps."""
         kept = self.process.respaced(sorted(int(t) for t in timesteps))
         return GaussianField(self.net, self.objective, kept, self.gradient)
@@ -226,7 +229,7 @@ class GaussianField:
         step = torch.full((len(batch.y),), self.process.step(t), device=batch.x.device)
         return self.process.on(batch.x.device).at(batch, step)
 
-    def mean_logvar(self, batch: Batch, t: float) -> Reverse:
+    def mean_logvar(self, batch: Batch, t: float) -> ReverseStep:
         """The distribution of the next state, one step nearer to the data."""
         reverse = self._reverse(batch, t)
         if self.gradient is None:
@@ -252,12 +255,12 @@ class GaussianField:
             noise = (batch.x - math.exp(log_a / 2) * prediction) / sigma
         return slope / 2 * (batch.x - noise / sigma)
 
-    def _reverse(self, batch: Batch, t: float) -> Reverse:
+    def _reverse(self, batch: Batch, t: float) -> ReverseStep:
         prediction, v = self.objective.split(batch, self.net(batch, t).float())
         return self.objective.reverse(self.at(batch, t), batch, prediction, v, self.objective.clip_x0)
 
 
-def bound_bits(c: Tables, clean: Batch, noised: Batch, reverse: Reverse) -> Tensor:
+def vlb_bits(c: Tables, clean: Batch, noised: Batch, reverse: ReverseStep) -> Tensor:
     """(B,) term of the variational bound, bits per dimension: a KL, at the first step a likelihood of 8 bits."""
     true_mean = posterior_mean(c, clean.x, noised.x)
     kl = kl_bits(true_mean, c.posterior_log_variance_clipped, reverse.mean, reverse.log_variance)

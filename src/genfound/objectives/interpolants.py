@@ -19,7 +19,7 @@ VP_SLOWEST, VP_FASTEST = 0.1, 20.0
 """Rates beta of the variance-preserving path at data and at noise (Song et al. 2021)."""
 
 
-class PathPoint(NamedTuple):
+class Coefficients(NamedTuple):
     """Coefficients and their time derivatives.
 
     Attributes:
@@ -51,19 +51,19 @@ class PathPoint(NamedTuple):
         """dx_t/dt of data and noise."""
         return self.d_alpha * x + self.d_sigma * noise
 
-    def of(self, batch: Batch) -> PathPoint:
+    def of(self, batch: Batch) -> Coefficients:
         """Coefficients (B,), one per image, as tensors that broadcast against `batch.x`."""
-        return PathPoint(*(batch.expand(v.float()) for v in self))
+        return Coefficients(*(batch.expand(v.float()) for v in self))
 
     @classmethod
-    def at(cls, path: Path, t: float) -> PathPoint:
+    def at(cls, path: Interpolant, t: float) -> Coefficients:
         """The point of a time that all images share, in plain numbers."""
         point = path.point(torch.tensor(t, dtype=torch.float64))
         return cls(*(v.item() for v in point))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Path:
+class Interpolant:
     """One interpolant.
 
     Attributes:
@@ -73,41 +73,41 @@ class Path:
         pure: whether alpha is 0 at its end; the variance-preserving path keeps a trace of signal.
     """
 
-    point: Callable[[Tensor], PathPoint]
+    point: Callable[[Tensor], Coefficients]
     time_of: Callable[[Tensor], Tensor]
     end: float = 1.0
     pure: bool = True
 
 
-def linear(t: Tensor) -> PathPoint:
+def linear(t: Tensor) -> Coefficients:
     """x_t = (1 - t) x + t noise (rectified flow; SiT's linear interpolant with time reversed)."""
     one = torch.ones_like(t)
-    return PathPoint(1 - t, t, -one, one, t / (1 - t))
+    return Coefficients(1 - t, t, -one, one, t / (1 - t))
 
 
-def triangle(t: Tensor) -> PathPoint:
+def triangle(t: Tensor) -> Coefficients:
     """alpha = cos t, sigma = sin t on [0, pi / 2] (NiT's loss.py)."""
     return _circle(torch.cos(t), torch.sin(t), 1.0)
 
 
-def cosine(t: Tensor) -> PathPoint:
+def cosine(t: Tensor) -> Coefficients:
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (NiT, REPA)."""
     return _circle(torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2), math.pi / 2)
 
 
-def gvp(t: Tensor) -> PathPoint:
+def gvp(t: Tensor) -> Coefficients:
     """The same path in SiT's arithmetic: float32 functions of u = 1 - t, coarse near data (path.py:GVPCPlan)."""
     u = (1 - t).float()
     return _circle(torch.sin(u * math.pi / 2), torch.cos(u * math.pi / 2), math.pi / 2)
 
 
-def _circle(alpha: Tensor, sigma: Tensor, speed: float) -> PathPoint:
+def _circle(alpha: Tensor, sigma: Tensor, speed: float) -> Coefficients:
     """alpha^2 + sigma^2 = 1, at constant speed; the sum stands for its rounding, which cancels near noise."""
     spread = speed * sigma * (alpha**2 + sigma**2) / alpha
-    return PathPoint(alpha, sigma, -speed * sigma, speed * alpha, spread)
+    return Coefficients(alpha, sigma, -speed * sigma, speed * alpha, spread)
 
 
-def vp(t: Tensor) -> PathPoint:
+def vp(t: Tensor) -> Coefficients:
     """alpha = exp(E), sigma = sqrt(1 - exp(2 E)), E = -t^2 (20 - 0.1) / 4 - 0.1 t / 2 (Song et al. 2021).
 
     In SiT's float32 arithmetic (path.py:VPCPlan), in which sigma is coarse near data.
@@ -118,7 +118,7 @@ def vp(t: Tensor) -> PathPoint:
     slope = 0.5 * (1 - u) * speed + 0.5 * VP_SLOWEST  # of the exponent over u
     alpha, squared = torch.exp(exponent), torch.exp(2 * exponent)
     sigma = torch.sqrt(1 - squared)
-    return PathPoint(alpha, sigma, -alpha * slope, squared * slope / sigma, slope)
+    return Coefficients(alpha, sigma, -alpha * slope, squared * slope / sigma, slope)
 
 
 def _vp_time(ratio: Tensor) -> Tensor:
@@ -131,10 +131,10 @@ def _quarter_turn(ratio: Tensor) -> Tensor:
     return torch.atan(ratio) * 2 / math.pi
 
 
-PATHS: dict[str, Path] = {
-    "linear": Path(linear, lambda ratio: ratio / (1 + ratio)),
-    "gvp": Path(gvp, _quarter_turn),
-    "vp": Path(vp, _vp_time, pure=False),
-    "cosine": Path(cosine, _quarter_turn),
-    "triangle": Path(triangle, torch.atan, end=math.pi / 2),
+INTERPOLANTS: dict[str, Interpolant] = {
+    "linear": Interpolant(linear, lambda ratio: ratio / (1 + ratio)),
+    "gvp": Interpolant(gvp, _quarter_turn),
+    "vp": Interpolant(vp, _vp_time, pure=False),
+    "cosine": Interpolant(cosine, _quarter_turn),
+    "triangle": Interpolant(triangle, torch.atan, end=math.pi / 2),
 }

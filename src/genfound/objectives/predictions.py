@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from genfound.objectives.interpolants import PathPoint
+from genfound.objectives.interpolants import Coefficients
 
 PREDICTIONS = ("velocity", "noise", "x0", "score")
 
 
 @dataclass(frozen=True)
-class Views:
+class Predictions:
     """What a network's output says about the state it was given.
 
     Attributes:
@@ -30,7 +30,7 @@ class Views:
     kind: str
     out: Tensor
     x: Tensor
-    point: PathPoint
+    point: Coefficients
 
     @property
     def noise(self) -> Tensor:

@@ -159,7 +159,7 @@ def posterior_mean(c: Tables, x0: Tensor, x_t: Tensor) -> Tensor:
     return c.posterior_mean_coef1 * x0 + c.posterior_mean_coef2 * x_t
 
 
-Sections = int | str | Sequence[int]
+StepSpec = int | str | Sequence[int]
 """How many steps to keep: 250; "10,10,10" or [10, 10, 10], so many of each third; or "ddim50", a whole stride."""
 
 
@@ -182,7 +182,7 @@ def cosine(steps: int) -> Tensor:
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "cosine": cosine}
 
 
-def spaced(sections: Sections, steps: int) -> list[int]:
+def space_timesteps(sections: StepSpec, steps: int) -> list[int]:
     """The kept steps in rising order; respace.py:space_timesteps of the official DiT and ADM.
 
     Several sections divide the process into equal parts, the first ones longer by one where it does not
@@ -219,7 +219,7 @@ def _strided(count: int, steps: int) -> list[int]:
     raise ValueError(f"sampler.steps=ddim{count}: no whole stride gives {count} of {steps} steps")
 
 
-def _whole(piece: int | str, sections: Sections) -> int:
+def _whole(piece: int | str, sections: StepSpec) -> int:
     try:
         return int(piece)
     except ValueError:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.config.checks import interval, number, whole
-from genfound.objectives.interpolants import Path
+from genfound.config.checks import integer, interval, number
+from genfound.objectives.interpolants import Interpolant
 from genfound.rng import Rng
 
 TimeLaw = Callable[[Rng, int, torch.device], Tensor]
@@ -18,17 +18,17 @@ REFERENCE_SIZE = 4096
 """Numbers in a latent that `auto` does not shift: 32 x 32 x 4 (RAE, arXiv 2510.11690)."""
 
 
-def uniform(mean: float, std: float, path: Path) -> TimeLaw:
+def uniform(mean: float, std: float, path: Interpolant) -> TimeLaw:
     """U[0, 1), which has no parameters."""
     return lambda rng, n, device: rng.uniform("time", (n,), device).double()
 
 
-def logit_normal(mean: float, std: float, path: Path) -> TimeLaw:
+def logit_normal(mean: float, std: float, path: Interpolant) -> TimeLaw:
     """logit(t) ~ N(mean, std^2); Esser et al. 2024, and NiT's exp(n) / (1 + exp(n))."""
     return lambda rng, n, device: torch.sigmoid(rng.normal("time", (n,), device).double() * std + mean)
 
 
-def log_normal(mean: float, std: float, path: Path) -> TimeLaw:
+def log_normal(mean: float, std: float, path: Interpolant) -> TimeLaw:
     """log(sigma / alpha) ~ N(mean, std^2), EDM's law of noise levels on any path (Karras et al. 2022)."""
 
     def draw(rng: Rng, n: int, device: torch.device) -> Tensor:
@@ -38,7 +38,7 @@ def log_normal(mean: float, std: float, path: Path) -> TimeLaw:
     return draw
 
 
-TIME_LAWS: dict[str, Callable[[float, float, Path], TimeLaw]] = {
+TIME_LAWS: dict[str, Callable[[float, float, Interpolant], TimeLaw]] = {
     "uniform": uniform,
     "logit_normal": logit_normal,
     "log_normal": log_normal,
@@ -138,5 +138,5 @@ def time_grid(steps: int, start: float, end: float) -> Tensor:
     Raises:
         ValueError: fewer than one step.
     """
-    whole("sampler.steps", steps, 1)
+    integer("sampler.steps", steps, 1)
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)

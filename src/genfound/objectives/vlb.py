@@ -11,12 +11,12 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.objectives.base import Net
 from genfound.objectives.bits import kl_bits
-from genfound.objectives.gaussian import Gaussian, bound_bits
+from genfound.objectives.gaussian import Gaussian, vlb_bits
 from genfound.objectives.process import noise_from_x0, q_sample
 from genfound.rng import Rng
 
 
-class Bound(NamedTuple):
+class VariationalBound(NamedTuple):
     """Bits per dimension of each image; columns go from the last step to the first."""
 
     total: Tensor  # (B,), of vb and prior
@@ -27,7 +27,7 @@ class Bound(NamedTuple):
 
 
 @torch.no_grad()
-def variational_bound(objective: Gaussian, net: Net, batch: Batch, rng: Rng) -> Bound:
+def variational_bound(objective: Gaussian, net: Net, batch: Batch, rng: Rng) -> VariationalBound:
     """One draw of the bound of every step, with T network calls; clips data as the objective's sampling does."""
     tables = objective.process.on(batch.x.device)
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -39,11 +39,11 @@ def variational_bound(objective: Gaussian, net: Net, batch: Batch, rng: Rng) -> 
         prediction, v = objective.split(noised, net(noised, tables.timesteps[steps]).float())
         reverse = objective.reverse(c, noised, prediction, v, objective.clip_x0)
         implied = noise_from_x0(c, noised.x, reverse.x0)
-        vb = bound_bits(c, batch, noised, reverse)
+        vb = vlb_bits(c, batch, noised, reverse)
         columns.append((vb, batch.per_image((reverse.x0 - batch.x) ** 2), batch.per_image((implied - noise) ** 2)))
     bits, x0_mse, noise_mse = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     prior = prior_bits(objective, batch)
-    return Bound(bits.sum(dim=1) + prior, prior, bits, x0_mse, noise_mse)
+    return VariationalBound(bits.sum(dim=1) + prior, prior, bits, x0_mse, noise_mse)
 
 
 def prior_bits(objective: Gaussian, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from genfound.objectives.interpolants import PathPoint
+from genfound.objectives.interpolants import Coefficients
 
 
 class _Number(Protocol):
@@ -29,7 +29,7 @@ def image_weight(tokens: N, rule: str) -> N:
     return tokens ** EXPONENTS[rule]  # type: ignore[return-value]
 
 
-def time_weight(weighting: str, prediction: str, point: PathPoint, gamma: float) -> Tensor:
+def time_weight(weighting: str, prediction: str, point: Coefficients, gamma: float) -> Tensor:
     """Factor of the squared error of a prediction, shaped like the point's coefficients.
 
     Each weighting is one function of time, whatever is predicted: `velocity` makes the error that of the

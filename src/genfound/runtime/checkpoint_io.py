@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound.runtime.files import visible, write_whole
+from genfound.runtime.files import atomic_write, visible
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -28,7 +28,7 @@ def save(state: dict[str, Any], path: Path) -> None:
             except RuntimeError as error:  # torch's archive, closing on a disk that has just filled
                 raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
-    write_whole(path, dump)
+    atomic_write(path, dump)
 
 
 def read(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
@@ -71,17 +71,17 @@ def newest(folder: Path) -> Path | None:
         return newest(folder)
 
 
-def fill(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Copy tensors into a network.
 
     Raises:
         ValueError: see `check`; nothing has been copied then.
     """
-    check(net, tensors, file)
+    compare_keys(net, tensors, file)
     net.load_state_dict(dict(tensors))
 
 
-def check(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+def compare_keys(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Compare the names and shapes of tensors with those of a network.
 
     Raises:

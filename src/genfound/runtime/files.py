@@ -24,7 +24,7 @@ STALE = 3600
 """After so many seconds without a change an unfinished file is given up where a file system has no locks."""
 
 
-def make_folder(folder: Path) -> None:
+def makedirs(folder: Path) -> None:
     """Make a folder and those above it, though other processes remove empty ones at the same time.
 
     `exist_ok` alone looks twice, and fails if the folder goes in between.
@@ -75,7 +75,7 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(path for path in paths if fnmatchcase(path.name, pattern) and not hidden(path.name))
 
 
-def write_whole(file: Path, save: Callable[[Path], object]) -> None:
+def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a file elsewhere, and give it its name when it is on the disk.
 
     Unfinished files lie in the folder `.partial` beside it. A killed process leaves its own there, and the next
@@ -108,14 +108,14 @@ def _write_whole(file: Path, save: Callable[[Path], object]) -> None:
 def _created(file: Path) -> int:
     """The mode of an empty file that is there now, also where no lock has kept others from removing its folder."""
     while True:
-        make_folder(file.parent)
+        makedirs(file.parent)
         with contextlib.suppress(FileNotFoundError):
             file.touch()
             return file.stat().st_mode
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder, where the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -140,7 +140,7 @@ def _partial(beside: Path) -> Iterator[Path]:
 def _entered(folder: Path) -> int:
     """A descriptor that shares the lock of the folder, which is there."""
     while True:
-        make_folder(folder)
+        makedirs(folder)
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
             descriptor = os.open(folder, os.O_RDONLY)
             _locked(descriptor, fcntl.LOCK_SH)

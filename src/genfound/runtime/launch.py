@@ -19,7 +19,7 @@ from pathlib import Path
 from genfound.config.environment import LAUNCH, forget_inherited
 from genfound.config.errors import USER_ERRORS, JobError, sentence
 from genfound.config.streams import make_lasting
-from genfound.runtime.work import run_apart
+from genfound.runtime.work import run_command
 
 
 def launch(module: str, request: Path, devices: int, **environment: str) -> None:
@@ -32,7 +32,9 @@ def launch(module: str, request: Path, devices: int, **environment: str) -> None
     forget_inherited(shared)
     group = [__name__, str(devices)] if devices > 1 else []
     with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
-        code = run_apart([sys.executable, "-m", *group, module, str(request)], shared | environment | {LAUNCH: folder})
+        code = run_command(
+            [sys.executable, "-m", *group, module, str(request)], shared | environment | {LAUNCH: folder}
+        )
         if code:
             reason = Path(folder) / "reason"
             raise JobError(reason.read_text() if reason.exists() else _ending(code))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from genfound.config.environment import LAUNCH
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Of a process in its group; `local_rank` counts on its machine."""
 
     rank: int
@@ -19,10 +19,10 @@ class Place(NamedTuple):
     local_rank: int
 
 
-ALONE = Place(0, 1, 0)
+SINGLE_PROCESS = RankInfo(0, 1, 0)
 
 
-def place() -> Place:
+def rank_info() -> RankInfo:
     """The place that genfound gave this process when it started it.
 
     Raises:
@@ -31,9 +31,9 @@ def place() -> Place:
     given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if Path(os.environ.get(LAUNCH, os.devnull)).is_dir():
         if given == [None] * 3:
-            return ALONE
+            return SINGLE_PROCESS
         if all(value is not None and value.isdecimal() for value in given):
-            found = Place(*(int(value) for value in given if value))
+            found = RankInfo(*(int(value) for value in given if value))
             if found.local_rank <= found.rank < found.world_size:
                 return found
     raise ValueError(
@@ -42,7 +42,7 @@ def place() -> Place:
     )
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep the memory of a step for the next one, instead of paging it in anew (1.5x on CPUs)."""
     if sys.platform == "linux":
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3

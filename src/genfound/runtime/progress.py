@@ -10,7 +10,7 @@ Progress = Callable[[float, int], None]
 """Called with the number of images that are finished, and that of all; the first time before any is."""
 
 
-def silent(done: float, total: int) -> None:
+def no_progress(done: float, total: int) -> None:
     """Say nothing."""
 
 
@@ -18,7 +18,7 @@ QUIET, MOVING = 10.0, 0.2
 """Seconds between two lines."""
 
 
-class Counter:
+class ProgressCounter:
     """Prints images finished, images/s and the time that is left.
 
     Args:

@@ -18,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
-from genfound.config.compose import flatten, plain
+from genfound.config.compose import flatten, to_dict
 from genfound.config.targets import require_groups
-from genfound.runtime.files import visible, write_whole
+from genfound.runtime.files import atomic_write, visible
 
 NOT_IDENTITY = (
     "runs", "study", "name", "allow_changes", "trust", "trainer", "logger", "launcher",
@@ -94,17 +94,17 @@ def run_dir(cfg: DictConfig, overrides: Sequence[str], swept: Collection[str] = 
     return Path(cfg.runs) / str(cfg.study) / name
 
 
-def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
+def write_config(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
     """Write the configuration into a run directory; where a run has been trained, for `adopt` to take over.
 
     Raises:
         ValueError: see `check_same`.
     """
-    check_same(folder, config, allow_changes)
+    refuse_changes(folder, config, allow_changes)
     (folder / NEXT).unlink(missing_ok=True)
     file = folder / (NEXT if changed(folder, config) else "config.yaml")
     text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
-    write_whole(file, lambda temporary: temporary.write_text(text))
+    atomic_write(file, lambda temporary: temporary.write_text(text))
 
 
 def claimed(folder: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def adopt(folder: Path) -> None:
         (folder / NEXT).replace(folder / "config.yaml")
 
 
-def check_same(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
+def refuse_changes(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
     """Check that the run of a directory, if there is one, is this one.
 
     Raises:
@@ -166,7 +166,7 @@ def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
     try:
         if any(isinstance(token, AliasToken) for token in scan(file.read_text())):
             raise ValueError(f"{file} repeats parts of itself by name (YAML aliases), as no run writes")
-        config = plain(OmegaConf.load(file), resolve=False)
+        config = to_dict(OmegaConf.load(file), resolve=False)
     except (YAMLError, OmegaConfBaseException, AssertionError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     require_groups(config, folder)
@@ -207,7 +207,7 @@ def _texts(value: Any) -> Iterator[str]:
 def mark_done(folder: Path, result: Mapping[str, Any]) -> None:
     """Record that a run reached its end, and where that was."""
     (folder / "FAILED").unlink(missing_ok=True)
-    write_whole(folder / "DONE", lambda temporary: temporary.write_text(json.dumps(dict(result)) + "\n"))
+    atomic_write(folder / "DONE", lambda temporary: temporary.write_text(json.dumps(dict(result)) + "\n"))
 
 
 def mark_failed(folder: Path, traceback: str) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genfound.runtime.files import make_folder
+from genfound.runtime.files import makedirs
 
 GRACE = 40
 """Seconds for processes to end when they are told to; torchrun takes up to 30 to end its own."""
@@ -24,7 +24,7 @@ PAUSE = 1.0
 
 
 @contextlib.contextmanager
-def held(folder: Path, way_out: str = "give out=...", wait: bool = False) -> Iterator[None]:
+def lock(folder: Path, way_out: str = "give out=...", wait: bool = False) -> Iterator[None]:
     """Keep other processes from work in a folder, which need not exist and may be removed meanwhile.
 
     The lock is a file beside the folder; it ends with this process and those that inherit its descriptor.
@@ -59,7 +59,7 @@ def remove(work: Path) -> None:
     _remove_empty(work.parent)
 
 
-def run_apart(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Exit status of a command; if this process is interrupted or terminated, so is the command."""
     processes: list[subprocess.Popen[bytes]] = []
     started = threading.Event()
@@ -70,7 +70,7 @@ def run_apart(command: Sequence[str], environment: Mapping[str, str]) -> int:
         finally:
             started.set()
 
-    with ending_as_exit():
+    with sigterm_as_exit():
         try:
             threading.Thread(target=start).start()  # a signal interrupts the main thread, so never a half-begun start
             started.wait()
@@ -94,7 +94,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _locked(file: Path, folder: Path, way_out: str | None) -> int:
     """The descriptor of a lock, for this process and what it starts; waits for it if there is no way out."""
     while True:
-        make_folder(file.parent)
+        makedirs(file.parent)
         try:
             lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
@@ -123,7 +123,7 @@ def _lock(descriptor: int, folder: Path, way_out: str | None) -> None:
 
 
 @contextlib.contextmanager
-def ending_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[None]:
     """Signals that would end this process at once raise SystemExit, so that it can clean up."""
 
     def end(number: int, _: Any) -> None:

@@ -19,7 +19,7 @@ from genfound.samplers.base import Progress, StepRng
 def ddpm(field: Field, batch: Batch, times: Tensor, rng: StepRng, progress: Progress | None = None) -> Batch:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): draw from p(x_{t-1} | x_t), at the last step its mean."""
     assert isinstance(field, GaussianField)
-    field = field.along(times)
+    field = field.respaced(times)
     last = len(times) - 1
     for step, t in enumerate(times.tolist()):
         reverse = field.mean_logvar(batch, t)
@@ -39,7 +39,7 @@ def ddim(
     """Song et al. 2020, eq. 12: eta = 0 draws no noise, eta = 1 as much as ddpm with the small variance."""
     assert isinstance(field, GaussianField)
     check(eta)
-    field = field.along(times)
+    field = field.respaced(times)
     last = len(times) - 1
     for step, t in enumerate(times.tolist()):
         x0, c = field.x0(batch, t), field.at(batch, t)
@@ -62,7 +62,7 @@ def check(eta: float, **others: object) -> None:
 @torch.no_grad()
 def ddim_invert(field: GaussianField, batch: Batch, times: Tensor) -> Batch:
     """The noise from which `ddim` with eta = 0 would draw this data; times from data to noise."""
-    field = field.along(times)
+    field = field.respaced(times)
     for t in times.tolist():
         x0, c = field.x0(batch, t), field.at(batch, t)
         a_next = c.alphas_cumprod_next

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.config.checks import known, number
+from genfound.config.checks import number, one_of
 from genfound.objectives.base import Field
 from genfound.objectives.times import shifted_grid
 from genfound.samplers.base import Progress, StepRng
@@ -89,8 +89,8 @@ def dopri5(
 
 def check(method: str, atol: float, rtol: float, norm: str, **others: object) -> None:
     """Raise a ValueError for an option that `dopri5` does not take."""
-    known("sampler.method", method, ADAPTIVE + FIXED)
-    known("sampler.norm", norm, ("batch", "image"))
+    one_of("sampler.method", method, ADAPTIVE + FIXED)
+    one_of("sampler.norm", norm, ("batch", "image"))
     number("sampler.atol", atol, 0)
     number("sampler.rtol", rtol, 0)
 

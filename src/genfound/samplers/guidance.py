@@ -48,7 +48,7 @@ def unguided(net: Backbone) -> GuidedNet:
     return Unguided(net)
 
 
-class Guided(ABC):
+class Guidance(ABC):
     """out = reference + scale (conditional - reference).
 
     Args:
@@ -79,9 +79,9 @@ class Guided(ABC):
         schedule: str = "constant",
         power: float = 1.0,
     ) -> None:
-        checks.known("guidance.channels", channels, ("all", "first3"))
-        checks.known("guidance.ends", ends, ("inclusive", "strict"))
-        checks.known("guidance.schedule", schedule, ("constant", "linear", "power_cosine"))
+        checks.one_of("guidance.channels", channels, ("all", "first3"))
+        checks.one_of("guidance.ends", ends, ("inclusive", "strict"))
+        checks.one_of("guidance.schedule", schedule, ("constant", "linear", "power_cosine"))
         self.low, self.high = checks.interval("guidance.interval", interval)
         self.net = net
         self.time: str = getattr(net, "time", "data0")
@@ -152,7 +152,7 @@ class Guided(ABC):
         return step
 
 
-class ClassifierFree(Guided):
+class ClassifierFreeGuidance(Guidance):
     """Guided by the network's own output for the null label, in one call (Ho & Salimans 2021).
 
     Args:
@@ -197,7 +197,7 @@ class ClassifierFree(Guided):
         return torch.cat([conditional, self.join(batch, conditional, reference)])
 
 
-class AutoGuidance(Guided):
+class AutoGuidance(Guidance):
     """Guided by a weaker network (Karras et al. 2024).
 
     Args:
@@ -212,7 +212,7 @@ class AutoGuidance(Guided):
 
     def __init__(self, net: Backbone, weak: Backbone, *args: Any, labels: str = "same", **options: Any) -> None:
         super().__init__(net, *args, **options)
-        self.labels = checks.known("guidance.labels", labels, ("same", "null_label"))
+        self.labels = checks.one_of("guidance.labels", labels, ("same", "null_label"))
         self.weak = weak
         if getattr(weak, "time", "data0") != self.time:
             raise ValueError("guidance.weights: the weaker network counts time in the other direction")

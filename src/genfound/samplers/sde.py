@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.config.checks import known, number
+from genfound.config.checks import number, one_of
 from genfound.objectives.base import Field
 from genfound.objectives.flow import FlowField
-from genfound.objectives.interpolants import Path, PathPoint
-from genfound.objectives.predictions import Views
+from genfound.objectives.interpolants import Coefficients, Interpolant
+from genfound.objectives.predictions import Predictions
 from genfound.objectives.times import shifted_grid
 from genfound.samplers.base import Progress, StepRng
 
-Diffusion = Callable[[Path, Tensor, float], Tensor]
+Diffusion = Callable[[Interpolant, Tensor, float], Tensor]
 
 Coefficient = Callable[[float], float]
 
@@ -31,7 +31,7 @@ POLE = 1e-3
 """Where the walk begins if the diffusion coefficient is infinite at pure noise."""
 
 
-def _half_diffusion(path: Path, t: Tensor, norm: float) -> Tensor:
+def _half_diffusion(path: Interpolant, t: Tensor, norm: float) -> Tensor:
     return norm * path.point(t).spread
 
 
@@ -46,7 +46,7 @@ DIFFUSIONS: dict[str, Diffusion] = {
 }
 """w(t) of a path at times t (any shape) with a norm."""
 
-LAST_STEPS: dict[str, Callable[[Tensor, Views, float, float], Tensor]] = {
+LAST_STEPS: dict[str, Callable[[Tensor, Predictions, float, float], Tensor]] = {
     "mean": lambda x, views, w, size: x + size * (w * views.score - views.velocity),
     "euler": lambda x, views, w, size: x - size * views.velocity,
     "tweedie": lambda x, views, w, size: views.x0,
@@ -98,7 +98,7 @@ def sde(
     if not w(grid[0].item()) < POLE**-2:  # infinite, or what rounding leaves of that
         grid[0] -= POLE
     walk = shifted_grid(grid, shift, batch).tolist()
-    if method == "heun" and last == "none" and PathPoint.at(field.path, walk[-1]).sigma == 0:
+    if method == "heun" and last == "none" and Coefficients.at(field.path, walk[-1]).sigma == 0:
         raise ValueError(
             "sampler.method=heun needs the score at pure data with sampler.last=none; set sampler.last=mean"
         )
@@ -116,9 +116,9 @@ def sde(
 
 def check(method: str, diffusion: str, norm: float, last: str, last_step_size: float, **others: object) -> None:
     """Raise a ValueError for an option that `sde` does not take."""
-    known("sampler.method", method, STEPS)
-    known("sampler.diffusion", diffusion, DIFFUSIONS)
-    known("sampler.last", last, ("none", *LAST_STEPS))
+    one_of("sampler.method", method, STEPS)
+    one_of("sampler.diffusion", diffusion, DIFFUSIONS)
+    one_of("sampler.last", last, ("none", *LAST_STEPS))
     number("sampler.norm", norm, 0)
     number("sampler.last_step_size", last_step_size, 0)
 

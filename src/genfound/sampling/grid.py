@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from genfound.sampling.requests import Request
+from genfound.sampling.requests import SampleRequest
 
 CELL = 96
 GAP = 8
@@ -16,7 +16,7 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
 def save_grid(
-    file: Path, images: Sequence[np.ndarray], requests: Sequence[Request], class_names: Sequence[str]
+    file: Path, images: Sequence[np.ndarray], requests: Sequence[SampleRequest], class_names: Sequence[str]
 ) -> None:
     """Write a PNG; images (height, width, 3) uint8 of any sizes, enlarged by whole factors without smoothing."""
     labels = list(dict.fromkeys(request.label for request in requests))

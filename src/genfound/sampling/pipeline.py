@@ -21,26 +21,26 @@ from torch import Tensor
 from genfound import build, samplers
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
-from genfound.checkpoints.load import Loaded, load
+from genfound.checkpoints.load import LoadedModel, load
 from genfound.config import compose
-from genfound.config.checks import known, sizes, whole
+from genfound.config.checks import image_sizes, integer, one_of
 from genfound.config.targets import trusted
 from genfound.data.images.pixels import to_uint8
 from genfound.layouts import Layout
 from genfound.objectives.base import GuidedNet, Objective
 from genfound.rng import Rng
 from genfound.runtime import devices
-from genfound.runtime.progress import Progress, silent
+from genfound.runtime.progress import Progress, no_progress
 from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import AutoGuidance, ClassifierFree, unguided
-from genfound.sampling.requests import Request, _chunks, check_size, make_requests
-from genfound.tokenizers import Absent, Tokenizer
+from genfound.samplers.guidance import AutoGuidance, ClassifierFreeGuidance, unguided
+from genfound.sampling.requests import SampleRequest, _chunks, check_size, make_requests
+from genfound.tokenizers import Tokenizer, Undecodable
 
 Drawn = TypeVar("Drawn")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Pipeline:
     """How to sample from a network.
 
     Attributes:
@@ -75,14 +75,14 @@ class Sampling:
         tokenizer: Tokenizer,
         device: torch.device,
         micro_batch: int,
-    ) -> Sampling:
+    ) -> Pipeline:
         """Layout, sampler, guidance and precision of a configuration.
 
         Raises:
             ValueError: an option that does not exist, or a weaker network that does not fit.
         """
         guidance = complete("guidance", config["guidance"])
-        weak = _weaker(guidance["weights"], objective, trusted(config)) if "weights" in guidance else None
+        weak = _load_guide(guidance["weights"], objective, trusted(config)) if "weights" in guidance else None
         return cls(
             objective=objective,
             tokenizer=tokenizer,
@@ -100,7 +100,7 @@ class Sampling:
         """Raise a ValueError if this network cannot be sampled from so; costs nothing."""
         samplers.check(self.sampler)
         self.objective.times(self.sampler["name"], self.sampler["steps"])
-        guided(net, self.guidance, self.objective.time_range, self.weak)
+        with_guidance(net, self.guidance, self.objective.time_range, self.weak)
 
     @property
     def rows(self) -> int:
@@ -108,7 +108,7 @@ class Sampling:
         return 1 if self.sampler.get("norm") == "image" else self.micro_batch
 
     def draw(
-        self, net: Backbone, requests: Sequence[Request], seed: int, progress: Progress = silent
+        self, net: Backbone, requests: Sequence[SampleRequest], seed: int, progress: Progress = no_progress
     ) -> list[np.ndarray]:
         """Images (height, width, 3) uint8 in the order of the requests; see `latents`.
 
@@ -119,7 +119,7 @@ class Sampling:
         """
         return self._each(net, requests, seed, self._decode, progress)
 
-    def latents(self, net: Backbone, requests: Sequence[Request], seed: int) -> list[Tensor]:
+    def latents(self, net: Backbone, requests: Sequence[SampleRequest], seed: int) -> list[Tensor]:
         """Latents (C, h, w) in the order of the requests.
 
         Args:
@@ -130,12 +130,12 @@ class Sampling:
         Raises:
             ValueError: a size that does not divide into tokens.
         """
-        return self._each(net, requests, seed, lambda z: z, silent)
+        return self._each(net, requests, seed, lambda z: z, no_progress)
 
     def _each(
         self,
         net: Backbone,
-        requests: Sequence[Request],
+        requests: Sequence[SampleRequest],
         seed: int,
         finish: Callable[[Tensor], Drawn],
         progress: Progress,
@@ -166,7 +166,7 @@ class Sampling:
 
     @torch.no_grad()
     def _latents(
-        self, net: Backbone, requests: list[Request], seed: int, under_way: Callable[[float], None]
+        self, net: Backbone, requests: list[SampleRequest], seed: int, under_way: Callable[[float], None]
     ) -> list[Tensor]:
         """Latents (C, h, w) of up to `micro_batch` images of one size."""
         channels, stride = self.tokenizer.spec
@@ -181,8 +181,8 @@ class Sampling:
             labels = torch.cat([labels, torch.full_like(labels, net.null_label or 0)])
         batch = self.layout.to_batch(noise * copies, labels).to(self.device)
         times = self.objective.times(self.sampler["name"], self.sampler["steps"])
-        rng = _RequestRng(seed, padded * copies, self.layout, noise)
-        field = self.objective.field(guided(net, self.guidance, self.objective.time_range, self.weak))
+        rng = PerImageNoise(seed, padded * copies, self.layout, noise)
+        field = self.objective.field(with_guidance(net, self.guidance, self.objective.time_range, self.weak))
         options = {key: value for key, value in self.sampler.items() if key not in ("name", "steps")}
         sampler: Callable[..., Batch] = functools.partial(SAMPLERS[self.sampler["name"]], **options)
 
@@ -202,10 +202,10 @@ class Sampling:
         return self.layout.to_latents(batch.x, replace(batch, real=real))
 
 
-class _RequestRng:
+class PerImageNoise:
     """Step noise of a micro-batch: each image draws its own, as a latent, whatever the layout."""
 
-    def __init__(self, seed: int, requests: Sequence[Request], layout: Layout, latents: Sequence[Tensor]) -> None:
+    def __init__(self, seed: int, requests: Sequence[SampleRequest], layout: Layout, latents: Sequence[Tensor]) -> None:
         self.streams = [Rng(seed, "sample", request.number) for request in requests]
         self.layout = layout
         self.shape = latents[0].shape
@@ -216,7 +216,7 @@ class _RequestRng:
         return self.layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
 
 
-def _weaker(weights: str, objective: Objective, trust: Sequence[str]) -> Backbone:
+def _load_guide(weights: str, objective: Objective, trust: Sequence[str]) -> Backbone:
     """The other network of autoguidance.
 
     Raises:
@@ -234,7 +234,7 @@ def _weaker(weights: str, objective: Objective, trust: Sequence[str]) -> Backbon
     return other.net
 
 
-def guided(
+def with_guidance(
     net: Backbone,
     guidance: Mapping[str, Any],
     time_range: tuple[float, float] = (0.0, 1.0),
@@ -242,15 +242,15 @@ def guided(
 ) -> GuidedNet:
     """The network with its guidance, at times of an objective; `weak` is the other network of autoguidance."""
     options = {key: value for key, value in guidance.items() if key not in ("name", "weights")}
-    if known("guidance", guidance["name"], ("none", "cfg", "autoguidance")) == "none":
+    if one_of("guidance", guidance["name"], ("none", "cfg", "autoguidance")) == "none":
         return unguided(net)
     if weak is not None:
         return AutoGuidance(net, weak, **options, time_range=time_range)
-    return ClassifierFree(net, **options, time_range=time_range)
+    return ClassifierFreeGuidance(net, **options, time_range=time_range)
 
 
 def sample(
-    loaded: Loaded,
+    loaded: LoadedModel,
     labels: int | str | Sequence[int | str],
     size: tuple[int, int] | None = None,
     n: int = 1,
@@ -287,13 +287,15 @@ def sample(
         config["guidance"] = {**_own("guidance", "cfg", config), "scale": guidance} if scaled else guidance
     if precision is not None:
         config["trainer"] = {**config["trainer"], "precision": precision}
-    whole("batch", batch, 1)
+    integer("batch", batch, 1)
     build.objective(config)  # refuses a sampler that does not fit
-    wanted = loaded.sizes[:1] if size is None else sizes("size", list(size) if isinstance(size, Sequence) else size)
+    wanted = (
+        loaded.sizes[:1] if size is None else image_sizes("size", list(size) if isinstance(size, Sequence) else size)
+    )
     requests = make_requests([labels] if isinstance(labels, int | str) else labels, wanted, n, loaded.class_names)
     device = next(loaded.net.parameters()).device
-    sampling = Sampling.of(config, loaded.objective, loaded.tokenizer, device, batch)
-    if isinstance(loaded.tokenizer, Absent):
+    sampling = Pipeline.of(config, loaded.objective, loaded.tokenizer, device, batch)
+    if isinstance(loaded.tokenizer, Undecodable):
         return torch.stack(sampling.latents(loaded.net, requests, seed))
     return np.stack(sampling.draw(loaded.net, requests, seed))
 

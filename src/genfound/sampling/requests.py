@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from genfound.config.checks import whole
+from genfound.config.checks import integer
 from genfound.data.images.names import numbered
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """One image: its label, its (height, width) in pixels, and its number k within the request."""
 
     label: int
@@ -40,18 +40,18 @@ def _chunks(items: list[Any], size: int) -> list[list[Any]]:
 
 def make_requests(
     labels: Sequence[int | str], sizes: Sequence[tuple[int, int]], n: int, class_names: Sequence[str]
-) -> list[Request]:
+) -> list[SampleRequest]:
     """n images of each label at each size, numbered in this order.
 
     Raises:
         ValueError: a label is neither a class number nor a class name, or n is not positive.
     """
-    whole("n", n, 1)
+    integer("n", n, 1)
     if not len(labels):
         raise ValueError("labels=[]: give at least one class")
     numbers = [label_number(label, class_names) for label in labels]
     wanted = [(label, size) for size in sizes for _ in range(n) for label in numbers]
-    return [Request(label, size, number) for number, (label, size) in enumerate(wanted)]
+    return [SampleRequest(label, size, number) for number, (label, size) in enumerate(wanted)]
 
 
 def label_number(label: int | str, class_names: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 """Tokenizers: frozen maps between images and latents, and the only place where latents are scaled."""
 
-from genfound.tokenizers.base import Spec, Tokenizer
-from genfound.tokenizers.pixel import Pixel
-from genfound.tokenizers.undecodable import Absent
+from genfound.tokenizers.base import LatentSpec, Tokenizer
+from genfound.tokenizers.pixel import PixelTokenizer
+from genfound.tokenizers.undecodable import Undecodable
 
-__all__ = ["Absent", "Pixel", "Spec", "Tokenizer"]
+__all__ = ["LatentSpec", "PixelTokenizer", "Tokenizer", "Undecodable"]

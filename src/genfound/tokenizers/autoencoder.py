@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from genfound.tokenizers.base import Spec, Tokenizer
-from genfound.tokenizers.weights import Kind, load
+from genfound.tokenizers.base import LatentSpec, Tokenizer
+from genfound.tokenizers.weights import Architecture, load
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,11 +32,11 @@ class Autoencoder(Tokenizer, ABC):
         ValueError: an unknown option, damaged weights, or those of another architecture.
     """
 
-    kind: ClassVar[Kind]
-    published: ClassVar[Spec]
+    kind: ClassVar[Architecture]
+    published: ClassVar[LatentSpec]
     online = True
     stochastic = False
-    spec: Spec
+    spec: LatentSpec
 
     def __init__(self, weights: str, precision: str, pixels_per_call: int) -> None:
         if precision not in PRECISIONS:

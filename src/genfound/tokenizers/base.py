@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
-class Spec(NamedTuple):
+class LatentSpec(NamedTuple):
     """Shape of a latent: an image of (height, width) pixels becomes (channels, height / stride, width / stride)."""
 
     channels: int
@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
         stochastic: training encodes with noise.
     """
 
-    spec: Spec
+    spec: LatentSpec
     online: bool
     stochastic: bool
 

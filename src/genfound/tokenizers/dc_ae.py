@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.base import Spec
-from genfound.tokenizers.weights import Kind
+from genfound.tokenizers.base import LatentSpec
+from genfound.tokenizers.weights import Architecture
 
 STAGES = {
     f"{part}_{key}": value
@@ -19,11 +19,11 @@ STAGES = {
 }
 
 
-class DcAe(Autoencoder):
+class DCAE(Autoencoder):
     """Any AutoencoderDC of diffusers; dc-ae-f32c32-sana-1.1, NiT's, is spec (32, 32) and scale 0.41407."""
 
-    published = Spec(channels=32, stride=32)
-    kind = Kind(
+    published = LatentSpec(channels=32, stride=32)
+    kind = Architecture(
         "AutoencoderDC",
         official={
             **STAGES,
@@ -45,7 +45,7 @@ class DcAe(Autoencoder):
 
     def __init__(self, *, weights: str, precision: str, pixels_per_call: int) -> None:
         super().__init__(weights, precision, pixels_per_call)
-        self.spec = Spec(self.model.config["latent_channels"], self.model.spatial_compression_ratio)
+        self.spec = LatentSpec(self.model.config["latent_channels"], self.model.spatial_compression_ratio)
 
     def _moments(self, images: Tensor) -> Tensor:
         return self.model.encode(images).latent

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from genfound.tokenizers.base import Spec, Tokenizer
+from genfound.tokenizers.base import LatentSpec, Tokenizer
 
 
-class Pixel(Tokenizer):
+class PixelTokenizer(Tokenizer):
     """Latents are the RGB values in [-1, 1]."""
 
-    spec = published = Spec(channels=3, stride=1)
+    spec = published = LatentSpec(channels=3, stride=1)
     online = False
     stochastic = False
 

@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.base import Spec
-from genfound.tokenizers.weights import Kind
+from genfound.tokenizers.base import LatentSpec
+from genfound.tokenizers.weights import Architecture
 
 
-class SdVae(Autoencoder):
+class SDVAE(Autoencoder):
     """Any AutoencoderKL of diffusers; sd-vae-ft-mse and sd-vae-ft-ema are spec (4, 8) and scale 0.18215.
 
     Args:
         posterior: `sample` (DiT and SiT: mean + std * noise) or `mode` (the mean); how training encodes.
     """
 
-    published = Spec(channels=4, stride=8)
-    kind = Kind(
+    published = LatentSpec(channels=4, stride=8)
+    kind = Architecture(
         "AutoencoderKL",
         official={
             "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -39,7 +39,7 @@ class SdVae(Autoencoder):
         super().__init__(weights, precision, pixels_per_call)
         config = self.model.config
         self.stochastic = posterior == "sample"
-        self.spec = Spec(config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1))
+        self.spec = LatentSpec(config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1))
 
     def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 2 C, h, w) mean and log-variance -> (B, C, h, w), drawn with the noise or the mean."""

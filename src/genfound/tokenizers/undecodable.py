@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from genfound.tokenizers.base import Spec
+from genfound.tokenizers.base import LatentSpec
 
 
-class Absent:
+class Undecodable:
     """The shape of a tokenizer's latents, and why there is no more than that."""
 
     online = True
     stochastic = False
 
-    def __init__(self, spec: Spec, reason: str) -> None:
+    def __init__(self, spec: LatentSpec, reason: str) -> None:
         self.spec = spec
         self.reason = reason
 

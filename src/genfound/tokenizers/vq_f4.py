@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.base import Spec
-from genfound.tokenizers.weights import Kind
+from genfound.tokenizers.base import LatentSpec
+from genfound.tokenizers.weights import Architecture
 
 
-class VqF4(Autoencoder):
+class VQF4(Autoencoder):
     """Any VQModel of diffusers; that of LDM's ImageNet model is spec (3, 4) and scale 1."""
 
-    published = Spec(channels=3, stride=4)
-    kind = Kind(
+    published = LatentSpec(channels=3, stride=4)
+    kind = Architecture(
         "VQModel",
         official={
             "down_block_types": ["DownEncoderBlock2D"] * 3,
@@ -39,7 +39,7 @@ class VqF4(Autoencoder):
         super().__init__(weights, precision, pixels_per_call)
         config = self.model.config
         channels = config["vq_embed_dim"] or config["latent_channels"]
-        self.spec = Spec(channels, 2 ** (len(config["block_out_channels"]) - 1))
+        self.spec = LatentSpec(channels, 2 ** (len(config["block_out_channels"]) - 1))
 
     def _moments(self, images: Tensor) -> Tensor:
         return self.model.encode(images).latents

@@ -15,7 +15,7 @@ OPTIONS = {"AutoencoderKL": "sd_vae", "AutoencoderDC": "dc_ae", "VQModel": "vq_f
 """Class of diffusers -> the tokenizer that takes it."""
 
 
-class Kind(NamedTuple):
+class Architecture(NamedTuple):
     """An architecture.
 
     Attributes:
@@ -29,7 +29,7 @@ class Kind(NamedTuple):
     tiny: Mapping[str, Any]
 
 
-def load(kind: Kind, weights: str) -> Any:
+def load(kind: Architecture, weights: str) -> Any:
     """A frozen model of diffusers in eval mode, float32.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from genfound.data.images.imagenet import ImageTree
-from genfound.data.images.index import Files
+from genfound.data.images.index import FileIndex
 from tests.stores import tree
 
 
@@ -65,7 +65,7 @@ def test_workers_get_only_what_they_need(images: Path) -> None:
 
 
 def test_an_index_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Files(["a/b.png"], [3], [4], [5], [6], {"a/b.png": ["odd"]}, {}, {".gif": 1})
+    found = FileIndex(["a/b.png"], [3], [4], [5], [6], {"a/b.png": ["odd"]}, {}, {".gif": 1})
     file = tmp_path / "index.json"
     found.save(file)
     whole = file.read_bytes()

@@ -8,16 +8,16 @@ import pytest
 from PIL import Image
 
 from genfound.data.images.sets import (
-    Chosen,
     Cropped,
     FolderImages,
     ImageSet,
     NpzImages,
+    Subset,
     by_content,
-    cover,
+    center_crop_to,
     image_files,
-    note_of,
     open_images,
+    read_note,
 )
 from genfound.data.images.views import center_crop
 from genfound.evaluation.export import export
@@ -37,7 +37,7 @@ def test_what_is_exported_is_read_again(to: str, tmp_path: Path) -> None:
     again = open_images(path)
     assert same(images, again) and again.sizes.tolist() == [[6, 9]] * 70
     assert again.labels is not None and again.labels.tolist() == images.labels.tolist()
-    assert note_of(path) == NOTE
+    assert read_note(path) == NOTE
     assert sorted(p.name for p in tmp_path.iterdir()) == [to]
 
 
@@ -165,30 +165,30 @@ def test_a_damaged_protocol_is_not_ignored(tmp_path: Path) -> None:
     folder = save_pngs(tmp_path / "x", Pictures([(4, 4)]))
     (folder / "protocol.json").write_text(json.dumps(NOTE)[:-4])
     with pytest.raises(ValueError, match="the protocol beside the images is damaged"):
-        note_of(folder)
+        read_note(folder)
 
 
 @pytest.mark.parametrize(("height", "width"), [(50, 37), (64, 64), (20, 33), (130, 40), (300, 290)])
 def test_covering_a_square_is_adms_centre_crop(height: int, width: int) -> None:
     image = Pictures([(height, width)])[0]
-    assert np.array_equal(cover(image, 32, 32), np.asarray(center_crop(Image.fromarray(image), 32)))
+    assert np.array_equal(center_crop_to(image, 32, 32), np.asarray(center_crop(Image.fromarray(image), 32)))
 
 
 def test_covering_keeps_the_middle_and_the_aspect() -> None:
     image = np.zeros((40, 120, 3), dtype=np.uint8)
     image[:, 40:80] = 255
-    assert cover(image, 20, 20).min() > 250
-    assert cover(image, 40, 120) is image
-    assert cover(image, 10, 60).shape == (10, 60, 3)
+    assert center_crop_to(image, 20, 20).min() > 250
+    assert center_crop_to(image, 40, 120) is image
+    assert center_crop_to(image, 10, 60).shape == (10, 60, 3)
 
 
 def test_views_have_sizes_labels_and_keys_of_their_own() -> None:
     images = Pictures([(8, 8), (6, 12), (20, 10)])
-    chosen, cropped = Chosen(images, [2, 0]), Cropped(images, (6, 6))
+    chosen, cropped = Subset(images, [2, 0]), Cropped(images, (6, 6))
     assert chosen.sizes.tolist() == [[20, 10], [8, 8]] and np.array_equal(chosen[1], images[0])
     assert chosen.labels is not None and chosen.labels.tolist() == images.labels[[2, 0]].tolist()
     assert cropped[1].shape == (6, 6, 3) and cropped.sizes.tolist() == [[6, 6]] * 3
-    assert len({images.key, chosen.key, cropped.key, Chosen(images, [0, 2]).key, Cropped(images, (6, 4)).key}) == 5
+    assert len({images.key, chosen.key, cropped.key, Subset(images, [0, 2]).key, Cropped(images, (6, 4)).key}) == 5
 
 
 def test_what_adm_ignores_is_no_damage(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_what_adm_ignores_is_no_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("note", [np.arange(3), np.array(2.0), np.array("[1, 2]"), np.array([{}])])
 def test_a_member_named_protocol_of_others_is_none_of_ours(note: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", np.stack(Pictures([(4, 4)] * 3).images), protocol=note)
-    assert note_of(tmp_path / "x.npz") is None
+    assert read_note(tmp_path / "x.npz") is None
 
 
 def test_the_grid_of_samples_is_no_sample(tmp_path: Path) -> None:
@@ -246,6 +246,6 @@ def test_the_order_by_content_does_not_follow_the_names(tmp_path: Path) -> None:
         shutil.copy(given.files[number], moved / ("class" if place % 2 else "") / f"{place:02d}.png")
     renamed = FolderImages(moved)
     one, other = by_content(given.digests()), by_content(renamed.digests())
-    assert same(Chosen(given, one), Chosen(renamed, other))
+    assert same(Subset(given, one), Subset(renamed, other))
     assert one.tolist() != list(range(40)) and sorted(one.tolist()) == list(range(40))
     assert hashlib.sha256(given.files[3].read_bytes()).digest() == given.digests()[3].astype(">u8").tobytes()

@@ -11,7 +11,7 @@ from PIL import Image
 from genfound.data.images.views import (
     FEWEST_TOKENS,
     Entries,
-    Views,
+    ImageViews,
     center_crop,
     flexible_size,
     native_size,
@@ -131,7 +131,7 @@ MANY = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1,
 @settings(max_examples=60)
 @given(st.sampled_from(VIEWS), MANY)
 def test_a_pass_shows_every_image_equally_often(view: str, sizes: list[tuple[int, int]]) -> None:
-    views = Views(view, 64, 8, 500)
+    views = ImageViews(view, 64, 8, 500)
     entries = views.entries(*zip(*sizes, strict=True))
     items = views.items(entries)
     shown = np.bincount(entries.images[items], minlength=len(sizes))
@@ -149,18 +149,18 @@ def test_a_pass_shows_every_image_equally_often(view: str, sizes: list[tuple[int
 @settings(max_examples=30)
 @given(st.sampled_from(VIEWS), MANY)
 def test_what_is_shown_has_the_planned_size(view: str, sizes: list[tuple[int, int]]) -> None:
-    views = Views(view, 32, 8, 60)
+    views = ImageViews(view, 32, 8, 60)
     entries = views.entries(*zip(*sizes, strict=True))
     for image, rule, size in zip(*entries, strict=True):
-        assert views.show(picture(*sizes[image]), int(rule), size).shape == (*size, 3)
+        assert views.render(picture(*sizes[image]), int(rule), size).shape == (*size, 3)
 
 
 def test_entries_of_more_rules_than_a_view_needs_are_chosen_by_name() -> None:
-    mixed = Views("mixed", 32, 8, 500)
+    mixed = ImageViews("mixed", 32, 8, 500)
     entries = mixed.entries([50, 70], [60, 80])
     assert entries.images.tolist() == [0, 0, 0, 1, 1, 1]
     assert mixed.items(entries).tolist() == [0, 3, 1, 4, 2, 5]
-    square = Views("square", 64, 8, 500)
+    square = ImageViews("square", 64, 8, 500)
     assert square.items(entries, list(mixed.rules)).tolist() == [2, 5]
     none = Entries(*(column[:0] for column in entries))
     assert mixed.items(none).tolist() == []
@@ -173,16 +173,16 @@ def test_the_nearest_legal_sizes_are_named(size: int, legal: str) -> None:
     words = rf"data\.size={size} must be a multiple of 32 pixels \(tokenizer stride x patch\); "
     for view in ("square", "mixed", "flexible"):
         with pytest.raises(ValueError, match=rf"{words}the nearest legal sizes are {legal}$"):
-            Views(view, size, 32, 100)
+            ImageViews(view, size, 32, 100)
 
 
 OPTIONS = {"view": "square", "size": 32, "max_tokens": 64, "max_image_tokens": None, "holdout": None}
 
 
 def test_the_limit_is_the_smaller_one() -> None:
-    assert Views.of(OPTIONS, 8).max_tokens == 64
-    assert Views.of({**OPTIONS, "max_image_tokens": 20}, 8).max_tokens == 20
-    assert Views.of({**OPTIONS, "max_image_tokens": 99}, 8).max_tokens == 64
+    assert ImageViews.of(OPTIONS, 8).max_tokens == 64
+    assert ImageViews.of({**OPTIONS, "max_image_tokens": 20}, 8).max_tokens == 20
+    assert ImageViews.of({**OPTIONS, "max_image_tokens": 99}, 8).max_tokens == 64
 
 
 @pytest.mark.parametrize(
@@ -194,4 +194,4 @@ def test_the_limit_is_the_smaller_one() -> None:
 def test_numbers_that_are_too_small_are_named(key: str, value: object, least: str) -> None:
     given = "null" if value is None else value
     with pytest.raises(ValueError, match=rf"^data\.{key}={given} must be a whole number of at least {least}$"):
-        Views.of({**OPTIONS, key: value}, 8)
+        ImageViews.of({**OPTIONS, key: value}, 8)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from genfound import build
 from genfound.data.images.base import LatentSource
-from genfound.data.images.views import Views
+from genfound.data.images.views import ImageViews
 from genfound.data.latents import published
-from genfound.data.latents.lightningdit import SAMPLED, LightningDit
-from genfound.data.latents.nit import NIT_SCALE, Nit
+from genfound.data.latents.lightningdit import SAMPLED, LightningDiTLatents
+from genfound.data.latents.nit import NIT_SCALE, NiTLatents
 from genfound.data.latents.published import held_out
-from genfound.data.latents.va_vae import STATISTICS, VaVae, statistics
-from genfound.data.packing.batch_plan import Micro
-from genfound.tokenizers import Spec
+from genfound.data.latents.va_vae import STATISTICS, VAVAE, statistics
+from genfound.data.packing.batch_plan import MicroBatch
+from genfound.tokenizers import LatentSpec
 from tests.helpers import composed
 
 GRIDS = {"n01": [(3, 2), (2, 5), (1, 1)], "n07": [(4, 4), (2, 2)]}
@@ -52,8 +52,10 @@ def write_nit(root: Path) -> dict[tuple[str, str], Tensor]:
     return stored
 
 
-def nit(root: Path, view: str = "native", size: int = 256, holdout: int | None = None, split: str = "train") -> Nit:
-    return Nit(root, Views(view, size, 32, 4096), holdout, split, True, Spec(32, 32))
+def nit(
+    root: Path, view: str = "native", size: int = 256, holdout: int | None = None, split: str = "train"
+) -> NiTLatents:
+    return NiTLatents(root, ImageViews(view, size, 32, 4096), holdout, split, True, LatentSpec(32, 32))
 
 
 def test_nits_files_are_read_without_their_scale(tmp_path: Path) -> None:
@@ -122,9 +124,9 @@ def test_wrong_files_of_nit_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"n01_1\.safetensors holds \[3, 3\] latents, and its meta file says \[2, 5\]"):
         source.moments(1, False)
     with pytest.raises(ValueError, match=r"holds 32 channels, and the tokenizer has 4"):
-        Nit(tmp_path, Views("native", 256, 32, 4096), None, "train", True, Spec(4, 32))
+        NiTLatents(tmp_path, ImageViews("native", 256, 32, 4096), None, "train", True, LatentSpec(4, 32))
     with pytest.raises(ValueError, match=r"holds images of 16 tokens; raise data\.max_image_tokens"):
-        Nit(tmp_path, Views("native", 256, 32, 10), None, "train", True, Spec(32, 32))
+        NiTLatents(tmp_path, ImageViews("native", 256, 32, 10), None, "train", True, LatentSpec(32, 32))
     with (tmp_path / "data_meta/dc-ae_merge_meta.jsonl").open("a") as meta:
         meta.write('{"latent_file": "x"}\n')
     with pytest.raises(ValueError, match=r"merge_meta\.jsonl: line 16 is not one of NiT's"):
@@ -174,8 +176,8 @@ def write_lightningdit(root: Path, counts: tuple[int, ...] = (5, 3), channels: i
     return torch.cat(plain), torch.cat(flipped)
 
 
-def lightningdit(root: Path, size: int = 24, holdout: int | None = None, split: str = "train") -> LightningDit:
-    return LightningDit(root, Views("square", size, 8, 4096), holdout, split, True, Spec(4, 8))
+def lightningdit(root: Path, size: int = 24, holdout: int | None = None, split: str = "train") -> LightningDiTLatents:
+    return LightningDiTLatents(root, ImageViews("square", size, 8, 4096), holdout, split, True, LatentSpec(4, 8))
 
 
 def test_lightningdits_shards_are_read_in_order(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_wrong_shards_of_lightningdit_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds squares of 24 pixels; choose data\.view=square data\.size=24"):
         lightningdit(tmp_path, size=32)
     with pytest.raises(ValueError, match=r"holds 4 channels, and the tokenizer has 32"):
-        LightningDit(tmp_path, Views("square", 24, 8, 4096), None, "train", True, Spec(32, 8))
+        LightningDiTLatents(tmp_path, ImageViews("square", 24, 8, 4096), None, "train", True, LatentSpec(32, 8))
     save_file({"labels": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"has a shard without latents; it is not LightningDiT's"):
         lightningdit(tmp_path)
@@ -283,7 +285,7 @@ def test_damaged_statistics_are_named(tmp_path: Path) -> None:
     for other in ({"mean": mean}, {"mean": mean[0], "std": std}, {"mean": mean, "std": -std}, [mean]):
         torch.save(other, file)
         with pytest.raises(ValueError, match=r"latents_stats\.pt is damaged"):
-            VaVae(weights=str(tmp_path), stride=8, multiplier=1.0)
+            VAVAE(weights=str(tmp_path), stride=8, multiplier=1.0)
     file.unlink()
     assert torch.equal(statistics(tmp_path)[0], mean)
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".pt", ".safetensors", ".safetensors"]
@@ -310,25 +312,25 @@ def config(source: str, root: Path, *overrides: str) -> dict[str, Any]:
     return composed(*shape, f"data.source={source}", f"data.root={root}", *overrides)
 
 
-def first(parts: build.Parts, index: int) -> Tensor:
-    latents = parts.batches(parts.images, parts.assembly)[Micro(0, (index,), (index,), 0, 0, 1.0, 0)][0]
+def first(parts: build.RunComponents, index: int) -> Tensor:
+    latents = parts.batches(parts.images, parts.assembly)[MicroBatch(0, (index,), (index,), 0, 0, 1.0, 0)][0]
     return parts.layout.to_latents(latents.x, latents)[0]
 
 
 def test_a_run_trains_on_nits_latents_as_they_were_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "tokenizer", lambda config: pytest.fail("weights were loaded"))
     stored = write_nit(tmp_path)
-    parts = build.parts(config("nit", tmp_path, "data=imagenet_native", "tokenizer=dc_ae"), 1)
+    parts = build.build_run(config("nit", tmp_path, "data=imagenet_native", "tokenizer=dc_ae"), 1)
     assert torch.allclose(first(parts, 1), stored["native-resolution", "n01/n01_1.safetensors"][0], rtol=1e-5)
 
 
 def test_a_run_trains_on_lightningdits_latents(tmp_path: Path) -> None:
     plain, _ = write_lightningdit(tmp_path)
     square = ["data=imagenet_256", "data.size=24", "tokenizer=sd_vae", "tokenizer.weights=random_tiny"]
-    parts = build.parts(config("lightningdit", tmp_path, *square), 1)
+    parts = build.build_run(config("lightningdit", tmp_path, *square), 1)
     assert torch.allclose(first(parts, 6), plain[6] * 0.18215)
-    codec = {"_target_": "genfound.data.latents.va_vae.VaVae", "weights": str(tmp_path), "stride": 8, "multiplier": 0.5}
-    parts = build.parts({**config("lightningdit", tmp_path, *square), "tokenizer": codec}, 1)
+    codec = {"_target_": "genfound.data.latents.va_vae.VAVAE", "weights": str(tmp_path), "stride": 8, "multiplier": 0.5}
+    parts = build.build_run({**config("lightningdit", tmp_path, *square), "tokenizer": codec}, 1)
     mean, std = statistics(tmp_path)
     assert torch.allclose(first(parts, 6), (plain[6] - mean[0]) / std[0] * 0.5, atol=1e-6)
     assert parts.tokenizer.decode(torch.zeros(1, 4, 3, 3)).shape == (1, 3, 24, 24)
@@ -336,7 +338,7 @@ def test_a_run_trains_on_lightningdits_latents(tmp_path: Path) -> None:
 
 def test_an_autoencoder_without_its_network_says_so(tmp_path: Path) -> None:
     write_lightningdit(tmp_path)
-    codec = VaVae(weights=str(tmp_path), stride=16, multiplier=1.0)
+    codec = VAVAE(weights=str(tmp_path), stride=16, multiplier=1.0)
     assert codec.spec == (4, 16)
     for use in (codec.encode, codec.decode):
         with pytest.raises(ValueError, match="VA-VAE's network is no part of genfound"):

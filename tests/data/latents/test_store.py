@@ -16,10 +16,10 @@ from torch import Tensor
 from genfound.data.images.base import LatentSource
 from genfound.data.images.imagenet import ImageTree
 from genfound.data.images.pixels import normalised, to_picture
-from genfound.data.images.views import Views
+from genfound.data.images.views import ImageViews
 from genfound.data.latents import safetensors_io
 from genfound.data.latents.manifest import MANIFEST, read_manifest, write_manifest
-from genfound.data.latents.store import Filling, Store, read_index, verify
+from genfound.data.latents.store import ShardWriter, Store, read_index, verify
 from tests.stores import contents, encoded, native, tree
 
 
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def opened(root: Path, views: Views | None = None, split: str = "train", mirrored: bool = False) -> Store:
+def opened(root: Path, views: ImageViews | None = None, split: str = "train", mirrored: bool = False) -> Store:
     return Store(root, views or native(), 3 if root.name == "native" else None, split, mirrored)
 
 
@@ -67,7 +67,7 @@ def test_a_store_holds_what_the_images_hold(made: Path, split: str) -> None:
      ("flexible", "flexible", 48)],
 )  # fmt: skip
 def test_views_are_those_of_the_images_and_in_their_order(made: Path, store: str, view: str, size: int) -> None:
-    stored, source = opened(made / store, Views(view, size, 8, 4096)), images(made, view, size)
+    stored, source = opened(made / store, ImageViews(view, size, 8, 4096)), images(made, view, size)
     assert np.array_equal(stored.sizes, source.sizes)
     assert np.array_equal(stored.labels, source.labels)
     for index in range(0, len(source.labels), 5):
@@ -233,16 +233,16 @@ def test_an_incomplete_store_is_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("store", "views", "mirrored", "message"),
     [
-        ("native", Views("mixed", 32, 8, 4096), False, r"holds native, and data\.view=mixed needs 32 and 64"),
+        ("native", ImageViews("mixed", 32, 8, 4096), False, r"holds native, and data\.view=mixed needs 32 and 64"),
         ("mixed", native(), True, r"holds no mirrored latents; encode with data\.flip=true, or data\.flip=false"),
         ("native", native(16), False, r"do not divide into tokens of 16 pixels; encode with patch_size=16"),
         ("native", native(8, 50), False, r"holds images of 96 tokens; raise data\.max_tokens"),
-        ("flexible", Views("square", 48, 8, 4096), False, r"encoded for data\.view=flexible; not every image has"),
+        ("flexible", ImageViews("square", 48, 8, 4096), False, r"encoded for data\.view=flexible; not every image has"),
     ],
     ids=["view", "mirrored", "unit", "tokens", "incomplete view"],
 )
 def test_a_store_that_does_not_fit_is_refused(
-    made: Path, store: str, views: Views, mirrored: bool, message: str
+    made: Path, store: str, views: ImageViews, mirrored: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         opened(made / store, views, mirrored=mirrored)
@@ -289,7 +289,7 @@ def test_images_shown_by_others_are_in_the_note_and_the_report(made: Path, tmp_p
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {"sizes": np.ones((1, 2)), "labels": [0], "images": [0], "rules": [0]}
-    filling = Filling({k: np.array(v) for k, v in columns.items()}, ["a"], 3, 3, 1, torch.float16)
+    filling = ShardWriter({k: np.array(v) for k, v in columns.items()}, ["a"], 3, 3, 1, torch.float16)
     filling.put([0], torch.ones(1, 1, 3, 1, 1))
 
     def full(*_: object) -> None:

@@ -12,9 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genfound import build
-from genfound.data.latents.stored_tokenizer import Described, Stored, describe, encoder_digest, stored_tokenizer
-from genfound.data.packing.batch_plan import Micro
-from genfound.tokenizers import Pixel
+from genfound.data.latents.stored_tokenizer import (
+    StoredTokenizer,
+    TokenizerInfo,
+    describe,
+    encoder_digest,
+    stored_tokenizer,
+)
+from genfound.data.packing.batch_plan import MicroBatch
+from genfound.tokenizers import PixelTokenizer
 from genfound.tokenizers.weights import CONFIG, WEIGHTS
 from genfound.training import fit
 from tests.helpers import composed, run_dir
@@ -46,14 +52,14 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "tokenizer", lambda config: pytest.fail("weights were loaded"))
 
 
-def first(parts: build.Parts, *indices: int, position: int = 0) -> torch.Tensor:
-    micro = Micro(0, tuple(range(position, position + len(indices))), indices, 0, 0, 1.0, 0)
+def first(parts: build.RunComponents, *indices: int, position: int = 0) -> torch.Tensor:
+    micro = MicroBatch(0, tuple(range(position, position + len(indices))), indices, 0, 0, 1.0, 0)
     return parts.batches(parts.images, parts.assembly)[micro][0].x
 
 
 @pytest.mark.usefixtures("no_weights")
 def test_a_run_reads_a_store_without_the_weights(store: Path) -> None:
-    parts = build.parts(config(store), 1)
+    parts = build.build_run(config(store), 1)
     assert parts.tokenizer.spec == (4, 8)
     assert len(parts.images.class_names) == parts.net.null_label == 3
     assert (len(parts.images.labels), len(parts.held_out.labels)) == (12, 6)
@@ -64,7 +70,7 @@ def test_a_run_reads_a_store_without_the_weights(store: Path) -> None:
 
 @pytest.mark.usefixtures("no_weights")
 def test_latents_are_drawn_from_the_posterior_with_each_images_own_noise(store: Path) -> None:
-    parts, mode = (build.parts(config(store, f"tokenizer.posterior={rule}"), 1) for rule in ("sample", "mode"))
+    parts, mode = (build.build_run(config(store, f"tokenizer.posterior={rule}"), 1) for rule in ("sample", "mode"))
     assert parts.tokenizer.stochastic and not mode.tokenizer.stochastic
     mean, logvar = parts.images.moments(5, False).chunk(2)
     count = mean[0].numel()
@@ -78,9 +84,9 @@ def test_latents_are_drawn_from_the_posterior_with_each_images_own_noise(store: 
 
 
 def test_training_from_a_store_is_training_from_its_images(store: Path) -> None:
-    stored = build.parts(config(store), 1)
+    stored = build.build_run(config(store), 1)
     images = [f"data.root={store.parent}/images", "data.source=images", f"runs={store.parent}/runs"]
-    direct = build.parts(config(store, *images), 1)
+    direct = build.build_run(config(store, *images), 1)
     for (a, m), (b, n), _ in zip(stored.loader(0), direct.loader(0), range(3), strict=False):
         assert m == n
         batch = direct.assembly(b, n.positions, torch.device("cpu"))
@@ -89,7 +95,7 @@ def test_training_from_a_store_is_training_from_its_images(store: Path) -> None:
 
 
 def test_only_decoding_loads_the_weights_and_workers_do_not_get_them(store: Path) -> None:
-    codec = build.parts(config(store), 1).tokenizer
+    codec = build.build_run(config(store), 1).tokenizer
     assert codec._whole is None
     decoded = codec.decode(torch.zeros(1, 4, 2, 3))
     assert decoded.shape == (1, 3, 16, 24)
@@ -104,7 +110,7 @@ def test_without_weights_pictures_show_channels_of_the_latents(
         raise FileNotFoundError("tokenizer.weights=x is nowhere")
 
     monkeypatch.setattr(build, "tokenizer", absent)
-    codec = build.parts(config(store), 1).tokenizer
+    codec = build.build_run(config(store), 1).tokenizer
     latent = torch.randn(1, 4, 2, 3)
     for _ in range(2):
         picture = codec.decode(latent)
@@ -135,7 +141,7 @@ def test_without_weights_pictures_show_channels_of_the_latents(
 )
 def test_what_does_not_fit_is_refused(store: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build.parts(config(store, *overrides), 1)
+        build.build_run(config(store, *overrides), 1)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +157,7 @@ def options(folder: Path | str) -> dict[str, Any]:
     return dict(composed("tokenizer=sd_vae", f"tokenizer.weights={folder}")["tokenizer"])
 
 
-def described(folder: Path | str) -> Described:
+def described(folder: Path | str) -> TokenizerInfo:
     return describe(options(folder), lambda: pytest.fail("weights were loaded"))
 
 
@@ -181,7 +187,7 @@ def test_the_digest_is_that_of_the_encoder(folder: Path, tmp_path: Path) -> None
     encoder = changed(folder, tmp_path / "encoder", "encoder.conv_in.bias")
     assert encoder_digest(described(decoder)) == digest != encoder_digest(described(encoder))
     assert encoder_digest(described("random_tiny")) == "random_tiny"
-    assert encoder_digest(describe({"_target_": "genfound.tokenizers.pixel.Pixel"}, Pixel)) == ""
+    assert encoder_digest(describe({"_target_": "genfound.tokenizers.pixel.PixelTokenizer"}, PixelTokenizer)) == ""
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +195,7 @@ def from_folder(store: Path, folder: Path) -> Iterator[Path]:
     yield encoded(store.parent / "images", store.parent / "folder", *KL, f"tokenizer.weights={folder}")
 
 
-def opened(store: Path, weights: Path | str) -> Stored:
+def opened(store: Path, weights: Path | str) -> StoredTokenizer:
     asked = options(weights)
     load = functools.partial(build.tokenizer, {"tokenizer": asked})
     return stored_tokenizer({"source": "store", "root": str(store)}, asked, load)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from benchmarks.image_sizes import token_counts
 from genfound import build
 from genfound.data.packing import budget
-from genfound.data.packing.batch_plan import Micro, Plan
+from genfound.data.packing.batch_plan import MicroBatch, Plan
 from genfound.data.packing.loader import TrainLoader
 from genfound.data.packing.order import Order
-from genfound.data.packing.packer import Chunker, Packer
+from genfound.data.packing.packer import FixedBatcher, Packer
 from genfound.objectives.weighting import EXPONENTS
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 from tests.helpers import composed
 
 BUDGET = 512
@@ -30,13 +30,13 @@ def packed_plan(per_step: int = 8, weight: str = "token", images: int = 700, see
 
 
 def dense_plan(per_step: int = 4, images: int = 50) -> Plan:
-    return Plan(Order(images, 0), np.full(images, 16), Chunker(3), per_step, "image", 0)
+    return Plan(Order(images, 0), np.full(images, 16), FixedBatcher(3), per_step, "image", 0)
 
 
 PLANS = {"packed": packed_plan, "dense": dense_plan}
 
 
-def first(plan: Plan, steps: int) -> list[list[Micro]]:
+def first(plan: Plan, steps: int) -> list[list[MicroBatch]]:
     return list(islice(plan.steps(), steps))
 
 
@@ -79,13 +79,13 @@ def test_numbers_and_totals_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("rule", EXPONENTS)
-def test_step_weight_is_the_sum_over_all_images_of_the_step(rule: str) -> None:
+def test_weight_sum_is_the_sum_over_all_images_of_the_step(rule: str) -> None:
     plan = packed_plan(weight=rule)
     for micros in first(plan, 5):
         tokens = np.concatenate([plan.tokens[list(m.indices)] for m in micros]).astype(float)
         expected = {"image": len(tokens), "sqrt": np.sqrt(tokens).sum(), "token": tokens.sum()}[rule]
         for m in micros:
-            assert m.step_weight == pytest.approx(expected)
+            assert m.weight_sum == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("make", PLANS.values(), ids=PLANS.keys())
@@ -131,7 +131,7 @@ def thirty_images(per_step: int, budget: int, images: int) -> Plan:
     order = Order(30, 3)
     packer = Packer(lambda k: int(tokens[order[k]]), budget, 20, lookahead=20)
     packer.window = 6  # type: ignore[misc]
-    return Plan(order, tokens, packer if budget else Chunker(images), per_step, "image", 3)
+    return Plan(order, tokens, packer if budget else FixedBatcher(images), per_step, "image", 3)
 
 
 def parts_of_a_run() -> Any:
@@ -142,7 +142,7 @@ def parts_of_a_run() -> Any:
 
 @given(parts_of_a_run())
 def test_a_run_that_continues_with_another_global_step_repeats_and_loses_no_image(parts: list[Any]) -> None:
-    state, read = None, list[Micro]()
+    state, read = None, list[MicroBatch]()
     for micro, steps, ahead in parts:
         plan = thirty_images(*micro)
         if state is not None:
@@ -260,7 +260,7 @@ class Source:
 
 def built(source: Source, *overrides: str, ranks: int = 1) -> Plan:
     config = composed("model=nit_tiny", "data.max_tokens=256", "data.batch_size=32", *overrides)
-    return build.plan(config, source, Spec(3, 1), "image", ranks, 0)  # type: ignore[arg-type]
+    return build.plan(config, source, LatentSpec(3, 1), "image", ranks, 0)  # type: ignore[arg-type]
 
 
 def test_a_step_is_the_recipes_unless_chosen() -> None:

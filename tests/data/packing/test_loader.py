@@ -7,23 +7,25 @@ import pytest
 import torch
 
 from genfound.data.images.pixels import normalised, to_picture, to_uint8
-from genfound.data.packing.batch_plan import Micro, Plan
-from genfound.data.packing.collate import Assembly
+from genfound.data.packing.batch_plan import MicroBatch, Plan
+from genfound.data.packing.collate import Collate
 from genfound.data.packing.loader import MicroBatches, TrainLoader
 from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Packer
 from genfound.layouts import Packed
 from genfound.rng import Rng
-from genfound.tokenizers import Pixel
+from genfound.tokenizers import PixelTokenizer
 from tests.data.images.test_shapes import shapes
 
 
-def micro(number: int, *indices: int) -> Micro:
-    return Micro(number, indices, indices, 0, 0, 1.0, 0)
+def micro(number: int, *indices: int) -> MicroBatch:
+    return MicroBatch(number, indices, indices, 0, 0, 1.0, 0)
 
 
 def batches(flips: bool = False) -> MicroBatches:
-    return MicroBatches(shapes(), Assembly(Pixel(), Packed(2, 400, 12), Rng(0)), Rng(0, "train") if flips else None)
+    return MicroBatches(
+        shapes(), Collate(PixelTokenizer(), Packed(2, 400, 12), Rng(0)), Rng(0, "train") if flips else None
+    )
 
 
 def test_pixels_survive_the_way_to_tensors_and_back() -> None:
@@ -92,7 +94,7 @@ def test_two_passes_through_kills_other_ranks_and_other_workers_show_every_image
     """Killed four times, on 1, 2, then 1 ranks with 0, 2 and 4 workers: the steps of an untouched run."""
     per_step, both_passes = 4, 2 * len(shapes().labels)
     untouched = list(islice(loader(0).plan.steps(), 60))
-    steps: list[list[Micro]] = []
+    steps: list[list[MicroBatch]] = []
     state, done = None, 0
     for ranks, workers, wanted in ((1, 0, 3), (2, 2, 4), (2, 0, 1), (1, 4, 2), (1, 2, len(untouched))):
         loaders = [loader(workers, rank, ranks) for rank in range(ranks)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.image_sizes import token_counts
-from genfound.data.packing.packer import Chunker, Packer
+from genfound.data.packing.packer import FixedBatcher, Packer
 
 TOKENS = st.lists(st.integers(1, 40), min_size=1, max_size=50)
 
@@ -104,7 +104,7 @@ def test_a_restored_packer_continues_identically(tokens: list[int], before: int)
 
 
 def test_chunks_are_consecutive() -> None:
-    chunker = Chunker(3)
+    chunker = FixedBatcher(3)
     assert [chunker.take() for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     state = chunker.state()
     expected = chunker.take()
@@ -113,8 +113,8 @@ def test_chunks_are_consecutive() -> None:
     assert chunker.take() == expected == [9, 10, 11]
 
 
-@pytest.mark.parametrize("source", [packer([7, 9], 40), Chunker(4)], ids=["packer", "chunker"])
-def test_states_are_plain_values(source: Packer | Chunker) -> None:
+@pytest.mark.parametrize("source", [packer([7, 9], 40), FixedBatcher(4)], ids=["packer", "chunker"])
+def test_states_are_plain_values(source: Packer | FixedBatcher) -> None:
     source.take()
     for value in source.state().values():
         assert isinstance(value, int) or all(type(v) is int for v in value)

@@ -20,14 +20,14 @@ from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
 from genfound.checkpoints.official.dit import from_official, official_keys, to_official
 from genfound.data.images import views
-from genfound.layers.embed import LabelEmbedding, TimeEmbedding, sinusoid
+from genfound.layers.embed import LabelEmbedder, TimestepEmbedder, sinusoid
 from genfound.layouts import Dense
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Losses, Net
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
 from genfound.samplers import SAMPLERS
-from genfound.sampling.pipeline import guided
+from genfound.sampling.pipeline import with_guidance
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.gaussian import StepNoise, diffusion, sections
 from tests.golden.fill import inputs, parameters, unit
@@ -74,7 +74,7 @@ def official(fixture: Fixture, config: Mapping[str, Any]) -> DiT:
         assert key == "pos_embed"
         side = math.isqrt(shape[1])
         weights[key] = position_table(side, side, shape[2])[None]
-    checkpoint_io.fill(net, from_official(weights), SOURCE)
+    checkpoint_io.load_strict(net, from_official(weights), SOURCE)
     return net.eval()
 
 
@@ -143,7 +143,7 @@ def guided_forward(fixture: Fixture) -> Results:
     first, second = [], []
     for x, t, y in zip(given["x"][:n], given["t"][:n], given["y"][:n], strict=True):
         batch = dense(x[None], y[None], net.token_spec.patch_size)
-        first.append(guided(net, guidance)(batch, float(t)))
+        first.append(with_guidance(net, guidance)(batch, float(t)))
         null = dense(x[None], torch.tensor([net.null_label]), net.token_spec.patch_size)
         second.append(torch.cat([first[-1][:, :3], net(null, t[None])[:, 3:]], dim=1))
     return {"out": torch.cat(first + second)}
@@ -168,7 +168,7 @@ def time_sinusoid(fixture: Fixture) -> Results:
 @torch.no_grad()
 def time_embedding(fixture: Fixture) -> Results:
     """Sinusoid and MLP."""
-    module = TimeEmbedding(fixture["config"]["hidden_size"])
+    module = TimestepEmbedder(fixture["config"]["hidden_size"])
     fill_part(module, fixture, "t_embedder")
     return {"out": module(inputs(fixture)["t"])}
 
@@ -178,8 +178,8 @@ def time_embedding(fixture: Fixture) -> Results:
 def label_embedding(fixture: Fixture) -> Results:
     """Labels after the module's dropout and their rows; a forced drop is the null label itself."""
     config, given = fixture["config"], inputs(fixture)
-    net = Labels(LabelEmbedding(config["num_classes"], config["hidden_size"], null_class=config["dropout_prob"] > 0))
-    checkpoint_io.fill(net.table, parameters(fixture), SOURCE)
+    net = Labels(LabelEmbedder(config["num_classes"], config["hidden_size"], null_class=config["dropout_prob"] > 0))
+    checkpoint_io.load_strict(net.table, parameters(fixture), SOURCE)
     probe, labels = Probe(torch.zeros(0)), given["labels"]
     module = module_of(net, probe, {"class_dropout_prob": config["dropout_prob"]})
     batch = dense(torch.zeros(len(labels), 1, 1, 1), labels, 1)
@@ -196,7 +196,7 @@ def label_embedding(fixture: Fixture) -> Results:
 class Labels(Backbone):
     """The rows of a label table, as a network."""
 
-    def __init__(self, table: LabelEmbedding) -> None:
+    def __init__(self, table: LabelEmbedder) -> None:
         super().__init__()
         self.table, self.null_label = table, table.embedding_table.num_embeddings - 1
 
@@ -227,7 +227,7 @@ def final_layer(fixture: Fixture) -> Results:
     weights = parameters(fixture)
     own = {key.replace("adaLN_modulation.1", "adaln"): value for key, value in weights.items()}
     own |= {key: own[key][order] for key in ("linear.weight", "linear.bias")}
-    checkpoint_io.fill(module, own, SOURCE)
+    checkpoint_io.load_strict(module, own, SOURCE)
     return {"out": module(given["x"], torch.nn.functional.silu(given["c"]))[..., order.argsort()]}
 
 
@@ -235,7 +235,7 @@ def fill_part(module: torch.nn.Module, fixture: Fixture, name: str) -> None:
     """Official weights of a part, whose keys are relative to it."""
     names = official_keys(1)
     own = {names[f"{name}.{key}"].removeprefix(f"{name}."): value for key, value in parameters(fixture).items()}
-    checkpoint_io.fill(module, own, SOURCE)
+    checkpoint_io.load_strict(module, own, SOURCE)
 
 
 @adapter("dit", "dit.init", notes=_All())
@@ -270,7 +270,7 @@ def sample(fixture: Fixture) -> Results:
     guidance = {"name": "cfg", "scale": scale, "interval": [0.0, 1000.0], "channels": "first3"}
     times = objective.times(name, sections(config["diffusion"]))
     noise = StepNoise(given["z"].shape, copies=1 if scale == 1 else 2)
-    out = SAMPLERS[name](objective.field(guided(net, guidance)), batch, times, noise, **call)
+    out = SAMPLERS[name](objective.field(with_guidance(net, guidance)), batch, times, noise, **call)
     return {"sample": out.x}
 
 

@@ -20,8 +20,8 @@ from genfound.layers.moe import MixtureOfExperts, Router, Routing, balance_loss
 from genfound.modules.base import GenerativeModule
 from genfound.modules.dit_moe import upcycle
 from genfound.runtime import checkpoint_io
-from genfound.sampling.pipeline import guided
-from genfound.tokenizers import Spec
+from genfound.sampling.pipeline import with_guidance
+from genfound.tokenizers import LatentSpec
 from tests.golden import fill
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.dit import dense
@@ -91,7 +91,7 @@ class Official:
         for key, shape in fixture["buffers"]:
             assert key == "pos_embed" and list(self.positions.shape) == shape
             weights[key] = self.positions
-        checkpoint_io.fill(self.net, dit_moe.from_official(weights), SOURCE)
+        checkpoint_io.load_strict(self.net, dit_moe.from_official(weights), SOURCE)
         self.net.eval()
         self.drop = config["class_dropout_prob"]
 
@@ -142,7 +142,9 @@ def fill_part(module: nn.Module, fixture: Fixture, theirs: str, ours: str) -> No
         state = dit_moe.stack_experts(state)
     qk_norm = any("Wqkv" in key for key in state)
     names = dit_moe.official_keys(1, qk_norm, shared=True)
-    checkpoint_io.fill(module, {names.get(key, key).removeprefix(f"{ours}."): v for key, v in state.items()}, SOURCE)
+    checkpoint_io.load_strict(
+        module, {names.get(key, key).removeprefix(f"{ours}."): v for key, v in state.items()}, SOURCE
+    )
 
 
 @adapter("dit_moe", "gate")
@@ -151,7 +153,7 @@ def gate(fixture: Fixture) -> Results:
     config = settings(fixture["config"], GATE, "embed_dim", "num_experts", "num_experts_per_tok")
     size = fixture["config"]
     router = Router(size["embed_dim"], size["num_experts"], size["num_experts_per_tok"], config["norm_topk_prob"])
-    checkpoint_io.fill(router, fill.parameters(fixture), SOURCE)
+    checkpoint_io.load_strict(router, fill.parameters(fixture), SOURCE)
     given = tensors(fixture)
     x = given["x"].requires_grad_()
     routing = router(x)
@@ -270,7 +272,7 @@ def forward(fixture: Fixture) -> Results:
     halves = []
     for i in range(n):  # each image has its own time
         twice = dense(x[[i, i]], torch.tensor([int(y[i]), net.null_label or 0]), official.patch_size)
-        halves.append(guided(net, guidance, (0.0, 1000.0))(twice, float(t[i])))
+        halves.append(with_guidance(net, guidance, (0.0, 1000.0))(twice, float(t[i])))
     cfg = torch.stack(halves, dim=1).flatten(0, 1)
     return {"out": out, "cfg": cfg, "routing": torch.stack(choices), "pos_embed": official.positions}
 
@@ -293,7 +295,7 @@ def size(row: Mapping[str, Any]) -> dict[str, Any]:
         f"model.qk_norm={norm}", "model.learn_sigma=true",
     )  # fmt: skip
     with torch.device("meta"):
-        net = build.net(config, Spec(4, 8), 1000)
+        net = build.net(config, LatentSpec(4, 8), 1000)
     assert isinstance(net, DiTMoE)
     width, depth, tokens = config["model"]["width"], len(net.blocks), (32 // patch) ** 2
     trainable, moe = sum(p.numel() for p in net.parameters()), net.mixtures[0]
@@ -336,7 +338,7 @@ def upcycling(fixture: Fixture) -> Results:
     source = {**fill.parameters(fixture), "pos_embed": position_table(*grid, config["hidden_size"])[None]}
     generator = torch.Generator().manual_seed(0)
     upcycled = upcycle(dit_moe.from_official(source), config["num_experts"], generator)
-    checkpoint_io.fill(construct(config, flow=False), upcycled, SOURCE)
+    checkpoint_io.load_strict(construct(config, flow=False), upcycled, SOURCE)
     target = dit_moe.to_official(upcycled, config["patch_size"], grid)
     return {"map": {key: origin(key, tensor, source) for key, tensor in target.items()}}
 

@@ -14,7 +14,7 @@ from genfound.callbacks.ema import Ema
 from genfound.objectives.base import Losses
 from genfound.objectives.flow import Flow, FlowField
 from genfound.samplers import SAMPLERS
-from genfound.sampling.pipeline import guided
+from genfound.sampling.pipeline import with_guidance
 from tests.golden import fill
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws, dense
@@ -72,7 +72,7 @@ def gaussian(fixture: Fixture) -> Results:
     times = objective.times("ddpm", sections(options))
     scale = fixture["inputs"]["cfg_scale"]
     guidance = {"name": "cfg", "scale": scale, "interval": [0.0, 1.0], "channels": "first3"}
-    field = objective.field(guided(official.net.eval(), guidance, objective.time_range))
+    field = objective.field(with_guidance(official.net.eval(), guidance, objective.time_range))
     z = given["z"]
     sample = SAMPLERS["ddpm"](field, dense(z, y, official.patch_size), times, StepNoise(z.shape, copies=2))
     return {
@@ -151,7 +151,7 @@ def sample_flow(fixture: Fixture) -> Results:
     def walk(scale: float) -> list[Tensor]:
         guidance = {"name": "cfg", "scale": scale, "interval": [0.0, 1.0], "channels": "all"}
         states = [given["z"]]
-        field = flow.field(guided(official.net, guidance, flow.time_range))
+        field = flow.field(with_guidance(official.net, guidance, flow.time_range))
         batch = dense(given["z"], given["y"], official.patch_size)
         SAMPLERS["euler"](field, batch, flow.times("euler", steps), StepNoise([]), lambda _, b: states.append(b.x))
         return states
@@ -177,7 +177,7 @@ def routing_counts(fixture: Fixture) -> Results:
     objective = diffusion(options, clip=False)
     times = objective.times("ddpm", sections(options))
     guidance = {"name": "cfg", "scale": config["cfg_scale"], "interval": [0.0, 1.0], "channels": "first3"}
-    field = objective.field(guided(official.net, guidance, objective.time_range))
+    field = objective.field(with_guidance(official.net, guidance, objective.time_range))
     shape = [1, asked["in_channels"], asked["input_size"], asked["input_size"]]
     classes = tensors(fixture)["classes"]
     with RoutingCounts(official.net, times, asked["num_classes"]).counting() as counts:

@@ -21,7 +21,7 @@ from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
-from genfound.sampling.pipeline import guided
+from genfound.sampling.pipeline import with_guidance
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.fill import inputs, parameters, tensor
 
@@ -111,7 +111,7 @@ def clamped(fixture: Fixture) -> bool:
 def official(fixture: Fixture, config: Mapping[str, Any]) -> FiT:
     """The backbone with the official weights of a fixture."""
     net = build(config, clamped(fixture))
-    checkpoint_io.fill(net, from_official(parameters(fixture)), SOURCE)
+    checkpoint_io.load_strict(net, from_official(parameters(fixture)), SOURCE)
     return net.eval()
 
 
@@ -187,7 +187,7 @@ def guided_forward(fixture: Fixture) -> Results:
         assert given["t"][n + i] == given["t"][i]
         row = {key: given[key][i : i + 1] for key in ("t", "y", "grid", "mask", "size")}
         batch = to_batch(row, x[i : i + 1])
-        first.append(guided(net, guidance)(batch, float(row["t"])))
+        first.append(with_guidance(net, guidance)(batch, float(row["t"])))
         null = net(replace(batch, y=given["y"][n : n + 1]), row["t"])
         count = 3 * net.token_spec.patch_size**2
         second.append(torch.cat([first[-1][..., :count], null[..., count:]], dim=-1))

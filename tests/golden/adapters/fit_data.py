@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genfound.backbones.fit import coordinates
 from genfound.batch import Batch
-from genfound.data.images.views import Entries, Flexible, Views, center_crop, published_flexible_size
+from genfound.data.images.views import Entries, Flexible, ImageViews, center_crop, published_flexible_size
 from genfound.layouts import Padded
 from genfound.layouts.base import from_tokens
 from tests.golden.adapters import Results, adapter
@@ -45,7 +45,7 @@ def pixels(fixture: Fixture) -> Results:
     rule = Flexible(16, fixture["config"]["S"])
     size = published_flexible_size(image.height, image.width, 16, fixture["config"]["S"])
     return {
-        "resize": np.asarray(rule.show(image, size)),
+        "resize": np.asarray(rule.render(image, size)),
         "crop": np.asarray(center_crop(image, fixture["config"]["C"])),
     }
 
@@ -56,7 +56,7 @@ def collate(fixture: Fixture) -> Results:
     target, given = fixture["config"]["target_len"], fixture["inputs"]
     files = sorted(file for file in given["files"] if not file[1].startswith("less_than"))
     names = sorted({name for name, *_ in files})
-    views = Views("flexible", 16, 16, target)
+    views = ImageViews("flexible", 16, 16, target)
     rules = [1 if bucket.endswith("_crop") else 0 for _, bucket, *_ in files]
     entries = Entries(
         np.array([names.index(name) for name, *_ in files]),

@@ -15,7 +15,7 @@ from genfound.layouts import Padded
 from genfound.objectives.base import Net
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import ClassifierFree
+from genfound.samplers.guidance import ClassifierFreeGuidance
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws
 from tests.golden.adapters.fit import by_row, cfg_inputs, official, to_batch
@@ -126,7 +126,7 @@ def sample(fixture: Fixture) -> Results:
     n = len(given["z"])
     assert (given["y"][n:] == net.null_label).all()
     schedule = {"schedule": "power_cosine", "power": given["scale_pow"]} if given["scale_pow"] else {}
-    around = ClassifierFree(net, given["cfg_scale"], [0.0, 1.0], "first3", doubled=True, **schedule)
+    around = ClassifierFreeGuidance(net, given["cfg_scale"], [0.0, 1.0], "first3", doubled=True, **schedule)
     if "diffusion" in config:
         objective: Any = diffusion(config["diffusion"], clip=False)
         name, steps, options = WHOLE_STEPS[fixture["source"].rpartition(".")[2]], sections(config["diffusion"]), {}

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from genfound.backbones.fit import Attention, coordinates
 from genfound.batch import Batch
-from genfound.layers.embed import LabelEmbedding, sinusoid
+from genfound.layers.embed import LabelEmbedder, sinusoid
 from genfound.layers.mlp import feed_forward
 from genfound.layers.norm import NORMS
-from genfound.layers.rope import Rope, rotate
+from genfound.layers.rope import Rope, apply_rope
 from genfound.layouts import Padded
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter
@@ -33,7 +33,9 @@ def tables(rope: Rope, sizes: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def by_channel(turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every channel (..., d) from what `rotate` takes."""
-    turned = rotate(torch.tensor([1.0, 0.0]).repeat(turn[0].shape[-1] // 2), *turn).squeeze(-2)  # pairs of (cos, sin)
+    turned = apply_rope(torch.tensor([1.0, 0.0]).repeat(turn[0].shape[-1] // 2), *turn).squeeze(
+        -2
+    )  # pairs of (cos, sin)
     return turned[..., ::2].repeat_interleave(2, dim=-1), turned[..., 1::2].repeat_interleave(2, dim=-1)
 
 
@@ -78,7 +80,7 @@ def rope_option(fixture: Fixture) -> Results:
     turn = rule(places, torch.ones(len(places), 2), lambda v: v[:, None])
     if "x" not in given:
         return dict(zip(("cos", "sin"), by_channel(turn), strict=True))
-    return {"out": rotate(tensor(given["x"]).transpose(1, 2), *turn).transpose(1, 2)}
+    return {"out": apply_rope(tensor(given["x"]).transpose(1, 2), *turn).transpose(1, 2)}
 
 
 def rounded_tables(fixture: Fixture, rule: Rope) -> Results:
@@ -104,7 +106,7 @@ def attention(fixture: Fixture) -> Results:
     weighted, heads = asked["qk_norm_weight"], asked["num_heads"]
     names = (norm_name(asked[key], weighted) for key in ("q_norm", "k_norm"))
     net = Attention(asked["dim"], heads, *names, asked["qkv_bias"], asked["add_rel_pe_to_v"], "auto")
-    checkpoint_io.fill(net, parameters(fixture), SOURCE)
+    checkpoint_io.load_strict(net, parameters(fixture), SOURCE)
     given = inputs(fixture)
     batch = blank(torch.ones(len(given["x"]), 2, dtype=torch.long), given["x"].shape[1])
     turn = None
@@ -146,7 +148,7 @@ def norms(fixture: Fixture) -> Results:
 
 def fill_part(net: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
     own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    checkpoint_io.fill(net, own, SOURCE)
+    checkpoint_io.load_strict(net, own, SOURCE)
 
 
 @adapter("fit", "timestep_embedding")
@@ -161,8 +163,8 @@ def time_sinusoid(fixture: Fixture) -> Results:
 def label_embedding(fixture: Fixture) -> Results:
     """Rows of labels, of forced drops, and after the training module's dropout with each probability."""
     config, given = fixture["config"], inputs(fixture)
-    net = Labels(LabelEmbedding(config["num_classes"], config["hidden_size"], null_class=True))
-    checkpoint_io.fill(net.table, parameters(fixture), SOURCE)
+    net = Labels(LabelEmbedder(config["num_classes"], config["hidden_size"], null_class=True))
+    checkpoint_io.load_strict(net.table, parameters(fixture), SOURCE)
     y = given["y"]
     forced = torch.where(given["force_drop_ids"] == 1, config["num_classes"], y)
     draw = torch.from_numpy(unit("noise.0", list(y.shape))) / (2 * 3**0.5) + 0.5

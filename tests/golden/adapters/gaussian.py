@@ -12,8 +12,8 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.layouts import Dense
-from genfound.objectives.gaussian import Gaussian, GaussianField, Reverse
-from genfound.objectives.process import Sections, linear, posterior_mean, q_sample, spaced, x0_from_noise
+from genfound.objectives.gaussian import Gaussian, GaussianField, ReverseStep
+from genfound.objectives.process import StepSpec, linear, posterior_mean, q_sample, space_timesteps, x0_from_noise
 from genfound.objectives.vlb import variational_bound
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
@@ -49,7 +49,7 @@ def diffusion(config: Mapping[str, Any], clip: bool) -> Gaussian:
     )
 
 
-def sections(config: Mapping[str, Any]) -> Sections:
+def sections(config: Mapping[str, Any]) -> StepSpec:
     """The official respacing as the sampler's number of steps."""
     return config.get("timestep_respacing") or config.get("diffusion_steps", 1000)
 
@@ -57,7 +57,7 @@ def sections(config: Mapping[str, Any]) -> Sections:
 def respaced(config: Mapping[str, Any], clip: bool = False) -> Gaussian:
     """The objective on the steps that its respacing keeps."""
     objective = diffusion(config, clip)
-    objective.process = objective.process.respaced(spaced(sections(config), len(objective.process)))
+    objective.process = objective.process.respaced(space_timesteps(sections(config), len(objective.process)))
     return objective
 
 
@@ -130,7 +130,7 @@ def respace(fixture: Fixture) -> Results:
     results: dict[str, Any] = {}
     for case in fixture["config"]["cases"]:
         try:
-            results[case["id"]] = spaced(case["section_counts"], case["num_timesteps"])
+            results[case["id"]] = space_timesteps(case["section_counts"], case["num_timesteps"])
             assert "raises" not in case
         except ValueError:
             assert case["raises"] == "ValueError"
@@ -231,7 +231,7 @@ def _walk(fixture: Fixture, name: str, options: Mapping[str, Any]) -> Results:
     predicted: list[Tensor] = []
     mean_logvar = GaussianField.mean_logvar
 
-    def spy(field: GaussianField, batch: Batch, t: float) -> Reverse:
+    def spy(field: GaussianField, batch: Batch, t: float) -> ReverseStep:
         reverse = mean_logvar(field, batch, t)
         predicted.append(reverse.x0)
         return reverse

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genfound import build
-from genfound.data.images.views import Views
-from genfound.data.latents.lightningdit import LightningDit
-from genfound.data.latents.stored_tokenizer import Described, Stored, stored_tokenizer
+from genfound.data.images.views import ImageViews
+from genfound.data.latents.lightningdit import LightningDiTLatents
+from genfound.data.latents.stored_tokenizer import StoredTokenizer, TokenizerInfo, stored_tokenizer
 from genfound.data.latents.va_vae import statistics
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import unit
 
@@ -35,20 +35,20 @@ def write(config: Mapping[str, Any], root: Path) -> None:
         first += count
 
 
-def tokenizer(config: Mapping[str, Any], root: Path) -> Stored:
+def tokenizer(config: Mapping[str, Any], root: Path) -> StoredTokenizer:
     """What normalises: the statistics of the shards, or one factor for all channels."""
     if config["latent_norm"]:
         options = {
-            "_target_": "genfound.data.latents.va_vae.VaVae",
+            "_target_": "genfound.data.latents.va_vae.VAVAE",
             "weights": str(root),
             "stride": STRIDE,
             "multiplier": config["latent_multiplier"],
         }
         load = functools.partial(build.tokenizer, {"tokenizer": options})
         return stored_tokenizer({"source": "lightningdit", "root": str(root)}, options, load)
-    spec = Spec(config["channels"], STRIDE)
-    described = Described("SdVae", "random", None, spec, config["latent_multiplier"], 0.0, stochastic=False)
-    return Stored(described, has_variance=False, load=lambda: NotImplemented)
+    spec = LatentSpec(config["channels"], STRIDE)
+    described = TokenizerInfo("SdVae", "random", None, spec, config["latent_multiplier"], 0.0, stochastic=False)
+    return StoredTokenizer(described, has_variance=False, load=lambda: NotImplemented)
 
 
 @adapter("lightningdit", "latent_dataset")
@@ -59,8 +59,8 @@ def latent_dataset(fixture: Mapping[str, Any]) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write(config, root)
-        spec = Spec(config["channels"], STRIDE)
-        source = LightningDit(root, Views("square", side, STRIDE, side**2), None, "train", True, spec)
+        spec = LatentSpec(config["channels"], STRIDE)
+        source = LightningDiTLatents(root, ImageViews("square", side, STRIDE, side**2), None, "train", True, spec)
         codec = tokenizer(config, root)
         count = len(source.labels)
         chosen = [0, count // 2, count - 1]

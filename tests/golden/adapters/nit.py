@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from genfound.backbones.nit import NiT, coordinates
 from genfound.batch import Batch
 from genfound.checkpoints.official.nit import from_official, our_key, to_official
-from genfound.layers.embed import TimeEmbedding, sinusoid
-from genfound.layers.rope import rotate
+from genfound.layers.embed import TimestepEmbedder, sinusoid
+from genfound.layers.rope import apply_rope
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
 from genfound.runtime import checkpoint_io
@@ -98,10 +98,10 @@ class Official(nn.Module):
         super().__init__()
         weights = parameters(fixture)
         self.net = build(config)
-        checkpoint_io.fill(self.net, from_official(weights), Path("official weights"))
+        checkpoint_io.load_strict(self.net, from_official(weights), Path("official weights"))
         self.align = projector(config)
         own = {k.removeprefix("projector."): v for k, v in weights.items() if k.startswith("projector.")}
-        checkpoint_io.fill(self.align, own, Path("official weights"))
+        checkpoint_io.load_strict(self.align, own, Path("official weights"))
         self.encoder_depth = {**DEFAULTS, **config}["encoder_depth"]
         self.seen: dict[str, Tensor] = {}
 
@@ -241,7 +241,7 @@ def rope(fixture: Fixture) -> Results:
     places = coordinates(batch, net.rope_coords)
     rule = net.rope
     first = torch.tensor([1.0, 0.0]).repeat(len(places), 1, rule.head // 2)  # (T, 1, d), pairs of (1, 0)
-    turned = rotate(first, *rule(places, batch.sizes, batch.per_token)).squeeze(1)  # pairs of (cos, sin)
+    turned = apply_rope(first, *rule(places, batch.sizes, batch.per_token)).squeeze(1)  # pairs of (cos, sin)
     cos, sin = (turned[:, i::2].repeat_interleave(2, dim=1) for i in (0, 1))
     rows, columns = rule.frequencies(batch.sizes)[0]
     return {
@@ -259,8 +259,8 @@ def rope(fixture: Fixture) -> Results:
 @torch.no_grad()
 def time_embedding(fixture: Fixture) -> Results:
     """The sinusoid and the embedded time."""
-    module = TimeEmbedding(fixture["config"]["hidden_size"])
+    module = TimestepEmbedder(fixture["config"]["hidden_size"])
     own = {our_key(f"t_embedder.{k}").removeprefix("t_embedder."): v for k, v in parameters(fixture).items()}
-    checkpoint_io.fill(module, own, Path("official weights"))
+    checkpoint_io.load_strict(module, own, Path("official weights"))
     t = inputs(fixture)["t"]
     return {"frequencies": sinusoid(t), "out": module(t)}

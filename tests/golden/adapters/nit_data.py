@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from benchmarks.lpfhp import BestFit, Strategy, assign, costs, fill, lpfhp, pack_meta
 from genfound.data.images.pixels import normalised, to_picture
-from genfound.data.images.views import Views, center_crop, published_size, resize
-from genfound.data.latents.nit import NIT_SCALE, Nit
+from genfound.data.images.views import ImageViews, center_crop, published_size, resize
+from genfound.data.latents.nit import NIT_SCALE, NiTLatents
 from genfound.layouts import Packed
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, unit
 
@@ -168,8 +168,8 @@ def dataset_item(fixture: Fixture) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         write(config, Path(folder))
         side = int(config["type"].rpartition("x")[2]) if square else 32
-        views = Views("square" if square else "native", side, 32, 4096)
-        source = Nit(Path(folder), views, None, "train", True, Spec(32, 32))
+        views = ImageViews("square" if square else "native", side, 32, 4096)
+        source = NiTLatents(Path(folder), views, None, "train", True, LatentSpec(32, 32))
         for flip in (0, 1):
             label = torch.tensor(float(source.labels[0]))
             results |= {

@@ -15,13 +15,13 @@ from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.objectives.base import GuidedNet
 from genfound.objectives.flow import Flow
-from genfound.objectives.predictions import Views
+from genfound.objectives.predictions import Predictions
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.samplers import SAMPLERS
 from genfound.samplers.guidance import AutoGuidance
 from genfound.samplers.sde import sde_grid
-from genfound.sampling.pipeline import guided
+from genfound.sampling.pipeline import with_guidance
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.nit import Fixture, Official, to_batch
 from tests.golden.fill import inputs, unit
@@ -194,7 +194,7 @@ def sample(fixture: Fixture) -> Results:
 def guidance_around(net: Backbone, weak: Backbone | None, options: Mapping[str, Any], objective: Flow) -> GuidedNet:
     """The network with classifier-free guidance, or guided by a weaker one at the null label."""
     if weak is None:
-        return guided(net, {"name": "cfg", **options}, objective.time_range)
+        return with_guidance(net, {"name": "cfg", **options}, objective.time_range)
     return AutoGuidance(net, weak, **options, labels="null_label", time_range=objective.time_range)
 
 
@@ -206,7 +206,7 @@ def score(fixture: Fixture) -> Results:
     given, path = inputs(fixture), flow(fixture["config"]).path
     batch = to_batch(given["x"], given["hw_list"].tolist(), torch.zeros(len(given["t"])))
     point = path.point(given["t"]).of(batch)
-    return {"score": Views("velocity", given["v"].flatten(1), batch.x, point).score.view_as(given["x"])}
+    return {"score": Predictions("velocity", given["v"].flatten(1), batch.x, point).score.view_as(given["x"])}
 
 
 @adapter("nit", "nit_time_grid")
@@ -219,7 +219,7 @@ def times(fixture: Fixture) -> Results:
     for interval in config["intervals"]:
         net = Watched(Toy())
         guidance = {"name": "cfg", "scale": 2.0, "interval": interval, "channels": "all"}
-        field = objective.field(guided(net, guidance, objective.time_range))
+        field = objective.field(with_guidance(net, guidance, objective.time_range))
         SAMPLERS[name](field, batch, grid, StepNoise([1, 4, 1, 1]), **options)
         on = [i for i, (_, t, _) in enumerate(net.calls) if len(t) == 2]
         steps[str(interval)] = {"first": on[0], "last": on[-1], "count": len(on)}

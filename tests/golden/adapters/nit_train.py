@@ -12,7 +12,7 @@ from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
 from genfound.checkpoints.official.nit import to_official
-from genfound.data.packing.batch_plan import Micro
+from genfound.data.packing.batch_plan import MicroBatch
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Losses
 from genfound.objectives.weighting import image_weight
@@ -82,7 +82,7 @@ def train(fixture: Fixture) -> Results:
         time = torch.from_numpy(unit(f"noise.{2 * step + 1}", [len(sizes)]))
         net.features, module.draws = given[f"z.{step}"], NamedDraws({"noise": noise, "time": time})
         weight = float(image_weight(batch.tokens, objective.weight).sum())
-        loss = module.training_step((batch, Micro(step, (), (), 0, 0, weight, 0)), step)
+        loss = module.training_step((batch, MicroBatch(step, (), (), 0, 0, weight, 0)), step)
         optimizer.zero_grad()
         loss.backward()
         module.configure_gradient_clipping(optimizer)

@@ -18,9 +18,9 @@ from genfound.callbacks.ema import Ema
 from genfound.checkpoints.official.dit import to_official
 from genfound.layouts import Dense
 from genfound.objectives.flow import Flow
-from genfound.objectives.predictions import Views
+from genfound.objectives.predictions import Predictions
 from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import ClassifierFree, unguided
+from genfound.samplers.guidance import ClassifierFreeGuidance, unguided
 from genfound.samplers.log_likelihood import log_likelihood
 from genfound.samplers.sde import DIFFUSIONS, sde_grid
 from tests.golden.adapters import Results, adapter
@@ -118,7 +118,10 @@ def path(fixture: Fixture) -> Results:
     point = flow(fixture["config"]["transport"]).path.point(1 - given["t"].double())
     wide = point.of(batch)
     x_t = wide.state(given["x1"], given["x0"])
-    from_velocity, from_score = Views("velocity", -given["v"], x_t, wide), Views("score", given["v"], x_t, wide)
+    from_velocity, from_score = (
+        Predictions("velocity", -given["v"], x_t, wide),
+        Predictions("score", given["v"], x_t, wide),
+    )
     return {
         "alpha": point.alpha,
         "sigma": point.sigma,
@@ -299,7 +302,7 @@ def sample(fixture: Fixture) -> Results:
     name = {"ODE": "dopri5", "SDE": "sde"}[mode]
     z, y, around = given["z"], given["y"], unguided(net)
     if scale > 1:
-        around = ClassifierFree(net, scale, [0.0, 1.0], "first3", doubled=True)
+        around = ClassifierFreeGuidance(net, scale, [0.0, 1.0], "first3", doubled=True)
         assert net.null_label is not None
         z, y = torch.cat([z, z]), torch.cat([y, torch.full_like(y, net.null_label)])
     batch = Dense(net.token_spec.patch_size).to_batch(list(z), y)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.base import Spec
-from genfound.tokenizers.dc_ae import DcAe
-from genfound.tokenizers.sd_vae import SdVae
-from genfound.tokenizers.vq_f4 import VqF4
+from genfound.tokenizers.base import LatentSpec
+from genfound.tokenizers.dc_ae import DCAE
+from genfound.tokenizers.sd_vae import SDVAE
+from genfound.tokenizers.vq_f4 import VQF4
 from genfound.tokenizers.weights import CONFIG, WEIGHTS
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, parameters, tensor, unit
@@ -43,11 +43,11 @@ def tokenizer(fixture: Mapping[str, Any]) -> Autoencoder:
         write(fixture, Path(folder))
         official = fixture["config"]["class"]
         if official == "AutoencoderKL":
-            return SdVae(weights=folder, posterior="sample", **options)
+            return SDVAE(weights=folder, posterior="sample", **options)
         if official == "AutoencoderDC":
-            return DcAe(weights=folder, **options)
+            return DCAE(weights=folder, **options)
         if official == "VQModel":
-            return VqF4(weights=folder, **options)
+            return VQF4(weights=folder, **options)
     raise NotImplementedError(f"autoencoders of class {official}")
 
 
@@ -70,7 +70,7 @@ def autoencoder(fixture: Mapping[str, Any]) -> Results:
         mean, logvar = moments.chunk(2, dim=1)
         noise = torch.from_numpy(unit("noise.0", mode.shape))
         results |= {"posterior_mean": mean, "posterior_logvar": logvar, "latent_sample": codec.encode(images, noise)}
-    if isinstance(codec, VqF4):
+    if isinstance(codec, VQF4):
         codes = codec.model.quantize(moments)[2][2].flatten()
         given = fixture["outputs"]["code_indices"]
         assert list(codes.shape) == given["shape"]
@@ -79,12 +79,12 @@ def autoencoder(fixture: Mapping[str, Any]) -> Results:
     return results
 
 
-class Doubling(DcAe):
+class Doubling(DCAE):
     """A stand-in for the network, which doubles to encode and trebles to decode."""
 
     def __init__(self, scale: float) -> None:
         super().__init__(weights="random_tiny", precision="fp32", pixels_per_call=2**20)
-        self.spec, self.scale = Spec(3, 1), scale
+        self.spec, self.scale = LatentSpec(3, 1), scale
 
     def _moments(self, images: Tensor) -> Tensor:
         return 2 * images

@@ -15,14 +15,14 @@ from PIL import Image
 
 from genfound.config import checks
 from genfound.data.images.class_folders import class_folders
-from genfound.data.images.index import Look, Viewed, index_file, known
+from genfound.data.images.index import FileInfo, ImageFiles, index_file, known
 from genfound.data.images.opening import format_notes, on_white, opened, upright
-from genfound.data.images.views import Views
+from genfound.data.images.views import ImageViews
 
 ORIENTATION = 0x0112
 
 
-class ImageFolder(Viewed):
+class ImageFolder(ImageFiles):
     """Real images at their native sizes, centre-cropped, or in several views.
 
     EXIF rotation is applied; palettes, grey, CMYK and the like are converted to RGB, one channel of 16 or 32 bits by
@@ -60,11 +60,11 @@ class ImageFolder(Viewed):
         index: str,
         max_pixels: int | None = None,
     ) -> None:
-        views = Views.of(
+        views = ImageViews.of(
             {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
              "holdout": holdout}, unit,
         )  # fmt: skip
-        checks.whole("data.max_pixels", max_pixels, 1, or_null=True)
+        checks.integer("data.max_pixels", max_pixels, 1, or_null=True)
         self.max_pixels = max_pixels
         class_names = class_folders(Path(root))
         cache = index_file(Path(index), Path(root), f"image_folder {max_pixels}")
@@ -96,11 +96,11 @@ def open_rgb(file: Path, max_pixels: int | None = None) -> Image.Image:
         return on_white(upright(picture))
 
 
-def _examine(file: Path, max_pixels: int | None) -> Look:
+def _examine(file: Path, max_pixels: int | None) -> FileInfo:
     """Decode a file once."""
     picture = open_rgb(file, max_pixels)
     with opened(file, max_pixels) as original:
-        return Look(picture.height, picture.width, _notes(original, file))
+        return FileInfo(picture.height, picture.width, _notes(original, file))
 
 
 def _notes(original: Image.Image, file: Path) -> list[str]:

@@ -23,10 +23,10 @@ from PIL import Image
 
 from genfound.config import checks
 from genfound.data.images.class_folders import class_folders
-from genfound.data.images.index import Look, Viewed, index_file, known
+from genfound.data.images.index import FileInfo, ImageFiles, index_file, known
 from genfound.data.images.names import shown
 from genfound.data.images.opening import WIDE, as_stored, format_notes, opened
-from genfound.data.images.views import Views
+from genfound.data.images.views import ImageViews
 from genfound.runtime.files import visible
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -34,7 +34,7 @@ TRIES = 10
 """So many files in a row that cannot be read are no longer damage but a missing disk."""
 
 
-class ImageTree(Viewed):
+class ImageTree(ImageFiles):
     """Images at their native sizes, centre-cropped, or in several views.
 
     Args:
@@ -73,9 +73,9 @@ class ImageTree(Viewed):
     ) -> None:
         if check not in ("header", "full"):
             raise ValueError(f"data.check={check} is unknown; choose header or full")
-        checks.whole("data.max_pixels", max_pixels, 1, or_null=True)
+        checks.integer("data.max_pixels", max_pixels, 1, or_null=True)
         self.max_pixels = max_pixels
-        views = Views.of(
+        views = ImageViews.of(
             {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
              "holdout": holdout}, unit,
         )  # fmt: skip
@@ -176,10 +176,10 @@ def _val_classes(root: Path, train: list[str]) -> list[str]:
     return names
 
 
-def _examine(file: Path, whole: bool, max_pixels: int | None) -> Look:
+def _examine(file: Path, whole: bool, max_pixels: int | None) -> FileInfo:
     """Read the header of a file, or all of it; wider numbers than 8 bits are looked at in any case."""
     with opened(file, max_pixels) as picture:
-        look = Look(picture.height, picture.width, format_notes(picture, file))
+        look = FileInfo(picture.height, picture.width, format_notes(picture, file))
         if whole or picture.mode.startswith(WIDE):
             as_stored(picture)
         return look

@@ -25,8 +25,8 @@ from PIL import Image
 from genfound.data.images.base import PictureSource
 from genfound.data.images.class_folders import remarks
 from genfound.data.images.names import Names, shown
-from genfound.data.images.views import Views
-from genfound.runtime.files import alone, hidden, write_whole
+from genfound.data.images.views import ImageViews
+from genfound.runtime.files import atomic_write, hidden, lock_folder
 
 MANY = 20_000
 """So many new files are announced, because looking into them takes a while."""
@@ -35,7 +35,7 @@ RULES = 2
 """Counted up when files that were refused become readable, or the other way round."""
 
 
-class Look(NamedTuple):
+class FileInfo(NamedTuple):
     """What was found in a file: its size in pixels, and what is unusual, in the words of the report."""
 
     height: int
@@ -46,12 +46,12 @@ class Look(NamedTuple):
 Listed = dict[str, tuple[int, int]]
 """Sorted files, each with its size in bytes and its time of change in ns."""
 
-Examine = Callable[[Path], Look]
+Examine = Callable[[Path], FileInfo]
 """Looks into a file; an OSError says in one line why it cannot be read."""
 
 
 @dataclass(frozen=True)
-class Files:
+class FileIndex:
     """All files of some class folders, in columns; also the contents of an index.
 
     Attributes:
@@ -97,7 +97,7 @@ class Files:
 
     def save(self, file: Path) -> None:
         """Write the index, whole or not at all."""
-        write_whole(file, lambda temporary: temporary.write_text(json.dumps(vars(self))))
+        atomic_write(file, lambda temporary: temporary.write_text(json.dumps(vars(self))))
 
 
 def labels(names: list[str], class_names: list[str]) -> np.ndarray:
@@ -106,7 +106,7 @@ def labels(names: list[str], class_names: list[str]) -> np.ndarray:
     return np.array([numbers[name.split("/", 1)[0]] for name in names], dtype=np.int64)
 
 
-class Viewed(PictureSource, ABC):
+class ImageFiles(PictureSource, ABC):
     """Image files in the views that are wanted of them: what image sources have in common.
 
     Args:
@@ -127,7 +127,13 @@ class Viewed(PictureSource, ABC):
     """
 
     def __init__(
-        self, root: Path, found: Files, places: list[int], class_names: list[str], views: Views, holdout: int | None
+        self,
+        root: Path,
+        found: FileIndex,
+        places: list[int],
+        class_names: list[str],
+        views: ImageViews,
+        holdout: int | None,
     ) -> None:
         self.root = root
         self.found = found
@@ -164,7 +170,7 @@ class Viewed(PictureSource, ABC):
     def entry(self, entry: int) -> np.ndarray:
         """(height, width, 3) uint8, see `image`."""
         images, rules, sizes = self.entries
-        return self.views.show(self.picture(int(images[entry])), int(rules[entry]), sizes[entry])
+        return self.views.render(self.picture(int(images[entry])), int(rules[entry]), sizes[entry])
 
     def report(self) -> list[str]:
         """Counts of classes and sizes, and what was converted, reduced, left out or skipped."""
@@ -199,7 +205,9 @@ def index_file(index: Path, root: Path, purpose: str) -> Path:
     return index / f"{hashlib.blake2b(key, digest_size=8).hexdigest()}.json"
 
 
-def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suffixes: tuple[str, ...] = ()) -> Files:
+def known(
+    root: Path, class_names: list[str], cache: Path, examine: Examine, suffixes: tuple[str, ...] = ()
+) -> FileIndex:
     """Every file in the class folders with what is known of it.
 
     Args:
@@ -216,7 +224,7 @@ def known(root: Path, class_names: list[str], cache: Path, examine: Examine, suf
     found = _remembered(cache, listed, ignored)
     if found is None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with alone(cache.parent):
+        with lock_folder(cache.parent):
             found = _remembered(cache, listed, ignored) or _look(root, listed, ignored, _read(cache), examine)
             found.save(cache)
     if not found.good:
@@ -264,14 +272,14 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
                 yield entry
 
 
-def _read(cache: Path) -> Files | None:
+def _read(cache: Path) -> FileIndex | None:
     try:
-        return Files(**json.loads(cache.read_text()))
+        return FileIndex(**json.loads(cache.read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # none yet, or of another version
         return None
 
 
-def _remembered(cache: Path, listed: Listed, ignored: dict[str, int]) -> Files | None:
+def _remembered(cache: Path, listed: Listed, ignored: dict[str, int]) -> FileIndex | None:
     """The index, if it is true of these very files."""
     found = _read(cache)
     if (
@@ -284,7 +292,7 @@ def _remembered(cache: Path, listed: Listed, ignored: dict[str, int]) -> Files |
     return None
 
 
-def _look(root: Path, listed: Listed, ignored: dict[str, int], old: Files | None, examine: Examine) -> Files:
+def _look(root: Path, listed: Listed, ignored: dict[str, int], old: FileIndex | None, examine: Examine) -> FileIndex:
     """Look into the files that are new or have changed."""
     notes, errors, pixels = {}, {}, {}
     if old:
@@ -301,7 +309,7 @@ def _look(root: Path, listed: Listed, ignored: dict[str, int], old: Files | None
             errors[name] = look
         elif look.notes:
             notes[name] = look.notes
-    return Files(
+    return FileIndex(
         names=list(listed),
         bytes=[size for size, _ in listed.values()],
         stamps=[stamp for _, stamp in listed.values()],
@@ -324,10 +332,10 @@ def _unfit(file: Path) -> str | None:
     return None if file.stat().st_size else "the file is empty"
 
 
-def _examined(root: Path, names: list[str], examine: Examine) -> Iterator[Look | str]:
+def _examined(root: Path, names: list[str], examine: Examine) -> Iterator[FileInfo | str]:
     """What was found in each file, or why it cannot be read."""
 
-    def one(name: str) -> Look | str:
+    def one(name: str) -> FileInfo | str:
         file = root / name
         try:
             return _unfit(file) or examine(file)

@@ -14,7 +14,7 @@ from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
-from genfound.runtime.files import write_whole
+from genfound.runtime.files import atomic_write
 
 BLOCK = 1 << 20
 DAMAGE = (
@@ -23,7 +23,7 @@ DAMAGE = (
 )  # fmt: skip
 
 
-class Stack(NamedTuple):
+class ImageStack(NamedTuple):
     """Images (H, W, 3) uint8 that become one array.
 
     Attributes:
@@ -35,14 +35,14 @@ class Stack(NamedTuple):
     images: Iterator[np.ndarray]
 
 
-def write_npz(file: Path, arrays: Mapping[str, np.ndarray | Stack]) -> None:
+def write_npz(file: Path, arrays: Mapping[str, np.ndarray | ImageStack]) -> None:
     """Write arrays uncompressed, the file whole or not at all; its folder is made."""
 
     def save(temporary: Path) -> None:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    if isinstance(array, Stack):
+                    if isinstance(array, ImageStack):
                         header = {"descr": "|u1", "fortran_order": False, "shape": array.shape}
                         np.lib.format.write_array_header_1_0(member, header)
                         for image in array.images:
@@ -50,7 +50,7 @@ def write_npz(file: Path, arrays: Mapping[str, np.ndarray | Stack]) -> None:
                     else:
                         np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
-    write_whole(file, save)
+    atomic_write(file, save)
 
 
 def read_member(file: Path, name: str) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from genfound.data.images.npz import headers, read_member
 from genfound.data.images.opening import opened
 from genfound.data.images.views import resize
 from genfound.runtime.files import hidden
-from genfound.runtime.progress import Progress, silent
+from genfound.runtime.progress import Progress, no_progress
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif",
@@ -87,7 +87,7 @@ class NpzImages:
         found, kind = headers(file).get("arr_1", ((), np.dtype(object)))
         fits = found == shape[:1] and kind.kind in "iu"
         self.labels = np.array(read_member(file, "arr_1"), dtype=np.int64) if fits else None
-        self.key = stamp([file])
+        self.key = stat_key([file])
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -120,7 +120,7 @@ class FolderImages:
         if not self.files:
             raise FileNotFoundError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
         self.labels = _read_labels(folder / LABELS, len(self.files))
-        self.key = stamp(self.files)
+        self.key = stat_key(self.files)
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
@@ -131,7 +131,7 @@ class FolderImages:
                 found[number] = picture.height, picture.width
         return found
 
-    def digests(self, progress: Progress = silent) -> np.ndarray:
+    def digests(self, progress: Progress = no_progress) -> np.ndarray:
         """(n, 4) uint64, the SHA-256 of each file, which is read for it."""
         found = np.empty((len(self), 4), dtype=np.uint64)
         with ThreadPoolExecutor(min(os.cpu_count() or 1, READERS)) as pool:
@@ -182,7 +182,7 @@ class Sourced:
         return self.source.image(number)
 
 
-class Chosen:
+class Subset:
     """Some images of a set, in a given order.
 
     Args:
@@ -229,10 +229,10 @@ class Cropped:
 
     def __getitem__(self, number: int) -> np.ndarray:
         """(height, width, 3) uint8."""
-        return cover(self.images[number], *self.size)
+        return center_crop_to(self.images[number], *self.size)
 
 
-def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def center_crop_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """ADM's centre crop for any size: box-halve while twice too large, bicubic to what covers it, crop."""
     if image.shape[:2] == (height, width):
         return image
@@ -308,7 +308,7 @@ def _below(folder: Path, above: frozenset[tuple[int, int]], within: bool) -> Ite
                 yield path, unseen
 
 
-def note_of(path: Path) -> dict[str, Any] | None:
+def read_note(path: Path) -> dict[str, Any] | None:
     """How exported images were made; `None` for images of other origin.
 
     Raises:
@@ -329,7 +329,7 @@ def note_of(path: Path) -> dict[str, Any] | None:
 _NO_TEXT = ((), np.dtype(float))
 
 
-def stamp(files: Sequence[Path]) -> str:
+def stat_key(files: Sequence[Path]) -> str:
     """A number that changes with the names, sizes and times of change of files."""
     facts = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     return digest(repr(facts))

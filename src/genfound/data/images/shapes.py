@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from genfound.config.checks import whole
+from genfound.config.checks import integer
 from genfound.data.images.base import PictureSource
 
 Distance = Callable[[np.ndarray], np.ndarray]
@@ -35,9 +35,9 @@ def ring(p: np.ndarray) -> np.ndarray:
 
 def moon(p: np.ndarray) -> np.ndarray:
     """A crescent, open to the right."""
-    whole = np.hypot(p[..., 0], p[..., 1]) - 0.95
+    integer = np.hypot(p[..., 0], p[..., 1]) - 0.95
     bite = np.hypot(p[..., 0] - 0.55, p[..., 1] + 0.1) - 0.75
-    return np.maximum(whole, -bite)
+    return np.maximum(integer, -bite)
 
 
 def polygon(corners: Sequence[tuple[float, float]]) -> Distance:
@@ -120,10 +120,10 @@ class Shapes(PictureSource):
     ) -> None:
         if view not in ("native", "square"):
             raise ValueError(f"data.view={view} is unknown; choose native or square")
-        whole("data.holdout", holdout, 0)
+        integer("data.holdout", holdout, 0)
         least_one = {"images": images, "size": size, "max_tokens": max_tokens, "sides": min(sides, default=0)}
         for key, value in least_one.items():
-            whole(f"data.{key}", value, 1)
+            integer(f"data.{key}", value, 1)
         sides = list(sides) if view == "native" else [size]
         for side in sides:
             if side % unit:

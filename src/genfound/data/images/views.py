@@ -14,26 +14,26 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from genfound.config.checks import whole
+from genfound.config.checks import integer
 
 FEWEST_TOKENS = 16
 """FiT's recipe leaves smaller images out."""
 
 
-class Rule(Protocol):
+class ViewRule(Protocol):
     """One way to bring an image to a size."""
 
     def size(self, height: int, width: int) -> tuple[int, int] | None:
         """(height, width) in pixels of what is shown of an image of this size; `None`: it is not shown this way."""
 
-    def show(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def render(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         """The image at a planned (height, width)."""
 
 
 class Resized:
     """What rules that keep the whole image have in common."""
 
-    def show(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def render(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         """Bicubic; an image that has the size already stays as it is."""
         if (picture.height, picture.width) == tuple(size):
             return picture
@@ -76,7 +76,7 @@ class Square:
         """The square."""
         return None if self.larger_only and min(height, width) <= self.side else (self.side, self.side)
 
-    def show(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def render(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         """The middle of the image."""
         return center_crop(picture, self.side)
 
@@ -95,7 +95,7 @@ class Entries(NamedTuple):
     sizes: np.ndarray
 
 
-class Views:
+class ImageViews:
     """What is shown of each image: its rules, and how a pass over the data goes through them.
 
     A pass consists of slots; each shows every image once, by the first rule of the slot that takes it.
@@ -133,7 +133,7 @@ class Views:
         self.unit = unit
         self.max_tokens = max_tokens
         one, two = f"{size}", f"{2 * size}"
-        self.rules: dict[str, Rule] = {
+        self.rules: dict[str, ViewRule] = {
             "native": {"native": Native(unit, max_tokens)},
             "square": {one: Square(size, larger_only=False)},
             "mixed": {"native": Native(unit, max_tokens), one: Square(size, False), two: Square(2 * size, False)},
@@ -143,16 +143,16 @@ class Views:
         self.slots = [[names[0]], [names[1], names[0]]] if view == "flexible" else [[name] for name in names]
 
     @classmethod
-    def of(cls, data: Mapping[str, Any], unit: int) -> Views:
+    def of(cls, data: Mapping[str, Any], unit: int) -> ImageViews:
         """The views that the options of `data` ask for.
 
         Raises:
             ValueError: see above; or a number that is too small.
         """
         for key, least in (("size", 1), ("max_tokens", 1)):
-            whole(f"data.{key}", data[key], least)
+            integer(f"data.{key}", data[key], least)
         for key, least in (("max_image_tokens", 1), ("holdout", 2)):
-            whole(f"data.{key}", data[key], least, or_null=True)
+            integer(f"data.{key}", data[key], least, or_null=True)
         limit = min(data["max_image_tokens"] or data["max_tokens"], data["max_tokens"])
         return cls(data["view"], data["size"], unit, limit)
 
@@ -179,10 +179,10 @@ class Views:
         places = {name: number[place] for place, name in enumerate(names)}
         return np.concatenate([_first(slot, places) for slot in self.slots])
 
-    def show(self, picture: Image.Image, rule: int, size: np.ndarray) -> np.ndarray:
+    def render(self, picture: Image.Image, rule: int, size: np.ndarray) -> np.ndarray:
         """(height, width, 3) uint8: an image by one of the rules."""
         height, width = map(int, size)
-        return np.array(list(self.rules.values())[rule].show(picture, (height, width)))
+        return np.array(list(self.rules.values())[rule].render(picture, (height, width)))
 
     def reduced(self, heights: Sequence[int], widths: Sequence[int]) -> int:
         """How many images are reduced because they have too many tokens at their own size."""

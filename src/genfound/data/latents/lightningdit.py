@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from genfound.data.images.views import Views
+from genfound.data.images.views import ImageViews
 from genfound.data.latents.published import _summary, checked_labels, checked_latents, held_out
 from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_header, read_tensors
 from genfound.runtime.files import visible
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 
 SAMPLED = 10_000
 """LightningDiT's statistics are those of at most so many latents."""
 
 
-class LightningDit:
+class LightningDiTLatents:
     """LightningDiT's shards: `latents`, `latents_flip` (n, C, h, w) and `labels` in each `*.safetensors`, not scaled.
 
     Args:
@@ -34,7 +34,9 @@ class LightningDit:
         ValueError: a damaged shard, or latents of another size.
     """
 
-    def __init__(self, root: Path, views: Views, holdout: int | None, split: str, mirrored: bool, spec: Spec) -> None:
+    def __init__(
+        self, root: Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool, spec: LatentSpec
+    ) -> None:
         self.root = root
         self._files = shard_files(root)
         headers = [read_header(file) for file in self._files]
@@ -70,7 +72,7 @@ class LightningDit:
         every = [checked_labels(file, own, images) for file, own in zip(self._files, labels, strict=True)]
         return np.concatenate(every)
 
-    def _check(self, views: Views, spec: Spec) -> None:
+    def _check(self, views: ImageViews, spec: LatentSpec) -> None:
         if len(self._shape) != 3 or any(span.shape[1:] != self._shape for pair in self._spans for span in pair):
             raise ValueError(f"data.root={self.root} has latents of several sizes")
         side = self._shape[1] * spec.stride

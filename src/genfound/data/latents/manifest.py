@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genfound.runtime.files import write_whole
+from genfound.runtime.files import atomic_write
 
 MANIFEST = "manifest.json"
 FORMAT = "genfound latents 2"
@@ -57,7 +57,7 @@ def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    write_whole(root / MANIFEST, lambda temporary: temporary.write_text(_text(manifest)))
+    atomic_write(root / MANIFEST, lambda temporary: temporary.write_text(_text(manifest)))
 
 
 def _text(manifest: Mapping[str, Any]) -> str:

@@ -13,17 +13,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from genfound.data.images.views import Entries, Views
+from genfound.data.images.views import Entries, ImageViews
 from genfound.data.latents.published import _summary, checked_labels, checked_latents, held_out
 from genfound.runtime.files import visible
-from genfound.tokenizers import Spec
-from genfound.tokenizers.dc_ae import DcAe
+from genfound.tokenizers import LatentSpec
+from genfound.tokenizers.dc_ae import DCAE
 
-NIT_SCALE = float(DcAe.kind.official["scaling_factor"])
+NIT_SCALE = float(DCAE.kind.official["scaling_factor"])
 """NiT stores encode(x) times this (projects/preprocess/image_nr_latent_c2i.py)."""
 
 
-class Nit:
+class NiTLatents:
     """NiT's data set: `data_meta/*_meta.jsonl`, and a folder of latents for each type of image.
 
     A line of a meta file names `latent_file`, `latent_h`, `latent_w` and `type`: `native-resolution`, or
@@ -43,7 +43,9 @@ class Nit:
         ValueError: a damaged meta file, or another view or tokenizer.
     """
 
-    def __init__(self, root: Path, views: Views, holdout: int | None, split: str, mirrored: bool, spec: Spec) -> None:
+    def __init__(
+        self, root: Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool, spec: LatentSpec
+    ) -> None:
         self.root = root
         names, types, entries = _meta(root, spec)
         rules = ["native" if kind == "native-resolution" else kind.rpartition("x")[2] for kind in types]
@@ -82,7 +84,7 @@ class Nit:
             raise ValueError(f"{self._file(index)} holds {len(label)} labels, not one")
         return int(checked_labels(self._file(index), label.numpy(), len(self._files))[0])
 
-    def _check(self, views: Views, spec: Spec) -> None:
+    def _check(self, views: ImageViews, spec: LatentSpec) -> None:
         largest = int((self.sizes // views.unit).prod(axis=1).max(initial=0))
         if "native" in views.rules and largest > views.max_tokens:
             raise ValueError(f"data.root={self.root} holds images of {largest:,} tokens; raise data.max_image_tokens")
@@ -122,7 +124,7 @@ class Nit:
         return _summary(self.root, "NiT", self.labels, self.class_names, self.sizes)
 
 
-def _meta(root: Path, spec: Spec) -> tuple[list[str], list[str], Entries]:
+def _meta(root: Path, spec: LatentSpec) -> tuple[list[str], list[str], Entries]:
     """Names of images, types, and an entry for each (image, type), from all meta files; each once."""
     files = sorted([*visible(root, "*_meta.jsonl"), *visible(root / "data_meta", "*_meta.jsonl")])
     if not files:

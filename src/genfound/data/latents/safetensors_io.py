@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genfound.runtime.files import write_whole
+from genfound.runtime.files import atomic_write
 
 MOST_OPEN = 512
 """Descriptors that a reader keeps at a time."""
@@ -128,7 +128,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:
         except SafetensorError as error:
             raise _system_error(error) from None
 
-    write_whole(file, save)
+    atomic_write(file, save)
 
 
 def _system_error(error: SafetensorError) -> OSError:

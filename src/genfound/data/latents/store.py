@@ -34,7 +34,7 @@ from torch import Tensor
 
 from genfound.data.images.class_folders import remarks
 from genfound.data.images.names import Names
-from genfound.data.images.views import Entries, Views
+from genfound.data.images.views import Entries, ImageViews
 from genfound.data.latents.manifest import REPAIR, fingerprint, read_manifest, store_digest
 from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_header, read_tensors, write_tensors
 
@@ -45,7 +45,7 @@ BUFFER = 2**24
 """Bytes that are read ahead when a whole shard is checked."""
 
 
-class Index(NamedTuple):
+class ShardIndex(NamedTuple):
     """The index of a shard, what its metadata say, its checksum, and where its values begin."""
 
     columns: dict[str, np.ndarray]
@@ -54,7 +54,7 @@ class Index(NamedTuple):
     values: Span
 
 
-class Filling:
+class ShardWriter:
     """A shard in memory, of which every entry is put in once.
 
     Args:
@@ -128,7 +128,7 @@ def checks(values: Tensor, offsets: np.ndarray, variants: int) -> np.ndarray:
     return found.view(np.int32)
 
 
-def read_index(file: Path) -> Index:
+def read_index(file: Path) -> ShardIndex:
     """The index of a shard, checked against its own checksum.
 
     Raises:
@@ -149,10 +149,10 @@ def read_index(file: Path) -> Index:
         raise ValueError(f"{file} is damaged: its index cannot be read; {REPAIR}") from None
     if not intact or columns["offsets"][-1] != values.shape[0]:
         raise ValueError(f"{file} is damaged: its index has not the checksum that was written with it; {REPAIR}")
-    return Index(columns, note, crc, values)
+    return ShardIndex(columns, note, crc, values)
 
 
-def verify(file: Path) -> Index:
+def verify(file: Path) -> ShardIndex:
     """Read a whole shard, a little at a time.
 
     Raises:
@@ -172,7 +172,7 @@ def verify(file: Path) -> Index:
     return index
 
 
-def manifest_line(file: Path, index: Index) -> dict[str, Any]:
+def manifest_line(file: Path, index: ShardIndex) -> dict[str, Any]:
     """What the manifest says of a shard."""
     entries, size, replaced = len(index.columns["labels"]), file.stat().st_size, len(index.note["replaced"])
     return {"file": file.name, "entries": entries, "bytes": size, "crc32": index.crc32, "replaced": replaced}
@@ -200,7 +200,7 @@ class Store:
         ValueError: the store is incomplete or damaged, or was made for something else.
     """
 
-    def __init__(self, root: Path, views: Views, holdout: int | None, split: str, mirrored: bool) -> None:
+    def __init__(self, root: Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool) -> None:
         self.root, self.views = root, views
         self.manifest = read_manifest(root)
         self._check(holdout, mirrored)
@@ -245,7 +245,7 @@ class Store:
                 f"data.root={root} was encoded with data.holdout={manifest['source']['holdout']}, not {holdout}"
             )
 
-    def _opened(self, line: Mapping[str, Any], note: Mapping[str, str]) -> Index:
+    def _opened(self, line: Mapping[str, Any], note: Mapping[str, str]) -> ShardIndex:
         """The index of a shard, as the manifest has it; its own note says that it belongs there."""
         file = self.root / line["file"]
         if not file.is_file():

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from genfound.config.targets import target
 from genfound.data.images.base import LatentSource
-from genfound.data.images.views import Views
-from genfound.data.latents.lightningdit import LightningDit
+from genfound.data.images.views import ImageViews
+from genfound.data.latents.lightningdit import LightningDiTLatents
 from genfound.data.latents.manifest import read_manifest
-from genfound.data.latents.nit import Nit
+from genfound.data.latents.nit import NiTLatents
 from genfound.data.latents.store import Store
-from genfound.tokenizers import Spec, Tokenizer
+from genfound.tokenizers import LatentSpec, Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.tokenizers.weights import CONFIG, WEIGHTS, check_class, locate
 
@@ -37,7 +37,7 @@ DECODER_KEYS = ("decoder.", "post_quant_conv.", "quantize.")
 Options = Mapping[str, Any]
 
 
-class Described(NamedTuple):
+class TokenizerInfo(NamedTuple):
     """What is known of a tokenizer without its weights.
 
     Attributes:
@@ -52,7 +52,7 @@ class Described(NamedTuple):
     name: str
     weights: str
     folder: Path | None
-    spec: Spec
+    spec: LatentSpec
     scale: float | Tensor
     shift: float | Tensor
     stochastic: bool
@@ -63,7 +63,7 @@ class Described(NamedTuple):
         return self.folder is None and self.weights not in ("", *RANDOM)
 
 
-class Stored:
+class StoredTokenizer:
     """The tokenizer of moments that are stored.
 
     Args:
@@ -74,7 +74,7 @@ class Stored:
 
     online = False
 
-    def __init__(self, described: Described, has_variance: bool, load: Callable[[], Tokenizer]) -> None:
+    def __init__(self, described: TokenizerInfo, has_variance: bool, load: Callable[[], Tokenizer]) -> None:
         self.described = described
         self.spec = described.spec
         self.has_variance = has_variance
@@ -119,7 +119,7 @@ class _Channels:
     online = False
     stochastic = False
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: LatentSpec) -> None:
         self.spec = spec
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -134,7 +134,7 @@ class _Channels:
 
 def describe(
     options: Options, load: Callable[[], Tokenizer], look: bool = True, trust: Sequence[str] = ()
-) -> Described:
+) -> TokenizerInfo:
     """What is known of a tokenizer without loading an autoencoder.
 
     Args:
@@ -151,7 +151,7 @@ def describe(
     if not (isinstance(kind, type) and issubclass(kind, Autoencoder)):
         codec = load()
         scale, shift = getattr(codec, "scale", 1.0), getattr(codec, "shift", 0.0)
-        return Described(name, "", None, codec.spec, scale, shift, codec.stochastic)
+        return TokenizerInfo(name, "", None, codec.spec, scale, shift, codec.stochastic)
     weights, folder, config = str(options["weights"]), None, dict(kind.kind.official)
     if weights not in RANDOM and (look or Path(weights).expanduser().is_dir()):
         with contextlib.suppress(FileNotFoundError):
@@ -159,12 +159,12 @@ def describe(
             check_class(folder / CONFIG, kind.kind.name)
             config |= json.loads((folder / CONFIG).read_text())
     blocks = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    spec = Spec(config.get("vq_embed_dim") or config["latent_channels"], 2 ** (len(blocks) - 1))
+    spec = LatentSpec(config.get("vq_embed_dim") or config["latent_channels"], 2 ** (len(blocks) - 1))
     scale, shift = float(config["scaling_factor"]), float(config.get("shift_factor") or 0)
-    return Described(name, weights, folder, spec, scale, shift, options.get("posterior") == "sample")
+    return TokenizerInfo(name, weights, folder, spec, scale, shift, options.get("posterior") == "sample")
 
 
-def encoder_digest(described: Described) -> str:
+def encoder_digest(described: TokenizerInfo) -> str:
     """What tells encoders of a class apart: that of the weights that make latents, or the name of random ones."""
     if described.folder is None:
         return described.weights
@@ -179,7 +179,7 @@ def encoder_digest(described: Described) -> str:
 
 def stored_tokenizer(
     data: Options, options: Options, load: Callable[[], Tokenizer], trust: Sequence[str] = ()
-) -> Stored:
+) -> StoredTokenizer:
     """The tokenizer of `data.source=store|nit|lightningdit`; see `describe`.
 
     Raises:
@@ -188,7 +188,7 @@ def stored_tokenizer(
     """
     if data["source"] != "store":
         ours = describe(options, load, data["source"] != "nit", trust)  # NiT's latents are the published ones
-        return Stored(ours, has_variance=False, load=load)
+        return StoredTokenizer(ours, has_variance=False, load=load)
     made = read_manifest(Path(data["root"]))["tokenizer"]
     ours = describe(options, load, options.get("weights") != made["weights"], trust)
     scaling = (made["scale"], made["shift"])
@@ -197,11 +197,13 @@ def stored_tokenizer(
             f"data.root={data['root']} was encoded by {made['name']} {made['weights']} (scale {made['scale']}), and "
             f"the tokenizer is {ours.name} {ours.weights} (scale {ours.scale}); choose that one, or encode again"
         )
-    spec = Spec(made["channels"], made["stride"])
-    return Stored(ours._replace(spec=spec, scale=scaling[0], shift=scaling[1]), "logvar" in made["moments"], load)
+    spec = LatentSpec(made["channels"], made["stride"])
+    return StoredTokenizer(
+        ours._replace(spec=spec, scale=scaling[0], shift=scaling[1]), "logvar" in made["moments"], load
+    )
 
 
-def _same_encoder(ours: Described, made: Mapping[str, Any]) -> bool:
+def _same_encoder(ours: TokenizerInfo, made: Mapping[str, Any]) -> bool:
     """Names on the hub tell encoders apart, and so do the weights themselves."""
     if ours.name != made["name"]:
         return False
@@ -210,7 +212,7 @@ def _same_encoder(ours: Described, made: Mapping[str, Any]) -> bool:
     return not ours.absent and encoder_digest(ours) == made["digest"]
 
 
-def source(kind: str, data: Options, spec: Spec, patch_size: int, split: str, mirrored: bool) -> LatentSource:
+def source(kind: str, data: Options, spec: LatentSpec, patch_size: int, split: str, mirrored: bool) -> LatentSource:
     """The latents of `data.source=store|nit|lightningdit`.
 
     Args:
@@ -227,8 +229,8 @@ def source(kind: str, data: Options, spec: Spec, patch_size: int, split: str, mi
     """
     if kind not in SOURCES:
         raise ValueError(f"data.source={kind} is unknown; choose {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
-    views = Views.of(data, spec.stride * patch_size)
+    views = ImageViews.of(data, spec.stride * patch_size)
     place = (Path(data["root"]), views, data["holdout"], split, mirrored)
     if kind == "store":
         return Store(*place)
-    return Nit(*place, spec) if kind == "nit" else LightningDit(*place, spec)
+    return NiTLatents(*place, spec) if kind == "nit" else LightningDiTLatents(*place, spec)

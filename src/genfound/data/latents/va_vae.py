@@ -11,8 +11,8 @@ from torch import Tensor
 from genfound.data.latents.lightningdit import SAMPLED, _latents, shard_files
 from genfound.data.latents.published import checked_latents
 from genfound.data.latents.safetensors_io import read_tensors
-from genfound.runtime.files import write_whole
-from genfound.tokenizers import Spec, Tokenizer
+from genfound.runtime.files import atomic_write
+from genfound.tokenizers import LatentSpec, Tokenizer
 
 STATISTICS = "latents_stats.pt"
 
@@ -31,7 +31,7 @@ def statistics(root: Path) -> tuple[Tensor, Tensor]:
     if not file.is_file():
         std, mean = _measured(root)
         with contextlib.suppress(OSError):
-            write_whole(file, lambda temporary: torch.save({"mean": mean, "std": std}, temporary))
+            atomic_write(file, lambda temporary: torch.save({"mean": mean, "std": std}, temporary))
         return mean, std
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
@@ -58,7 +58,7 @@ def _measured(root: Path) -> tuple[Tensor, Tensor]:
     return torch.std_mean(torch.cat(parts), dim=(0, 2, 3), keepdim=True)
 
 
-class VaVae(Tokenizer):
+class VAVAE(Tokenizer):
     """LightningDiT's autoencoder as its published latents know it: by their statistics, without its network.
 
     Latents of each channel are (h - mean) / std * multiplier. They can be trained on and drawn, not decoded.
@@ -69,14 +69,14 @@ class VaVae(Tokenizer):
         multiplier: `latent_multiplier` of the official configuration.
     """
 
-    published = Spec(channels=32, stride=16)
+    published = LatentSpec(channels=32, stride=16)
     online = False
     stochastic = False
 
     def __init__(self, *, weights: str, stride: int, multiplier: float) -> None:
         mean, std = statistics(Path(weights))
         self.shift, self.scale = mean[0], multiplier / std[0]
-        self.spec = Spec(len(self.shift), stride)
+        self.spec = LatentSpec(len(self.shift), stride)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Raise a ValueError: its network is not here."""

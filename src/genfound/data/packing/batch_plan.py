@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from genfound.data.packing.order import Order
-from genfound.data.packing.packer import Grouper, in_order
+from genfound.data.packing.packer import Batcher, in_order
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """One micro-batch of one rank.
 
     Attributes:
@@ -32,7 +32,7 @@ class Micro:
         indices: of its images in the data set.
         tokens: of its images together.
         step: number of its global step.
-        step_weight: sum of the loss weights of all images of that step.
+        weight_sum: sum of the loss weights of all images of that step.
         images_seen: images of the run up to the end of that step.
     """
 
@@ -41,13 +41,13 @@ class Micro:
     indices: tuple[int, ...]
     tokens: int
     step: int
-    step_weight: float
+    weight_sum: float
     images_seen: int
 
 
 def each_once(
     order: Order, tokens: np.ndarray, images: int, max_tokens: float, max_images: int, weight: str
-) -> list[Micro]:
+) -> list[MicroBatch]:
     """One step that holds the first images of an order, at most all of them, each once and in order.
 
     Args:
@@ -61,7 +61,7 @@ def each_once(
     counts = [int(tokens[i]) for i in indices]
     total = float(image_weight(np.array(counts, dtype=float), weight).sum())
     return [
-        Micro(j, tuple(ks), tuple(indices[k] for k in ks), sum(counts[k] for k in ks), 0, total, len(indices))
+        MicroBatch(j, tuple(ks), tuple(indices[k] for k in ks), sum(counts[k] for k in ks), 0, total, len(indices))
         for j, ks in enumerate(in_order(counts, max_tokens, max_images))
     ]
 
@@ -79,7 +79,7 @@ class Plan:
     """
 
     def __init__(
-        self, order: Order, tokens: np.ndarray, grouper: Grouper, per_step: int, weight: str, seed: int
+        self, order: Order, tokens: np.ndarray, grouper: Batcher, per_step: int, weight: str, seed: int
     ) -> None:
         self.order = order
         self.tokens = tokens
@@ -91,7 +91,7 @@ class Plan:
         self._start: dict[str, Any] = {"step": 0, "images_seen": 0, "micro": 0, "left": [], "grouper": grouper.state()}
         self._windows: list[dict[str, Any]] = []
 
-    def steps(self) -> Iterator[list[Micro]]:
+    def steps(self) -> Iterator[list[MicroBatch]]:
         """Global steps, each as its micro-batches in the order of ranks, without end."""
         start = self._start
         self.grouper.restore(start["grouper"])
@@ -124,11 +124,11 @@ class Plan:
         """Pairs of tokens that attend to each other; the rest of a pack's cost is constant."""
         return int((self.tokens[[self.order[k] for k in group]] ** 2).sum())
 
-    def _micros(self, step: int, first: int, seen: int, groups: list[list[int]]) -> list[Micro]:
+    def _micros(self, step: int, first: int, seen: int, groups: list[list[int]]) -> list[MicroBatch]:
         indices = [tuple(self.order[k] for k in group) for group in groups]
         weight = sum(float(image_weight(self.tokens[list(i)], self.weight).sum()) for i in indices)
         return [
-            Micro(first + j, tuple(group), own, int(self.tokens[list(own)].sum()), step, weight, seen)
+            MicroBatch(first + j, tuple(group), own, int(self.tokens[list(own)].sum()), step, weight, seen)
             for j, (group, own) in enumerate(zip(groups, indices, strict=True))
         ]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from genfound.config.checks import whole
+from genfound.config.checks import integer
 from genfound.data.images.base import ImageSource
-from genfound.tokenizers import Spec
+from genfound.tokenizers import LatentSpec
 
 Config = Mapping[str, Any]
 
@@ -23,7 +23,7 @@ def micro_batches(config: Config, ranks: int) -> int:
     """
     if config["layout"]["name"] == "dense":
         micro = config["data"]["batch_size"]
-        whole("data.batch_size", micro, 1)
+        integer("data.batch_size", micro, 1)
         per_step, rest = divmod(config["batch"]["images"] or config["optimizer"]["images_per_step"], micro)
         if rest or not per_step:
             raise ValueError(f"batch.images must be a multiple of data.batch_size={micro}")
@@ -57,7 +57,7 @@ def max_images(tokens: np.ndarray, budget: int) -> int:
     return math.ceil(2 * budget / float(tokens.mean()))
 
 
-def token_counts(images: ImageSource, spec: Spec, patch_size: int) -> np.ndarray:
+def token_counts(images: ImageSource, spec: LatentSpec, patch_size: int) -> np.ndarray:
     """(n,) tokens of each image."""
     counts: np.ndarray = (images.sizes // (spec.stride * patch_size)).prod(axis=1)
     return counts

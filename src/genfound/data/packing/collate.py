@@ -23,7 +23,7 @@ from genfound.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
-class Pictures:
+class RawImages:
     """The images of a micro-batch before they are encoded.
 
     Attributes:
@@ -34,13 +34,13 @@ class Pictures:
     images: list[Tensor]
     labels: Tensor
 
-    def pin_memory(self) -> Pictures:
+    def pin_memory(self) -> RawImages:
         """The same in page-locked host memory (called by the DataLoader)."""
         return replace(self, images=[image.pin_memory() for image in self.images])
 
 
 @dataclass(frozen=True)
-class Moments:
+class LatentMoments:
     """The images of a micro-batch as an encoder left them.
 
     Attributes:
@@ -59,7 +59,7 @@ class Normaliser(Protocol):
         """(B, ...) moments -> (B, C, h, w) latents of about unit variance."""
 
 
-class Assembly:
+class Collate:
     """Pictures or moments -> batch.
 
     Args:
@@ -73,10 +73,10 @@ class Assembly:
         self.layout = layout
         self.rng = rng
 
-    def __call__(self, images: Pictures | Moments, positions: Sequence[int], device: torch.device) -> Batch:
+    def __call__(self, images: RawImages | LatentMoments, positions: Sequence[int], device: torch.device) -> Batch:
         """Encode the images at these positions on a device, or normalise their moments, and lay them out there."""
-        known = isinstance(images, Moments)
-        tensors = images.values if isinstance(images, Moments) else images.images
+        known = isinstance(images, LatentMoments)
+        tensors = images.values if isinstance(images, LatentMoments) else images.images
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for place, tensor in enumerate(tensors):
             by_size[tuple(tensor.shape)].append(place)

@@ -12,12 +12,12 @@ from torch.utils.data import Dataset, IterableDataset
 from genfound.batch import Batch
 from genfound.data.images.base import ImageSource, LatentSource, PictureSource
 from genfound.data.images.pixels import to_picture
-from genfound.data.packing.batch_plan import Micro, Plan
-from genfound.data.packing.collate import Assembly, Moments, Pictures
+from genfound.data.packing.batch_plan import MicroBatch, Plan
+from genfound.data.packing.collate import Collate, LatentMoments, RawImages
 from genfound.data.packing.prefetch import read_ahead
 from genfound.rng import Rng
 
-Item = tuple[Batch | Pictures, Micro]
+Item = tuple[Batch | RawImages, MicroBatch]
 
 
 class MicroBatches(Dataset[Item]):
@@ -29,29 +29,29 @@ class MicroBatches(Dataset[Item]):
         flips: decides which images of a micro-batch are mirrored; `None` mirrors none.
     """
 
-    def __init__(self, source: ImageSource, assembly: Assembly | None, flips: Rng | None = None) -> None:
+    def __init__(self, source: ImageSource, assembly: Collate | None, flips: Rng | None = None) -> None:
         self.source = source
         self.assembly = assembly
         self.flips = flips
 
-    def __getitem__(self, micro: Micro) -> Item:
+    def __getitem__(self, micro: MicroBatch) -> Item:
         count = len(micro.indices)
         coins = [False] * count
         if self.flips is not None:
             coins = (self.flips.at(micro.number).uniform("flip", (count,)) < 0.5).tolist()
         images = self._read(list(zip(micro.indices, coins, strict=True)))
         if self.assembly is None:
-            assert isinstance(images, Pictures)
+            assert isinstance(images, RawImages)
             return images, micro
         return self.assembly(images, micro.positions, torch.device("cpu")), micro
 
-    def _read(self, wanted: list[tuple[int, bool]]) -> Pictures | Moments:
+    def _read(self, wanted: list[tuple[int, bool]]) -> RawImages | LatentMoments:
         """The images of these indices, mirrored or not."""
         labels = torch.from_numpy(self.source.labels[[index for index, _ in wanted]])
         if isinstance(self.source, LatentSource):
-            return Moments([self.source.moments(index, mirrored) for index, mirrored in wanted], labels)
+            return LatentMoments([self.source.moments(index, mirrored) for index, mirrored in wanted], labels)
         images = cast(PictureSource, self.source)
-        return Pictures([to_picture(images.image(index), mirrored) for index, mirrored in wanted], labels)
+        return RawImages([to_picture(images.image(index), mirrored) for index, mirrored in wanted], labels)
 
 
 class TrainLoader(IterableDataset[Item]):
@@ -84,7 +84,7 @@ class TrainLoader(IterableDataset[Item]):
             self.waited += time.perf_counter() - begin
             yield item
 
-    def share(self) -> Iterator[Micro]:
+    def share(self) -> Iterator[MicroBatch]:
         """This rank's micro-batches."""
         for micros in self.plan.steps():
             yield from micros[self.rank :: self.ranks]

@@ -21,7 +21,7 @@ RESERVE = 64
 """The last 1/64 of a budget is not filled in arrival order: a gap of a few images can nearly always be closed."""
 
 
-class Grouper(Protocol):
+class Batcher(Protocol):
     """Produces micro-batches of positions, one after another.
 
     Attributes:
@@ -167,7 +167,7 @@ def _sum_to(total: int, reach: list[int], candidates: list[int]) -> list[int]:
     return chosen[::-1]
 
 
-class Chunker:
+class FixedBatcher:
     """A fixed number of images a micro-batch, in order."""
 
     window = 1

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from genfound.config.checks import whole
+from genfound.config.checks import integer
 
 Item = TypeVar("Item")
 AHEAD = 4
@@ -65,7 +65,7 @@ def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_me
     Raises:
         ValueError, OSError: as the data set raised it; or a worker was killed.
     """
-    whole("data.num_workers", workers, 0)
+    integer("data.num_workers", workers, 0)
     loader = DataLoader(
         _Caught(dataset),
         batch_size=None,
