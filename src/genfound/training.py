@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -19,6 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import DictConfig
 
 from genfound import build
@@ -37,7 +38,7 @@ from genfound.config.errors import USER_ERRORS, JobError
 from genfound.config.options import check
 from genfound.config.sweeps import swept_keys
 from genfound.data.packing.loader import TrainLoader
-from genfound.loggers.json_lines import Courtesy, JsonLines, Sink, lines_of
+from genfound.loggers.json_lines import JsonLines, lines_of
 from genfound.loggers.provenance import provenance
 from genfound.loggers.terminal import Terminal
 from genfound.modules.base import GenerativeModule
@@ -93,15 +94,11 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
 
     changes = resuming.changes(folder, parts, start, newest) if newest else {}
     module = _module(parts, budget, rank, new=newest is None)
-    sinks = _sinks(folder, config, budget, start, changes) if rank == 0 else []
     loader = parts.loader(rank)
-    callbacks = [*_callbacks(folder, parts, loader, sinks), resuming.Continuation(folder, changes, sinks)]
-    trainer = _trainer(folder, parts, callbacks)
-    try:
-        trainer.fit(module, loader, ckpt_path=newest, weights_only=True)
-    finally:
-        for sink in sinks:
-            sink.close()
+    callbacks = [*_callbacks(folder, parts, loader), resuming.Continuation(folder, changes)]
+    loggers = [DummyLogger()] if rank else _loggers(folder, config, budget, start, changes)
+    trainer = _trainer(folder, parts, callbacks, loggers)
+    trainer.fit(module, loader, ckpt_path=newest, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if rank == 0:
@@ -145,15 +142,13 @@ def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]
     return [SampleRequest(label, size, number) for number, (label, size) in enumerate(pairs)]
 
 
-def _callbacks(
-    folder: Path, parts: build.RunComponents, loader: TrainLoader, sinks: Sequence[Sink]
-) -> list[lightning.Callback]:
+def _callbacks(folder: Path, parts: build.RunComponents, loader: TrainLoader) -> list[lightning.Callback]:
     """In the order in which they act after a step: average, measure, judge, evaluate, draw, save."""
     settings, names = parts.config["trainer"], parts.images.class_names
     decays = parts.config["ema"]["decays"]
     ema = Ema([parts.config["optimizer"]["ema_decay"]] if decays is None else decays)
-    metrics = TrainLog(sinks, settings["log_every"], loader)
-    nonfinite = NonFinite(sinks, folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
+    metrics = TrainLog(settings["log_every"], loader)
+    nonfinite = NonFinite(folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
     sizes = typical_sizes(parts.images.sizes)
     batch = parts.config["sample"]["batch"]
     sampling = Pipeline.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
@@ -162,20 +157,22 @@ def _callbacks(
     facts = {"class_names": names, "sizes": sizes, **resuming.facts(parts)}
     validation: list[lightning.Callback] = []
     if len(parts.held_out.labels):
-        validation = [Validation.of(parts, ema, metrics)]
-    evaluation = [Evaluation(folder, parts, ema, metrics)] if settings["eval_every"] else []
+        validation = [Validation.of(parts, ema)]
+    evaluation = [Evaluation(folder, parts, ema)] if settings["eval_every"] else []
     return [
         ema,
         metrics,
         nonfinite,
         *validation,
         *evaluation,
-        Preview(folder / "samples", settings["preview_every"], sampling, requests, names, ema, metrics),
+        Preview(folder / "samples", settings["preview_every"], sampling, requests, names, ema),
         Checkpointing(folder / "checkpoints", settings["checkpoint_every"], settings["keep"], loader, facts),
     ]
 
 
-def _trainer(folder: Path, parts: build.RunComponents, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def _trainer(
+    folder: Path, parts: build.RunComponents, callbacks: list[lightning.Callback], loggers: Sequence[Logger]
+) -> lightning.Trainer:
     settings = parts.config["trainer"]
     return lightning.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",
@@ -189,7 +186,7 @@ def _trainer(folder: Path, parts: build.RunComponents, callbacks: list[lightning
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO(), TorchElasticEnvironment() if parts.ranks > 1 else OneProcess()],
         default_root_dir=folder,
-        logger=False,
+        logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -198,22 +195,20 @@ def _trainer(folder: Path, parts: build.RunComponents, callbacks: list[lightning
     )
 
 
-def _sinks(
+def _loggers(
     folder: Path, config: Mapping[str, Any], budget: int, start: Mapping[str, Any], changes: resuming.Changes
-) -> list[Sink]:
-    terminal, file = Terminal(budget, start["images_seen"]), folder / "metrics.jsonl"
-    ahead = any(line["step"] > start["global_step"] for line in lines_of(file))
-    sinks: list[Sink] = [terminal, JsonLines(file, start["global_step"])]
+) -> Sequence[Logger]:
+    """Terminal and metrics.jsonl, and those of the group `logger`."""
+    step, file = start["global_step"], folder / "metrics.jsonl"
+    ahead = any(line["step"] > step for line in lines_of(file))
+    loggers: list[Logger] = [Terminal(budget, start["images_seen"]), JsonLines(file, step)]
     if config["logger"]["name"] == "wandb":
-        make = functools.partial(_dashboard, folder, config, anew=ahead and bool(changes))
-        sinks.append(Courtesy(terminal, "Weights & Biases", make, start["global_step"]))
-    return sinks
+        from genfound.loggers.wandb import WandbLogger
 
-
-def _dashboard(folder: Path, config: Mapping[str, Any], anew: bool) -> Sink:
-    from genfound.loggers.wandb import Dashboard
-
-    return Dashboard(folder, {**config, "provenance": provenance()}, config["logger"]["project"], anew)
+        loggers.append(WandbLogger(folder, config["logger"]["project"], anew=ahead and bool(changes)))
+    for logger in loggers:
+        logger.log_hyperparams({**config, "provenance": provenance()})
+    return loggers
 
 
 def _mark_done(folder: Path, images: int, steps: int, fingerprint: str) -> None:

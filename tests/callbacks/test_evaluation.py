@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 
 from genfound import build, training
 from genfound.callbacks.checkpointing import Checkpointing
@@ -39,12 +40,13 @@ def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     config["trainer"] |= EVALUATED | settings
     parts = build.build_run(config, 1)
     loader = parts.loader(0)
-    ema, metrics = Ema([0.9]), TrainLog([JsonLines(folder / "metrics.jsonl", 0)], 1, loader)
+    ema, metrics = Ema([0.9]), TrainLog(1, loader)
     facts = {"class_names": parts.images.class_names, "sizes": [[16, 16]], "fingerprint": parts.images.fingerprint}
     saving = Checkpointing(folder / "checkpoints", 100, 1, loader, facts)
-    watching = [Evaluation(folder, parts, ema, metrics)] if evaluate else []
-    callbacks = [ema, metrics, NonFinite([], folder / "bad", 5, 5), *watching, saving]
-    training._trainer(folder, parts, callbacks).fit(training._module(parts, 10_000, 0, new=True), loader)
+    watching = [Evaluation(folder, parts, ema)] if evaluate else []
+    callbacks = [ema, metrics, NonFinite(folder / "bad", 5, 5), *watching, saving]
+    loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", 0)]
+    training._trainer(folder, parts, callbacks, loggers).fit(training._module(parts, 10_000, 0, new=True), loader)
     return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
 
 
@@ -130,7 +132,7 @@ def test_the_work_of_another_protocol_is_not_taken(tmp_path: Path, monkeypatch: 
         config = run_directory.read_config(folder)
         config["trainer"] |= EVALUATED
         parts = build.build_run(config, 1)
-        evaluation = Evaluation(folder, parts, Ema([0.9]), TrainLog([], 1, parts.loader(0)))
+        evaluation = Evaluation(folder, parts, Ema([0.9]))
         evaluation._prepare()
         keys.append(evaluation._key("weights", "data"))
     assert keys[0] == keys[1] != keys[2]

@@ -5,7 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from genfound.callbacks.preview import Preview
+from genfound.loggers.base import RunLogger
 from tests.helpers import small_nit, training_module
 
 
@@ -16,13 +19,15 @@ class Diverging:
         raise FloatingPointError("an image is not finite")
 
 
-def test_a_preview_that_diverges_does_not_end_the_training(tmp_path: Path) -> None:
+def test_a_preview_that_diverges_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[tuple[str, int]] = []
-    sink = SimpleNamespace(note=lambda *note: notes.append(note))
-    ema: Any = SimpleNamespace(swapped=lambda module: nullcontext())
+    logger = RunLogger()
+    monkeypatch.setattr(logger, "note", lambda *note: notes.append(note))
+    ema: Any = SimpleNamespace(ema_weights=lambda module: nullcontext())
     sampling: Any = Diverging()
-    preview = Preview(tmp_path, 10, sampling, [], [], ema, SimpleNamespace(sinks=[sink]))  # type: ignore[arg-type]
+    preview = Preview(tmp_path, 10, sampling, [], [], ema)
     module = training_module(small_nit())
-    preview.on_interval(SimpleNamespace(is_global_zero=True, global_step=7), module)  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=7, loggers=[logger])
+    preview.on_interval(trainer, module)
     assert notes == [("no preview: an image is not finite", 7)]
     assert module.training and not list(tmp_path.iterdir())

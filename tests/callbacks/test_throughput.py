@@ -55,7 +55,7 @@ def test_the_clock_has_all_of_a_step_and_nothing_else(tmp_path: Path, monkeypatc
     monkeypatch.setattr(build, "training_tokenizer", lambda _: SlowTokenizer())
     ends: list[tuple[int, float]] = []  # images, and seconds of training
     away = 0.0
-    log = JsonLines.log
+    log = JsonLines.log_metrics
 
     def logged(self: JsonLines, values: Any, step: int) -> None:
         log(self, values, step)
@@ -72,8 +72,8 @@ def test_the_clock_has_all_of_a_step_and_nothing_else(tmp_path: Path, monkeypatc
 
         return slow
 
-    monkeypatch.setattr(JsonLines, "log", logged)
-    monkeypatch.setattr(Validation, "act", slowed(Validation.act))
+    monkeypatch.setattr(JsonLines, "log_metrics", logged)
+    monkeypatch.setattr(Validation, "on_interval", slowed(Validation.on_interval))
     monkeypatch.setattr(Checkpointing, "_save", slowed(Checkpointing._save))
     options = ["trainer.max_steps=9", "trainer.log_every=3", "trainer.val_every=8", "trainer.checkpoint_every=2"]
     fit(run_dir(tmp_path, *TINY, *options, "data.sides=[16]", "data.num_workers=0", "trainer.preview_every=1000"))
@@ -104,5 +104,5 @@ def test_a_gauge_that_fails_is_left_out_and_changes_nothing(
 
 def test_measuring_the_machine_takes_no_random_number() -> None:
     before = torch.get_rng_state()
-    assert train_log.Speed is throughput.Throughput and throughput.matmul_rate(torch.device("cpu")) > 0
+    assert train_log.Throughput is throughput.Throughput and throughput.matmul_rate(torch.device("cpu")) > 0
     assert torch.equal(torch.get_rng_state(), before)

@@ -15,7 +15,6 @@ from torch import multiprocessing as mp
 from genfound import build, training
 from genfound.callbacks import evaluation
 from genfound.callbacks.ema import Ema
-from genfound.callbacks.train_log import TrainLog
 from genfound.config import compose
 from genfound.evaluation import references
 from genfound.evaluation.protocol import read_results
@@ -47,7 +46,7 @@ def evaluating(rank: int, folder: Path) -> None:
     config["trainer"] |= EVALUATED
     parts = build.build_run(config, 2)
     ema = Ema([0.9])
-    acting = evaluation.Evaluation(folder, parts, ema, TrainLog([], 1, parts.loader(rank)))
+    acting = evaluation.Evaluation(folder, parts, ema)
     module = training._module(parts, 10_000, rank, new=True).eval()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     distributed.barrier()
@@ -60,7 +59,13 @@ def evaluating(rank: int, folder: Path) -> None:
 
     strategy = SimpleNamespace(barrier=lambda: distributed.barrier(group), reduce_boolean_decision=agree)
     trainer: Any = SimpleNamespace(
-        global_rank=rank, world_size=2, is_global_zero=rank == 0, global_step=0, strategy=strategy, callbacks=[]
+        global_rank=rank,
+        world_size=2,
+        is_global_zero=rank == 0,
+        global_step=0,
+        strategy=strategy,
+        callbacks=[],
+        loggers=[],
     )
     ema.on_train_start(trainer, module)
     acting.on_train_start(trainer, module)

@@ -16,30 +16,32 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 from genfound.loggers.json_lines import JsonLines
-from genfound.loggers.wandb import Dashboard, stored_records
+from genfound.loggers.wandb import WandbLogger, stored_records
 
-CONFIG = {"study": "axes", "seed": 3, "model": {"depth": 2}}
+CONFIG = {"seed": 3, "model": {"depth": 2}}
 
 
 def line(step: int) -> dict[str, float]:
     return {"images_seen": 8 * step, "train/loss": step / 2}
 
 
-def begin(folder: Path, start: int, anew: bool = False) -> tuple[JsonLines, Dashboard]:
-    """The sinks of a run that goes on after so many steps."""
-    return JsonLines(folder / "metrics.jsonl", start), Dashboard(folder, CONFIG, "genfound", anew)
+def begin(folder: Path, start: int, anew: bool = False) -> tuple[JsonLines, WandbLogger]:
+    """The loggers of a run that goes on after so many steps."""
+    logger = WandbLogger(folder, "genfound", anew)
+    logger.log_hyperparams(CONFIG)
+    return JsonLines(folder / "metrics.jsonl", start), logger
 
 
-def log(sinks: tuple[JsonLines, Dashboard], steps: range) -> None:
+def log(loggers: tuple[JsonLines, WandbLogger], steps: range) -> None:
     for step in steps:
-        for sink in sinks:
-            sink.log(line(step), step)
+        for logger in loggers:
+            logger.log_metrics(line(step), step)
 
 
-def end(sinks: tuple[JsonLines, Dashboard]) -> None:
+def end(loggers: tuple[JsonLines, WandbLogger]) -> None:
     """As at the end of a process, where W&B's own process writes what is left and ends as well."""
-    for sink in sinks:
-        sink.close()
+    for logger in loggers:
+        logger.finalize("success")
     wandb.teardown()
 
 
@@ -63,7 +65,7 @@ def rows(folder: Path) -> list[tuple[str, int, dict[str, Any]]]:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    return tmp_path / "seed-3"
+    return tmp_path / "axes/seed-3"
 
 
 KILLED = """
@@ -82,15 +84,15 @@ def test_a_run_that_goes_on_shows_each_step_once(run: Path, first: str) -> None:
         killed = subprocess.run([sys.executable, "-c", KILLED, str(run)], env=dict(os.environ), check=False)
         assert killed.returncode == -signal.SIGKILL
     else:
-        sinks = begin(run, 0)
-        log(sinks, range(1, 7))
-        end(sinks)
-    sinks = begin(run, 3)
-    log(sinks, range(4, 9))
+        loggers = begin(run, 0)
+        log(loggers, range(1, 7))
+        end(loggers)
+    loggers = begin(run, 3)
+    log(loggers, range(4, 9))
     picture = run / "images-64.png"
     Image.new("RGB", (4, 4)).save(picture)
-    sinks[1].picture("samples", picture, 64, 8)
-    end(sinks)
+    loggers[1].picture("samples", picture, 64, 8)
+    end(loggers)
     found = rows(run)
     assert [step for _, step, _ in found] == list(range(1, 9))
     assert all(values["train/loss"] == step / 2 and values["images_seen"] == 8 * step for _, step, values in found)
@@ -103,12 +105,12 @@ def test_a_run_that_goes_on_shows_each_step_once(run: Path, first: str) -> None:
 
 
 def test_lines_of_another_configuration_stay_in_a_run_of_their_own(run: Path) -> None:
-    sinks = begin(run, 0)
-    log(sinks, range(1, 6))
-    end(sinks)
-    sinks = begin(run, 2, anew=True)
-    log(sinks, range(3, 5))
-    end(sinks)
+    loggers = begin(run, 0)
+    log(loggers, range(1, 6))
+    end(loggers)
+    loggers = begin(run, 2, anew=True)
+    log(loggers, range(3, 5))
+    end(loggers)
     first, second = dict.fromkeys(run_id for run_id, _, _ in rows(run))
     assert [step for run_id, step, _ in rows(run) if run_id == first] == [1, 2, 3, 4, 5]
     assert [step for run_id, step, _ in rows(run) if run_id == second] == [1, 2, 3, 4]
@@ -116,10 +118,32 @@ def test_lines_of_another_configuration_stay_in_a_run_of_their_own(run: Path) ->
 
 def test_records_of_several_blocks_are_read(run: Path) -> None:
     """Records of more than 32 KiB lie in pieces."""
-    sinks = begin(run, 0)
+    loggers = begin(run, 0)
     for step in range(1, 5):
-        sinks[1].log({f"layer/{i}": float(i) for i in range(1000)}, step)
-    end(sinks)
+        loggers[1].log_metrics({f"layer/{i}": float(i) for i in range(1000)}, step)
+    end(loggers)
     assert [(step, len([key for key in row if key.startswith("layer")])) for _, step, row in rows(run)] == [
         (step, 1000) for step in range(1, 5)
     ]
+
+
+def test_a_failure_of_wandb_is_said_once_and_ends_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries = []
+
+    def fail(**_: Any) -> None:
+        tries.append(1)
+        raise ConnectionError("no way to the server\nlong story")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    logger = WandbLogger(run, "genfound")
+    for step in (1, 2):
+        logger.log_metrics(line(step), step)
+    logger.note("a sentence", 2)
+    logger.picture("samples", Path("x.png"), 8, 2)
+    logger.finalize("success")
+    assert len(tries) == 1
+    assert capsys.readouterr().out == (
+        "Weights & Biases has stopped (no way to the server); training goes on, with its curves in metrics.jsonl\n"
+    )

@@ -14,7 +14,6 @@ from genfound import build
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.throughput import paused
-from genfound.callbacks.train_log import TrainLog
 from genfound.config import compose
 from genfound.config.checks import image_sizes
 from genfound.data.images.sets import digest
@@ -24,6 +23,7 @@ from genfound.evaluation.protocol import Result, SamplingRecord
 from genfound.evaluation.provenance import pin_guide_checkpoint, sampling_record
 from genfound.evaluation.references import RunDataset, Tool, Workspace, prepare_extractor, prepare_reference
 from genfound.evaluation.samples import DATA, SampleStore, requests_by_rule
+from genfound.loggers.base import log, note
 from genfound.metrics.compute import check_count, check_reference, compute
 from genfound.metrics.features import FeatureStore
 from genfound.metrics.reference_stats import Reference
@@ -37,7 +37,7 @@ Size = tuple[int, int]
 
 
 class Evaluation(EveryNImages):
-    """Draws samples on every rank, measures them on the first; results go to the sinks and to evaluations/.
+    """Draws samples on every rank, measures them on the first; results go to the loggers and to evaluations/.
 
     Nothing of it reaches the training: weights are swapped back bit by bit, and no random number is taken from it.
 
@@ -45,16 +45,15 @@ class Evaluation(EveryNImages):
         folder: the run; every rank must see it.
         parts: of the run; `trainer.eval_*` say when, and under which protocol.
         ema: holds the average.
-        metrics: whose sinks receive the figures.
 
     Raises:
         ValueError: a protocol that does not fit the run.
     """
 
-    def __init__(self, folder: Path, parts: build.RunComponents, ema: Ema, metrics: TrainLog) -> None:
+    def __init__(self, folder: Path, parts: build.RunComponents, ema: Ema) -> None:
         trainer = parts.config["trainer"]
         super().__init__(trainer["eval_every"])
-        self.folder, self.parts, self.ema, self.metrics = folder, parts, ema, metrics
+        self.folder, self.parts, self.ema = folder, parts, ema
         self.asked = asked(folder, parts.config)
         config = self.asked.config
         check(config)
@@ -88,8 +87,8 @@ class Evaluation(EveryNImages):
             prefix = "eval" if len(self.sizes) == 1 else f"eval/{size_text(size)}"
             found = self._evaluate(trainer, module, size)
             figures |= {f"{prefix}/{name}": value for name, value in found.items()}
-        for sink in self.metrics.sinks if figures else ():
-            sink.log({"images_seen": module.images_seen, **figures}, trainer.global_step)
+        if figures:
+            log(trainer, {"images_seen": module.images_seen, **figures})
 
     def _prepare(self) -> None:
         config = self.asked.config
@@ -114,10 +113,7 @@ class Evaluation(EveryNImages):
                 reason = str(error)
         module.train()
         if not trainer.strategy.reduce_boolean_decision(not reason):
-            for sink in self.metrics.sinks:
-                sink.note(
-                    f"no evaluation: {reason or 'samples of another process are not finite'}", trainer.global_step
-                )
+            note(trainer, f"no evaluation: {reason or 'samples of another process are not finite'}")
             return {}
         features = FeatureStore(drawn.folder / "features", len(drawn))
         features.extract(drawn, self.tool.extractor, *share)

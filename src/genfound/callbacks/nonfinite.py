@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.loader import Item
-from genfound.loggers.json_lines import Sink
+from genfound.loggers.base import note
 from genfound.modules.base import GenerativeModule
 
 
@@ -21,14 +20,12 @@ class NonFinite(lightning.Callback):
     """Looks at the gradient norms of the last steps, in one transfer.
 
     Args:
-        sinks: hear of skipped steps.
         file: one JSON line per skipped step and micro-batch of this rank: images, times, seed.
         every: steps between two looks.
         limit: as many skipped steps in a row stop the run.
     """
 
-    def __init__(self, sinks: Sequence[Sink], file: Path, every: int, limit: int) -> None:
-        self.sinks = list(sinks)
+    def __init__(self, file: Path, every: int, limit: int) -> None:
         self.file = file
         self.every = every
         self.limit = limit
@@ -52,22 +49,21 @@ class NonFinite(lightning.Callback):
             return
         self._norms.append((step, module.grad_norm.detach()))
         if len(self._norms) >= self.every:
-            self.look(module.seed, trainer.global_step)
+            self.look(module.seed, trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The last steps, before they are saved."""
         assert isinstance(module, GenerativeModule)
         if self._norms:
-            self.look(module.seed, trainer.global_step)
+            self.look(module.seed, trainer)
 
-    def look(self, seed: int, now: int) -> None:
-        """Judge the remembered steps after step `now`."""
+    def look(self, seed: int, trainer: lightning.Trainer) -> None:
+        """Judge the remembered steps."""
         finite = torch.stack([norm for _, norm in self._norms]).isfinite().tolist()
         skipped = [step for (step, _), good in zip(self._norms, finite, strict=True) if not good]
         if skipped:
             steps = f"step{'s' if len(skipped) > 1 else ''} {', '.join(f'{step:,}' for step in skipped)}"
-            for sink in self.sinks:
-                sink.note(f"skipped {steps}: the gradient was not finite; images and times are in {self.file}", now)
+            note(trainer, f"skipped {steps}: the gradient was not finite; images and times are in {self.file}")
         for (step, _), good in zip(self._norms, finite, strict=True):
             self._in_a_row = 0 if good else self._in_a_row + 1
             if not good:

@@ -9,7 +9,7 @@ import lightning
 
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.every_n_images import EveryNImages
-from genfound.callbacks.train_log import TrainLog
+from genfound.loggers.base import note, picture
 from genfound.modules.base import GenerativeModule
 from genfound.sampling.grid import save_grid
 from genfound.sampling.pipeline import Pipeline
@@ -26,7 +26,6 @@ class Preview(EveryNImages):
         requests: what to sample, one row of the grid per size.
         class_names: names of the labels.
         ema: holds the average.
-        metrics: whose sinks receive the picture.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class Preview(EveryNImages):
         requests: Sequence[SampleRequest],
         class_names: Sequence[str],
         ema: Ema,
-        metrics: TrainLog,
     ) -> None:
         super().__init__(every)
         self.folder = folder
@@ -45,7 +43,6 @@ class Preview(EveryNImages):
         self.requests = requests
         self.class_names = class_names
         self.ema = ema
-        self.metrics = metrics
 
     def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Draw and write the grid, on rank 0."""
@@ -57,11 +54,9 @@ class Preview(EveryNImages):
             with self.ema.ema_weights(module):
                 images = self.sampling.draw(module.net, self.requests, seed=0)
         except FloatingPointError as error:
-            for sink in self.metrics.sinks:
-                sink.note(f"no preview: {error}", trainer.global_step)
+            note(trainer, f"no preview: {error}")
             return
         finally:
             module.train()
         save_grid(file, images, self.requests, self.class_names)
-        for sink in self.metrics.sinks:
-            sink.picture("samples", file, module.images_seen, trainer.global_step)
+        picture(trainer, "samples", file, module.images_seen)

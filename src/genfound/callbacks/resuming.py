@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import lightning
 
 from genfound import build
 from genfound.checkpoints.initialise import LABELS
-from genfound.loggers.json_lines import Sink
+from genfound.loggers.base import note
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io, devices, run_directory
 
@@ -101,12 +101,10 @@ class Continuation(lightning.Callback):
     Attributes:
         folder: the run.
         made: what changes.
-        sinks: receive a note of each.
     """
 
     folder: Path
     made: Changes
-    sinks: Sequence[Sink]
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Write the history, then the configuration; on rank 0, after every rank has read it."""
@@ -118,6 +116,5 @@ class Continuation(lightning.Callback):
             with open(self.folder / HISTORY, "a") as out:
                 out.write(json.dumps({**at, "key": key, "before": before, "now": now}) + "\n")
             what = OTHER_IMAGES if key == IMAGES else f"{key} was {before} and is {now} from here on"
-            for sink in self.sinks:
-                sink.note(f"changed at step {at['step']:,} ({at['images_seen']:,} images): {what}", trainer.global_step)
+            note(trainer, f"changed at step {at['step']:,} ({at['images_seen']:,} images): {what}")
         run_directory.adopt(self.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.callbacks.throughput import Throughput
 from genfound.data.packing.loader import Item, TrainLoader
-from genfound.loggers.json_lines import Sink
+from genfound.loggers.base import log, note
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.weighting import image_weight
 
@@ -42,19 +42,17 @@ class Sums:
 
 
 class TrainLog(lightning.Callback):
-    """Averages over `every` steps and hands them to the sinks on rank 0.
+    """Averages over `every` steps and hands them to the loggers.
 
     A step that the optimizer skips, since its gradient is not finite, is left out as a whole and counted in
     `train/skipped`.
 
     Args:
-        sinks: where the numbers go.
         every: steps between two lines.
         loader: knows how long training waited for data.
     """
 
-    def __init__(self, sinks: Sequence[Sink], every: int, loader: TrainLoader) -> None:
-        self.sinks = list(sinks)
+    def __init__(self, every: int, loader: TrainLoader) -> None:
         self.every = every
         self.speed = Throughput(loader)
 
@@ -84,10 +82,8 @@ class TrainLog(lightning.Callback):
         self._started = True
         assert isinstance(module, GenerativeModule) and isinstance(batch[0], Batch)
         with self.speed.paused(module.device):
-            remarks = [first_batch(batch[0]), self.speed.calibrate(module)]
-            for sink in self.sinks:
-                for remark in filter(None, remarks):
-                    sink.note(remark, trainer.global_step)
+            for remark in filter(None, [first_batch(batch[0]), self.speed.calibrate(module)]):
+                note(trainer, remark)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
@@ -146,8 +142,7 @@ class TrainLog(lightning.Callback):
         metrics["train/grad_norm"] = float(self._grad_norm)
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
         metrics |= self.speed.metrics(speed.tolist(), trainer.world_size)
-        for sink in self.sinks:
-            sink.log(metrics, trainer.global_step)
+        log(trainer, metrics)
         self._logged = trainer.global_step
         self._clear(module)
 

@@ -13,11 +13,11 @@ from genfound.batch import Batch
 from genfound.build import RunComponents
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.every_n_images import EveryNImages
-from genfound.callbacks.train_log import TrainLog
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.collate import Collate, RawImages
 from genfound.data.packing.loader import MicroBatches
 from genfound.data.packing.prefetch import read_ahead
+from genfound.loggers.base import log
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Objective
 from genfound.objectives.weighting import image_weight
@@ -42,7 +42,6 @@ class Validation(EveryNImages):
         micros: which; shared out over the ranks.
         every: images between two evaluations.
         ema: holds the average.
-        metrics: whose sinks receive the result.
         workers: processes that read; 0 reads in this one.
     """
 
@@ -53,7 +52,6 @@ class Validation(EveryNImages):
         micros: Sequence[MicroBatch],
         every: int,
         ema: Ema,
-        metrics: TrainLog,
         workers: int,
     ) -> None:
         super().__init__(every)
@@ -61,25 +59,22 @@ class Validation(EveryNImages):
         self.assembly = assembly
         self.micros = micros
         self.ema = ema
-        self.metrics = metrics
         self.workers = workers
 
     @classmethod
-    def of(cls, parts: RunComponents, ema: Ema, metrics: TrainLog) -> Validation:
+    def of(cls, parts: RunComponents, ema: Ema) -> Validation:
         """On the held-out images of a run."""
         settings, assembly = parts.config["trainer"], parts.validation_assembly
         micros = parts.validation(settings["val_images"])
         batches = parts.batches(parts.held_out, assembly)
-        return cls(batches, assembly, micros, settings["val_every"], ema, metrics, parts.workers)
+        return cls(batches, assembly, micros, settings["val_every"], ema, parts.workers)
 
     def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
-        """The four figures, reduced over ranks, to the sinks."""
+        """The four figures, reduced over ranks."""
         sums = self.sums(module, trainer.precision_plugin.forward_context, trainer.global_rank, trainer.world_size)
         total = trainer.strategy.reduce(sums, reduce_op="sum")
         assert isinstance(total, Tensor)
-        metrics = {"images_seen": module.images_seen, **self.figures(total)}
-        for sink in self.metrics.sinks:
-            sink.log(metrics, trainer.global_step)
+        log(trainer, {"images_seen": module.images_seen, **self.figures(total)})
 
     def figures(self, sums: Tensor) -> dict[str, float]:
         """The metrics from the sums of all ranks."""

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from genfound.loggers.base import RunLogger
 
-class Terminal:
+
+class Terminal(RunLogger):
     """Images seen, loss and speed.
 
     Args:
@@ -24,17 +25,17 @@ class Terminal:
         self._validation = ""
         if sys.stdout.isatty():
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console())
+            self._bar = Progress(*columns)
             self._task = self._bar.add_task("", total=budget, completed=images_seen)
             self._bar.start()
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show figures, or the newest training line, in which a validation loss stays until the next one."""
         if "val/loss" in metrics:
             self._validation = f"  val {metrics['val/loss']:.4f} (ema {metrics['val/loss_ema']:.4f})"
         figures = [f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith("eval")]
         if figures:
-            self._print(f"step {step:,}  {'  '.join(figures)}")
+            print(f"step {step:,}  {'  '.join(figures)}", flush=True)
         if "train/loss" not in metrics:
             return
         seen = int(metrics["images_seen"])
@@ -49,21 +50,14 @@ class Terminal:
             self._bar.update(self._task, completed=seen, description=text)
 
     def note(self, text: str, step: int) -> None:
-        """Print a line."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
-        """Above the bar where there is one."""
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.console.print(text)
+        """Print a line; above the bar where there is one."""
+        print(text, flush=True)
 
     def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
         """Say where a picture is."""
-        self._print(f"{name}: {file}")
+        print(f"{name}: {file}", flush=True)
 
-    def close(self) -> None:
+    def finalize(self, status: str) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.stop()

@@ -7,78 +7,131 @@ sent again, and earlier ones that it lacks are sent from metrics.jsonl.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from genfound.loggers.base import RunLogger
 from genfound.loggers.json_lines import lines_of
 from genfound.runtime.files import visible
 
+Method = TypeVar("Method", bound=Callable[..., None])
 
-class Dashboard:
+
+def optional(method: Method) -> Method:
+    """Training goes on without W&B: its first failure is said in a line, and is its end."""
+
+    @functools.wraps(method)
+    def attempt(self: WandbLogger, *args: Any, **kwargs: Any) -> None:
+        try:
+            if not self.stopped:
+                method(self, *args, **kwargs)
+        except Exception as error:
+            self.stopped = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(
+                f"Weights & Biases has stopped ({reason}); training goes on, with its curves in metrics.jsonl",
+                flush=True,
+            )
+
+    return cast(Method, attempt)
+
+
+class WandbLogger(RunLogger):
     """A W&B run whose steps are global steps, drawn over the number of images seen.
 
     Args:
-        folder: run directory; the id of the W&B run is kept in its wandb/ folder.
-        config: resolved configuration and provenance.
+        folder: run directory, runs/<study>/<name>; the id of the W&B run is kept in its wandb/ folder.
         project: W&B project.
         anew: begin another W&B run, because this one has later lines, of another configuration.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], project: str, anew: bool) -> None:
+    def __init__(self, folder: Path, project: str, anew: bool = False) -> None:
+        self.folder = folder
+        self.project = project
+        self.anew = anew
+        self.stopped = False
+        self._config: dict[str, Any] = {}
+        self._run: Any = None
+        self._step, self._row = -1, dict[str, Any]()
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration of the run, before its first metrics."""
+        self._config |= params
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run; it begins when it is first asked for, with the lines of metrics.jsonl that it lacks."""
+        if self._run is None:
+            self._run = self._begin()
+            for line in lines_of(self.folder / "metrics.jsonl"):
+                self._add({key: value for key, value in line.items() if value is not None}, line.pop("step"))
+        return self._run
+
+    def _begin(self) -> Any:
         import wandb
 
-        own = folder / "wandb"
+        own = self.folder / "wandb"
         own.mkdir(parents=True, exist_ok=True)
         id_file = own / "run_id"
-        if anew or not id_file.exists():
+        if self.anew or not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
-        self._wandb = wandb
-        self._run = wandb.init(
+        run = wandb.init(
             id=id_file.read_text(),
             resume="allow",
-            project=project,
-            group=str(config["study"]),
-            name=folder.name,
-            dir=folder,
-            config=dict(config),
+            project=self.project,
+            group=self.folder.parent.name,
+            name=self.folder.name,
+            dir=self.folder,
+            config=self._config,
             mode=_mode(),
             settings=wandb.Settings(silent=True),
         )
-        self._run.define_metric("images_seen")
-        self._run.define_metric("*", step_metric="images_seen")
-        self._sent = max(self._run.starting_step - 1, last_step(own, self._run.id))
-        self._step, self._row = -1, dict[str, Any]()
-        for line in lines_of(folder / "metrics.jsonl"):
-            self.log({key: value for key, value in line.items() if value is not None}, line.pop("step"))
+        run.define_metric("images_seen")
+        run.define_metric("*", step_metric="images_seen")
+        self._sent = max(run.starting_step - 1, last_step(own, run.id))
+        return run
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+    @optional
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add numbers to the row of a step, which is sent when the next one begins."""
-        if step != self._step:
-            self._send()
-        self._step = step
-        self._row |= metrics
+        assert step is not None
+        self._add(metrics, step)
 
-    def _send(self) -> None:
+    def _add(self, values: Mapping[str, Any], step: int) -> None:
+        run = self.experiment
+        if step != self._step:
+            self._send(run)
+        self._step = step
+        self._row |= values
+
+    def _send(self, run: Any) -> None:
         if self._row and self._step > self._sent:
-            self._run.log(self._row, step=self._step, commit=True)
+            run.log(self._row, step=self._step, commit=True)
         self._row = {}
 
     def note(self, text: str, step: int) -> None:
         """Add a text to the row of its step."""
-        self.log({"note": text}, step)
+        self.log_metrics({"note": text}, step)
 
+    @optional
     def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
         """Log a picture."""
-        self.log({name: self._wandb.Image(str(file)), "images_seen": images_seen}, step)
+        import wandb
 
-    def close(self) -> None:
+        self._add({name: wandb.Image(str(file)), "images_seen": images_seen}, step)
+
+    @optional
+    def finalize(self, status: str) -> None:
         """Finish the W&B run."""
-        self._send()
-        self._run.finish()
+        if self._run is not None:
+            self._send(self._run)
+            self._run.finish()
+            self.stopped = True
 
 
 def last_step(folder: Path, run_id: str) -> int:
