@@ -65,14 +65,14 @@ class WandbLogger(RunLogger):
 
     @property
     def experiment(self) -> Any:
-        """The W&B run; it begins when it is first asked for, with the lines of metrics.jsonl that it lacks."""
+        """The W&B run, which begins when it is first asked for; `None` where W&B has stopped."""
         if self._run is None:
-            self._run = self._begin()
-            for line in lines_of(self.folder / "metrics.jsonl"):
-                self._add({key: value for key, value in line.items() if value is not None}, line.pop("step"))
+            self._begin()
         return self._run
 
-    def _begin(self) -> Any:
+    @optional
+    def _begin(self) -> None:
+        """Begin, with the lines of metrics.jsonl that W&B lacks."""
         import wandb
 
         own = self.folder / "wandb"
@@ -94,7 +94,9 @@ class WandbLogger(RunLogger):
         run.define_metric("images_seen")
         run.define_metric("*", step_metric="images_seen")
         self._sent = max(run.starting_step - 1, last_step(own, run.id))
-        return run
+        self._run = run
+        for line in lines_of(self.folder / "metrics.jsonl"):
+            self._add({key: value for key, value in line.items() if value is not None}, line.pop("step"))
 
     @optional
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -103,15 +105,16 @@ class WandbLogger(RunLogger):
         self._add(metrics, step)
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
-        run = self.experiment
+        if self.experiment is None:
+            return
         if step != self._step:
-            self._send(run)
+            self._send()
         self._step = step
         self._row |= values
 
-    def _send(self, run: Any) -> None:
+    def _send(self) -> None:
         if self._row and self._step > self._sent:
-            run.log(self._row, step=self._step, commit=True)
+            self._run.log(self._row, step=self._step, commit=True)
         self._row = {}
 
     def note(self, text: str, step: int) -> None:
@@ -129,7 +132,7 @@ class WandbLogger(RunLogger):
     def finalize(self, status: str) -> None:
         """Finish the W&B run."""
         if self._run is not None:
-            self._send(self._run)
+            self._send()
             self._run.finish()
             self.stopped = True
 
