@@ -1,8 +1,9 @@
-"""The figures of a set of samples, under a named convention."""
+"""The figures of a set of samples, under a named convention.
+
+Only one process computes them, of features that all of them have made, so its metrics are not synchronised.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from genfound.metrics.extractor import Extractor
 from genfound.metrics.features import FeatureStore
-from genfound.metrics.frechet import frechet_distance
-from genfound.metrics.inception_score import adm_score, torch_fidelity_score
-from genfound.metrics.kid import SUBSET, kernel_distance
-from genfound.metrics.precision_recall import ADM_BLOCK, BLOCK, manifold, precision_recall
+from genfound.metrics.frechet import FrechetDistance
+from genfound.metrics.inception_score import InceptionScore
+from genfound.metrics.kid import SUBSET, KernelDistance
+from genfound.metrics.precision_recall import NEIGHBOURS, PrecisionRecall
 from genfound.metrics.reference_stats import Reference
 
 CONVENTIONS = ("adm", "adm_half", "torch_fidelity")
@@ -22,7 +23,7 @@ CONVENTIONS = ("adm", "adm_half", "torch_fidelity")
 PROBE = "probe"
 """The extractor, and the convention of its figures: exact distances, no Inception Score."""
 
-SPLIT, NEIGHBOURS = 5000, 3
+SPLIT = 5000
 FULL = 50_000
 """The count that goes without saying; a figure of any other carries it in its name."""
 
@@ -118,19 +119,21 @@ def _inception_figures(
     samples: FeatureStore, reference: Reference, convention: str, device: torch.device
 ) -> dict[str, float]:
     figures = _distances(samples, reference, device)
-    logits = samples.column("logits").to(device)
-    if convention == "torch_fidelity":
+    fidelity = convention == "torch_fidelity"
+    score = InceptionScore(None if fidelity else SPLIT, sync_on_compute=False).to(device)
+    score.update(samples.column("logits"))
+    mean, std = (float(value) for value in score.compute())
+    figures["inception_score"] = mean
+    if fidelity:
         figures.pop("sfid", None)
-        score = torch_fidelity_score(logits)
-        figures |= {"inception_score": score.mean, "inception_score_std": score.std}
-    else:
-        figures["inception_score"] = adm_score(logits, SPLIT).mean
+        figures["inception_score_std"] = std
     if reference.points is not None:
         points = samples.column("pool")
-        if convention == "torch_fidelity":
-            kid = kernel_distance(points, reference.points, size=SUBSET)
-            figures |= {"kid": kid.mean, "kid_std": kid.std}
-        figures |= _shares(points, reference.points, convention == "adm_half", device)
+        if fidelity:
+            kid = KernelDistance(reference.points, size=SUBSET, sync_on_compute=False)
+            kid.update(points)
+            figures |= zip(("kid", "kid_std"), map(float, kid.compute()), strict=True)
+        figures |= _precision_recall(points, reference.points, convention == "adm_half", device)
     return figures
 
 
@@ -142,22 +145,23 @@ def _probe_figures(
         right = samples.column("logits").argmax(dim=1) == torch.from_numpy(labels)
         figures["accuracy"] = float(right.double().mean())
     if reference.points is not None:
-        figures |= _shares(samples.column("pool"), reference.points, False, device)
+        figures |= _precision_recall(samples.column("pool"), reference.points, False, device)
     return figures
 
 
 def _distances(samples: FeatureStore, reference: Reference, device: torch.device) -> dict[str, float]:
     """`fid`, and `sfid` where the reference has spatial statistics."""
-    names: Mapping[str, str] = {"pool": "fid", "spatial": "sfid"}
-    known = (column for column in reference.gaussians if samples.has(column))
-    return {
-        names[column]: frechet_distance(samples.gaussian(column, device), reference.gaussians[column])
-        for column in known
-    }
+    figures = {}
+    for column, name in (("pool", "fid"), ("spatial", "sfid")):
+        if column in reference.gaussians and samples.width(column):
+            distance = FrechetDistance(samples.width(column), reference.gaussians[column], sync_on_compute=False)
+            for block in samples.blocks(column):
+                distance.to(device).update(block)
+            figures[name] = float(distance.compute())
+    return figures
 
 
-def _shares(points: Tensor, reference: Tensor, half: bool, device: torch.device) -> dict[str, float]:
-    block = ADM_BLOCK if half else BLOCK
-    real, drawn = (manifold(x.to(device), [NEIGHBOURS], half, block, block) for x in (reference, points))
-    shares = precision_recall(real, drawn, half, block, block)
-    return {"precision": shares.precision[0], "recall": shares.recall[0]}
+def _precision_recall(points: Tensor, reference: Tensor, half: bool, device: torch.device) -> dict[str, float]:
+    metric = PrecisionRecall(reference, NEIGHBOURS, half, sync_on_compute=False).to(device)
+    metric.update(points)
+    return {name: float(value) for name, value in metric.compute().items()}

@@ -68,10 +68,10 @@ class FeatureStore:
         if waiting:
             yield torch.cat(waiting)
 
-    def has(self, name: str) -> bool:
-        """Whether the extractor computes this column."""
+    def width(self, name: str) -> int:
+        """Numbers of a column; 0 where the extractor has none of the name."""
         with np.load(self.files[0]) as arrays:
-            return name in arrays
+            return int(arrays[name].shape[1]) if name in arrays else 0
 
     def column(self, name: str, limit: int | None = None) -> Tensor:
         """(count, D) float32, or only the first `limit` rows."""
@@ -91,11 +91,9 @@ class FeatureStore:
 
     def gaussian(self, name: str, device: torch.device) -> Gaussian:
         """Mean and covariance of a column."""
-        moments: Moments | None = None
+        moments = Moments.zero(self.width(name), device)
         for block in self.blocks(name):
-            moments = Moments(block.shape[1], device) if moments is None else moments
             moments.add(block)
-        assert moments is not None
         return moments.gaussian()
 
     def _numbers(self, place: int) -> range:

@@ -7,9 +7,12 @@ which is real by construction.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from genfound.metrics.feature_metric import GIVEN, FeatureMetric, Values
 
 ROWS = 4096
 """Features are summed in blocks of so many rows, always the same ones, so that a sum has one order."""
@@ -37,33 +40,35 @@ class Gaussian:
             raise ValueError("the statistics hold numbers that are not finite")
 
 
+@dataclass(frozen=True)
 class Moments:
-    """Running sums of features.
+    """Running sums of features: the number of rows, their sum (D,) and that of their products (D, D), float64."""
 
-    Args:
-        width: number of features D.
-        device: where to sum.
-    """
+    count: Tensor
+    total: Tensor
+    products: Tensor
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
-        self.total = torch.zeros(width, dtype=torch.float64, device=device)
-        self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
+    @classmethod
+    def zero(cls, width: int, device: torch.device | str = "cpu") -> Moments:
+        """Those of no features of D numbers."""
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        total = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(count, total, torch.zeros(width, width, dtype=torch.float64, device=device))
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
         """The sums of features (N, D)."""
-        moments = cls(features.shape[1], features.device)
-        for block in features.split(ROWS):
-            moments.add(block)
+        moments = cls.zero(features.shape[1], features.device)
+        moments.add(features)
         return moments
 
     def add(self, features: Tensor) -> None:
-        """Add rows (N, D)."""
-        rows = features.to(self.total.device, torch.float64)
-        self.count += len(rows)
-        self.total += rows.sum(dim=0)
-        self.products.addmm_(rows.T, rows)
+        """Add rows (N, D), in place."""
+        for block in features.split(ROWS):
+            rows = block.to(self.total.device, torch.float64)
+            self.count.add_(len(rows))
+            self.total.add_(rows.sum(dim=0))
+            self.products.addmm_(rows.T, rows)
 
     def gaussian(self) -> Gaussian:
         """Mean, and covariance with the divisor N - 1.
@@ -72,10 +77,50 @@ class Moments:
             ValueError: fewer than two rows, or a feature that is not finite.
         """
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least two images, not {self.count}")
+            raise ValueError(f"a covariance needs at least two images, not {int(self.count)}")
         mean = self.total / self.count
         covariance = (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return Gaussian(mean, covariance)
+
+
+class FrechetDistance(FeatureMetric):
+    """FID where the features are Inception's `pool`, sFID where they are its `spatial` ones.
+
+    State is float64 and summed over ranks; images may come in any order.
+
+    Args:
+        width: number of features D: 2,048 of `pool`, 2,023 of `spatial`.
+        reference: statistics of the real images; `None`: `update(..., real=True)` collects them.
+        options: see `FeatureMetric`.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, width: int, reference: Gaussian | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.reference = reference
+        for kind in ("samples", "real") if reference is None else ("samples",):
+            for name, zero in vars(Moments.zero(width)).items():
+                self.add_state(f"{kind}_{name}", zero, dist_reduce_fx="sum")
+
+    def update(self, values: Values, real: bool = False) -> None:
+        """Add features (N, D), or images; `real` ones are the reference.
+
+        Raises:
+            ValueError: there is a reference already.
+        """
+        if real and self.reference is not None:
+            raise ValueError(GIVEN)
+        self._moments("real" if real else "samples").add(self.features(values))
+
+    def compute(self) -> Tensor:
+        """The distance, float64."""
+        reference = self._moments("real").gaussian() if self.reference is None else self.reference
+        distance = frechet_distance(self._moments("samples").gaussian(), reference)
+        return torch.tensor(distance, dtype=torch.float64)
+
+    def _moments(self, kind: str) -> Moments:
+        return Moments(*(getattr(self, f"{kind}_{name}") for name in ("count", "total", "products")))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
+
+from genfound.metrics.feature_metric import FeatureMetric, Values
 
 ROWS = 512
 """Rows per call of the softmax, as ADM."""
@@ -20,6 +23,37 @@ class Score(NamedTuple):
 
     mean: float
     std: float
+
+
+class InceptionScore(FeatureMetric):
+    """Inception Score; state is the logits, those of rank 0 first, whose order ADM's score depends on.
+
+    Args:
+        split_size: images of a split, as ADM; `None`: torch-fidelity's ten shuffled splits.
+        options: see `FeatureMetric`.
+    """
+
+    higher_is_better = True
+    logits: list[Tensor]
+
+    def __init__(self, split_size: int | None = 5000, **options: Any) -> None:
+        super().__init__(column="logits", **options)
+        self.split_size = split_size
+        self.add_state("logits", [], dist_reduce_fx="cat")
+
+    def update(self, values: Values) -> None:
+        """Add bias-free logits (N, K), or images."""
+        self.logits.append(self.features(values))
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean and population standard deviation over splits, float64.
+
+        Raises:
+            ValueError: fewer images than torch-fidelity's splits.
+        """
+        logits = dim_zero_cat(self.logits)
+        found = torch_fidelity_score(logits) if self.split_size is None else adm_score(logits, self.split_size)
+        return torch.tensor(found.mean, dtype=torch.float64), torch.tensor(found.std, dtype=torch.float64)
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genfound.metrics.feature_metric import PairMetric
+
 SEED = 2020
-SUBSET = 1000
+SUBSETS, SUBSET = 100, 1000
 
 
 class KID(NamedTuple):
@@ -19,7 +21,35 @@ class KID(NamedTuple):
     std: float
 
 
-def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size: int = SUBSET) -> KID:
+class KernelDistance(PairMetric):
+    """KID, as torch-fidelity's; state is the features, those of rank 0 first.
+
+    Args:
+        reference: features (M, D) of the real images; `None`: `update(..., real=True)` collects them.
+        subsets, size: how many random subsets, and of how many images each.
+        options: see `PairMetric`.
+    """
+
+    higher_is_better = False
+
+    def __init__(
+        self, reference: Tensor | None = None, subsets: int = SUBSETS, size: int = SUBSET, **options: Any
+    ) -> None:
+        super().__init__(reference, **options)
+        self.subsets, self.size = subsets, size
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean and population standard deviation over subsets, float64.
+
+        Raises:
+            ValueError: a set is smaller than a subset.
+        """
+        real, samples = self.both()
+        found = kernel_distance(samples, real, self.subsets, self.size)
+        return torch.tensor(found.mean, dtype=torch.float64), torch.tensor(found.std, dtype=torch.float64)
+
+
+def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = SUBSETS, size: int = SUBSET) -> KID:
     """Kernel (x.y / D + 1)^3 on random subsets of features (N, D); the terms within a set are unbiased.
 
     Raises:

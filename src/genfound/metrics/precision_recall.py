@@ -7,15 +7,17 @@ a point at exactly the radius is inside. Sets are compared in blocks, so that me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from genfound.metrics.feature_metric import PairMetric
+
 BLOCK = 4096
 """Rows and columns of a block of distances."""
 
-ADM_BLOCK = 10_000
+ADM_BLOCK, NEIGHBOURS = 10_000, 3
 
 
 class Manifold(NamedTuple):
@@ -25,11 +27,41 @@ class Manifold(NamedTuple):
     radii: Tensor
 
 
-class PrecisionRecall(NamedTuple):
+class Shares(NamedTuple):
     """For each k: share of samples inside the reference, and of references inside the samples."""
 
     precision: list[float]
     recall: list[float]
+
+
+class PrecisionRecall(PairMetric):
+    """Precision and recall; state is the features, and images may come in any order.
+
+    Args:
+        reference: features (M, D) of the real images; `None`: `update(..., real=True)` collects them.
+        k: which nearest neighbour is the radius of a point.
+        half: float16 distances, as ADM's evaluator.
+        options: see `PairMetric`.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self, reference: Tensor | None = None, k: int = NEIGHBOURS, half: bool = False, **options: Any
+    ) -> None:
+        super().__init__(reference, **options)
+        self.k, self.half_distances = k, half
+
+    def compute(self) -> dict[str, Tensor]:
+        """`precision` and `recall`, float64.
+
+        Raises:
+            ValueError: fewer images than neighbours, or a feature that is not finite.
+        """
+        block = ADM_BLOCK if self.half_distances else BLOCK
+        real, samples = (manifold(points, [self.k], self.half_distances, block, block) for points in self.both())
+        found = precision_recall(real, samples, self.half_distances, block, block)
+        return {name: torch.tensor(found._asdict()[name][0], dtype=torch.float64) for name in Shares._fields}
 
 
 def squared_distances(u: Tensor, v: Tensor, half: bool = False) -> Tensor:
@@ -73,7 +105,7 @@ def manifold(
 
 def precision_recall(
     reference: Manifold, samples: Manifold, half: bool = False, rows: int = BLOCK, columns: int = BLOCK
-) -> PrecisionRecall:
+) -> Shares:
     """How much of each set lies inside the balls of the other."""
     inside = samples.radii.new_zeros(samples.radii.shape, dtype=torch.bool)
     covered = reference.radii.new_zeros(reference.radii.shape, dtype=torch.bool)
@@ -82,7 +114,7 @@ def precision_recall(
             distances = squared_distances(u, v, half)[..., None]
             is_inside.logical_or_((distances <= ru[:, None]).any(dim=0))
             is_covered.logical_or_((distances <= rv).any(dim=1))
-    return PrecisionRecall(inside.double().mean(dim=0).tolist(), covered.double().mean(dim=0).tolist())
+    return Shares(inside.double().mean(dim=0).tolist(), covered.double().mean(dim=0).tolist())
 
 
 def _blocks(balls: Manifold, found: Tensor, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:

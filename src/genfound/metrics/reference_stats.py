@@ -99,7 +99,7 @@ def write_reference(
         ValueError: fewer than two images, or features that are not finite.
     """
     chosen = features.count if isinstance(images, NpzImages) else min(POINTS, features.count)
-    columns = [name for name in STATISTICS if features.has(name)]
+    columns = [name for name in STATISTICS if features.width(name)]
     gaussians = given or {name: features.gaussian(name, torch.device(device)) for name in columns}
     arrays: dict[str, np.ndarray | ImageStack] = {"points": features.column("pool", chosen).numpy()}
     for column, gaussian in gaussians.items():

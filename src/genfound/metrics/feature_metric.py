@@ -1,0 +1,84 @@
+"""Metrics of images as `torchmetrics.Metric`: `update`, `compute`, and state that is shared over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from genfound.metrics.extractor import Extractor
+
+Values = Tensor | np.ndarray | Sequence[np.ndarray]
+"""Features (N, D) of any floating dtype, or images (height, width, 3) uint8."""
+
+GIVEN = "real=True: this metric was given its reference; leave reference out to collect real images"
+
+
+class FeatureMetric(Metric):
+    """A metric of features, or of uint8 images and the extractor that turns them into features.
+
+    Args:
+        extractor: `Inception` or a `Probe`; needed where `update` is given images.
+        column: which of its outputs: `pool`, `spatial` or `logits`.
+        options: of `torchmetrics.Metric`, such as `sync_on_compute`.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, extractor: Extractor | None = None, column: str = "pool", **options: Any) -> None:
+        super().__init__(**options)
+        self.extractor, self.column = extractor, column
+
+    def features(self, values: Values) -> Tensor:
+        """Features, or images -> (N, D) on the device of the metric.
+
+        Raises:
+            ValueError: images without an extractor, or of another layout.
+        """
+        if isinstance(values, Tensor):
+            if values.is_floating_point():
+                return values.to(self.device)
+            values = values.cpu().numpy()
+        if any(image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 for image in values):
+            raise ValueError("images must be uint8 (height, width, 3), and features a tensor of floats (N, D)")
+        if self.extractor is None:
+            raise ValueError(f"{type(self).__name__}(extractor=...) is needed to update with images, not features")
+        return self.extractor(list(values))[self.column].to(self.device)
+
+
+class PairMetric(FeatureMetric):
+    """A metric that needs all features of two sets; those of rank 0 come first.
+
+    Args:
+        reference: features (M, D) of the real images; `None`: `update(..., real=True)` collects them.
+        options: see `FeatureMetric`.
+    """
+
+    real: list[Tensor]
+    samples: list[Tensor]
+
+    def __init__(self, reference: Tensor | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.reference = reference
+        self.add_state("samples", [], dist_reduce_fx="cat")
+        self.add_state("real", [], dist_reduce_fx="cat")
+
+    def update(self, values: Values, real: bool = False) -> None:
+        """Add features, or images; `real` ones are the reference.
+
+        Raises:
+            ValueError: there is a reference already.
+        """
+        if real and self.reference is not None:
+            raise ValueError(GIVEN)
+        (self.real if real else self.samples).append(self.features(values))
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Features of the real images (M, D) and of the samples (N, D)."""
+        real = dim_zero_cat(self.real) if self.reference is None else self.reference.to(self.device)
+        return real, dim_zero_cat(self.samples)
