@@ -43,8 +43,8 @@ from genfound.loggers.provenance import provenance
 from genfound.loggers.terminal import Terminal
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io, devices, launch, processes, run_directory
-from genfound.runtime.processes import tune_malloc
-from genfound.runtime.work import lock, sigterm_as_exit
+from genfound.runtime.files import lock
+from genfound.runtime.processes import sigterm_as_exit, tune_malloc
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import SampleRequest
 

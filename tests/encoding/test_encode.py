@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from genfound.data.images.views import resize
 from genfound.data.latents.manifest import MANIFEST, read_manifest
 from genfound.data.latents.store import Store, read_index
 from genfound.encoding import encode
-from genfound.encoding.encode import Encoding, run_group
+from genfound.encoding.encode import Encoding
 from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed
 from tests.stores import contents, encoded, native, tree
@@ -72,8 +69,8 @@ def test_what_is_damaged_and_nothing_else_is_encoded_again(
 
 
 def test_unfinished_files_of_killed_processes_are_cleared(images: Path, whole: Path, tmp_path: Path) -> None:
-    (tmp_path / "store/.partial").mkdir(parents=True)
-    (tmp_path / "store/.partial/host-17-0-train-00000.safetensors").write_bytes(b"half")
+    (tmp_path / "store").mkdir(parents=True)
+    (tmp_path / "store/.train-00000.safetensors.partial").write_bytes(b"half")
     encoded(images, tmp_path / "store")
     assert contents(tmp_path / "store") == contents(whole)
 
@@ -257,47 +254,3 @@ def test_drawn_images_can_be_encoded(tmp_path: Path) -> None:
     source = Store(tmp_path / "store", native(2), 3, "val", False)
     drawn = Encoding(config, torch.device("cpu")).parts["val"]
     assert torch.equal(source.moments(1, False), drawn.read(1).float() / 127.5 - 1)
-
-
-def test_what_several_processes_say_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
-    code = "import os, sys; print('same', file=sys.stderr); sys.exit(os.environ['RANK'] == '1')"
-    assert not run_group([sys.executable, "-c", code], 3)
-    assert capfd.readouterr().err == "same\n"
-    places = "import os; assert os.environ['WORLD_SIZE'] == '2' and os.environ['LOCAL_RANK'] == os.environ['RANK']"
-    assert run_group([sys.executable, "-c", places], 2)
-
-
-def test_a_process_that_is_killed_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    code = "import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)"
-    assert not run_group([sys.executable, "-c", code], 2)
-    error = "error: process 1 was ended by signal 9; complete shards are safe: give the same command again\n"
-    assert capfd.readouterr().err == error
-
-
-def test_processes_of_a_group_end_with_it(tmp_path: Path) -> None:
-    child = (
-        "import os, pathlib, time; from genfound.encoding.encode import end_with_group; end_with_group();"
-        "pathlib.Path(os.environ['RANK']).write_text(str(os.getpid())); time.sleep(60)"
-    )
-    group = (
-        f"import sys; from genfound.encoding.encode import run_group; run_group([sys.executable, '-c', {child!r}], 2)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", group], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    files = [tmp_path / "0", tmp_path / "1"]
-    while not all(file.exists() and file.read_text() for file in files):
-        assert time.monotonic() < deadline and parent.poll() is None
-        time.sleep(0.02)
-    parent.kill()
-    parent.wait()
-    while any(running(int(file.read_text())) for file in files):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def running(process: int) -> bool:
-    """Whether it runs; one that has ended may still be waited for."""
-    try:
-        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False

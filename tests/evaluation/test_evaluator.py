@@ -17,7 +17,7 @@ from genfound.evaluation.evaluator import EvaluationRequest, sampling_config
 from genfound.evaluation.protocol import differences, read_results
 from genfound.evaluation.samples import SampleStore
 from genfound.runtime import checkpoint_io
-from genfound.runtime.work import lock
+from genfound.runtime.files import lock
 from genfound.sampling.requests import check_size
 from tests.evaluation.runs import evaluated, of_probe, probe, untrained_run
 from tests.helpers import composed

@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import builtins
 import errno
 import fcntl
 import os
-import re
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from genfound.runtime import files
-from genfound.runtime.files import PARTIAL, STALE, atomic_write, check_folder, makedirs, visible
+from genfound.runtime.files import atomic_write, check_folder, digest, lock, makedirs, remove, visible
+from tests.runtime.children import started
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from genfound.runtime.files import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
 
 
 def none(*_: object) -> None:
@@ -32,7 +42,7 @@ def test_processes_that_write_at_once_never_disturb_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:
     if not locks:
-        monkeypatch.setattr(files.fcntl, "flock", none)
+        monkeypatch.setattr(fcntl, "flock", none)
     with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
         assert list(pool.map(write_many, [tmp_path] * 4, range(4))) == [0, 1, 2, 3]
     names = {"common", *(f"{rank}-{i}" for rank in range(4) for i in range(60))}
@@ -40,38 +50,51 @@ def test_processes_that_write_at_once_never_disturb_each_other(
     assert {file.read_text() for file in tmp_path.iterdir()} == {"own", "the same"}
 
 
-def test_temporaries_name_host_and_process_and_are_never_the_same(tmp_path: Path) -> None:
-    names: list[str] = []
-    for _ in range(2):
-        atomic_write(tmp_path / "a", lambda temporary: names.append(temporary.name))
-    assert all(re.fullmatch(rf"{os.uname().nodename}-{os.getpid()}-[0-9a-f]{{8}}-a", name) for name in names)
-    assert names[0] != names[1]
-
-
-def test_what_killed_processes_left_goes_when_nobody_else_writes(tmp_path: Path) -> None:
-    left = tmp_path / PARTIAL / "other-17-0-b"
-    left.parent.mkdir()
-    left.write_text("half")
-    other = os.open(left.parent, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_SH)  # as a process that is writing
-    atomic_write(tmp_path / "a", lambda temporary: temporary.write_text(""))
-    assert left.read_text() == "half"
-    os.close(other)
-    atomic_write(tmp_path / "a", lambda temporary: temporary.write_text(""))
+def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
+    left = tmp_path / ".a.partial"
+    left.write_text("half of a much longer text")
+    left.chmod(0o600)
+    names: list[Path] = []
+    atomic_write(tmp_path / "a", lambda temporary: names.append(temporary) or temporary.write_text("whole"))
+    assert names == [left] and (tmp_path / "a").read_text() == "whole"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-def test_without_locks_only_what_is_old_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.fcntl, "flock", none)
-    old, new = tmp_path / PARTIAL / "old", tmp_path / PARTIAL / "new"
-    old.parent.mkdir()
-    for file in (old, new):
-        file.touch()
-    os.utime(old, (0, new.stat().st_mtime - STALE - 1))
-    with files.lock_folder(tmp_path):
-        atomic_write(tmp_path / "a", lambda temporary: temporary.write_text("whole"))
-    assert (tmp_path / "a").read_text() == "whole"
-    assert not old.exists() and new.exists()
+def test_work_belongs_to_one_process(tmp_path: Path) -> None:
+    other, told = started(HOLD, str(tmp_path / "out/work/a"), "60")
+    assert told == "held"
+    with pytest.raises(ValueError, match=r"another process is at work on .*/a; wait"), lock(tmp_path / "out/work/a"):
+        pass
+    with lock(tmp_path / "out/work/b"):
+        pass
+    other.kill()
+    other.wait()
+    with lock(tmp_path / "out/work/a"):
+        (tmp_path / "out/work/a").mkdir()
+        remove(tmp_path / "out/work/a")
+    assert not (tmp_path / "out/work").exists()
+
+
+def test_one_can_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    other, _ = started(HOLD, str(tmp_path / "a"), "60")
+    monkeypatch.setattr(builtins, "print", lambda *told, **_: (said.append(told[0]), other.kill()))
+    with lock(tmp_path / "a", wait=True):
+        assert other.wait(60) == -signal.SIGKILL
+    assert said == [f"waiting for another process, which makes {tmp_path / 'a'}"]
+
+
+def test_without_locks_the_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", none)
+    with lock(tmp_path / "a"), lock(tmp_path / "a"):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_digest_has_two_digits_for_each_byte() -> None:
+    assert digest("a", 3) == digest(b"a", 3) == "c93f52"
+    assert len(digest("a")) == 16
 
 
 def test_a_failed_write_leaves_nothing_and_the_old_file(tmp_path: Path) -> None:

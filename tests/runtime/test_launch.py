@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from genfound.config.environment import copies as environment_copies
 from genfound.config.errors import JobError
 from genfound.runtime import launch, processes
 from genfound.runtime.processes import SINGLE_PROCESS, RankInfo
+from tests.runtime.children import alive
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 
@@ -73,7 +76,7 @@ from pathlib import Path
 from genfound.runtime import launch, processes
 
 with launch.reporting():
-    rank = processes.place().rank
+    rank = processes.rank_info().rank
     exec(Path(sys.argv[1]).read_text())
 """
 
@@ -82,7 +85,7 @@ with launch.reporting():
     (1, "raise ValueError('shard 3 is damaged')", "shard 3 is damaged"),
     (1, "open('/nowhere/x')", "/nowhere/x: No such file or directory"),
     (2, "raise ValueError(f'shard 3\\n  is damaged')", "shard 3 is damaged"),
-    (2, "os.kill(os.getpid(), 9) if rank else None", "a process was ended by signal 9 (SIGKILL): most often because"),
+    (2, "os.kill(os.getpid(), 9) if rank else None", "process 1 was ended by signal 9 (SIGKILL): most often because"),
 ])  # fmt: skip
 def test_a_launch_ends_with_the_reason_and_nothing_else(
     devices: int, code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -96,3 +99,24 @@ def test_a_launch_ends_with_the_reason_and_nothing_else(
         launch.launch("worker", tmp_path / "request", devices, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert str(error.value).startswith(reason)
     assert capfd.readouterr().err == ""
+
+
+def test_processes_of_a_launch_end_with_it_however_it_ends(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "request").write_text(
+        "import time; Path(sys.argv[1]).with_name(str(rank)).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    code = "import sys; from pathlib import Path; from genfound.runtime.launch import launch;"
+    code += f"launch('worker', Path({str(tmp_path / 'request')!r}), 2)"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths})
+    deadline = time.monotonic() + 60
+    files = [tmp_path / "0", tmp_path / "1"]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    while any(alive(int(file.read_text())) for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

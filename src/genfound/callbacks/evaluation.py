@@ -28,7 +28,8 @@ from genfound.metrics.compute import check_count, check_reference, compute
 from genfound.metrics.features import FeatureStore
 from genfound.metrics.reference_stats import Reference
 from genfound.modules.base import GenerativeModule
-from genfound.runtime.work import remove, wait_until
+from genfound.runtime.files import remove
+from genfound.runtime.processes import wait_until
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import SampleRequest, check_size
 from genfound.tokenizers import Tokenizer

@@ -7,6 +7,9 @@ from collections.abc import Mapping, MutableMapping
 LAUNCH = "GENFOUND_LAUNCH"
 """Of processes that genfound starts: a folder that exists as long as their group."""
 
+PARENT = "GENFOUND_PARENT"
+"""Of processes that genfound starts: the number of the one that has started them."""
+
 SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NPROCS",
          "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE")  # fmt: skip
 
@@ -36,7 +39,8 @@ def copies(environment: Mapping[str, str]) -> tuple[str, int]:
 
 def forget_inherited(environment: MutableMapping[str, str]) -> list[str]:
     """Remove what a launcher may have left in an environment; `NAME=value` of what speaks of several processes."""
-    names = {name for name in environment if name in (*SIZES, *RANKS, *OTHERS, LAUNCH) or name.startswith(PREFIXES)}
+    known = (*SIZES, *RANKS, *OTHERS, LAUNCH, PARENT)
+    names = {name for name in environment if name in known or name.startswith(PREFIXES)}
     values = {name: environment.pop(name) for name in sorted(names)}
     alone = dict.fromkeys(SIZES, "1") | dict.fromkeys(RANKS, "0")
     return [f"{name}={value}" for name, value in values.items() if alone.get(name, value) != value]

@@ -8,18 +8,14 @@ moment, shards may be shared out over any number of them, and the store is the s
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,11 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from genfound import build
-from genfound.config import environment
 from genfound.config.checks import integer, one_of
-from genfound.config.command_line import explain_oom, print_error
-from genfound.config.errors import USER_ERRORS, JobError, sentence
-from genfound.config.streams import make_lasting
+from genfound.config.command_line import explain_oom
 from genfound.config.targets import trusted
 from genfound.data.images.base import PictureSource
 from genfound.data.images.index import ImageFiles
@@ -43,17 +36,14 @@ from genfound.data.latents.stored_tokenizer import describe, encoder_digest
 from genfound.data.packing.prefetch import read_ahead
 from genfound.encoding.shard_plan import EncodeBatch, EncodeBatches, Shard, Split
 from genfound.encoding.store_writer import StoreWriter
-from genfound.runtime import devices, processes
+from genfound.runtime import devices, launch, processes
 from genfound.runtime.files import atomic_write, check_folder
 from genfound.runtime.progress import ProgressCounter
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SAFE = "complete shards are safe: give the same command again"
 MOST_NAMED = 10
-PARENT = "GENFOUND_PARENT"
-"""Tells a process of a group who started it."""
 
 PIXELS = 2**20
 """Of a batch, for tokenizers that do not say."""
@@ -231,7 +221,7 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: see `encode`; or a number of processes that makes no sense.
-        JobError: one of several processes failed, and has said why.
+        JobError: one of several processes failed, and why.
     """
     integer("devices", config["devices"], 1, or_null=True)
     integer("num_nodes", config["num_nodes"], 1)
@@ -248,8 +238,8 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
         request = Path(folder) / "request.json"
         request.write_text(json.dumps(dict(config)))
-        if not run_group([sys.executable, "-m", "genfound.encoding.encode", str(request)], count, node, nodes):
-            raise JobError
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // count, 1))
+        launch.launch("genfound.encoding.encode", request, count, OMP_NUM_THREADS=threads)
 
 
 def _replacements(replaced: Mapping[str, str]) -> list[str]:
@@ -262,43 +252,6 @@ def _replacements(replaced: Mapping[str, str]) -> list[str]:
     return [f"{head} (data.check=full leaves them out):", *listed, *more]
 
 
-def run_group(command: list[str], devices: int, node: int = 0, nodes: int = 1) -> bool:
-    """Run a command in a process for each device, which know their places as those of torchrun do; False if one failed.
-
-    What several of them say on standard error is said once. Those that call `end_with_group` end with this process.
-    """
-    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // devices, 1))}
-    said: set[str] = set()
-
-    def relay(rank: int) -> int:
-        for line in cast(IO[str], group[rank].stderr):
-            if line not in said:
-                said.add(line)
-                print(line, end="", file=sys.stderr, flush=True)
-        code = group[rank].wait()
-        if code < 0:
-            reason = f"process {rank} was ended by signal {-code}"
-            print(f"error: {reason}; {SAFE}", file=sys.stderr, flush=True)
-        return code
-
-    with tempfile.TemporaryDirectory(prefix="genfound-") as folder, ThreadPoolExecutor(devices) as pool:
-        shared = threads | os.environ | {PARENT: str(os.getpid()), environment.LAUNCH: folder}
-        shared["WORLD_SIZE"] = str(nodes * devices)
-        places = [{"RANK": str(node * devices + i), "LOCAL_RANK": str(i)} for i in range(devices)]
-        group = [subprocess.Popen(command, env=shared | place, stderr=subprocess.PIPE, text=True) for place in places]
-        return not any(list(pool.map(relay, range(devices))))
-
-
-def end_with_group() -> None:
-    """Be killed, from now on, when the process that started this one in a group ends, however that ends."""
-    parent = os.environ.pop(PARENT, None)
-    if parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):
-        os._exit(1)
-
-
 def _moments(codec: Tokenizer, images: Tensor) -> Tensor:
     """(B, 3, height, width) -> (B, planes, h, w); tokenizers that are no network do not scale."""
     return codec.moments(images) if isinstance(codec, Autoencoder) else codec.encode(images)
@@ -309,19 +262,14 @@ def _normalised(codec: Tokenizer, moments: Tensor) -> Tensor:
 
 
 def _worker(request: Path) -> None:
-    """One process of a group: `python -m genfound.encoding.encode REQUEST_FILE`."""
-    end_with_group()
-    rank, ranks, local_rank = processes.rank_info()
-    config = json.loads(request.read_text())
-    processes.tune_malloc()
-    with explain_oom("encode"):
-        encode(config, rank, ranks, devices.device(config["accelerator"], local_rank))
+    """One process of a machine: `python -m genfound.encoding.encode REQUEST_FILE`."""
+    with launch.reporting(), explain_oom("encode"):
+        rank, ranks, local_rank = processes.rank_info()
+        config = json.loads(request.read_text())
+        processes.tune_malloc()
+        device = devices.device(config["accelerator"], local_rank)
+        encode(config, config["node_rank"] * ranks + rank, config["num_nodes"] * ranks, device)
 
 
 if __name__ == "__main__":
-    make_lasting()
-    try:
-        _worker(Path(sys.argv[1]))
-    except USER_ERRORS as error:
-        print_error(sentence(error))
-        sys.exit(1)
+    _worker(Path(sys.argv[1]))

@@ -20,7 +20,7 @@ from genfound.data.latents import store
 from genfound.data.latents.manifest import FORMAT, MANIFEST, fixed, read_manifest, store_digest, write_manifest
 from genfound.data.latents.safetensors_io import read_header
 from genfound.encoding.shard_plan import Shard
-from genfound.runtime.files import lock_folder, visible
+from genfound.runtime.files import lock, visible
 
 SHARD = re.compile(r"(train|val)-\d{5,}\.safetensors")
 PICTURE = re.compile(r"(train|val)-\d{5,}\.png")
@@ -50,7 +50,7 @@ class StoreWriter:
         self.digest = store_digest(described)
         self.replaced: dict[str, str] = {}
         self.write(lambda: out.mkdir(parents=True, exist_ok=True), out)
-        with lock_folder(out):
+        with lock(out / MANIFEST, wait=True):
             self.manifest = self._claimed(dict(described))
         self.was_complete = self.manifest["shards"] is not None
 
@@ -169,7 +169,7 @@ class StoreWriter:
         train = [index.columns for index in indices if index.note["split"] == "train"]
         whole = {**self.manifest, "statistics": _statistics(train), "shards": lines}
         self.replaced = {name: other for index in indices for name, other in index.note["replaced"].items()}
-        with lock_folder(self.out):
+        with lock(self.out / MANIFEST, wait=True):
             if _current(self.out) == whole:
                 return False
             self.write(lambda: write_manifest(self.out, whole), self.out / MANIFEST)

@@ -59,8 +59,7 @@ from genfound.metrics.compute import (
 from genfound.metrics.features import FeatureStore
 from genfound.metrics.reference_stats import common_size
 from genfound.runtime import devices
-from genfound.runtime.files import check_folder
-from genfound.runtime.work import lock, remove
+from genfound.runtime.files import check_folder, lock, remove
 from genfound.sampling.pipeline import Pipeline, run_or_chosen
 from genfound.sampling.requests import check_size
 from genfound.tokenizers import Undecodable

@@ -32,9 +32,9 @@ from genfound.metrics.reference_stats import (
     write_reference,
 )
 from genfound.runtime import devices
-from genfound.runtime.files import atomic_write, visible
+from genfound.runtime.files import atomic_write, lock, visible
+from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import ProgressCounter
-from genfound.runtime.work import lock, wait_until
 from genfound.tokenizers import LatentSpec
 
 Config = Mapping[str, Any]

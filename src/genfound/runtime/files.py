@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
+import hashlib
 import os
-import secrets
-import time
+import shutil
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-PARTIAL = ".partial"
-"""Folder of unfinished files, beside where they belong."""
+from filelock import FileLock, Timeout
 
 ATTEMPTS = 100
 """To make a folder that other processes remove."""
@@ -20,8 +19,11 @@ ATTEMPTS = 100
 LONGEST = 255
 """Bytes of a file name."""
 
-STALE = 3600
-"""After so many seconds without a change an unfinished file is given up where a file system has no locks."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers; there the work goes on without."""
+
+WAIT = 0.02
+"""Seconds between two attempts to take a lock."""
 
 
 def makedirs(folder: Path) -> None:
@@ -76,100 +78,116 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file elsewhere, and give it its name when it is on the disk.
+    """Let `save` write `.<name>.partial` beside a file, and give it the name of the file when it is on the disk.
 
-    Unfinished files lie in the folder `.partial` beside it. A killed process leaves its own there, and the next
-    one that writes, and finds nobody else writing, removes them with the folder.
+    What a killed process leaves there, the next one overwrites. Processes that write the same file take turns; where
+    the file system has no locks, each has a name of its own.
 
     Raises:
         OSError: the file, which is named, cannot be written; nothing of it stays.
     """
     try:
-        _write_whole(file, save)
-    except OSError as error:
-        error.filename = error.filename or str(file)  # errors of writing name no file
-        raise
-
-
-def _write_whole(file: Path, save: Callable[[Path], object]) -> None:
-    with _partial(file.parent) as folder:
-        temporary = folder / f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}-{file.name}"
-        try:
-            mode = _created(temporary)
+        with _temporary(file) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save(temporary)
             temporary.chmod(mode)  # safetensors lets nobody else read what it writes
             with open(temporary, "rb") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _created(file: Path) -> int:
-    """The mode of an empty file that is there now, also where no lock has kept others from removing its folder."""
-    while True:
-        makedirs(file.parent)
-        with contextlib.suppress(FileNotFoundError):
-            file.touch()
-            return file.stat().st_mode
+    except OSError as error:
+        if Path(error.filename or file).parent == file.parent:  # errors of writing name no file
+            error.filename = str(file)
+        raise
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, where the file system has locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _temporary(file: Path) -> Iterator[Path]:
+    """The unfinished form of a file, for one process at a time; nothing of it stays."""
+    path = file.with_name(f".{file.name}.partial")
+    lock_file = file.with_name(f"{path.name}.lock")
+    lock = _acquire(lock_file, -1)
+    if lock is None:
+        path = file.with_name(f".{file.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
-        _locked(descriptor, fcntl.LOCK_EX)
-        yield
+        path.unlink(missing_ok=True)
+        yield path
     finally:
-        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        _release(lock, lock_file)
 
 
 @contextlib.contextmanager
-def _partial(beside: Path) -> Iterator[Path]:
-    """The folder of unfinished files, which nobody removes meanwhile; the last to leave does."""
-    folder = beside / PARTIAL
-    descriptor = _entered(folder)
-    try:
-        yield folder
-    finally:
-        _clear(folder, descriptor)
-        os.close(descriptor)
+def lock(path: Path, way_out: str = "give out=...", wait: bool = False) -> Iterator[None]:
+    """Keep other processes from work on a file or folder, which need not exist and may be removed meanwhile.
 
+    The lock is a file beside it, `.<name>.lock`, and ends with this process.
 
-def _entered(folder: Path) -> int:
-    """A descriptor that shares the lock of the folder, which is there."""
-    while True:
-        makedirs(folder)
-        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-            descriptor = os.open(folder, os.O_RDONLY)
-            _locked(descriptor, fcntl.LOCK_SH)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), folder.stat()):
-                    return descriptor
-            os.close(descriptor)
-
-
-def _clear(folder: Path, descriptor: int) -> None:
-    """Remove the folder with what killed processes left in it, unless another process writes there."""
-    with contextlib.suppress(OSError):
-        only = _locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in folder.iterdir():
-            if only or time.time() - file.stat().st_mtime > STALE:
-                file.unlink()
-        folder.rmdir()
-
-
-def _locked(descriptor: int, kind: int) -> bool:
-    """Whether a lock was had; False where the file system has none.
+    Args:
+        path: what is worked on.
+        way_out: what else one can do than wait.
+        wait: for another process to finish; otherwise it is an error.
 
     Raises:
-        BlockingIOError: another process has it, and `kind` does not wait.
+        ValueError: another process works there.
     """
+    file = path.with_name(f".{path.name}.lock")
     try:
-        fcntl.flock(descriptor, kind)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
+        held = _acquire(file, 0)
+    except Timeout:
+        if not wait:
+            raise ValueError(f"another process is at work on {path}; wait for it, or {way_out}") from None
+        print(f"waiting for another process, which makes {path}", flush=True)
+        held = _acquire(file, -1)
+    try:
+        yield
+    finally:
+        _release(held, file)
+        _remove_empty(file.parent)
+
+
+def remove(work: Path) -> None:
+    """Remove a folder of work, and the one that it lies in unless there is other work."""
+    shutil.rmtree(work, ignore_errors=True)
+    _remove_empty(work.parent)
+
+
+def digest(content: str | bytes, size: int = 8) -> str:
+    """The BLAKE2b hash of so many bytes, in hexadecimal digits."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+def _acquire(file: Path, timeout: float) -> FileLock | None:
+    """A lock on a file, which is made; None where the file system has none.
+
+    Raises:
+        Timeout: another process has it.
+    """
+    for attempt in range(ATTEMPTS):
+        makedirs(file.parent)
+        try:
+            lock = FileLock(file)
+            lock.acquire(timeout, poll_interval=WAIT)
+            return lock
+        except FileNotFoundError:  # another process has just removed the empty folder
+            if attempt == ATTEMPTS - 1:
+                raise
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            file.unlink(missing_ok=True)
+            return None
+    return None
+
+
+def _release(lock: FileLock | None, file: Path) -> None:
+    """Give up a lock; those who wait for it look for a new file when this one is gone."""
+    if lock:
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -16,10 +16,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from genfound.config.environment import LAUNCH, forget_inherited
+from genfound.config.environment import LAUNCH, PARENT, forget_inherited
 from genfound.config.errors import USER_ERRORS, JobError, sentence
 from genfound.config.streams import make_lasting
-from genfound.runtime.work import run_command
+from genfound.runtime.processes import end_with_parent, run_command
 
 
 def launch(module: str, request: Path, devices: int, **environment: str) -> None:
@@ -31,10 +31,9 @@ def launch(module: str, request: Path, devices: int, **environment: str) -> None
     shared = dict(os.environ)
     forget_inherited(shared)
     group = [__name__, str(devices)] if devices > 1 else []
+    command = [sys.executable, "-m", *group, module, str(request)]
     with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
-        code = run_command(
-            [sys.executable, "-m", *group, module, str(request)], shared | environment | {LAUNCH: folder}
-        )
+        code = run_command(command, shared | environment | {LAUNCH: folder})
         if code:
             reason = Path(folder) / "reason"
             raise JobError(reason.read_text() if reason.exists() else _ending(code))
@@ -44,25 +43,31 @@ def launch(module: str, request: Path, devices: int, **environment: str) -> None
 def reporting() -> Iterator[None]:
     """Leave the reason of a failure to the process that has launched this one; the first of a group is the one."""
     make_lasting()
+    end_with_parent()
     try:
         yield
     except USER_ERRORS as error:
-        reason, folder = sentence(error), Path(os.environ.get(LAUNCH, os.devnull))
-        if not folder.is_dir():
-            sys.exit(f"error: {reason}")
-        if reason:
-            with contextlib.suppress(FileExistsError), open(folder / "reason", "x") as out:
-                out.write(reason)
+        if not Path(os.environ.get(LAUNCH, os.devnull)).is_dir():
+            sys.exit(f"error: {sentence(error)}")
+        _leave_reason(sentence(error))
         sys.exit(1)
 
 
-def _ending(code: int) -> str:
+def _leave_reason(reason: str) -> None:
+    """Tell the process that has launched the group, unless another process has."""
+    if reason:
+        with contextlib.suppress(FileExistsError), open(Path(os.environ[LAUNCH]) / "reason", "x") as out:
+            out.write(reason)
+
+
+def _ending(code: int, process: str = "the process") -> str:
     """About a process that could say nothing itself, or has left a traceback."""
     number = -code if code < 0 else code - 128
     if number <= 0:
-        return "a process failed by a mistake in the program; its traceback is above"
+        return f"{process} failed by a mistake in the program; its traceback is above"
     short = ": most often because memory was short" if number == signal.SIGKILL else ""
-    return f"a process was ended by signal {number} ({signal.Signals(number).name}){short}"
+    ended = f"{process} was ended by signal {number} ({signal.Signals(number).name}){short}"
+    return f"{ended}; the same command goes on with what is complete"
 
 
 def _torchrun(devices: str, module: str, request: str) -> None:
@@ -71,12 +76,15 @@ def _torchrun(devices: str, module: str, request: str) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    end_with_parent()
+    os.environ[PARENT] = str(os.getpid())
     logging.disable(logging.ERROR)
     try:
         run.run(run.parse_args(["--standalone", f"--nproc-per-node={devices}", "-m", module, request]))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        sys.exit(code if code > 0 else 128 - code)
+        rank, failure = error.get_first_failure()
+        _leave_reason(_ending(failure.exitcode, f"process {rank}"))
+        sys.exit(1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
 

@@ -1,14 +1,26 @@
-"""Which process of a group this is."""
+"""Which process of a group this is, and processes that end with the one that started them."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import signal
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from genfound.config.environment import LAUNCH
+from genfound.config.environment import LAUNCH, PARENT
+
+GRACE = 40
+"""Seconds for processes to end when they are told to; torchrun takes up to 30 to end its own."""
+
+PAUSE = 1.0
+"""Seconds between two looks at what another process does."""
 
 
 class RankInfo(NamedTuple):
@@ -51,3 +63,57 @@ def tune_malloc() -> None:
             libc.mallopt(mmap_threshold, 2**25)
             libc.mallopt(trim_threshold, 2**31 - 1)
             libc.mallopt(top_pad, 2**26)
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Wait for what another process does, however long it takes: collectives end a run after their timeout."""
+    while not done():
+        time.sleep(PAUSE)
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Exit status of a command, which ends with this process: told to, or killed if it calls `end_with_parent`."""
+    with sigterm_as_exit():
+        shared = {**environment, PARENT: str(os.getpid())}
+        process = subprocess.Popen(command, env=shared, start_new_session=True)
+        try:
+            return process.wait()
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Terminate a process that has not ended, and kill it if it takes too long."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def end_with_parent() -> None:
+    """Be killed, from now on, when the process that started this one ends, however that ends (on Linux)."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):
+            os._exit(1)
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Signals that would end this process at once raise SystemExit, so that it can clean up."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    deadly = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    deadly = deadly if threading.current_thread() is threading.main_thread() else []
+    for number in deadly:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in deadly:
+            signal.signal(number, signal.SIG_DFL)

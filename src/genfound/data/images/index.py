@@ -7,7 +7,6 @@ others wait for its index.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -26,7 +25,7 @@ from genfound.data.images.base import PictureSource
 from genfound.data.images.class_folders import remarks
 from genfound.data.images.names import Names, shown
 from genfound.data.images.views import ImageViews
-from genfound.runtime.files import atomic_write, hidden, lock_folder
+from genfound.runtime.files import atomic_write, digest, hidden, lock
 
 MANY = 20_000
 """So many new files are announced, because looking into them takes a while."""
@@ -83,7 +82,7 @@ class FileIndex:
         """Changes with any name, size in bytes, or size in pixels."""
         pixels = ((h or None, w or None) for h, w in zip(self.heights, self.widths, strict=True))
         facts = [(name, size, *pair) for name, size, pair in zip(self.names, self.bytes, pixels, strict=True)]
-        return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+        return digest(repr(facts))
 
     def split(self, holdout: int | None, split: str) -> list[int]:
         """Places of the readable files that train or validate: of each class every `holdout`-th validates."""
@@ -202,7 +201,7 @@ class ImageFiles(PictureSource, ABC):
 def index_file(index: Path, root: Path, purpose: str) -> Path:
     """Where it is remembered what was found below a root for a purpose, by the present rules."""
     key = os.fsencode(f"{root.resolve()} {purpose} {RULES}")
-    return index / f"{hashlib.blake2b(key, digest_size=8).hexdigest()}.json"
+    return index / f"{digest(key)}.json"
 
 
 def known(
@@ -223,8 +222,7 @@ def known(
     listed, ignored = _listed(root, class_names, suffixes)
     found = _remembered(cache, listed, ignored)
     if found is None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with lock_folder(cache.parent):
+        with lock(cache, wait=True):
             found = _remembered(cache, listed, ignored) or _look(root, listed, ignored, _read(cache), examine)
             found.save(cache)
     if not found.good:

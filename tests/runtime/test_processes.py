@@ -1,0 +1,36 @@
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from genfound.runtime.processes import run_command
+from tests.runtime.children import alive, started
+
+APART = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the process that runs the tests ignores
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from genfound.runtime.processes import run_command
+child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+run_command([sys.executable, "-c", child], dict(os.environ))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_processes_end_with_the_one_that_began_them(number: signal.Signals) -> None:
+    parent, told = started(APART)
+    assert alive(int(told))
+    parent.send_signal(number)
+    assert parent.wait(20) != 0
+    deadline = time.monotonic() + 5
+    while alive(int(told)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(int(told))
+
+
+def test_the_status_is_that_of_the_command() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
+    assert signal.getsignal(signal.SIGTERM) is before
