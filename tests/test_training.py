@@ -182,7 +182,7 @@ REFUSED = {
     "trainer.devices=3 batch.packs=2": "a global step of 2 micro-batches cannot be shared by trainer.devices=3",
     "data=image_folder data.root=nowhere tokenizer=dc_ae tokenizer.weights=none/none": "data.root=nowhere is not a",
     "model.channels=4": "tokenizer is pixel (3 channels) but model.channels is 4",
-    "tokenizer=sd_vae tokenizer.weights=none/none model.channels=5": "tokenizer is sdvae (4 channels) but",
+    "tokenizer=sd_vae tokenizer.weights=none/none model.channels=5": "tokenizer is sd_vae (4 channels) but",
     "layout=dense batch.packs=null batch.images=64": "layout=dense does not fit NiT",
     "sampler=ddpm": "sampler=ddpm cannot sample objective=flow",
     "trainer.precision=fp8": "precision=fp8 is unknown",

@@ -348,5 +348,5 @@ def instantiate(group: str, options: Mapping[str, Any], trust: Sequence[str], **
 
 
 def name_of(options: Mapping[str, Any]) -> str:
-    """The name of the class of a group, in lower case."""
-    return str(options["_target_"]).rpartition(".")[2].lower()
+    """The name of the file of a group's class, which is that of its option."""
+    return str(options["_target_"]).split(".")[-2]

@@ -232,7 +232,7 @@ def test_a_folder_tells_which_autoencoder_it_is(tmp_path: Path) -> None:
     net = build.net(config, LatentSpec(3, 4), CLASSES)
     torch.save(FAMILIES["nit"].theirs(net.state_dict(), {**config["model"]}, GRID), tmp_path / "x.pt")
     loaded = genfound.load(tmp_path / "x.pt", tokenizer=str(tmp_path), **HEADS)
-    assert type(loaded.tokenizer).__name__ == "VqF4" and loaded.tokenizer.spec == (3, 4)
+    assert type(loaded.tokenizer).__name__ == "VQF4" and loaded.tokenizer.spec == (3, 4)
 
 
 def test_kernels_are_chosen_where_a_model_is_loaded(tmp_path: Path) -> None:

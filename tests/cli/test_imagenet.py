@@ -46,4 +46,4 @@ def test_wrong_trees_are_one_clear_line(images: Path, tmp_path: Path) -> None:
     error = one_error(genfound("train", *command, f"data.root={root}", cwd=images))
     assert "n00000000 holds no image that can be read; fill or remove the folder" in error
     error = one_error(genfound("train", *command, "model.channels=4", cwd=images))
-    assert error.startswith("error: tokenizer is dcae (32 channels) but model.channels is 4")
+    assert error.startswith("error: tokenizer is dc_ae (32 channels) but model.channels is 4")

@@ -120,7 +120,7 @@ def test_moments_and_statistics_are_unscaled(images: Path, tmp_path: Path) -> No
     assert torch.allclose(stored, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert not torch.allclose(stored[0].flip(-1), stored[1], rtol=0, atol=0.01 * float(expected.abs().max()))
     facts = read_manifest(store)["tokenizer"]
-    assert (facts["name"], facts["digest"], facts["scale"], facts["channels"]) == ("DcAe", "random_tiny", 0.41407, 32)
+    assert (facts["name"], facts["digest"], facts["scale"], facts["channels"]) == ("dc_ae", "random_tiny", 0.41407, 32)
 
 
 def test_each_shard_has_a_picture_of_its_first_image_and_what_is_decoded(whole: Path, images: Path) -> None:

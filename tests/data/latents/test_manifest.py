@@ -11,7 +11,7 @@ from genfound.data.latents.manifest import FORMAT, MANIFEST, fingerprint, read_m
 
 EXAMPLE: dict[str, Any] = {
     "format": FORMAT,
-    "tokenizer": {"name": "DcAe", "weights": "hub/name", "scale": 0.41407},
+    "tokenizer": {"name": "dc_ae", "weights": "hub/name", "scale": 0.41407},
     "views": ["native"],
     "source": {"root": "images", "holdout": None},
     "classes": ["böats", "n\udce9", "0"],

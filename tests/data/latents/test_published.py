@@ -14,8 +14,8 @@ from torch import Tensor
 from genfound import build
 from genfound.data.images.base import LatentSource
 from genfound.data.images.views import ImageViews
-from genfound.data.latents import published
-from genfound.data.latents.lightningdit import SAMPLED, LightningDiTLatents
+from genfound.data.latents import va_vae
+from genfound.data.latents.lightningdit import LightningDiTLatents
 from genfound.data.latents.nit import NIT_SCALE, NiTLatents
 from genfound.data.latents.published import held_out
 from genfound.data.latents.va_vae import STATISTICS, VAVAE, statistics
@@ -268,7 +268,7 @@ def test_statistics_are_kept_in_memory_where_they_cannot_be_written(
 ) -> None:
     """As the superuser, who may write everywhere, the refusal has to be made up."""
     plain, _ = write_lightningdit(tmp_path)
-    monkeypatch.setattr(published, "write_whole", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    monkeypatch.setattr(va_vae, "atomic_write", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
     assert torch.allclose(statistics(tmp_path)[0], plain.mean((0, 2, 3), keepdim=True), atol=1e-6)
     assert not (tmp_path / STATISTICS).exists()
 
@@ -302,8 +302,8 @@ def test_statistics_are_made_once_and_read_after(tmp_path: Path) -> None:
 
 def test_statistics_of_many_latents_are_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = write_lightningdit(tmp_path, (5, 4))
-    monkeypatch.setattr("genfound.data.latents.lightningdit.SAMPLED", 3)
-    assert SAMPLED == 10_000
+    assert va_vae.SAMPLED == 10_000
+    monkeypatch.setattr(va_vae, "SAMPLED", 3)
     assert torch.allclose(statistics(tmp_path)[0], plain[::3].mean((0, 2, 3), keepdim=True), atol=1e-6)
 
 

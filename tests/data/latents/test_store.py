@@ -106,7 +106,7 @@ def test_the_manifest_knows_the_statistics_of_the_training_means(made: Path) -> 
     assert manifest["tokenizer"]["scale"] == 0.18215
     report = "\n".join(stored.report())
     assert "18 latents of 3 classes, 32 x 40 to 96 x 88 pixels" in report
-    assert "encoded by SdVae, mean and logvar in bf16, also mirrored" in report
+    assert "encoded by sd_vae, mean and logvar in bf16, also mirrored" in report
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

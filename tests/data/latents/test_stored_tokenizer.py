@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genfound import build
+from genfound.data.latents.manifest import read_manifest, write_manifest
 from genfound.data.latents.stored_tokenizer import (
     StoredTokenizer,
     TokenizerInfo,
@@ -63,7 +64,7 @@ def test_a_run_reads_a_store_without_the_weights(store: Path) -> None:
     assert parts.tokenizer.spec == (4, 8)
     assert len(parts.images.class_names) == parts.net.null_label == 3
     assert (len(parts.images.labels), len(parts.held_out.labels)) == (12, 6)
-    assert any("encoded by SdVae" in line for line in parts.report())
+    assert any("encoded by sd_vae" in line for line in parts.report())
     batch, _ = next(iter(parts.loader(0)))
     assert int(batch.real.sum()) > 1 and batch.x.dtype == torch.float32
 
@@ -125,15 +126,15 @@ def test_without_weights_pictures_show_channels_of_the_latents(
     [
         (
             ["tokenizer=vq_f4"],
-            r"was encoded by SdVae random_tiny \(scale 0\.18215\), and the tokenizer is VqF4 random_tiny",
+            r"was encoded by sd_vae random_tiny \(scale 0\.18215\), and the tokenizer is vq_f4 random_tiny",
         ),
         (
             ["tokenizer.weights=random"],
-            r"the tokenizer is SdVae random \(scale 0\.18215\); choose that one, or encode again",
+            r"the tokenizer is sd_vae random \(scale 0\.18215\); choose that one, or encode again",
         ),
         (["data.source=shop"], r"data\.source=shop is unknown; choose images, store, nit or lightningdit"),
         (["model.patch_size=2"], r"do not divide into tokens of 16 pixels; encode with patch_size=2"),
-        (["model.channels=16"], r"tokenizer is sdvae \(4 channels\) but model\.channels is 16"),
+        (["model.channels=16"], r"tokenizer is sd_vae \(4 channels\) but model\.channels is 16"),
         (["model=dit_tiny", "data.view=null", "batch.images=32"], r"holds native, and data\.view=square needs 256"),
         (["data.holdout=0"], r"data\.holdout=0 must be a whole number of at least 2, or null"),
     ],
@@ -207,8 +208,18 @@ def test_a_store_belongs_to_an_encoder_not_to_a_path(from_folder: Path, folder: 
     other = changed(folder, tmp_path / "encoder", "encoder.conv_in.bias")
     scaled = changed(folder, tmp_path / "scaled", scaling_factor=0.5)
     for weights in (other, scaled, "random_tiny", "some/where"):
-        with pytest.raises(ValueError, match=r"was encoded by SdVae .*; choose that one, or encode again"):
+        with pytest.raises(ValueError, match=r"was encoded by sd_vae .*; choose that one, or encode again"):
             opened(from_folder, weights)
+
+
+@pytest.mark.parametrize("name", ["SdVae", "SDVAE"])
+def test_a_store_may_name_the_class_of_its_tokenizer(
+    name: str, from_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    manifest = read_manifest(from_folder)
+    write_manifest(tmp_path / "store", {**manifest, "tokenizer": {**manifest["tokenizer"], "name": name}})
+    assert opened(tmp_path / "store", folder).spec == (4, 8)
 
 
 def test_weights_that_are_gone_are_known_by_their_name(from_folder: Path, folder: Path) -> None:

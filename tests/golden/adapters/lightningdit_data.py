@@ -47,7 +47,7 @@ def tokenizer(config: Mapping[str, Any], root: Path) -> StoredTokenizer:
         load = functools.partial(build.tokenizer, {"tokenizer": options})
         return stored_tokenizer({"source": "lightningdit", "root": str(root)}, options, load)
     spec = LatentSpec(config["channels"], STRIDE)
-    described = TokenizerInfo("SdVae", "random", None, spec, config["latent_multiplier"], 0.0, stochastic=False)
+    described = TokenizerInfo("sd_vae", "random", None, spec, config["latent_multiplier"], 0.0, stochastic=False)
     return StoredTokenizer(described, has_variance=False, load=lambda: NotImplemented)
 
 

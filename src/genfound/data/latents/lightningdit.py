@@ -14,9 +14,6 @@ from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_h
 from genfound.runtime.files import visible
 from genfound.tokenizers import LatentSpec
 
-SAMPLED = 10_000
-"""LightningDiT's statistics are those of at most so many latents."""
-
 
 class LightningDiTLatents:
     """LightningDiT's shards: `latents`, `latents_flip` (n, C, h, w) and `labels` in each `*.safetensors`, not scaled.

@@ -41,7 +41,7 @@ class TokenizerInfo(NamedTuple):
     """What is known of a tokenizer without its weights.
 
     Attributes:
-        name: its class, e.g. `DcAe`.
+        name: of the file of its class, e.g. `dc_ae`.
         weights: as the configuration names them; empty where it has none.
         folder: where they lie; `None` where it has none, or they are not to be had.
         spec: shape of its latents.
@@ -147,7 +147,7 @@ def describe(
         ValueError: an unknown class, or damaged files.
     """
     kind = target("tokenizer", options, trust)
-    name = kind.__name__
+    name = kind.__module__.rpartition(".")[2]
     if not (isinstance(kind, type) and issubclass(kind, Autoencoder)):
         codec = load()
         scale, shift = getattr(codec, "scale", 1.0), getattr(codec, "shift", 0.0)
@@ -205,7 +205,7 @@ def stored_tokenizer(
 
 def _same_encoder(ours: TokenizerInfo, made: Mapping[str, Any]) -> bool:
     """Names on the hub tell encoders apart, and so do the weights themselves."""
-    if ours.name != made["name"]:
+    if ours.name.replace("_", "") != made["name"].replace("_", "").lower():  # stores of before say `DcAe`
         return False
     if ours.weights == made["weights"] and not Path(ours.weights).expanduser().is_dir():
         return True

@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genfound.data.latents.lightningdit import SAMPLED, _latents, shard_files
+from genfound.data.latents.lightningdit import _latents, shard_files
 from genfound.data.latents.published import checked_latents
 from genfound.data.latents.safetensors_io import read_tensors
 from genfound.runtime.files import atomic_write
 from genfound.tokenizers import LatentSpec, Tokenizer
 
 STATISTICS = "latents_stats.pt"
+SAMPLED = 10_000
+"""Statistics are those of at most so many latents."""
 
 
 def statistics(root: Path) -> tuple[Tensor, Tensor]:
