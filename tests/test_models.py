@@ -20,8 +20,10 @@ FILES = sorted((Path(compose.config_dir()) / "model").glob("*.yaml"))
 MODELS = [file.stem for file in FILES if "???" not in file.read_text()]
 TINY = [name for name in MODELS if name.endswith("_tiny")]
 SHORT = [
-    "logger=jsonl", "trainer.log_every=1", "trainer.val_every=1000000", "trainer.val_images=16", "budget.images=400",
-    "trainer.preview_every=1000000", "sampler.steps=2", "guidance=none", "optimizer.warmup_images=0", "sample.batch=4",
+    "logger=jsonl", "trainer.log_every_n_steps=1", "callbacks.validation.every=1000000",
+    "callbacks.validation.images=16", "budget.images=400",
+    "callbacks.preview.every=1000000", "sampler.steps=2", "guidance=none", "optimizer.warmup_images=0",
+    "sample.batch=4",
 ]  # fmt: skip
 
 

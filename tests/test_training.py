@@ -12,7 +12,8 @@ from genfound import build, training
 from genfound.callbacks import preview
 from genfound.config import compose, environment, options
 from genfound.runtime import run_directory
-from genfound.training import fit, typical_sizes
+from genfound.sampling.requests import typical_sizes
+from genfound.training import fit
 from tests.cli.commands import TINY
 from tests.helpers import composed, run_dir, state_differences
 
@@ -48,7 +49,7 @@ def test_settings_of_previews_are_checked_before_the_first_step(options: str, tm
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("extra", ["batch.packs=2", "ema.decays=[0.9,0.99]", "trainer.checkpoint_every=2"])
+@pytest.mark.parametrize("extra", ["batch.packs=2", "ema.decays=[0.9,0.99]", "callbacks.checkpointing.every=8"])
 def test_whatever_is_saved_continues_bit_by_bit(extra: str, tmp_path: Path) -> None:
     """Weights, averages, optimizer and the place in the data, also where several micro-batches make a step."""
     for name, ends in (("straight", [7]), ("resumed", [2, 3, 7])):
@@ -66,7 +67,9 @@ def test_a_run_without_averages_says_so(tmp_path: Path) -> None:
 
 def test_a_run_that_failed_at_its_very_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last checkpoint is written when the last picture is."""
-    folder = run_dir(tmp_path, *TINY, "budget.images=40", "trainer.checkpoint_every=1", "trainer.preview_every=1000")
+    folder = run_dir(
+        tmp_path, *TINY, "budget.images=40", "callbacks.checkpointing.every=1", "callbacks.preview.every=1000"
+    )
     with monkeypatch.context() as context:
         context.setattr(preview, "save_grid", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
@@ -100,17 +103,24 @@ def test_held_out_images_may_have_other_sizes(
 
     monkeypatch.setattr(build, "source", others)
     fit(
-        run_dir(tmp_path, *TINY, f"model={model}", "data.max_tokens=1024", "trainer.max_steps=2", "trainer.val_every=1")
+        run_dir(
+            tmp_path,
+            *TINY,
+            f"model={model}",
+            "data.max_tokens=1024",
+            "trainer.max_steps=2",
+            "callbacks.validation.every=1",
+        )
     )
     assert "val/loss_ema" in (tmp_path / "metrics.jsonl").read_text()
 
 
 SENSELESS = {
-    "trainer.keep=-1": "trainer.keep=-1 must be a whole number of at least 1",
-    "trainer.preview_every=0": "trainer.preview_every=0 must be a whole number of at least 1",
-    "trainer.log_every=null": "trainer.log_every=null must be a whole number",
+    "callbacks.checkpointing.keep=-1": "callbacks.checkpointing.keep=-1 must be a whole number of at least 1",
+    "callbacks.preview.every=0": "callbacks.preview.every=0 must be a whole number of at least 1",
+    "trainer.log_every_n_steps=null": "trainer.log_every_n_steps=null must be a whole number",
     "trainer.devices=0": "trainer.devices=0 must be",
-    "trainer.eval_every=-5": "trainer.eval_every=-5 must be a whole number of at least 1, or null",
+    "callbacks.evaluation.every=-5": "callbacks.evaluation.every=-5 must be a whole number of at least 1, or null",
     "sample.batch=0": "sample.batch=0 must be",
     "budget.images=-3": "budget.images=-3 must be",
     "batch.packs=0": "batch.packs=0 must be",
@@ -137,7 +147,7 @@ def test_a_project_that_wandb_refuses_stops_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    fit(run_dir(tmp_path, *TINY, "logger=wandb", "logger.project=a/b", "trainer.max_steps=1"))
+    fit(run_dir(tmp_path, *TINY, "logger=wandb", "logger.wandb.project=a/b", "trainer.max_steps=1"))
     assert "Weights & Biases has stopped (Invalid project name 'a/b'" in capsys.readouterr().out
     assert run_directory.finished(tmp_path) and "train/loss" in (tmp_path / "metrics.jsonl").read_text()
 
@@ -148,7 +158,7 @@ def test_parameters_that_do_not_exist_cannot_be_trained(tmp_path: Path) -> None:
 
 
 def test_the_end_of_the_budget_is_validated_and_drawn_once(tmp_path: Path) -> None:
-    fit(run_dir(tmp_path, *TINY, "budget.images=60", "trainer.val_every=1", "trainer.preview_every=1000"))
+    fit(run_dir(tmp_path, *TINY, "budget.images=60", "callbacks.validation.every=1", "callbacks.preview.every=1000"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     validated = [line["images_seen"] for line in lines if "val/loss" in line]
     assert validated == sorted(set(validated)) and validated[-1] >= 60

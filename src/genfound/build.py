@@ -6,18 +6,23 @@ Nothing here trains or samples; `fit` and `sampling` use what is built here. Lig
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import os
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra
 import numpy as np
 import torch
+from hydra.errors import InstantiationException
 
 from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
+from genfound.config.compose import TARGET
 from genfound.config.targets import trusted
 from genfound.data.images.base import ImageSource
 from genfound.data.latents import stored_tokenizer
@@ -332,18 +337,44 @@ def published_spec(config: Config) -> LatentSpec:
 
 
 def instantiate(group: str, options: Mapping[str, Any], trust: Sequence[str], **extra: Any) -> Any:
-    """Call the class that `options["_target_"]` names, with the other options; see `targets.target`.
+    """Build what the options of a group describe, after its targets were checked; see `targets.resolved`.
 
     Raises:
         ValueError: the target does not exist, may not be built, or does not take these options.
     """
-    target = targets.target(group, options, trust)
-    arguments = {key: value for key, value in options.items() if key != "_target_"}
+    return _call(group, targets.resolved(group, options, trust), extra)
+
+
+def instantiate_own(key: str, options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
+    """Build a part of the command's own composition, whose code is trusted as it is.
+
+    Args:
+        key: of the configuration, for messages.
+        options: with `_target_`.
+        given: what the run has; the target gets what it names of it.
+
+    Raises:
+        ValueError: the target does not exist, or does not take these options.
+    """
     try:
-        return target(**arguments, **extra)
+        target = pkgutil.resolve_name(options[TARGET])
+    except (KeyError, ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key} cannot be built: {'no ' if isinstance(error, KeyError) else ''}{error}") from None
+    named = inspect.signature(target).parameters
+    return _call(key, options, {name: value for name, value in (given or {}).items() if name in named})
+
+
+def _call(key: str, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+    """What Hydra instantiates, with complaints about the arguments in a line."""
+    try:
+        partial = hydra.utils.instantiate({**options, "_partial_": True}, _convert_="all")
+        return partial(**extra)
+    except (ImportError, InstantiationException) as error:
+        raise ValueError(f"{key}: {error}") from None
     except TypeError as error:
-        if f"{target.__name__}.__init__" in str(error) or f"{target.__name__}()" in str(error):
-            raise ValueError(f"{group}: {error}") from None
+        name = str(getattr(partial.func, "__name__", ""))
+        if str(error).startswith((f"{name}.__init__()", f"{name}()")):
+            raise ValueError(f"{key}: {error}") from None
         raise
 
 

@@ -18,19 +18,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import DictConfig
 
 from genfound import build
 from genfound.callbacks import resuming
-from genfound.callbacks.checkpointing import AtomicCheckpointIO, Checkpointing
-from genfound.callbacks.ema import Ema
-from genfound.callbacks.evaluation import Evaluation
-from genfound.callbacks.nonfinite import NonFinite
-from genfound.callbacks.preview import Preview
-from genfound.callbacks.train_log import TrainLog
-from genfound.callbacks.validation import Validation
+from genfound.callbacks.checkpointing import AtomicCheckpointIO
 from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, targets
 from genfound.config.command_line import explain_oom
@@ -45,10 +41,6 @@ from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io, devices, launch, processes, run_directory
 from genfound.runtime.files import lock
 from genfound.runtime.processes import sigterm_as_exit, tune_malloc
-from genfound.sampling.pipeline import Pipeline
-from genfound.sampling.requests import SampleRequest
-
-LABELS_IN_PREVIEW = 10
 
 
 class OneProcess(LightningEnvironment):
@@ -113,7 +105,7 @@ def _module(parts: build.RunComponents, budget: int, rank: int, new: bool) -> Ge
         remarks = initialise(parts.net, Path(config["init_from"]), config["seed"], targets.trusted(config))
         if rank == 0:
             print("\n".join(remarks), flush=True)
-    if config["trainer"]["compile"]:
+    if devices.compiled(config["compile"], parts.device):
         parts.net.compile_blocks()
     return GenerativeModule(
         parts.net,
@@ -128,71 +120,56 @@ def _module(parts: build.RunComponents, budget: int, rank: int, new: bool) -> Ge
     )
 
 
-def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:
-    """Up to three (height, width): of middle, wide and tall images of a data set."""
-    aspect = sizes[:, 1] / sizes[:, 0]
-    order = np.lexsort((sizes.prod(axis=1), aspect))
-    picks = [sizes[order[round(q * (len(order) - 1))]] for q in (0.5, 0.94, 0.06)]
-    return list(dict.fromkeys((int(h), int(w)) for h, w in picks))
-
-
-def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[SampleRequest]:
-    """One image of each of the first classes at each size."""
-    pairs = [(label, size) for size in sizes for label in range(min(len(class_names), LABELS_IN_PREVIEW))]
-    return [SampleRequest(label, size, number) for number, (label, size) in enumerate(pairs)]
-
-
 def _callbacks(folder: Path, parts: build.RunComponents, loader: TrainLoader) -> list[lightning.Callback]:
-    """In the order in which they act after a step: average, measure, judge, evaluate, draw, save."""
-    settings, names = parts.config["trainer"], parts.images.class_names
+    """Those of the group `callbacks`, in its order; checkpoints hold what the others have done in a step."""
+    options = {
+        name: own
+        for name, own in parts.config["callbacks"].items()
+        if own is not None and own.get("every", 1) is not None
+    }
+    options["checkpointing"] = options.pop("checkpointing")
     decays = parts.config["ema"]["decays"]
-    ema = Ema([parts.config["optimizer"]["ema_decay"]] if decays is None else decays)
-    metrics = TrainLog(settings["log_every"], loader)
-    nonfinite = NonFinite(folder / "nonfinite.jsonl", settings["log_every"], settings["nonfinite_limit"])
-    sizes = typical_sizes(parts.images.sizes)
-    batch = parts.config["sample"]["batch"]
-    sampling = Pipeline.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
-    sampling.check(parts.net)
-    requests = preview_requests(names, sizes)
-    facts = {"class_names": names, "sizes": sizes, **resuming.facts(parts)}
-    validation: list[lightning.Callback] = []
-    if len(parts.held_out.labels):
-        validation = [Validation.of(parts, ema)]
-    evaluation = [Evaluation(folder, parts, ema)] if settings["eval_every"] else []
-    return [
-        ema,
-        metrics,
-        nonfinite,
-        *validation,
-        *evaluation,
-        Preview(folder / "samples", settings["preview_every"], sampling, requests, names, ema),
-        Checkpointing(folder / "checkpoints", settings["checkpoint_every"], settings["keep"], loader, facts),
-    ]
+    decays = [parts.config["optimizer"]["ema_decay"]] if decays is None else decays
+    given: dict[str, Any] = {"folder": folder, "parts": parts, "loader": loader, "decays": decays}
+    given["ema"] = build.instantiate_own("callbacks.ema", options["ema"], given)
+    others = {name: own for name, own in options.items() if name != "ema"}
+    built = [build.instantiate_own(f"callbacks.{name}", own, given) for name, own in others.items()]
+    return [given["ema"], *built]
 
 
 def _trainer(
-    folder: Path, parts: build.RunComponents, callbacks: list[lightning.Callback], loggers: Sequence[Logger]
+    folder: Path, parts: build.RunComponents, callbacks: Sequence[lightning.Callback], loggers: Sequence[Logger]
 ) -> lightning.Trainer:
-    settings = parts.config["trainer"]
-    return lightning.Trainer(
-        accelerator="gpu" if parts.device.type == "cuda" else "cpu",
-        devices=settings["devices"],
-        strategy="ddp" if parts.ranks > 1 else "auto",
-        precision=devices.precision(settings["precision"], parts.device),  # type: ignore[arg-type]
-        max_steps=settings["max_steps"] or -1,
-        max_epochs=-1,
-        accumulate_grad_batches=parts.micro_batches,
-        deterministic=settings["deterministic"],
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO(), TorchElasticEnvironment() if parts.ranks > 1 else OneProcess()],
-        default_root_dir=folder,
-        logger=loggers,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-    )
+    """`lightning.Trainer` with what the configuration sets, and what genfound decides."""
+    options, ranks = parts.config["trainer"], parts.ranks
+    ours = {
+        "accelerator": "gpu" if parts.device.type == "cuda" else "cpu",
+        "strategy": _strategy(parts) if ranks > 1 else "auto",
+        "precision": devices.precision(options["precision"], parts.device),
+        "max_steps": options["max_steps"] or -1,
+        "max_epochs": -1,
+        "accumulate_grad_batches": parts.micro_batches,
+        "callbacks": list(callbacks),
+        "logger": list(loggers),
+        "plugins": [AtomicCheckpointIO(), TorchElasticEnvironment() if ranks > 1 else OneProcess()],
+        "default_root_dir": folder,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "use_distributed_sampler": False,
+        "limit_val_batches": 0,
+        "fast_dev_run": False,
+        "overfit_batches": 0,
+    }
+    set_here = {key: value for key, value in options.items() if value is not None and key not in ours}
+    try:
+        trainer: lightning.Trainer = build.instantiate_own("trainer", set_here, ours)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from None
+    return trainer
+
+
+def _strategy(parts: build.RunComponents) -> Any:
+    options = parts.config["strategy"]
+    return build.instantiate_own("strategy", options) if options else "ddp"
 
 
 def _loggers(
@@ -202,10 +179,11 @@ def _loggers(
     step, file = start["global_step"], folder / "metrics.jsonl"
     ahead = any(line["step"] > step for line in lines_of(file))
     loggers: list[Logger] = [Terminal(budget, start["images_seen"]), JsonLines(file, step)]
-    if config["logger"]["name"] == "wandb":
-        from genfound.loggers.wandb import WandbLogger
-
-        loggers.append(WandbLogger(folder, config["logger"]["project"], anew=ahead and bool(changes)))
+    given = {"folder": folder, "anew": ahead and bool(changes)}
+    for name, options in config["logger"].items():
+        if options is not None:
+            here = {"save_dir": str(folder)} if options.get("save_dir", "") is None else {}
+            loggers.append(build.instantiate_own(f"logger.{name}", {**options, **here}, given))
     for logger in loggers:
         logger.log_hyperparams({**config, "provenance": provenance()})
     return loggers

@@ -1,4 +1,4 @@
-"""Training with compiled blocks, as `trainer.compile` starts it."""
+"""Training with compiled blocks, as `compile` starts it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tests.helpers import run_dir, state_differences
 
 SHORT = [
     "model.width=32", "model.depth=2", "model.heads=1", "data.max_tokens=128", "trainer.precision=fp32",
-    "trainer.log_every=1", "trainer.val_images=16", "sampler=euler", "sampler.steps=1", "sample.batch=4",
-    "logger=jsonl", "trainer.compile=true", "data.num_workers=0",
+    "trainer.log_every_n_steps=1", "callbacks.validation.images=16", "sampler=euler", "sampler.steps=1",
+    "sample.batch=4",
+    "logger=jsonl", "compile=true", "data.num_workers=0",
 ]  # fmt: skip
 FAMILIES = {
     "nit_tiny": ["batch.packs=1"],
@@ -54,8 +55,13 @@ def logged(folder: Path, key: str = "train/loss") -> list[float]:
 @pytest.mark.usefixtures("quick_compiler")
 def test_a_run_is_compiled_once(tmp_path: Path) -> None:
     """200 packs of other sizes and numbers of images, with validation, previews and averages in between."""
-    every = ["trainer.max_steps=200", "trainer.log_every=20", "trainer.val_every=100", "trainer.preview_every=120"]
-    fit(run_dir(tmp_path, "model=nit_tiny", *SHORT, *FAMILIES["nit_tiny"], *every, "trainer.checkpoint_every=90"))
+    every = [
+        "trainer.max_steps=200",
+        "trainer.log_every_n_steps=20",
+        "callbacks.validation.every=100",
+        "callbacks.preview.every=120",
+    ]
+    fit(run_dir(tmp_path, "model=nit_tiny", *SHORT, *FAMILIES["nit_tiny"], *every, "callbacks.checkpointing.every=180"))
     assert len(logged(tmp_path)) == 10 and len(logged(tmp_path, "val/loss_ema")) >= 3
     assert len(list((tmp_path / "samples").glob("*.png"))) >= 2
     assert compilations() == 1
@@ -64,8 +70,8 @@ def test_a_run_is_compiled_once(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("model", FAMILIES)
 def test_every_family_trains_compiled_as_it_does_uncompiled(model: str, tmp_path: Path) -> None:
-    options = [f"model={model}", *SHORT, *FAMILIES[model], "trainer.max_steps=4", "trainer.val_every=8"]
-    for name, more in (("compiled", []), ("eager", ["trainer.compile=false"])):
+    options = [f"model={model}", *SHORT, *FAMILIES[model], "trainer.max_steps=4", "callbacks.validation.every=8"]
+    for name, more in (("compiled", []), ("eager", ["compile=false"])):
         fit(run_dir(tmp_path / name, *options, *more))
         assert 1 <= compilations() <= 3
     for key in ("train/loss", "train/grad_norm", "val/loss"):
@@ -87,7 +93,7 @@ def test_a_compiled_run_is_continued_bit_by_bit(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_generated_kernels_train_as_eager_ones_do(tmp_path: Path) -> None:
     options = ["model=nit_tiny", *SHORT, "batch.packs=1", "trainer.max_steps=3"]
-    for name, more in (("compiled", []), ("eager", ["trainer.compile=false"])):
+    for name, more in (("compiled", []), ("eager", ["compile=false"])):
         fit(run_dir(tmp_path / name, *options, *more))
     compiled, eager = (logged(tmp_path / name) for name in ("compiled", "eager"))
     assert compiled == pytest.approx(eager, rel=1e-5)

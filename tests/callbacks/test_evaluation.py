@@ -7,11 +7,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from genfound import build, training
-from genfound.callbacks.checkpointing import Checkpointing
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
-from genfound.callbacks.nonfinite import NonFinite
-from genfound.callbacks.train_log import TrainLog
 from genfound.config import compose
 from genfound.evaluation.protocol import read_results
 from genfound.evaluation.samples import SampleStore
@@ -20,7 +17,8 @@ from genfound.runtime import run_directory
 from tests.evaluation.runs import TINY, evaluated
 from tests.helpers import run_dir
 
-EVALUATED = {"eval_every": 20, "eval_protocol": "quick", "eval_extractor": None, "eval_extractor_weights": None}
+EVALUATED = {"every": 20, "protocol": "quick", "extractor": None, "extractor_weights": None}
+ALONE = ("ema.decays=[0.9]", "callbacks.validation=null", "callbacks.preview=null", "trainer.log_every_n_steps=1")
 FEW = {"n": 70, "reference_images": 100}
 
 
@@ -35,16 +33,12 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     """A run of a few steps, with or without evaluations; its checkpoint."""
-    run_dir(folder, *TINY, f"runs={folder.parent}", "trainer.precision=fp32", "trainer.max_steps=12")
+    run_dir(folder, *TINY, f"runs={folder.parent}", "trainer.precision=fp32", "trainer.max_steps=12", *ALONE)
     config = run_directory.read_config(folder)
-    config["trainer"] |= EVALUATED | settings
+    config["callbacks"]["evaluation"] |= EVALUATED | settings | ({} if evaluate else {"every": None})
     parts = build.build_run(config, 1)
     loader = parts.loader(0)
-    ema, metrics = Ema([0.9]), TrainLog(1, loader)
-    facts = {"class_names": parts.images.class_names, "sizes": [[16, 16]], "fingerprint": parts.images.fingerprint}
-    saving = Checkpointing(folder / "checkpoints", 100, 1, loader, facts)
-    watching = [Evaluation(folder, parts, ema)] if evaluate else []
-    callbacks = [ema, metrics, NonFinite(folder / "bad", 5, 5), *watching, saving]
+    callbacks = training._callbacks(folder, parts, loader)
     loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", 0)]
     training._trainer(folder, parts, callbacks, loggers).fit(training._module(parts, 10_000, 0, new=True), loader)
     return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
@@ -86,7 +80,7 @@ def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path: Path, mon
 
 
 def test_the_command_measures_the_same_weights_alike(tmp_path: Path) -> None:
-    state = trained(tmp_path / "run", True, eval_every=1)
+    state = trained(tmp_path / "run", True, every=1)
     last = read_results(tmp_path / "run")[-1]
     assert last.subject["images_seen"] == state["images_seen"]
     options = {"n": 70, "reference_images": 100, "out": str(tmp_path / "out")}
@@ -102,11 +96,11 @@ def test_the_command_measures_the_same_weights_alike(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         (
-            {"eval_protocol": "torch_fidelity", "eval_extractor": "probe"},
+            {"protocol": "torch_fidelity", "extractor": "probe"},
             "convention=torch_fidelity is one of Inception",
         ),
-        ({"eval_protocol": "fast"}, "trainer.eval_protocol=fast is unknown; choose one of adm_50k"),
-        ({"eval_extractor": "inception"}, "extractor_weights=weights-inception.* is not there"),
+        ({"protocol": "fast"}, "callbacks.evaluation.protocol=fast is unknown; choose one of adm_50k"),
+        ({"extractor": "inception"}, "extractor_weights=weights-inception.* is not there"),
     ],
 )
 def test_wrong_settings_stop_the_run_before_it_trains(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -129,10 +123,8 @@ def test_the_work_of_another_protocol_is_not_taken(tmp_path: Path, monkeypatch: 
     for seed in (0, 0, 1):
         monkeypatch.setitem(FEW, "seed", seed)
         folder = run_dir(tmp_path / "run", *TINY, f"runs={tmp_path}", "trainer.precision=fp32")
-        config = run_directory.read_config(folder)
-        config["trainer"] |= EVALUATED
-        parts = build.build_run(config, 1)
-        evaluation = Evaluation(folder, parts, Ema([0.9]))
+        parts = build.build_run(run_directory.read_config(folder), 1)
+        evaluation = Evaluation(**EVALUATED, folder=folder, parts=parts, ema=Ema([0.9]))  # type: ignore[arg-type]
         evaluation._prepare()
         keys.append(evaluation._key("weights", "data"))
     assert keys[0] == keys[1] != keys[2]

@@ -36,7 +36,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 def test_a_poisoned_step_is_skipped_and_written_down(poison: set[int], tmp_path: Path) -> None:
     poison.add(2)
-    folder = run_dir(tmp_path / "run", *FP32, "trainer.max_steps=5", "trainer.log_every=2")
+    folder = run_dir(tmp_path / "run", *FP32, "trainer.max_steps=5", "trainer.log_every_n_steps=2")
     fit(folder)
     lines = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2]
@@ -59,7 +59,7 @@ def test_a_skipped_step_is_left_out_of_the_averages_and_named(
     runs = {}
     for every in (1, 2):
         options = ("objective.directional=0.5", "trainer.max_steps=5", f"batch.packs={packs}")
-        runs[every] = run_dir(tmp_path / f"every_{every}", *FP32, *options, f"trainer.log_every={every}")
+        runs[every] = run_dir(tmp_path / f"every_{every}", *FP32, *options, f"trainer.log_every_n_steps={every}")
         fit(runs[every])
         assert capsys.readouterr().out.count("skipped step 2: the gradient was not finite") == 1
         notes = [line for line in logged(runs[every]) if "skipped" in line.get("note", "")]
@@ -88,7 +88,11 @@ def test_a_skipped_step_moves_no_weight(poison: set[int], tmp_path: Path) -> Non
 def test_too_many_in_a_row_stop_the_run(poison: set[int], tmp_path: Path) -> None:
     poison.update(range(4, 100))
     folder = run_dir(
-        tmp_path / "run", *FP32, "trainer.nonfinite_limit=3", "trainer.checkpoint_every=2", "trainer.log_every=1"
+        tmp_path / "run",
+        *FP32,
+        "callbacks.nonfinite.limit=3",
+        "callbacks.checkpointing.every=8",
+        "trainer.log_every_n_steps=1",
     )
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         fit(folder)
@@ -98,11 +102,11 @@ def test_too_many_in_a_row_stop_the_run(poison: set[int], tmp_path: Path) -> Non
 
 def test_the_last_steps_are_judged_too(poison: set[int], tmp_path: Path) -> None:
     poison.update((1, 2, 3, 4))
-    short = run_dir(tmp_path / "short", *FP32, "trainer.max_steps=5", "trainer.log_every=50")
+    short = run_dir(tmp_path / "short", *FP32, "trainer.max_steps=5", "trainer.log_every_n_steps=50")
     fit(short)
     assert len((short / "nonfinite.jsonl").read_text().splitlines()) == 4
     folder = run_dir(
-        tmp_path / "run", *FP32, "trainer.max_steps=5", "trainer.log_every=50", "trainer.nonfinite_limit=3"
+        tmp_path / "run", *FP32, "trainer.max_steps=5", "trainer.log_every_n_steps=50", "callbacks.nonfinite.limit=3"
     )
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         fit(folder)

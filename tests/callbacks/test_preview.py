@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from genfound import build
 from genfound.callbacks.preview import Preview
 from genfound.loggers.base import RunLogger
-from tests.helpers import small_nit, training_module
+from tests.cli.commands import TINY
+from tests.helpers import composed, small_nit, training_module
 
 
 class Diverging:
@@ -24,8 +26,8 @@ def test_a_preview_that_diverges_does_not_end_the_training(tmp_path: Path, monke
     logger = RunLogger()
     monkeypatch.setattr(logger, "note", lambda *note: notes.append(note))
     ema: Any = SimpleNamespace(ema_weights=lambda module: nullcontext())
-    sampling: Any = Diverging()
-    preview = Preview(tmp_path, 10, sampling, [], [], ema)
+    preview = Preview(10, build.build_run(composed(*TINY), 1), ema)
+    preview.folder, preview.sampling = tmp_path, Diverging()  # type: ignore[assignment]
     module = training_module(small_nit())
     trainer: Any = SimpleNamespace(is_global_zero=True, global_step=7, loggers=[logger])
     preview.on_interval(trainer, module)

@@ -100,7 +100,7 @@ def test_another_precision_is_refused_though_auto_stands_for_it(tmp_path: Path) 
         go_on(tmp_path, "trainer.max_steps=3", "trainer.precision=bf16", allow_changes=False)
     config = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(config.replace("precision: fp32", "precision: auto"))
-    with pytest.raises(ValueError, match=r"trainer\.precision=bf16 is bf16 here, and .* was trained in fp32; set"):
+    with pytest.raises(ValueError, match=r"trainer\.precision=bf16 is bf16 here, and .* was trained with fp32; set"):
         go_on(tmp_path, "trainer.max_steps=3", "trainer.precision=bf16", allow_changes=False)
     go_on(tmp_path, "trainer.max_steps=3", "trainer.precision=bf16")
     assert [{**line, "images_seen": 0} for line in lines(tmp_path, HISTORY)] == [
@@ -158,7 +158,7 @@ def test_a_copy_of_config_and_checkpoints_is_the_run(tmp_path: Path) -> None:
     assert len(genfound.sample(genfound.load(copy), labels=[0], size=(8, 8))) == 1
     go_on(copy, "trainer.max_steps=2")
     assert run_directory.finished(copy) == {**(run_directory.finished(run) or {}), "loss": None}
-    go_on(copy, "trainer.max_steps=3", "trainer.keep=1")
+    go_on(copy, "trainer.max_steps=3", "callbacks.checkpointing.keep=1")
     assert [line["step"] for line in lines(copy) if "train/loss" in line] == [3]
     assert sorted(file.name for file in (copy / "checkpoints").glob("[!.]*")) == ["step-00000003.ckpt"]
 

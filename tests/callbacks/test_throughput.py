@@ -75,8 +75,13 @@ def test_the_clock_has_all_of_a_step_and_nothing_else(tmp_path: Path, monkeypatc
     monkeypatch.setattr(JsonLines, "log_metrics", logged)
     monkeypatch.setattr(Validation, "on_interval", slowed(Validation.on_interval))
     monkeypatch.setattr(Checkpointing, "_save", slowed(Checkpointing._save))
-    options = ["trainer.max_steps=9", "trainer.log_every=3", "trainer.val_every=8", "trainer.checkpoint_every=2"]
-    fit(run_dir(tmp_path, *TINY, *options, "data.sides=[16]", "data.num_workers=0", "trainer.preview_every=1000"))
+    options = [
+        "trainer.max_steps=9",
+        "trainer.log_every_n_steps=3",
+        "callbacks.validation.every=8",
+        "callbacks.checkpointing.every=8",
+    ]
+    fit(run_dir(tmp_path, *TINY, *options, "data.sides=[16]", "data.num_workers=0", "callbacks.preview.every=1000"))
     (first, begin), (last, end) = ends[0], ends[-1]
     _, *found = [line for line in lines(tmp_path) if "train/loss" in line]
     clock = (end - begin) / 6

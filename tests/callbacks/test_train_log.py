@@ -22,7 +22,7 @@ from tests.helpers import packed, run_dir
 )
 def test_the_named_parts_of_the_loss_add_up_to_it(options: list[str], terms: list[str], tmp_path: Path) -> None:
     """In packs with filler, over several micro-batches and steps."""
-    fit(run_dir(tmp_path, *TINY, *options, "trainer.max_steps=4", "trainer.log_every=2", "logger=jsonl"))
+    fit(run_dir(tmp_path, *TINY, *options, "trainer.max_steps=4", "trainer.log_every_n_steps=2", "logger=jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "train/loss" in line]
     assert len(lines) == 2
@@ -44,8 +44,14 @@ def test_the_first_batch_shows_a_wrong_scale_and_stops_at_what_is_not_finite() -
 
 
 def test_what_a_network_says_of_itself_is_in_every_line(tmp_path: Path) -> None:
-    short = ["model=dit_moe_tiny", "batch.images=16", "trainer.max_steps=2", "trainer.log_every=1", "sample.batch=4"]
-    fit(run_dir(tmp_path, *short, "trainer.val_images=16", "logger=jsonl"))
+    short = [
+        "model=dit_moe_tiny",
+        "batch.images=16",
+        "trainer.max_steps=2",
+        "trainer.log_every_n_steps=1",
+        "sample.batch=4",
+    ]
+    fit(run_dir(tmp_path, *short, "callbacks.validation.images=16", "logger=jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     loads = [line["train/experts/layer00/load_max"] for line in lines if "train/loss" in line]
     assert len(loads) == 2 and all(0 < load <= 1 for load in loads)

@@ -35,7 +35,7 @@ class Noisy(PixelTokenizer):
 
 
 def built(*overrides: str) -> build.RunComponents:
-    config = composed("data.images=500", "data.holdout=150", "trainer.val_images=25", "data.max_tokens=256", *overrides)
+    config = composed("data.images=500", "data.holdout=150", "data.max_tokens=256", *overrides)
     return replace(build.build_run(config, 1), tokenizer=Noisy())
 
 
@@ -49,7 +49,7 @@ def module_of(parts: build.RunComponents) -> tuple[GenerativeModule, Ema]:
 def figures(*overrides: str, ranks: int = 1) -> dict[str, float]:
     parts = built(*overrides)
     module, ema = module_of(parts)
-    validation = Validation.of(parts, ema)
+    validation = Validation(25, 25, parts, ema)
     return validation.figures(sum(validation.sums(module, nullcontext, rank, ranks) for rank in range(ranks)))
 
 
@@ -100,7 +100,7 @@ def test_validation_leaves_the_module_as_it_was() -> None:
     module, ema = module_of(parts)
     before = {name: p.clone() for name, p in module.net.named_parameters()}
     module.train()
-    Validation.of(parts, ema).sums(module, nullcontext, 0, 1)
+    Validation(25, 25, parts, ema).sums(module, nullcontext, 0, 1)
     assert module.net.training
     assert all(torch.equal(p, before[name]) for name, p in module.net.named_parameters())
 

@@ -323,7 +323,8 @@ def test_wrong_files_are_one_line(kind: str, tmp_path: Path, monkeypatch: pytest
 
 TINY = [
     "model=dit_tiny", "model.width=32", "model.depth=2", "model.heads=2", "logger=jsonl", "trainer.max_steps=1",
-    "trainer.preview_every=1000000", "trainer.val_images=16", "sampler.steps=2", "budget.images=100", "sample.batch=4",
+    "callbacks.preview.every=1000000", "callbacks.validation.images=16", "sampler.steps=2", "budget.images=100",
+    "sample.batch=4",
     "optimizer.lr=0", "optimizer.weight_decay=0",
 ]  # fmt: skip
 

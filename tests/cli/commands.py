@@ -17,7 +17,8 @@ LIMIT = 300
 
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=1", "data.max_tokens=256", "batch.packs=1", "budget.images=4000",
-    "trainer.log_every=1", "trainer.val_images=16", "trainer.val_every=1000", "trainer.preview_every=40",
+    "trainer.log_every_n_steps=1", "callbacks.validation.images=16", "callbacks.validation.every=1000",
+    "callbacks.preview.every=40",
     "sampler=euler", "sampler.steps=2", "sample.batch=4", "logger=jsonl",
 ]  # fmt: skip
 

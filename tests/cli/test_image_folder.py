@@ -32,7 +32,7 @@ def test_a_folder_trains_previews_and_samples_at_its_own_sizes(tmp_path: Path) -
         "data.root=photos",
         "data.max_image_tokens=64",
         "data.num_workers=1",
-        "trainer.preview_every=8",
+        "callbacks.preview.every=8",
     ]
     result = genfound("train", *TINY, *small, "data.max_tokens=256", "trainer.max_steps=3", "name=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

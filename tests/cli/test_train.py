@@ -63,7 +63,7 @@ def test_the_same_command_with_more_steps_continues(straight: Path, tmp_path: Pa
 
 
 def test_a_killed_run_goes_on_where_it_was(straight: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "genfound.train", *TINY, "trainer.checkpoint_every=3", "name=run"]
+    command = [sys.executable, "-m", "genfound.train", *TINY, "callbacks.checkpointing.every=12", "name=run"]
     process = subprocess.Popen(command, cwd=tmp_path, env=variables(), stdout=subprocess.DEVNULL)
     run = tmp_path / "runs/default/run"
     deadline = time.monotonic() + 120
@@ -74,7 +74,7 @@ def test_a_killed_run_goes_on_where_it_was(straight: Path, tmp_path: Path) -> No
     assert not (run / "DONE").exists()
     steps = max(12, int(max(file.stem for file in (run / "checkpoints").glob("*.ckpt"))[-8:]) + 1)
     end = f"trainer.max_steps={steps}"
-    result = genfound("train", *TINY, "trainer.checkpoint_every=3", end, "name=run", cwd=tmp_path)
+    result = genfound("train", *TINY, "callbacks.checkpointing.every=12", end, "name=run", cwd=tmp_path)
     assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
     resumed = losses(run)
     assert list(resumed) == list(range(1, steps + 1))
@@ -157,7 +157,7 @@ WRONG = {
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
     "experiment=best": "experiment=best is unknown; choose one of official/dit",
-    "trainer.keep=0": "trainer.keep=0 must be a whole number of at least 1",
+    "callbacks.checkpointing.keep=0": "callbacks.checkpointing.keep=0 must be a whole number of at least 1",
 }
 
 

@@ -16,7 +16,10 @@ def curve(run: Path, key: str = "train/loss") -> list[float]:
 def test_two_devices_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     for devices in (1, 2):
         arguments = [*TINY, "batch.packs=2", "trainer.max_steps=6", f"trainer.devices={devices}", f"name=on_{devices}"]
-        arguments += ["trainer.val_every=20", "trainer.val_images=17"]  # three micro-batches, which two do not divide
+        arguments += [
+            "callbacks.validation.every=20",
+            "callbacks.validation.images=17",
+        ]  # three micro-batches, which two do not divide
         result = genfound("train", *arguments, "trainer.precision=fp32", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     one, two = (curve(tmp_path / f"runs/default/on_{devices}") for devices in (1, 2))

@@ -42,11 +42,9 @@ def evaluating(rank: int, folder: Path) -> None:
     compose.compose = lambda name, overrides: {**composed(name, overrides), "n": 130, "reference_images": 130}
     references.write_reference = slow(references.write_reference)
     evaluation.measure = slow(evaluation.measure)
-    config = run_directory.read_config(folder)
-    config["trainer"] |= EVALUATED
-    parts = build.build_run(config, 2)
+    parts = build.build_run(run_directory.read_config(folder), 2)
     ema = Ema([0.9])
-    acting = evaluation.Evaluation(folder, parts, ema)
+    acting = evaluation.Evaluation(**EVALUATED, folder=folder, parts=parts, ema=ema)
     module = training._module(parts, 10_000, rank, new=True).eval()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     distributed.barrier()

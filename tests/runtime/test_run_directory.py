@@ -29,7 +29,7 @@ def test_the_configuration_folder_is_whole() -> None:
         (["model=nit_s", "seed=1"], "model-nit_s__seed-1"),
         (["optimizer.lr=1e-4"], "optimizer.lr-1e-4"),
         (["ema.decays=[0.9,0.99]"], "ema.decays-_0.9_0.99"),
-        (["study=a", "name=b", "runs=/x", "trainer.max_steps=5", "logger=jsonl", "launcher=local"], "default"),
+        (["study=a", "name=b", "runs=/x", "trainer.max_steps=5", "logger=jsonl", "strategy=ddp"], "default"),
         (["data.root=/home/me/images", "data.num_workers=4", "tokenizer.weights=w", "data=shapes"], "data-shapes"),
         (["allow_changes=true", "trainer=laptop", "seed=3"], "seed-3"),
     ],
@@ -86,7 +86,8 @@ def test_names_are_plain_file_names(override: str) -> None:
     [
         ("model.depth", True), ("seed", True), ("data", True), ("data.max_tokens", True), ("runs_elsewhere", True),
         ("tokenizer", True), ("runs", False), ("trainer.max_steps", False), ("trainer", False), ("data.root", False),
-        ("data.num_workers", False), ("tokenizer.weights", False), ("logger.project", False), ("study", False),
+        ("data.num_workers", False), ("tokenizer.weights", False), ("logger.wandb.project", False), ("study", False),
+        ("callbacks.preview.every", False), ("strategy", False), ("compile", False), ("trainer.overfit_batches", True),
     ],
 )  # fmt: skip
 def test_what_identifies_a_run(key: str, identity: bool) -> None:
@@ -152,20 +153,21 @@ def test_what_is_not_identity_may_change(tmp_path: Path) -> None:
     assert run_directory.claimed(folder) == config() and not (folder / run_directory.NEXT).exists()
 
 
-@pytest.mark.parametrize("key", ["precision", "deterministic", "compile"])
+@pytest.mark.parametrize("key", ["trainer.precision", "trainer.deterministic", "compile"])
 def test_what_changes_numbers_is_refused_though_it_is_not_in_the_name(tmp_path: Path, key: str) -> None:
     folder = trained(tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"trainer\.{key}: None in the run, new now.*allow_changes=true"):
-        run_directory.write_config(folder, config(**{f"trainer__{key}": "new"}), False)
-    run_directory.write_config(folder, config(**{f"trainer__{key}": "new"}), True)
-    assert run_directory.run_name([f"trainer.{key}=new"]) == "default"
+    changed = config(**{key.replace(".", "__"): "new"})
+    with pytest.raises(ValueError, match=rf"{key}: None in the run, new now.*allow_changes=true"):
+        run_directory.write_config(folder, changed, False)
+    run_directory.write_config(folder, changed, True)
+    assert run_directory.run_name([f"{key}=new"]) == "default"
 
 
-def test_precision_auto_is_compared_when_it_is_known_what_it_means(tmp_path: Path) -> None:
+def test_auto_is_compared_when_it_is_known_what_it_means(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run_directory.write_config(folder, config(trainer__precision="auto"), False)
+    run_directory.write_config(folder, config(trainer__precision="auto", compile="auto"), False)
     (folder / "DONE").touch()
-    run_directory.refuse_changes(folder, config(trainer__precision="fp32"), False)
+    run_directory.refuse_changes(folder, config(trainer__precision="fp32", compile=True), False)
 
 
 def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:

@@ -1,50 +1,53 @@
-"""Checkpoints every so many steps, and at the end."""
+"""Checkpoints every so many images, and at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from genfound.callbacks.throughput import paused
+from genfound.build import RunComponents
+from genfound.callbacks.every_n_images import EveryNImages
+from genfound.callbacks.resuming import facts
 from genfound.data.packing.loader import TrainLoader
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import visible
+from genfound.sampling.requests import typical_sizes
 
 
-class Checkpointing(lightning.Callback):
+class Checkpointing(EveryNImages):
     """Writes `step-<n>.ckpt`; older ones are deleted after the new one is complete.
 
     Args:
-        folder: the run's checkpoints/.
-        every: steps between two checkpoints.
+        every: images between two checkpoints.
         keep: how many to keep.
+        parts: of the run; what sampling must know of its data (class names, sizes), and their fingerprint.
         loader: whose position belongs to the checkpoint.
-        facts: what sampling must know of the data (class names, sizes), and the data's fingerprint.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int, loader: TrainLoader, facts: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.every = every
+    def __init__(self, every: int, keep: int, parts: RunComponents, loader: TrainLoader) -> None:
+        super().__init__(every)
         self.keep = keep
         self.loader = loader
-        self.facts = dict(facts)
+        names, sizes = parts.images.class_names, typical_sizes(parts.images.sizes)
+        self.facts = {"class_names": names, "sizes": sizes, **facts(parts)}
         self._saved = -1
+
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """The run directory."""
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """What was resumed from is already on disk."""
+        super().on_train_start(trainer, module)
         self._saved = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save at multiples of `every`; the end of the run comes after what else is done there."""
-        if trainer.global_step % self.every == 0 and not trainer.should_stop:
-            with paused(trainer, module):
-                self._save(trainer)
+    def on_interval(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Save; the end of the run comes after what else is done there."""
+        if not trainer.should_stop:
+            self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Save the last step."""

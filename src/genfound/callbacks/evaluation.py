@@ -15,7 +15,7 @@ from genfound.callbacks.ema import Ema
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.throughput import paused
 from genfound.config import compose
-from genfound.config.checks import image_sizes
+from genfound.config.checks import image_sizes, one_of
 from genfound.data.images.sets import digest
 from genfound.evaluation.evaluator import EvaluationRequest, check, circumstances, make_protocol, sampling_config
 from genfound.evaluation.extraction import guide_hash, network_hash, size_text
@@ -43,23 +43,34 @@ class Evaluation(EveryNImages):
     Nothing of it reaches the training: weights are swapped back bit by bit, and no random number is taken from it.
 
     Args:
+        every: images between two evaluations.
+        protocol: an option of conf/protocol.
+        extractor, extractor_weights: instead of the protocol's.
         folder: the run; every rank must see it.
-        parts: of the run; `trainer.eval_*` say when, and under which protocol.
+        parts: of the run.
         ema: holds the average.
 
     Raises:
         ValueError: a protocol that does not fit the run.
     """
 
-    def __init__(self, folder: Path, parts: build.RunComponents, ema: Ema) -> None:
-        trainer = parts.config["trainer"]
-        super().__init__(trainer["eval_every"])
+    def __init__(
+        self,
+        every: int,
+        protocol: str,
+        extractor: str | None,
+        extractor_weights: str | None,
+        folder: Path,
+        parts: build.RunComponents,
+        ema: Ema,
+    ) -> None:
+        super().__init__(every)
         self.folder, self.parts, self.ema = folder, parts, ema
-        self.asked = asked(folder, parts.config)
+        self.asked = asked(folder, parts.config, protocol, extractor, extractor_weights)
         config = self.asked.config
         check(config)
         references = Path(parts.config["runs"]) / ".references"
-        self.place = Workspace(folder / "evaluations", references, 1, trainer["accelerator"])
+        self.place = Workspace(folder / "evaluations", references, 1, parts.config["trainer"]["accelerator"])
         self.work = self.place.out / "work/training"
         self.data = RunDataset(parts.config, parts.tokenizer.spec, len(parts.images.class_names))
         wanted = config["sizes"]
@@ -94,7 +105,7 @@ class Evaluation(EveryNImages):
     def _prepare(self) -> None:
         config = self.asked.config
         self.tool = prepare_extractor(config, self.data, self.place)
-        check_count(f"trainer.eval_protocol={self.asked.protocol}", config["n"], self.tool.extractor)
+        check_count(f"callbacks.evaluation.protocol={self.asked.protocol}", config["n"], self.tool.extractor)
         for size in self.sizes:
             self.references[size] = prepare_reference(config, size, self.data, self.tool, self.place)
             check_reference(self.references[size][0], self.tool.extractor, config["convention"])
@@ -165,28 +176,27 @@ class Evaluation(EveryNImages):
         return digest(weights, size_text(size), self.tool.extractor.hash, json.dumps(facts))
 
 
-def asked(folder: Path, run: Mapping[str, Any]) -> EvaluationRequest:
-    """What conf/evaluate.yaml asks for under the protocol of `trainer.eval_protocol`.
+def asked(
+    folder: Path, run: Mapping[str, Any], protocol: str, extractor: str | None, extractor_weights: str | None
+) -> EvaluationRequest:
+    """What conf/evaluate.yaml asks for under a protocol.
 
     Raises:
         ValueError: there is no such protocol, or it does not say its reference.
     """
-    trainer = run["trainer"]
-    name = trainer["eval_protocol"]
     known = sorted(file.stem for file in (Path(compose.config_dir()) / "protocol").glob("*.yaml"))
-    if name not in known:
-        raise ValueError(f"trainer.eval_protocol={name} is unknown; choose one of {', '.join(known)}")
-    config = compose.compose("evaluate", [f"protocol={name}"])
+    one_of("callbacks.evaluation.protocol", protocol, known)
+    config = compose.compose("evaluate", [f"protocol={protocol}"])
     own = {
         "from": str(folder),
-        "extractor": trainer["eval_extractor"] or config["extractor"],
-        "extractor_weights": trainer["eval_extractor_weights"],
+        "extractor": extractor or config["extractor"],
+        "extractor_weights": extractor_weights,
         "reference": DATA if config["reference"] == "???" else config["reference"],
         "weights": "raw" if run["ema"]["decays"] == [] else "ema",
         "batch": run["sample"]["batch"],
         "max_pixels": run["data"].get("max_pixels"),
     }
-    return EvaluationRequest({**config, **own}, [], name)
+    return EvaluationRequest({**config, **own}, [], protocol)
 
 
 def _decoder(parts: build.RunComponents) -> Tokenizer:

@@ -17,22 +17,24 @@ from genfound.modules.base import GenerativeModule
 
 
 class NonFinite(lightning.Callback):
-    """Looks at the gradient norms of the last steps, in one transfer.
+    """Looks at the gradient norms of the last `trainer.log_every_n_steps` steps, in one transfer.
+
+    nonfinite.jsonl has one line per skipped step and micro-batch of this rank: images, times, seed.
 
     Args:
-        file: one JSON line per skipped step and micro-batch of this rank: images, times, seed.
-        every: steps between two looks.
         limit: as many skipped steps in a row stop the run.
     """
 
-    def __init__(self, file: Path, every: int, limit: int) -> None:
-        self.file = file
-        self.every = every
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = 0
         self._in_a_row = 0
         self._norms: list[tuple[int, Tensor]] = []
         self._micros: dict[int, list[tuple[MicroBatch, Tensor]]] = {}
+
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """The run directory."""
+        self.file = Path(trainer.default_root_dir) / "nonfinite.jsonl"
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
@@ -48,7 +50,7 @@ class NonFinite(lightning.Callback):
         if trainer.global_step <= step or module.grad_norm is None:
             return
         self._norms.append((step, module.grad_norm.detach()))
-        if len(self._norms) >= self.every:
+        if len(self._norms) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self.look(module.seed, trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

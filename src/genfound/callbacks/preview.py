@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
 
+from genfound.build import RunComponents
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.loggers.base import note, picture
 from genfound.modules.base import GenerativeModule
 from genfound.sampling.grid import save_grid
 from genfound.sampling.pipeline import Pipeline
-from genfound.sampling.requests import SampleRequest
+from genfound.sampling.requests import preview_requests, typical_sizes
 
 
 class Preview(EveryNImages):
     """Writes samples/images-<n>.png; the same noise every time.
 
     Args:
-        folder: the run's samples/.
-        every: images between two grids.
-        sampling: how to sample.
-        requests: what to sample, one row of the grid per size.
-        class_names: names of the labels.
+        every: images between two grids, of one row for each of the typical sizes.
+        parts: of the run.
         ema: holds the average.
+
+    Raises:
+        ValueError: its sampler or guidance does not fit.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        every: int,
-        sampling: Pipeline,
-        requests: Sequence[SampleRequest],
-        class_names: Sequence[str],
-        ema: Ema,
-    ) -> None:
+    def __init__(self, every: int, parts: RunComponents, ema: Ema) -> None:
         super().__init__(every)
-        self.folder = folder
-        self.sampling = sampling
-        self.requests = requests
-        self.class_names = class_names
+        self.class_names = parts.images.class_names
+        self.requests = preview_requests(self.class_names, typical_sizes(parts.images.sizes))
+        batch = parts.config["sample"]["batch"]
+        self.sampling = Pipeline.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
+        self.sampling.check(parts.net)
         self.ema = ema
+
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """The run directory."""
+        self.folder = Path(trainer.default_root_dir) / "samples"
 
     def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """Draw and write the grid, on rank 0."""

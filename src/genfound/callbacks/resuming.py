@@ -12,6 +12,7 @@ import lightning
 
 from genfound import build
 from genfound.checkpoints.initialise import LABELS
+from genfound.config.compose import flatten
 from genfound.loggers.base import note
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io, devices, run_directory
@@ -20,6 +21,9 @@ Changes = Mapping[str, tuple[Any, Any]]
 """Key -> what it was, and what it is now."""
 
 IMAGES = "data.fingerprint"
+
+MEANT_HERE = {"trainer.precision": "precision", "compile": "compile"}
+"""Keys that may be auto -> the fact that says what that is on this machine."""
 
 HISTORY = "changes.jsonl"
 """One line for each key that was changed: the step and images from which it counts, key, before, now."""
@@ -32,7 +36,11 @@ OTHER_IMAGES = (
 
 def facts(parts: build.RunComponents) -> dict[str, Any]:
     """What the configuration of a run does not say, because it is found out on the machine."""
-    return {"fingerprint": parts.images.fingerprint, "precision": _precision(parts)}
+    return {
+        "fingerprint": parts.images.fingerprint,
+        "precision": _precision(parts),
+        "compile": devices.compiled(parts.config["compile"], parts.device),
+    }
 
 
 def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], file: Path) -> Changes:
@@ -53,9 +61,9 @@ def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], 
         for key, pair in run_directory.changed(folder, parts.config).items()
         if run_directory.changes_numbers(key)
     }
-    found.pop("trainer.precision", None)
     now = facts(parts)
-    for key, name in ((IMAGES, "fingerprint"), ("trainer.precision", "precision")):
+    for key, name in ((IMAGES, "fingerprint"), *MEANT_HERE.items()):
+        found.pop(key, None)
         before = state["run"].get(name, now[name])
         if before != now[name]:
             found[key] = (before, now[name])
@@ -66,11 +74,11 @@ def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], 
             f"data.root: these are not the images that {folder} was trained on; choose another name=..., or "
             "allow_changes=true to continue it on these"
         )
-    if "trainer.precision" in found:
-        before, here = found["trainer.precision"]
+    for key in MEANT_HERE.keys() & found.keys():
+        before, here = (str(value).lower() for value in found[key])
         raise ValueError(
-            f"trainer.precision={parts.config['trainer']['precision']} is {here} here, and {folder} was trained in "
-            f"{before}; set trainer.precision={before}, or allow_changes=true"
+            f"{key}={flatten(parts.config)[key]} is {here} here, and {folder} was trained with {before}; "
+            f"set {key}={before}, or allow_changes=true"
         )
     return found
 

@@ -42,18 +42,16 @@ class Sums:
 
 
 class TrainLog(lightning.Callback):
-    """Averages over `every` steps and hands them to the loggers.
+    """Averages over `trainer.log_every_n_steps` steps and hands them to the loggers.
 
     A step that the optimizer skips, since its gradient is not finite, is left out as a whole and counted in
     `train/skipped`.
 
     Args:
-        every: steps between two lines.
         loader: knows how long training waited for data.
     """
 
-    def __init__(self, every: int, loader: TrainLoader) -> None:
-        self.every = every
+    def __init__(self, loader: TrainLoader) -> None:
         self.speed = Throughput(loader)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -88,7 +86,7 @@ class TrainLog(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
     ) -> None:
-        """Add a micro-batch to its step, and a whole step to the window; write a line after `every` steps."""
+        """Add a micro-batch to its step, and a whole step to the window; write a line when it is time."""
         assert isinstance(module, GenerativeModule) and module.losses is not None
         losses, (images, micro) = module.losses, batch
         assert isinstance(images, Batch)
@@ -103,7 +101,7 @@ class TrainLog(lightning.Callback):
         self.speed.add(micro, images)
         if trainer.global_step > micro.step:
             self._end_step(module)
-        if trainer.global_step >= self._logged + self.every:
+        if trainer.global_step >= self._logged + trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self._write(trainer, module)
 
     def _end_step(self, module: GenerativeModule) -> None:

@@ -14,8 +14,7 @@ from genfound.build import RunComponents
 from genfound.callbacks.ema import Ema
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.data.packing.batch_plan import MicroBatch
-from genfound.data.packing.collate import Collate, RawImages
-from genfound.data.packing.loader import MicroBatches
+from genfound.data.packing.collate import RawImages
 from genfound.data.packing.prefetch import read_ahead
 from genfound.loggers.base import log
 from genfound.modules.base import GenerativeModule
@@ -37,40 +36,24 @@ class Validation(EveryNImages):
     place among the held-out images alone, so both are the same for any packing, layout and number of ranks.
 
     Args:
-        batches: reads micro-batches of the held-out images.
-        assembly: lays them out, encoded where that was left to the training device.
-        micros: which; shared out over the ranks.
         every: images between two evaluations.
+        images: how many held-out images; their micro-batches are shared out over the ranks.
+        parts: of the run.
         ema: holds the average.
-        workers: processes that read; 0 reads in this one.
     """
 
-    def __init__(
-        self,
-        batches: MicroBatches,
-        assembly: Collate,
-        micros: Sequence[MicroBatch],
-        every: int,
-        ema: Ema,
-        workers: int,
-    ) -> None:
+    def __init__(self, every: int, images: int, parts: RunComponents, ema: Ema) -> None:
         super().__init__(every)
-        self.batches = batches
-        self.assembly = assembly
-        self.micros = micros
         self.ema = ema
-        self.workers = workers
-
-    @classmethod
-    def of(cls, parts: RunComponents, ema: Ema) -> Validation:
-        """On the held-out images of a run."""
-        settings, assembly = parts.config["trainer"], parts.validation_assembly
-        micros = parts.validation(settings["val_images"])
-        batches = parts.batches(parts.held_out, assembly)
-        return cls(batches, assembly, micros, settings["val_every"], ema, parts.workers)
+        self.assembly = parts.validation_assembly
+        self.batches = parts.batches(parts.held_out, self.assembly)
+        self.micros = parts.validation(images) if len(parts.held_out.labels) else []
+        self.workers = parts.workers
 
     def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         """The four figures, reduced over ranks."""
+        if not self.micros:
+            return
         sums = self.sums(module, trainer.precision_plugin.forward_context, trainer.global_rank, trainer.world_size)
         total = trainer.strategy.reduce(sums, reduce_op="sum")
         assert isinstance(total, Tensor)

@@ -22,12 +22,12 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from genfound.config import compose, environment
+from genfound.config import compose, environment, options
 from genfound.config.errors import USER_ERRORS, sentence
 from genfound.config.streams import make_lasting
 
 SEVERAL_TYPES = (
-    "model.learn_sigma", "objective.time_shift", "sampler.shift", "sampler.steps",
+    "compile", "model.learn_sigma", "objective.time_shift", "sampler.shift", "sampler.steps",
     "labels", "size", "sizes", "rope.target",
 )  # fmt: skip
 """Keys whose values may be of another type than their default."""
@@ -236,9 +236,9 @@ def user_overrides() -> list[str]:
 
 
 def _refuse_new_keys(arguments: list[str]) -> None:
-    """`+key=value` would add a key that nothing reads, `~key` take one away that something reads."""
+    """`+key=value` would add a key that nothing reads, but for a callback or logger; `~key` take one that is read."""
     for argument in arguments:
-        match = re.match(r"(\+{1,2})(?!hydra)([^=]+)=", argument)
+        match = re.match(r"(\+{1,2})(?!hydra|callbacks\.|logger\.)([^=]+)=", argument)
         if match:
             raise ValueError(
                 f"{argument} would add the unknown key {match[2]}, which nothing reads; drop the {match[1]}"
@@ -253,6 +253,8 @@ def _composition_error(error: Exception, config_name: str) -> str:
         return _rewritten(error.override, OverridesParser.create())
     text = f"{error} {error.__cause__ or ''}"
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    if key and (moved := options.moved(key[1])):
+        return moved
     if key and ("not in struct" in text or "Could not override" in text):
         groups = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
         group = key[1].partition(".")[0]

@@ -13,6 +13,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 TARGET = "_target_"
 """The key that names a class to build."""
 
+NEVER_OF_A_FILE = ("trainer", "strategy", "callbacks", "logger")
+"""Groups that are built of a command's own composition alone, whatever their targets are."""
+
 
 def config_dir() -> str:
     """Absolute path of conf/, in a checkout (or editable install) or inside an installed wheel."""
@@ -25,7 +28,8 @@ def config_dir() -> str:
 
 def with_own_targets(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration that the command line composed, which trusts the code that it names outside genfound."""
-    named = [path for _, path in targets_in(config) if isinstance(path, str) and not path.startswith("genfound.")]
+    checked = {group: options for group, options in config.items() if group not in NEVER_OF_A_FILE}
+    named = [path for _, path in targets_in(checked) if isinstance(path, str) and not path.startswith("genfound.")]
     return {**config, "trust": list(dict.fromkeys([*config.get("trust", ()), *named]))}
 
 

@@ -1,4 +1,4 @@
-"""Which numbers of a run make sense."""
+"""Which settings of a run make sense, and where keys have gone."""
 
 from __future__ import annotations
 
@@ -7,33 +7,86 @@ from typing import Any
 
 from genfound.config.checks import integer, number
 
+MOVED = {
+    "trainer.log_every": "trainer.log_every_n_steps (steps)",
+    "trainer.checkpoint_every": "callbacks.checkpointing.every (images)",
+    "trainer.keep": "callbacks.checkpointing.keep",
+    "trainer.val_every": "callbacks.validation.every (images)",
+    "trainer.val_images": "callbacks.validation.images",
+    "trainer.preview_every": "callbacks.preview.every (images)",
+    "trainer.eval_every": "callbacks.evaluation.every (images)",
+    "trainer.eval_protocol": "callbacks.evaluation.protocol",
+    "trainer.eval_extractor": "callbacks.evaluation.extractor",
+    "trainer.eval_extractor_weights": "callbacks.evaluation.extractor_weights",
+    "trainer.nonfinite_limit": "callbacks.nonfinite.limit",
+    "trainer.compile": "compile",
+    "logger.project": "logger.wandb.project",
+    "logger.name": "the group, logger=wandb, tensorboard, csv or jsonl",
+    "launcher": "Hydra's group, hydra/launcher=...",
+}  # fmt: skip
+"""Keys of earlier versions, and what replaces them."""
+
+OTHER_KEYS = {
+    "strategy": "choose strategy=auto or ddp",
+    "logger": "choose logger=wandb, tensorboard, csv or jsonl, or a list of them",
+    "callbacks": "choose callbacks=[default,mine], with conf/callbacks/mine.yaml in --config-dir",
+    "plugins": "set trainer.precision, or choose strategy=auto or ddp",
+    "barebones": "choose logger=jsonl, and take callbacks away with callbacks.NAME=null",
+    "model_registry": "W&B keeps artifacts; checkpoints are files of the run directory",
+    "default_root_dir": "set runs, study or name",
+    "enable_checkpointing": "set callbacks.checkpointing.every",
+    "accumulate_grad_batches": "set batch.packs or batch.images, the global step over all devices",
+    "gradient_clip_val": "set optimizer.clip",
+    "gradient_clip_algorithm": "set optimizer.clip, which clips the norm",
+    "max_epochs": "set budget.images or trainer.max_steps",
+    "min_epochs": "set budget.images",
+    "min_steps": "set budget.images",
+    "limit_train_batches": "set budget.images, trainer.max_steps or trainer.overfit_batches",
+    "limit_val_batches": "set callbacks.validation.images",
+    "limit_test_batches": "nothing is tested while training; see genfound.evaluate",
+    "limit_predict_batches": "nothing is predicted while training; see genfound.sample",
+    "val_check_interval": "set callbacks.validation.every, in images",
+    "check_val_every_n_epoch": "set callbacks.validation.every, in images",
+    "num_sanity_val_steps": "set callbacks.validation.every, in images",
+    "reload_dataloaders_every_n_epochs": "the order of the images is endless and has no epochs",
+    "use_distributed_sampler": "ranks share out the images of a global step themselves",
+}
+"""Arguments of lightning.Trainer that would fight keys of genfound, and what to do instead."""
+
 AT_LEAST = {
-    "trainer": {
-        "devices": 1, "log_every": 1, "checkpoint_every": 1, "keep": 1, "val_every": 1, "val_images": 1,
-        "preview_every": 1, "nonfinite_limit": 1,
-    },
+    "trainer": {"devices": 1, "num_nodes": 1, "log_every_n_steps": 1, "overfit_batches": 0},
     "sample": {"batch": 1},
     "optimizer": {"warmup_images": 0, "tokens_per_step": 1, "images_per_step": 1, "budget_images": 1},
     "data": {"num_workers": 0, "max_tokens": 1},
 }  # fmt: skip
 """Whole numbers of a run, and the least that each may be."""
 
-OR_NULL = (
-    ("trainer", "max_steps"), ("trainer", "eval_every"), ("budget", "images"), ("batch", "packs"), ("batch", "images")
-)  # fmt: skip
+OF_CALLBACKS = {
+    "nonfinite": ("limit",), "validation": ("every", "images"), "evaluation": ("every",), "preview": ("every",),
+    "checkpointing": ("every", "keep"),
+}  # fmt: skip
+"""Whole numbers of at least 1 of the callbacks that there are; only evaluation.every may be null."""
+
+OR_NULL = (("trainer", "max_steps"), ("budget", "images"), ("batch", "packs"), ("batch", "images"))
 """Whole numbers of at least 1, or null."""
 
 SIZES = {"depth", "width", "heads", "patch_size"}
 """Whole numbers of at least 1 of the models that have them."""
 
 
+def moved(key: str) -> str | None:
+    """What replaces a key of earlier versions; `None` for any other key."""
+    return f"{key} has moved; set {MOVED[key]}" if key in MOVED else None
+
+
 def check(config: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a number of the run that makes no sense."""
+    """Raise a ValueError for a setting of the run that makes no sense."""
     for group, keys in AT_LEAST.items():
         for key, least in keys.items():
             integer(f"{group}.{key}", config[group][key], least)
     for group, key in OR_NULL:
         integer(f"{group}.{key}", config[group][key], 1, or_null=True)
+    _check_trainer(config)
     decays, model, optimizer = config["ema"]["decays"], config["model"], config["optimizer"]
     if not isinstance(decays, list | None):
         raise ValueError(f"ema.decays={decays} must be a list, such as [0.9999,0.999]")
@@ -51,3 +104,22 @@ def check(config: Mapping[str, Any]) -> None:
     read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
     if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
         raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
+
+
+def _check_trainer(config: Mapping[str, Any]) -> None:
+    """Of `trainer`, `callbacks` and `compile`."""
+    for key, instead in OTHER_KEYS.items():
+        if config["trainer"].get(key) is not None:
+            raise ValueError(f"trainer.{key} cannot be set: {instead}")
+    if config["compile"] not in (True, False, "auto"):
+        raise ValueError(f"compile={config['compile']} must be auto, true or false")
+    callbacks = config["callbacks"]
+    for name, instead in (("ema", "ema.decays=[]"), ("checkpointing", "callbacks.checkpointing.every=...")):
+        if callbacks.get(name) is None:
+            raise ValueError(
+                f"callbacks.{name} is part of every run (callbacks=[default,mine] adds to those there are); to have "
+                f"less of it, set {instead}"
+            )
+    for name, keys in OF_CALLBACKS.items():
+        for key in keys if callbacks.get(name) is not None else ():
+            integer(f"callbacks.{name}.{key}", callbacks[name][key], 1, or_null=name == "evaluation")

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genfound.config.compose import TARGET, targets_in
+from genfound.config.compose import TARGET, flatten, targets_in
 
 Config = Mapping[str, Any]
 
@@ -93,6 +93,20 @@ def target(group: str, options: Mapping[str, Any], trust: Sequence[str]) -> Any:
         if key != f"{group}.{TARGET}":
             _resolve(key, path, BASES.values(), trust)
     return _resolve(f"{group}.{TARGET}", options.get(TARGET), (BASES[group],), trust)
+
+
+def resolved(group: str, options: Mapping[str, Any], trust: Sequence[str]) -> dict[str, Any]:
+    """The options of a group with the class itself in the place of its name, checked; ready for Hydra.
+
+    Raises:
+        ValueError: see `target`; or a key that means something to Hydra, or an interpolation.
+    """
+    for key, value in flatten(options, f"{group}.").items():
+        if key.rpartition(".")[2].startswith("_") and not key.endswith(f".{TARGET}"):
+            raise ValueError(f"{key} is no option of a class")
+        if "${" in repr(value):  # resolving it would read variables of the environment
+            raise ValueError(f"{key}={value} holds an interpolation")
+    return {**options, TARGET: target(group, options, trust)}
 
 
 def _resolve(key: str, path: Any, bases: Collection[str], trust: Sequence[str]) -> Any:

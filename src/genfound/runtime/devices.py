@@ -19,6 +19,11 @@ def precision(wanted: str, device: torch.device) -> str:
     return names[wanted]
 
 
+def compiled(wanted: bool | str, device: torch.device) -> bool:
+    """`auto`, True or False -> whether blocks are compiled; auto does so on CUDA."""
+    return device.type == "cuda" if wanted == "auto" else bool(wanted)
+
+
 def _has_bf16(device: torch.device) -> bool:
     """Whether the machine's own arithmetic has bf16; PyTorch also emulates it, slowly."""
     if device.type == "cuda":

@@ -23,13 +23,16 @@ from genfound.config.targets import require_groups
 from genfound.runtime.files import atomic_write, visible
 
 NOT_IDENTITY = (
-    "runs", "study", "name", "allow_changes", "trust", "trainer", "logger", "launcher",
+    "runs", "study", "name", "allow_changes", "trust", "trainer", "strategy", "callbacks", "logger", "compile",
     "data.root", "data.index", "data.num_workers", "tokenizer.weights",
 )  # fmt: skip
 """Keys that are no part of the name of a run, unless a sweep varies them."""
 
-RECORDED = ("trainer.precision", "trainer.deterministic", "trainer.compile")
-"""Those among them that change numbers: another value does not continue a run silently."""
+IDENTITY = ("trainer.overfit_batches",)
+"""Those that are, though their group is not."""
+
+RECORDED = ("trainer.precision", "trainer.deterministic", "compile")
+"""Those that are not, and change numbers: another value does not continue a run silently."""
 
 PLACE = ("runs", "study", "name")
 """Keys that are the path of a run."""
@@ -44,7 +47,7 @@ LONGEST_NAME = 100
 
 def is_identity(key: str) -> bool:
     """Whether a config key, e.g. `model.depth`, is part of what a run is."""
-    return not any(key == free or key.startswith(free + ".") for free in NOT_IDENTITY)
+    return key in IDENTITY or not any(key == free or key.startswith(free + ".") for free in NOT_IDENTITY)
 
 
 def changes_numbers(key: str) -> bool:
@@ -133,8 +136,9 @@ def refuse_changes(folder: Path, config: Mapping[str, Any], allow_changes: bool)
         ValueError: a run with another configuration has been trained there; the message lists the keys.
     """
     others = {key: values for key, values in changed(folder, config).items() if changes_numbers(key)}
-    if "auto" in others.get("trainer.precision", ()):  # compared when it is known what it means here
-        del others["trainer.precision"]
+    for key in RECORDED:
+        if "auto" in others.get(key, ()):  # compared when it is known what it means here
+            del others[key]
     if others and not allow_changes:
         listed = "; ".join(f"{k}: {before} in the run, {now} now" for k, (before, now) in list(others.items())[:5])
         raise ValueError(

@@ -22,6 +22,23 @@ class SampleRequest:
     number: int
 
 
+LABELS_IN_PREVIEW = 10
+
+
+def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:
+    """Up to three (height, width): of middle, wide and tall images of a data set."""
+    aspect = sizes[:, 1] / sizes[:, 0]
+    order = np.lexsort((sizes.prod(axis=1), aspect))
+    picks = [sizes[order[round(q * (len(order) - 1))]] for q in (0.5, 0.94, 0.06)]
+    return list(dict.fromkeys((int(h), int(w)) for h, w in picks))
+
+
+def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[SampleRequest]:
+    """One image of each of the first classes at each size."""
+    pairs = [(label, size) for size in sizes for label in range(min(len(class_names), LABELS_IN_PREVIEW))]
+    return [SampleRequest(label, size, number) for number, (label, size) in enumerate(pairs)]
+
+
 def check_size(size: tuple[int, int], unit: int) -> None:
     """Raise a ValueError that names the nearest legal sizes if a side is not a positive multiple of `unit`."""
     if all(side > 0 and side % unit == 0 for side in size):

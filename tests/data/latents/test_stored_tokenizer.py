@@ -249,13 +249,13 @@ def test_a_run_from_a_store_resumes_exactly(store: Path, tmp_path: Path) -> None
     ]
     short = [
         "logger=jsonl",
-        "trainer.log_every=1",
-        "trainer.val_every=30",
+        "trainer.log_every_n_steps=1",
+        "callbacks.validation.every=30",
         "budget.images=100000",
-        "trainer.val_images=6",
+        "callbacks.validation.images=6",
     ]
     codec = ["tokenizer=sd_vae", "tokenizer.weights=random_tiny", "data.num_workers=0", "data.flip=true"]
-    choice = [*data, *model, *short, *codec, "trainer.preview_every=1000000"]
+    choice = [*data, *model, *short, *codec, "callbacks.preview.every=1000000"]
     fit(run_dir(tmp_path / "straight", *choice, f"data.root={store}", "trainer.max_steps=6"))
     for steps in (3, 6):
         fit(run_dir(tmp_path / "resumed", *choice, f"data.root={store}", f"trainer.max_steps={steps}"))
