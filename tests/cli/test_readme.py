@@ -19,7 +19,7 @@ from tests.cli.test_image_folder import photographs
 from tests.helpers import composed
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = [*TINY, "batch.images=16", "trainer.max_steps=2", "data.max_tokens=1024", "batch.packs=2"]
 
 
@@ -79,13 +79,10 @@ def test_the_make_targets_of_the_readme_exist() -> None:
     assert shown and shown <= targets
 
 
-FAMILIES = {"dit", "dit_moe", "fit", "fitnet", "fitv2", "nit", "sit"}
-"""Files of conf/model/ that give no size."""
-
-
 def test_the_readme_names_all_options() -> None:
+    """Those of models are in a table of their own; see tests/test_readme.py."""
     table = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert {"model", "data", "objective", "sampler", "guidance", "optimizer"} <= dict(table).keys()
+    assert {"data", "objective", "sampler", "guidance", "optimizer"} <= dict(table).keys()
     for group, options in table:
         there = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml")}
-        assert set(re.findall(r"`([a-z0-9_]+)`", options)) == there - (FAMILIES if group == "model" else set()), group
+        assert set(re.findall(r"`([a-z0-9_]+)`", options)) == there, group
