@@ -17,7 +17,7 @@ from torch import Tensor
 import genfound
 from genfound import build
 from genfound.backbones.base import Backbone
-from genfound.checkpoints import convert, formats, load
+from genfound.checkpoints import convert, formats, initialise, load
 from genfound.checkpoints.official.families import FAMILIES, release_of
 from genfound.layouts import Dense, Packed, Padded
 from genfound.runtime import run_directory
@@ -342,7 +342,7 @@ def test_a_run_starts_from_weights_and_says_what_is_new(tmp_path: Path, capsys: 
     fit(run_dir(tmp_path / "third", *TINY, f"init_from={tmp_path / 'dit.pt'}"))
     assert "the label table is new" in capsys.readouterr().out
     third = genfound.load(tmp_path / "third").net.state_dict()
-    assert {key for key in third if not torch.equal(third[key], first[key])} <= {load.LABELS}
+    assert {key for key in third if not torch.equal(third[key], first[key])} <= {initialise.LABELS}
 
 
 def test_one_expert_becomes_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

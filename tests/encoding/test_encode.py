@@ -70,7 +70,7 @@ def test_what_is_damaged_and_nothing_else_is_encoded_again(
 
 def test_unfinished_files_of_killed_processes_are_cleared(images: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir(parents=True)
-    (tmp_path / "store/.train-00000.safetensors.partial").write_bytes(b"half")
+    (tmp_path / "store/.partial-train-00000.safetensors").write_bytes(b"half")
     encoded(images, tmp_path / "store")
     assert contents(tmp_path / "store") == contents(whole)
 

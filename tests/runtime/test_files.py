@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from genfound.runtime.files import atomic_write, check_folder, digest, lock, makedirs, remove, visible
@@ -51,7 +52,7 @@ def test_processes_that_write_at_once_never_disturb_each_other(
 
 
 def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
-    left = tmp_path / ".a.partial"
+    left = tmp_path / ".partial-a"
     left.write_text("half of a much longer text")
     left.chmod(0o600)
     names: list[Path] = []
@@ -163,3 +164,9 @@ def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"):
         atomic_write(tmp_path / "x.json", save)
+
+
+def test_the_unfinished_file_has_the_suffix_that_writers_look_at(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a.npy", lambda temporary: np.save(temporary, np.arange(3)))  # adds .npy to other names
+    assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]

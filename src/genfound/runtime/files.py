@@ -78,7 +78,7 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write `.<name>.partial` beside a file, and give it the name of the file when it is on the disk.
+    """Let `save` write `.partial-<name>` beside a file, which then takes its name when it is on the disk.
 
     What a killed process leaves there, the next one overwrites. Processes that write the same file take turns; where
     the file system has no locks, each has a name of its own.
@@ -104,11 +104,11 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def _temporary(file: Path) -> Iterator[Path]:
     """The unfinished form of a file, for one process at a time; nothing of it stays."""
-    path = file.with_name(f".{file.name}.partial")
-    lock_file = file.with_name(f"{path.name}.lock")
+    path = file.with_name(f".partial-{file.name}")
+    lock_file = file.with_name(f".{file.name}.partial.lock")
     lock = _acquire(lock_file, -1)
     if lock is None:
-        path = file.with_name(f".{file.name}.{os.uname().nodename}-{os.getpid()}.partial")
+        path = file.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{file.name}")
     try:
         path.unlink(missing_ok=True)
         yield path
