@@ -31,7 +31,7 @@ from genfound.data.packing.budget import max_images, micro_batches, token_budget
 from genfound.data.packing.collate import Collate
 from genfound.data.packing.loader import MicroBatches, TrainLoader
 from genfound.data.packing.order import Order
-from genfound.data.packing.packer import Batcher, FixedBatcher, Packer
+from genfound.data.packing.packer import Batcher, FixedBatcher, Packer, Repeated
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
@@ -327,6 +327,8 @@ def plan(config: Config, images: ImageSource, spec: LatentSpec, weight: str, ran
     else:
         budget = token_budget(config, tokens)
         grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
+    if repeated := config["trainer"]["overfit_batches"]:
+        grouper = Repeated(grouper, repeated)
     return Plan(order, tokens, grouper, micro_batches(config, ranks), weight, seed)
 
 

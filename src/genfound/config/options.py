@@ -106,6 +106,17 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
 
 
+def one_step(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of trainer.fast_dev_run: one global step, then every callback but evaluation, no logger."""
+    callbacks = {
+        name: {**own, "every": 1} if own and "every" in own else own for name, own in config["callbacks"].items()
+    }
+    for name, few in (("validation", {"images": config["sample"]["batch"]}), ("evaluation", {"every": None})):
+        if callbacks.get(name):
+            callbacks[name] |= few
+    return {**config, "logger": {}, "callbacks": callbacks, "trainer": {**config["trainer"], "max_steps": 1}}
+
+
 def _check_trainer(config: Mapping[str, Any]) -> None:
     """Of `trainer`, `callbacks` and `compile`."""
     for key, instead in OTHER_KEYS.items():
