@@ -83,6 +83,7 @@ def test_fast_dev_run_touches_no_run_and_calls_every_callback(tmp_path: Path) ->
 REFUSED = {
     "trainer.log_every=5": "trainer.log_every has moved; set trainer.log_every_n_steps",
     "logger.project=mine": "logger.project has moved; set logger.wandb.project",
+    "data.source=store": "data.source has moved; set data=latent_store, nit_latents or lightningdit_latents",
     "launcher=local": "launcher has moved; set Hydra's group, hydra/launcher=",
     "trainer.max_epochs=3": "trainer.max_epochs cannot be set: set budget.images or trainer.max_steps",
     "trainer.fast_dev_run=3": "trainer.fast_dev_run=3 must be true or false",

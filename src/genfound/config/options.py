@@ -22,6 +22,7 @@ MOVED = {
     "trainer.compile": "compile",
     "logger.project": "logger.wandb.project",
     "logger.name": "the group, logger=wandb, tensorboard, csv or jsonl",
+    "data.source": "data=latent_store, nit_latents or lightningdit_latents",
     "launcher": "Hydra's group, hydra/launcher=...",
 }  # fmt: skip
 """Keys of earlier versions, and what replaces them."""
