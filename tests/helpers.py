@@ -17,13 +17,11 @@ from genfound.backbones.base import Backbone
 from genfound.backbones.nit import NiT
 from genfound.batch import Batch
 from genfound.config import compose
-from genfound.data.packing.collate import Collate
 from genfound.layouts import Dense, Packed, Padded
-from genfound.modules.base import GenerativeModule
+from genfound.modules.base import GenerativeModule, module_class
 from genfound.objectives.flow import Flow
-from genfound.rng import Rng
 from genfound.runtime import checkpoint_io, run_directory
-from genfound.tokenizers import LatentSpec, PixelTokenizer
+from genfound.tokenizers import LatentSpec
 
 
 def latents(sizes: Sequence[tuple[int, int]], channels: int = 4, seed: int = 0) -> list[Tensor]:
@@ -65,9 +63,8 @@ def training_module(net: Backbone, weight: str = "image", **options: Any) -> Gen
     """What trains a network on noise-free shapes of the linear path."""
     defaults: dict[str, Any] = {
         "objective": linear_flow(weight=weight), "optimizer": {}, "label_drop": 0.0, "seed": 0, "budget": 100,
-        "micro_batches": 1, "ranks": 1, "assembly": Collate(PixelTokenizer(), Packed(1), Rng(0)),
     }  # fmt: skip
-    return GenerativeModule(net, **{**defaults, **options})
+    return module_class(type(net))(net, **{**defaults, **options})
 
 
 def linear_flow(**options: Any) -> Flow:
@@ -94,7 +91,7 @@ def randomise(net: NiT, seed: int = 0) -> NiT:
 def loss_and_gradients(net: Backbone, batch: Batch, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of squares of the output, with the network's own losses, and its gradient for every parameter."""
     net.zero_grad()
-    loss = batch.per_image(net(batch, t) ** 2).sum() + sum(net.extra_losses().values())
+    loss = batch.per_image(net(batch, t) ** 2).sum() + sum(training_module(net).extra_losses().values())
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from genfound.checkpoints.load import LoadedModel, load
+    from genfound.data.datamodule import GenerativeDataModule
+    from genfound.modules.base import GenerativeModule
+    from genfound.modules.dit import DiTModule
+    from genfound.modules.dit_moe import DiTMoEModule
+    from genfound.modules.fit import FiTModule
+    from genfound.modules.nit import NiTModule
+    from genfound.modules.sit import SiTModule
     from genfound.sampling.pipeline import sample
 
-__all__ = ["LoadedModel", "load", "sample"]
+_PLACES = {
+    "LoadedModel": "checkpoints.load",
+    "load": "checkpoints.load",
+    "sample": "sampling.pipeline",
+    "GenerativeDataModule": "data.datamodule",
+    "GenerativeModule": "modules.base",
+    "DiTModule": "modules.dit",
+    "DiTMoEModule": "modules.dit_moe",
+    "FiTModule": "modules.fit",
+    "NiTModule": "modules.nit",
+    "SiTModule": "modules.sit",
+}
+
+__all__ = [
+    "DiTMoEModule",
+    "DiTModule",
+    "FiTModule",
+    "GenerativeDataModule",
+    "GenerativeModule",
+    "LoadedModel",
+    "NiTModule",
+    "SiTModule",
+    "load",
+    "sample",
+]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public functions when they are first used, so that `--help` stays quick."""
-    if name in ("LoadedModel", "load"):
-        from genfound.checkpoints import load
-
-        return getattr(load, name)
-    if name == "sample":
-        from genfound.sampling.pipeline import sample
-
-        return sample
+    """Import the public names when they are first used, so that `--help` stays quick."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"genfound.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'genfound' has no attribute '{name}'")

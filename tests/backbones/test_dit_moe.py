@@ -21,7 +21,14 @@ from genfound.runtime import checkpoint_io
 from genfound.samplers import SAMPLERS
 from genfound.sampling.pipeline import with_guidance
 from genfound.tokenizers import LatentSpec
-from tests.helpers import assert_equal_gradients, composed, latents, linear_flow, loss_and_gradients
+from tests.helpers import (
+    assert_equal_gradients,
+    composed,
+    latents,
+    linear_flow,
+    loss_and_gradients,
+    training_module,
+)
 
 SMALL: dict[str, Any] = {
     "channels": 4, "num_classes": 10, "patch_size": 2, "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2,
@@ -114,9 +121,9 @@ def test_normalised_queries_and_keys_have_no_scale() -> None:
 
 def test_extra_losses_are_those_of_the_last_training_forward() -> None:
     net, batch = small(balance=0.5), dense()
-    assert net.extra_losses() == {}
+    assert training_module(net).extra_losses() == {}
     net.train()(batch, TIMES)
-    extra = net.extra_losses()["balance"]
+    extra = training_module(net).extra_losses()["balance"]
     assert net.balances is not None
     assert extra.item() == pytest.approx(net.balances.sum().item())
     extra.backward()
@@ -124,7 +131,7 @@ def test_extra_losses_are_those_of_the_last_training_forward() -> None:
     assert {f"blocks.{i}.mlp.router.weight" for i in range(2)} <= learning
     assert not any("blocks.1.mlp.experts" in name or "final_layer" in name for name in learning)
     net.eval()(batch, TIMES)
-    assert net.extra_losses() == {}
+    assert training_module(net).extra_losses() == {}
 
 
 @pytest.mark.parametrize("over", ["tokens", "sequence"])
@@ -133,21 +140,21 @@ def test_uniform_routers_cost_their_weight_in_every_block(over: str) -> None:
     for mixture in net.mixtures:
         nn.init.zeros_(mixture.router.weight)
     net(dense(), TIMES)
-    assert net.extra_losses()["balance"].item() == pytest.approx(2 * 0.01, rel=1e-6)
+    assert training_module(net).extra_losses()["balance"].item() == pytest.approx(2 * 0.01, rel=1e-6)
 
 
 def test_no_weight_is_no_balance_loss() -> None:
     net = small(balance=0.0).train()
     _, gradients = loss_and_gradients(net, dense(), TIMES)
-    assert net.extra_losses() == {}
+    assert training_module(net).extra_losses() == {}
     assert len(gradients) == len(list(net.parameters()))
 
 
 def test_diagnostics_bound_the_load_of_every_expert() -> None:
     net = small()
-    assert net.diagnostics() == {}
+    assert training_module(net).diagnostics() == {}
     net(dense(), TIMES)
-    shown = net.diagnostics()
+    shown = training_module(net).diagnostics()
     assert list(shown) == [f"experts/layer{i:02d}/load_{name}" for i in range(2) for name in ("max", "min")]
     assert net.loads is not None
     torch.testing.assert_close(net.loads.sum(dim=1), torch.ones(2))
@@ -159,7 +166,7 @@ def test_a_network_can_be_copied_after_a_training_forward() -> None:
     net = small().train()
     net(dense(), TIMES)
     twin = copy.deepcopy(net)
-    assert twin.extra_losses() == {} and "balance" in net.extra_losses()
+    assert training_module(twin).extra_losses() == {} and "balance" in training_module(net).extra_losses()
     assert torch.equal(twin(dense(), TIMES), net(dense(), TIMES))
 
 
@@ -168,7 +175,9 @@ def test_activation_checkpointing_gives_equal_gradients() -> None:
     loss, gradients = loss_and_gradients(plain, dense(), TIMES)
     again, others = loss_and_gradients(saving, dense(), TIMES)
     assert torch.equal(loss, again)
-    assert torch.equal(plain.extra_losses()["balance"], saving.extra_losses()["balance"])
+    assert torch.equal(
+        training_module(plain).extra_losses()["balance"], training_module(saving).extra_losses()["balance"]
+    )
     assert_equal_gradients(others, gradients, 1e-6)
     assert len(gradients) == len(list(plain.parameters()))
 
@@ -181,8 +190,8 @@ def test_compiled_equals_eager(backend: str) -> None:
     loss, gradients = loss_and_gradients(eager, dense(), TIMES)
     again, others = loss_and_gradients(compiled, dense(), TIMES)
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(compiled.extra_losses(), eager.extra_losses())
-    torch.testing.assert_close(compiled.diagnostics(), eager.diagnostics())
+    torch.testing.assert_close(training_module(compiled).extra_losses(), training_module(eager).extra_losses())
+    torch.testing.assert_close(training_module(compiled).diagnostics(), training_module(eager).diagnostics())
     assert_equal_gradients(others, gradients, 1e-4)
 
 

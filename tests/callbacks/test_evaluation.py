@@ -37,10 +37,11 @@ def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     config = run_directory.read_config(folder)
     config["callbacks"]["evaluation"] |= EVALUATED | settings | ({} if evaluate else {"every": None})
     parts = build.build_run(config, 1)
-    loader = parts.loader(0)
-    callbacks = training._callbacks(folder, parts, loader)
+    data = parts.data_module()
+    callbacks = training._callbacks(folder, parts, data.train)
     loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", 0)]
-    training._trainer(folder, parts, callbacks, loggers).fit(training._module(parts, 10_000, 0, new=True), loader)
+    trainer = training._trainer(folder, parts, callbacks, loggers)
+    trainer.fit(training._module(parts, 10_000, 0, new=True), datamodule=data)
     return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
 
 

@@ -25,7 +25,7 @@ from genfound.sampling.pipeline import Pipeline
 from genfound.tokenizers import PixelTokenizer
 from genfound.training import CONFIG, _worker
 from tests.evaluation.runs import untrained_run
-from tests.helpers import composed, fresh_nit, linear_flow
+from tests.helpers import composed, fresh_nit, linear_flow, training_module
 
 PIXEL = "genfound.tokenizers.pixel.PixelTokenizer"
 MARK = 'from pathlib import Path\nPath(__file__).with_name("imported").touch()\n'
@@ -108,7 +108,7 @@ def evaluation_of(origin: Path) -> None:
 
 ENTRANCES: dict[str, Callable[[Path], Any]] = {
     "load": genfound.load,
-    "init_from": lambda origin: initialise.initialise(fresh_nit(), origin, 0),
+    "init_from": lambda origin: initialise.initialise(training_module(fresh_nit()), origin),
     "convert": lambda origin: convert.convert(origin, "out/", None),
     "guidance.weights": guided_by,
     "evaluate": evaluation_of,
@@ -202,7 +202,7 @@ def test_trust_reaches_every_entrance(place: Path) -> None:
     net = build.net(
         composed("model=nit_tiny", "model.width=32", "model.depth=1", "model.heads=2"), PixelTokenizer.spec, 10
     )
-    assert initialise.initialise(net, file, 0, trust=["mine"])
+    assert initialise.initialise(training_module(net), file, trust=["mine"])
     written = convert.convert(file, "copy/", "genfound", trust=["mine"]).file
     assert type(genfound.load(written, trust=["mine"]).net).__name__ == "Own"
     guidance = {"name": "autoguidance", "weights": str(file), "scale": 2.0}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,10 @@ def item(number: int, weight_sum: float) -> Any:
 def test_loss_of_a_step_is_the_weighted_mean_over_all_its_images(weight: str, micro_batches: int, ranks: int) -> None:
     tokens = torch.tensor([h * w for sizes in PACKS for h, w in sizes])
     weights = image_weight(tokens.float(), weight)
-    trained = module(micro_batches=micro_batches, ranks=ranks, weight=weight)
+    trained = module(weight=weight)
+    trainer: Any = SimpleNamespace(world_size=ranks, accumulate_grad_batches=micro_batches)
+    trained.trainer = trainer
+    trained.on_fit_start()
     parts, losses = [], []
     for number in range(4):
         parts.append(trained.training_step(item(number, weights.sum().item()), number))
@@ -40,7 +44,7 @@ def test_loss_of_a_step_is_the_weighted_mean_over_all_its_images(weight: str, mi
 
 
 def test_a_micro_batch_draws_the_same_wherever_it_is_computed() -> None:
-    first, second = module(micro_batches=4), module(ranks=4)
+    first, second = module(), module()
     for number in range(3):
         first.training_step(item(number, 1.0), number)
     second.training_step(item(2, 1.0), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -109,14 +109,6 @@ class Backbone(nn.Module):
             if first.isnan().any():
                 raise ValueError(f"{type(self).__name__}.initialise must set every parameter and buffer, also {name}")
 
-    def extra_losses(self) -> dict[str, Tensor]:
-        """Named scalars of the last training forward that are added to the loss, once for each global step."""
-        return {}
-
-    def diagnostics(self) -> dict[str, Tensor]:
-        """Named scalars of the last forward for the dashboard."""
-        return {}
-
     def compile_blocks(self) -> None:
         """Compile the blocks for training, all of one kind together; evaluation, of any shape, stays eager."""
         torch._dynamo.config.optimize_ddp = False  # a block is small enough to overlap with communication as it is
@@ -158,10 +150,6 @@ class Backbone(nn.Module):
         if not isinstance(getattr(self, "rope", None), Rope):
             raise ValueError(f"rope.{next(iter(given))}: {type(self).__name__} has no rotary positions")
         self.rope = replace(self.rope, **given)  # type: ignore[has-type]
-
-    def param_groups(self) -> Iterable[Any]:
-        """Parameter groups of the optimizer."""
-        return self.parameters()
 
 
 def _call(block: nn.Module, *inputs: Any) -> Any:

@@ -114,24 +114,6 @@ class DiTMoE(DiT):
         self.loads = torch.stack(loads) if loads else None
         return x
 
-    def extra_losses(self) -> dict[str, Tensor]:
-        """`balance`: the weighted balance loss of the last training forward, summed over blocks.
-
-        The released code adds its gradient, not its value, once for each backward pass (models.py:AddAuxiliaryLoss).
-        """
-        return {} if self.balances is None else {"balance": self.balances.sum()}
-
-    def diagnostics(self) -> dict[str, Tensor]:
-        """Largest and smallest load of an expert, in each block of the last forward; 1 / E where balanced."""
-        if self.loads is None:
-            return {}
-        pairs = zip(self.loads.amax(dim=1).unbind(), self.loads.amin(dim=1).unbind(), strict=True)
-        return {
-            f"experts/layer{i:02d}/load_{name}": value
-            for i, pair in enumerate(pairs)
-            for name, value in zip(("max", "min"), pair, strict=True)
-        }
-
     def flops(self) -> Flops:
         """As in `Backbone`, and of the routers and the experts that a token meets."""
         routed = sum(

@@ -11,7 +11,6 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from genfound.build import RunComponents
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.resuming import facts
-from genfound.data.packing.loader import TrainLoader
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import visible
 from genfound.sampling.requests import typical_sizes
@@ -24,13 +23,11 @@ class Checkpointing(EveryNImages):
         every: images between two checkpoints.
         keep: how many to keep.
         parts: of the run; what sampling must know of its data (class names, sizes), and their fingerprint.
-        loader: whose position belongs to the checkpoint.
     """
 
-    def __init__(self, every: int, keep: int, parts: RunComponents, loader: TrainLoader) -> None:
+    def __init__(self, every: int, keep: int, parts: RunComponents) -> None:
         super().__init__(every)
         self.keep = keep
-        self.loader = loader
         names, sizes = parts.images.class_names, typical_sizes(parts.images.sizes)
         self.facts = {"class_names": names, "sizes": sizes, **facts(parts)}
         self._saved = -1
@@ -66,23 +63,8 @@ class Checkpointing(EveryNImages):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The position of the data, and what they are."""
+        """What sampling must know of the data."""
         checkpoint["run"] = self.facts
-        checkpoint["data"] = self.loader.state(trainer.global_step)
-
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Continue the data where they were.
-
-        Raises:
-            ValueError: the checkpoint is of an earlier version.
-        """
-        self.loader.restore(checkpoint["data"])
-        # Lightning accumulates by its count of micro-batches, which differs with the number of ranks.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        for key in progress.keys() - {"is_last_batch"}:
-            progress[key] = checkpoint["global_step"] * trainer.accumulate_grad_batches
 
 
 class AtomicCheckpointIO(CheckpointIO):

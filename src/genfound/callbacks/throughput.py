@@ -72,7 +72,7 @@ class Throughput:
         """What ranks add up; ends the window, once the device has finished it, and begins the next one."""
         now = _now(module.device)
         wall = now - self._began - self.away
-        waited, encoded = self.loader.waited - self._waited, module.encoding.take()
+        waited, encoded = self.loader.waited - self._waited, module.trainer.datamodule.encoding.take()  # type: ignore[attr-defined]
         values = [self.images, self.tokens, self.pairs, self.slots, wall, waited, encoded]
         self._begin(now)
         return torch.tensor(values, dtype=torch.float32, device=module.device)

@@ -93,7 +93,7 @@ class TrainLog(lightning.Callback):
         weights = image_weight(images.tokens, module.objective.weight) * images.real
         parts = {"loss": losses.total, **losses.terms}
         self._step.add({name: (weights * part).sum() / micro.weight_sum for name, part in parts.items()})
-        self._step.add({name: value / module.loss_scale for name, value in module.net.extra_losses().items()})
+        self._step.add({name: value / module.loss_scale for name, value in module.extra_losses().items()})
         low, high = module.objective.time_range
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
@@ -123,7 +123,7 @@ class TrainLog(lightning.Callback):
 
     def _write(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
         steps = trainer.global_step - self._logged
-        said = {name: value / trainer.world_size for name, value in module.net.diagnostics().items()}
+        said = {name: value / trainer.world_size for name, value in module.diagnostics().items()}
         averaged = {name: value / self._taken for name, value in self._window.named.items()}
         named = torch.stack([value.float() for value in (*averaged.values(), *said.values())])
         packed = torch.cat([named, self._window.bins.flatten(), self.speed.sums(module)])

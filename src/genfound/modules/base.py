@@ -1,33 +1,38 @@
-"""GenerativeModule: one training step of any backbone under any objective."""
+"""GenerativeModule: training and validation of any backbone under any objective."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
 
+from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
+from genfound.config import compose
 from genfound.data.packing.batch_plan import MicroBatch
-from genfound.data.packing.collate import Collate, RawImages
-from genfound.data.packing.loader import Item
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
-from genfound.runtime.stopwatch import Stopwatch
+
+TrainItem = tuple[Batch, MicroBatch]
 
 
 class GenerativeModule(lightning.LightningModule):
     """Trains a backbone.
 
     All randomness of a micro-batch is a function of (seed, number of the micro-batch), and the loss of a
-    global step is sum(w_i l_i) / sum(w_i) over all its images, wherever they are computed.
+    global step is sum(w_i l_i) / sum(w_i) over all its images, wherever they are computed. Ranks and accumulated
+    micro-batches are those of the trainer.
+
+    A family overrides what only it knows: `parameter_groups`, `extra_losses`, `diagnostics`, `starting_weights`.
 
     Args:
         net: backbone.
@@ -36,10 +41,13 @@ class GenerativeModule(lightning.LightningModule):
         label_drop: probability of the null label, per image.
         seed: seed of the run.
         budget: images of the run; the end of a cosine schedule.
-        micro_batches: of a global step on this rank.
-        ranks: number of ranks.
-        assembly: encodes the images that data workers leave to the training device, if they do.
+
+    Attributes:
+        images_seen: images of the run up to the last global step.
+        grad_norm: of the last global step, before clipping.
     """
+
+    backbone: type[Backbone] = Backbone
 
     def __init__(
         self,
@@ -49,39 +57,68 @@ class GenerativeModule(lightning.LightningModule):
         label_drop: float,
         seed: int,
         budget: int,
-        micro_batches: int,
-        ranks: int,
-        assembly: Collate | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         if trainable := optimizer.get("trainable"):
-            for name, parameter in net.named_parameters():
-                parameter.requires_grad_(any(part in name for part in trainable))
-            if not any(parameter.requires_grad for parameter in net.parameters()):
-                raise ValueError(f"optimizer.trainable={trainable}: no parameter has one of these in its name")
+            train_only(net, trainable)
         self.objective = objective
         self.settings = optimizer
         self.label_drop = label_drop
         self.seed = seed
         self.budget = budget
-        self.loss_scale = micro_batches * ranks  # Lightning averages over both; the loss of a step is a sum
-        self.assembly = assembly
-        self.encoding = Stopwatch()  # of the tokenizer, in training
+        self.loss_scale = 1  # Lightning averages over micro-batches and ranks; the loss of a step is a sum
         self.images_seen = 0
         self.grad_norm: Tensor | None = None
         self.losses: Losses | None = None
         self.micro: MicroBatch | None = None
 
-    def training_step(self, item: Item, batch_idx: int) -> Tensor:
+    @classmethod
+    def from_config(cls, overrides: Sequence[str] = ()) -> GenerativeModule:
+        """The module of conf/train.yaml with overrides, e.g. `NiTModule.from_config(["model=nit_tiny"])`.
+
+        The groups trainer, callbacks and logger are left to your `lightning.Trainer`.
+
+        Raises:
+            ValueError: the configuration does not fit together, or its model is of another family.
+        """
+        config = compose.compose("train", overrides)
+        if config["init_from"]:
+            raise ValueError("init_from: call genfound.checkpoints.initialise.initialise(module, path) instead")
+        parts = build.build_run(config, 1)
+        if not isinstance(parts.net, cls.backbone):
+            name = type(parts.net).__name__
+            raise ValueError(f"{cls.__name__} trains {cls.backbone.__name__}; this model is {name}: choose model=...")
+        return module_of(parts)
+
+    def extra_losses(self) -> dict[str, Tensor]:
+        """Named scalars of the last training forward that are added to the loss, once for each global step."""
+        return {}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Named scalars of the last forward for the loggers."""
+        return {}
+
+    def parameter_groups(self) -> Iterable[Any]:
+        """Parameters of the optimizer, or groups of them with settings of their own."""
+        return self.net.parameters()
+
+    def starting_weights(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Weights of another model, in our names, as this network can start from; remarks for the user."""
+        return dict(state), []
+
+    def on_fit_start(self) -> None:
+        """Take ranks and accumulation from the trainer."""
+        self.loss_scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        self.micro = None
+
+    def training_step(self, item: TrainItem, batch_idx: int) -> Tensor:
         """This micro-batch's part of the loss of the global step; a scalar."""
         batch, micro = item
-        assert isinstance(batch, Batch)
-        self.micro = micro
         self.losses = self.evaluate(batch, Rng(self.seed, "train", micro.number))
         weights = image_weight(batch.tokens, self.objective.weight) * batch.real
         loss = (weights * self.losses.total).sum()
-        for value in self.net.extra_losses().values():
+        for value in self.extra_losses().values():
             loss = loss + weights.sum() * value  # each micro-batch's value counts as much as its images do
         return loss / micro.weight_sum * self.loss_scale
 
@@ -95,10 +132,10 @@ class GenerativeModule(lightning.LightningModule):
         return self.objective.loss(self.net, batch, rng)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Fused AdamW over the backbone's parameter groups."""
+        """Fused AdamW over the parameter groups."""
         s = self.settings
         return torch.optim.AdamW(
-            self.net.param_groups(),
+            self.parameter_groups(),
             lr=s["lr"],
             betas=tuple(s["betas"]),
             eps=s["eps"],
@@ -106,8 +143,15 @@ class GenerativeModule(lightning.LightningModule):
             fused=True,
         )
 
-    def on_train_batch_start(self, item: Item, batch_idx: int) -> None:
+    def on_train_batch_start(self, item: TrainItem, batch_idx: int) -> None:
         """Set the learning rate of the step from the images seen before it."""
+        micro = item[1]
+        if self.micro is None or micro.step != self.micro.step:
+            # Lightning steps by its own count of micro-batches, and the plan says where a global step begins. They
+            # differ after resuming with another number of ranks, or from a checkpoint in the middle of a step.
+            count = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            count.ready -= (count.ready - 1) % self.trainer.accumulate_grad_batches
+        self.micro = micro
         rate = self.settings["lr"] * schedule(self.settings, self.images_seen, self.budget)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = rate
@@ -119,15 +163,6 @@ class GenerativeModule(lightning.LightningModule):
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
         optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
-
-    def transfer_batch_to_device(self, item: Item, device: torch.device, dataloader_idx: int) -> Item:
-        """Encode what is not encoded yet; the plan of the micro-batch stays on the host."""
-        batch, micro = item
-        if isinstance(batch, RawImages):
-            assert self.assembly is not None
-            with self.encoding.running(device) if self.training else nullcontext():
-                return self.assembly(batch, micro.positions, device), micro
-        return batch.to(device, non_blocking=True), micro
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Finish a global step: count its images, and stop when the budget has been seen."""
@@ -150,6 +185,44 @@ class GenerativeModule(lightning.LightningModule):
     def _settings_of_groups(self) -> list[dict[str, Any]]:
         names = ("betas", "eps", "weight_decay")
         return [{name: group[name] for name in names} for group in self.configure_optimizers().param_groups]
+
+
+def module_of(parts: build.RunComponents) -> GenerativeModule:
+    """The module of a run; of the family of its network."""
+    config = parts.config
+    return module_class(type(parts.net))(
+        parts.net,
+        parts.objective,
+        config["optimizer"],
+        config["model"]["label_drop"],
+        config["seed"],
+        config["budget"]["images"] or config["optimizer"]["budget_images"],
+    )
+
+
+def module_class(backbone: type[Backbone]) -> type[GenerativeModule]:
+    """`<Name>Module` of modules/<file>.py, for a class `<Name>` of backbones/<file>.py or one that it inherits from."""
+    for kind in backbone.__mro__:
+        package, _, file = kind.__module__.rpartition(".")
+        if package == "genfound.backbones" and file != "base" and find_spec(f"genfound.modules.{file}"):
+            found = getattr(importlib.import_module(f"genfound.modules.{file}"), f"{kind.__name__}Module", None)
+            if found is not None:
+                return found  # type: ignore[no-any-return]
+    return GenerativeModule
+
+
+def train_only(net: nn.Module, parts: Sequence[str]) -> None:
+    """Freeze every parameter but those with one of these parts in their names.
+
+    Raises:
+        ValueError: no parameter has one of the parts in its name.
+    """
+    names = [name for name, _ in net.named_parameters()]
+    for part in parts:
+        if not any(part in name for name in names):
+            raise ValueError(f"optimizer.trainable={list(parts)}: no parameter has {part} in its name")
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
 
 
 def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> float:

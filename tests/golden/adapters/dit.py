@@ -111,7 +111,7 @@ def module_of(net: Backbone, objective: Any, config: Mapping[str, Any], lr: floa
     """The training module under DiT's recipe."""
     recipe = {"lr": lr, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
     drop = (DEFAULTS | dict(config))["class_dropout_prob"]
-    return GenerativeModule(net, objective, recipe, drop, seed=0, budget=1, micro_batches=1, ranks=1)
+    return GenerativeModule(net, objective, recipe, drop, seed=0, budget=1)
 
 
 @adapter("dit", "dit.model")

@@ -17,8 +17,7 @@ from genfound.backbones.dit_moe import QK_NORMS, Block, DiTMoE, active_parameter
 from genfound.checkpoints.official import dit_moe
 from genfound.layers.mlp import SwiGLU
 from genfound.layers.moe import MixtureOfExperts, Router, Routing, balance_loss
-from genfound.modules.base import GenerativeModule
-from genfound.modules.dit_moe import upcycle
+from genfound.modules.dit_moe import DiTMoEModule, upcycle
 from genfound.runtime import checkpoint_io
 from genfound.sampling.pipeline import with_guidance
 from genfound.tokenizers import LatentSpec
@@ -104,11 +103,9 @@ class Official:
         """All gradients."""
         return self.outwards({name: gradient(p) for name, p in self.net.named_parameters()}, "grad")
 
-    def module(self, objective: Any, optimizer: Mapping[str, Any]) -> GenerativeModule:
+    def module(self, objective: Any, optimizer: Mapping[str, Any]) -> DiTMoEModule:
         """The training module."""
-        return GenerativeModule(
-            self.net.train(), objective, optimizer, self.drop, seed=0, budget=1, micro_batches=1, ranks=1
-        )
+        return DiTMoEModule(self.net.train(), objective, optimizer, self.drop, seed=0, budget=1)
 
 
 def gradient(parameter: nn.Parameter) -> Tensor:

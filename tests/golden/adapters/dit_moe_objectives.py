@@ -20,13 +20,13 @@ from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws, dense
 from tests.golden.adapters.dit_moe import DEFAULTS, PROCESS, RECIPE, Fixture, Official, settings, tensors
 from tests.golden.adapters.gaussian import StepNoise, diffusion, sections
-from tests.helpers import linear_flow
+from tests.helpers import linear_flow, training_module
 
 
 def backward(net: DiTMoE, losses: Losses) -> Tensor:
     """The gradient of the mean loss and of what the network adds to it; the mean loss alone."""
     mean = losses.total.mean()
-    (mean + sum(net.extra_losses().values())).backward()
+    (mean + sum(training_module(net).extra_losses().values())).backward()
     return mean
 
 

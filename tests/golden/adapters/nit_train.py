@@ -38,14 +38,15 @@ class Aligned(Backbone):
         self.projection = 1 - nn.functional.cosine_similarity(self.official.zs(), self.features, dim=-1).mean()
         return out
 
-    def extra_losses(self) -> dict[str, Tensor]:
-        return {"projection": self.weight * self.projection}
-
 
 class Drawn(GenerativeModule):
     """The training module with the draws of a fixture."""
 
     draws: Rng
+    net: Aligned
+
+    def extra_losses(self) -> dict[str, Tensor]:
+        return {"projection": self.net.weight * self.net.projection}
 
     def evaluate(self, batch: Batch, rng: Rng) -> Losses:
         return super().evaluate(batch, self.draws)
@@ -70,7 +71,7 @@ def train(fixture: Fixture) -> Results:
     ema = Ema([config.pop("ema_decay")])
     if config:
         raise NotImplementedError(f"unknown arguments {sorted(config)}")
-    module = Drawn(net, objective, recipe, label_drop=0.0, seed=0, budget=1, micro_batches=1, ranks=1)
+    module = Drawn(net, objective, recipe, label_drop=0.0, seed=0, budget=1)
     optimizer: Any = module.configure_optimizers()
     trainer: Any = SimpleNamespace(global_step=0)
     ema.on_train_start(trainer, module)

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfound.data.images.base import LatentSource
 from genfound.data.images.class_folders import remarks
 from genfound.data.images.names import Names
 from genfound.data.images.views import Entries, ImageViews
@@ -186,13 +185,13 @@ def _crc(columns: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> int:
     return crc
 
 
-class Store(LatentSource):
+class Store:
     """The latents of one split of a store, as one of its views.
 
     Args:
         root: of the store.
         views: what is shown of each image; must be among what was encoded.
-        holdout: how validation images were chosen, as encoded; `None` for however that was.
+        holdout: how validation images were chosen; must be as encoded.
         split: `train` or `val`.
         mirrored: whether mirror images will be asked for.
 
@@ -241,7 +240,7 @@ class Store(LatentSource):
             raise ValueError(
                 f"data.root={root} holds no mirrored latents; encode with data.flip=true, or data.flip=false"
             )
-        if holdout not in (None, manifest["source"]["holdout"]):
+        if holdout != manifest["source"]["holdout"]:
             raise ValueError(
                 f"data.root={root} was encoded with data.holdout={manifest['source']['holdout']}, not {holdout}"
             )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from genfound.batch import Batch
@@ -18,6 +20,21 @@ from genfound.data.packing.prefetch import read_ahead
 from genfound.rng import Rng
 
 Item = tuple[Batch | RawImages, MicroBatch]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A micro-batch of validation.
+
+    Attributes:
+        images: a `Batch`, unless they are still to be encoded.
+        micro: which they are.
+        noise: shaped like the batch, once that is laid out; each image has its own, whatever it is packed with.
+    """
+
+    images: Batch | RawImages
+    micro: MicroBatch
+    noise: Tensor | None = None
 
 
 class MicroBatches(Dataset[Item]):
@@ -96,3 +113,26 @@ class TrainLoader(IterableDataset[Item]):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue at a recorded position."""
         self.plan.restore(state)
+
+
+class ValidationLoader:
+    """The micro-batches of held-out images that one rank validates on.
+
+    Args:
+        batches: reads a micro-batch.
+        micros: of all ranks.
+        workers: worker processes; 0 reads in this process.
+    """
+
+    def __init__(self, batches: MicroBatches, micros: Sequence[MicroBatch], workers: int) -> None:
+        self.batches = batches
+        self.micros = micros
+        self.workers = workers
+        self.rank, self.ranks = 0, 1
+
+    def __len__(self) -> int:
+        return len(self.micros[self.rank :: self.ranks])
+
+    def __iter__(self) -> Iterator[HeldOut]:
+        for images, micro in read_ahead(self.batches, self.micros[self.rank :: self.ranks], self.workers):
+            yield HeldOut(images, micro)

@@ -1,0 +1,128 @@
+"""GenerativeDataModule: the batches of training and validation, and the place of a run in its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import get_method
+
+from genfound.batch import Batch
+from genfound.config import compose
+from genfound.data.packing.collate import Collate, RawImages
+from genfound.data.packing.loader import HeldOut, TrainLoader, ValidationLoader
+from genfound.rng import Rng
+from genfound.runtime.stopwatch import Stopwatch
+
+
+class GenerativeDataModule(lightning.LightningDataModule):
+    """Batches of training and held-out images, shared out over the ranks of the trainer.
+
+    A global step is `world_size * accumulate_grad_batches` micro-batches. The position in the data is in every
+    checkpoint: a run continues with the images that it has not seen, also on another number of ranks.
+
+    Args:
+        train: micro-batches of training.
+        collate: encodes, on the training device, the images that the data workers leave to it.
+        val: held-out images, each once.
+        val_collate: the same for these.
+        per_step: the key that asks for a number of micro-batches in a global step, and how many; or None.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        train: TrainLoader,
+        collate: Collate,
+        val: ValidationLoader,
+        val_collate: Collate,
+        per_step: tuple[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.collate = train, collate
+        self.val, self.val_collate = val, val_collate
+        self.per_step = per_step
+        self.encoding = Stopwatch()  # of the tokenizer, in training
+
+    @staticmethod
+    def from_config(overrides: Sequence[str] = ()) -> GenerativeDataModule:
+        """The data of conf/train.yaml with overrides, e.g. `from_config(["model=nit_tiny", "data=shapes"])`.
+
+        Give it the overrides of the module: model, tokenizer and layout decide what a batch is.
+
+        Raises:
+            ValueError: the configuration does not fit together.
+        """
+        config = compose.compose("train", overrides)
+        built: GenerativeDataModule = get_method("genfound.build.build_run")(config, 1).data_module()
+        return built
+
+    def setup(self, stage: str) -> None:
+        """Take ranks and accumulation from the trainer.
+
+        Raises:
+            ValueError: the configuration asks for another global step than the trainer makes.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        for loader in (self.train, self.val):
+            loader.rank, loader.ranks = trainer.global_rank, trainer.world_size
+        self.train.pin_memory = trainer.strategy.root_device.type == "cuda"
+        if stage != "fit":
+            return
+        micro_batches = trainer.world_size * trainer.accumulate_grad_batches
+        if self.per_step is not None and self.per_step[1] != micro_batches:
+            key, wanted = self.per_step
+            raise ValueError(
+                f"{key} asks for {wanted} micro-batches in a global step, and this trainer makes {micro_batches} "
+                f"(ranks times accumulate_grad_batches); leave {key}=null, or change accumulate_grad_batches"
+            )
+        self.train.plan.per_step = micro_batches
+
+    def train_dataloader(self) -> TrainLoader:
+        """Items (batch, micro-batch of the plan), without end."""
+        return self.train
+
+    def val_dataloader(self) -> ValidationLoader | list[Any]:
+        """The held-out images; nothing where there are none."""
+        return self.val if self.val.micros else []
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Encode what is not encoded yet; what the plan says of a micro-batch stays on the host."""
+        if isinstance(batch, HeldOut):
+            return self._held_out(batch, device)
+        images, micro = batch
+        if isinstance(images, RawImages):
+            assert self.trainer is not None
+            with self.encoding.running(device) if self.trainer.training else nullcontext():
+                return self.collate(images, micro.positions, device), micro
+        return images.to(device, non_blocking=True), micro
+
+    def _held_out(self, item: HeldOut, device: torch.device) -> HeldOut:
+        images, micro = item.images, item.micro
+        batch = self.val_collate(images, micro.positions, device) if isinstance(images, RawImages) else images
+        return HeldOut(batch.to(device), micro, self._noise(batch, micro.positions).to(device))
+
+    def _noise(self, batch: Batch, positions: Sequence[int]) -> torch.Tensor:
+        """Standard normal numbers, laid out as the batch is."""
+        layout = self.val_collate.layout
+        shapes = [latent.shape for latent in layout.to_latents(batch.x, batch)]
+        drawn = [Rng(0, "val", k).normal("noise", shape) for k, shape in zip(positions, shapes, strict=True)]
+        return layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last global step."""
+        assert self.trainer is not None
+        return self.train.state(self.trainer.global_step)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue at a recorded position.
+
+        Raises:
+            ValueError: the state is of an earlier version of genfound.
+        """
+        self.train.restore(state_dict)
