@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import genfound
 from genfound import build, training
 from genfound.callbacks import preview
 from genfound.config import compose, environment, options
-from genfound.runtime import run_directory
+from genfound.runtime import devices, run_directory
 from genfound.sampling.requests import typical_sizes
 from genfound.training import fit
 from tests.cli.commands import TINY
@@ -227,3 +228,22 @@ def test_variables_of_launchers_do_not_make_a_run_one_of_several(
         monkeypatch.setenv(name, value)
     fit(run_dir(tmp_path, *TINY, "batch.packs=2", "trainer.max_steps=1"))
     assert json.loads((tmp_path / "DONE").read_text())["steps"] == 1
+
+
+def test_the_time_of_a_run_may_be_limited(tmp_path: Path) -> None:
+    fit(run_dir(tmp_path, *TINY, "trainer.max_time=00:00:00:00"))
+    assert json.loads((tmp_path / "DONE").read_text())["steps"] <= 1
+
+
+def test_strategies_have_options(tmp_path: Path) -> None:
+    parts = build.build_run(composed(*TINY, "strategy=ddp", "strategy.static_graph=true", "batch.packs=2"), 2)
+    strategy = training._strategy(parts)
+    assert type(strategy).__name__ == "DDPStrategy" and strategy._ddp_kwargs["static_graph"] is True
+    assert training._strategy(build.build_run(composed(*TINY, "batch.packs=2"), 2)) == "ddp"
+
+
+def test_blocks_are_compiled_where_auto_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [devices.compiled(wanted, place) for wanted in ("auto", True, False) for place in (cpu, cuda)] == [
+        False, True, True, True, False, False,
+    ]  # fmt: skip

@@ -24,14 +24,15 @@ from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
 from genfound.config.compose import TARGET
 from genfound.config.targets import trusted
-from genfound.data.images.base import ImageSource
+from genfound.data.images.base import ImageSource, LatentSource
+from genfound.data.images.views import ImageViews
 from genfound.data.latents import stored_tokenizer
 from genfound.data.packing.batch_plan import MicroBatch, Plan, each_once
 from genfound.data.packing.budget import max_images, micro_batches, token_budget, token_counts
 from genfound.data.packing.collate import Collate
 from genfound.data.packing.loader import MicroBatches, TrainLoader, ValidationLoader
 from genfound.data.packing.order import Order
-from genfound.data.packing.packer import Batcher, FixedBatcher, Packer
+from genfound.data.packing.packer import Batcher, FixedBatcher, Packer, Repeated
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.objectives.base import Objective
@@ -159,7 +160,7 @@ def check(config: Config, ranks: int) -> None:
 def _expected_spec(config: Config) -> LatentSpec:
     """The published one of the tokenizer; what the model expects, where other weights or latents may have another."""
     weights = Path(config["tokenizer"].get("weights") or "").expanduser()
-    if config["data"].get("source", "images") == "images" and (weights == Path() or not weights.is_dir()):
+    if not reads_latents(config) and (weights == Path() or not weights.is_dir()):
         return published_spec(config)
     return LatentSpec(config["model"]["channels"] or 4, 1)
 
@@ -235,24 +236,31 @@ def tokenizer_if_there(config: Config, path: Path) -> Tokenizer:
 
 def training_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a training run; its weights are not loaded where latents are read."""
-    if config["data"].get("source", "images") == "images":
+    if not reads_latents(config):
         return tokenizer(config)
     trust = trusted(config)
     load = functools.partial(tokenizer, {"tokenizer": config["tokenizer"], "trust": trust})
     return stored_tokenizer.stored_tokenizer(config["data"], config["tokenizer"], load, trust)
 
 
+def reads_latents(config: Config) -> bool:
+    """Whether the data are latents that were encoded before."""
+    kind = targets.target("data", config["data"], trusted(config))
+    return LatentSource in getattr(kind, "__mro__", ())
+
+
 def source(config: Config, spec: LatentSpec, split: str) -> ImageSource:
     """The images or latents of a configuration; `split` is `train` or `val`."""
     options = {key: value for key, value in config["data"].items() if key not in LOADER_KEYS}
     options["view"] = options["view"] or ("square" if config["layout"]["name"] == "dense" else "native")
-    patch, kind = config["model"]["patch_size"], options.pop("source", "images")
-    built: ImageSource
-    if kind == "images":
-        unit = spec.stride * patch
-        built = instantiate("data", options, trusted(config), unit=unit, split=split, seed=config["seed"])
-    else:
-        built = stored_tokenizer.source(kind, options, spec, patch, split, config["data"]["flip"] and split == "train")
+    unit, given = spec.stride * config["model"]["patch_size"], dict[str, Any]()
+    if reads_latents(config):
+        given = {"views": ImageViews.of(options, unit), "mirrored": config["data"]["flip"] and split == "train"}
+        options = {TARGET: options[TARGET], "root": Path(options["root"]), "holdout": options["holdout"]}
+    given |= {"unit": unit, "spec": spec, "seed": config["seed"]}
+    named = inspect.signature(targets.target("data", options, trusted(config))).parameters
+    extra = {key: value for key, value in given.items() if key in named}
+    built: ImageSource = instantiate("data", options, trusted(config), split=split, **extra)
     if split == "train" and not len(built.labels):
         raise ValueError("data: there is no image to train on")
     return built
@@ -342,6 +350,8 @@ def plan(config: Config, images: ImageSource, spec: LatentSpec, weight: str, ran
     else:
         budget = token_budget(config, tokens)
         grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))
+    if repeated := config["trainer"]["overfit_batches"]:
+        grouper = Repeated(grouper, repeated)
     return Plan(order, tokens, grouper, micro_batches(config, ranks), weight, seed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -20,7 +21,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import DictConfig
 
@@ -31,7 +32,7 @@ from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, targets
 from genfound.config.command_line import explain_oom
 from genfound.config.errors import USER_ERRORS, JobError
-from genfound.config.options import check
+from genfound.config.options import check, one_step
 from genfound.config.sweeps import swept_keys
 from genfound.data.packing.loader import TrainLoader
 from genfound.loggers.json_lines import JsonLines, lines_of
@@ -171,12 +172,16 @@ def _loggers(
     ahead = any(line["step"] > step for line in lines_of(file))
     loggers: list[Logger] = [Terminal(budget, start["images_seen"]), JsonLines(file, step)]
     given = {"folder": folder, "anew": ahead and bool(changes)}
+    here = {"save_dir": str(folder), "purge_step": step + 1}
     for name, options in config["logger"].items():
         if options is not None:
-            here = {"save_dir": str(folder)} if options.get("save_dir", "") is None else {}
-            loggers.append(build.instantiate_own(f"logger.{name}", {**options, **here}, given))
+            filled = {key: here.get(key) if value is None else value for key, value in options.items()}
+            loggers.append(build.instantiate_own(f"logger.{name}", filled, given))
     for logger in loggers:
         logger.log_hyperparams({**config, "provenance": provenance()})
+        for line in lines_of(file) if isinstance(logger, CSVLogger) else ():  # which begins its file anew
+            numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+            logger.log_metrics(numbers, line["step"])
     return loggers
 
 
@@ -195,6 +200,7 @@ def _quiet_lightning() -> None:
     """Lightning's hints speak of its own loops and loaders, which this project replaces."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="lightning")
 
 
@@ -214,6 +220,11 @@ def train(cfg: DictConfig) -> None:
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
     config = compose.with_own_targets(compose.to_dict(cfg))
     check(config)
+    if cfg.trainer.fast_dev_run:
+        with tempfile.TemporaryDirectory(prefix="genfound-") as scratch:
+            _start(Path(scratch) / folder.name, one_step(config), sweeping)
+        print("fast_dev_run: one global step with every callback; nothing of it was kept", flush=True)
+        return
     with lock(folder, "choose name=..."):
         result = run_directory.finished(folder)
         if result and _reached(cfg, result):
@@ -222,12 +233,17 @@ def train(cfg: DictConfig) -> None:
             print(f"[done before] {folder}  {_summary(result)}", flush=True)
             return
         run_directory.refuse_changes(folder, config, cfg.allow_changes)
-        _check_at_once(folder, config, sweeping)
-        run_directory.write_config(folder, config, cfg.allow_changes)
-        if sweeping or cfg.trainer.devices > 1:
-            _run_apart(folder, cfg.trainer.devices, run_directory.config_hash(folder))
-        else:
-            run(folder)
+        _start(folder, config, sweeping)
+
+
+def _start(folder: Path, config: Mapping[str, Any], sweeping: bool) -> None:
+    """Check what can be known at once, write the configuration, and run the job."""
+    _check_at_once(folder, config, sweeping)
+    run_directory.write_config(folder, config, config["allow_changes"])
+    if sweeping or config["trainer"]["devices"] > 1:
+        _run_apart(folder, config["trainer"]["devices"], run_directory.config_hash(folder))
+    else:
+        run(folder)
 
 
 def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> None:

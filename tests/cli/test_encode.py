@@ -167,10 +167,10 @@ def test_a_run_trains_from_a_store_resumes_and_samples(folder: Path) -> None:
     assert shown.width == 2 * (shown.width // 2)
     halves = [shown.crop((side * shown.width // 2, 0, (side + 1) * shown.width // 2, shown.height)) for side in (0, 1)]
     assert halves[0].tobytes() == halves[1].tobytes()  # pixels are decoded as they were
-    data = ["data=imagenet_native", "data.holdout=9", "data.max_image_tokens=64", "data.num_workers=1"]
+    data = ["data.holdout=9", "data.max_image_tokens=64", "data.num_workers=1"]
     losses = {}
-    for source, root in (("images", "images"), ("store", "store")):
-        options = [*TINY, *data, f"data.source={source}", f"data.root={root}", f"name={source}"]
+    for source, option in (("images", "imagenet_native"), ("store", "latent_store")):
+        options = [*TINY, f"data={option}", *data, f"data.root={source}", f"name={source}"]
         result = genfound("train", *options, "tokenizer=pixel", "trainer.max_steps=3", cwd=folder)
         assert result.returncode == 0, result.stderr
         losses[source] = [

@@ -236,7 +236,7 @@ def test_shards_of_another_store_are_kept(images: Path, whole: Path, tmp_path: P
         (["shard_images=0"], "shard_images=0 must be a whole number of at least 1"),
         (["patch_size=0"], "patch_size=0 must be a whole number of at least 1"),
         (["data.holdout=0"], r"data\.holdout=0 must be a whole number of at least 2"),
-        (["data.source=store"], r"data\.source=store: only images can be encoded; set data\.source=images"),
+        (["data=latent_store"], "data: only images can be encoded; choose data=image_folder or data=imagenet_native"),
     ],
 )
 def test_wrong_options_are_named(images: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -201,6 +201,4 @@ def asked(
 
 def _decoder(parts: build.RunComponents) -> Tokenizer:
     """What decodes: also of a run on stored latents the tokenizer itself."""
-    return (
-        parts.tokenizer if parts.config["data"].get("source", "images") == "images" else build.tokenizer(parts.config)
-    )
+    return build.tokenizer(parts.config) if build.reads_latents(parts.config) else parts.tokenizer

@@ -268,8 +268,9 @@ def _composition_error(error: Exception, config_name: str) -> str:
         return f"experiment={experiment[1]} is unknown; choose one of {', '.join(names)}"
     listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"
     option = re.search(listed, text, re.DOTALL)
-    if option:
-        return f"{option[1]}={option[2]} is unknown; choose one of {', '.join(option[3].split())}"
+    if found := option or re.search(r"Could not load '([^'/]+)/([^']+)'", text):  # the latter of a list of options
+        names = option[3].split() if option else compose.option_names(found[1])
+        return f"{found[1]}={found[2]} is unknown; choose one of {', '.join(names)}"
     return text
 
 

@@ -22,6 +22,7 @@ MOVED = {
     "trainer.compile": "compile",
     "logger.project": "logger.wandb.project",
     "logger.name": "the group, logger=wandb, tensorboard, csv or jsonl",
+    "data.source": "data=latent_store, nit_latents or lightningdit_latents",
     "launcher": "Hydra's group, hydra/launcher=...",
 }  # fmt: skip
 """Keys of earlier versions, and what replaces them."""
@@ -104,6 +105,17 @@ def check(config: Mapping[str, Any]) -> None:
     read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
     if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
         raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
+
+
+def one_step(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of trainer.fast_dev_run: one global step, then every callback but evaluation, no logger."""
+    callbacks = {
+        name: {**own, "every": 1} if own and "every" in own else own for name, own in config["callbacks"].items()
+    }
+    for name, few in (("validation", {"images": config["sample"]["batch"]}), ("evaluation", {"every": None})):
+        if callbacks.get(name):
+            callbacks[name] |= few
+    return {**config, "logger": {}, "callbacks": callbacks, "trainer": {**config["trainer"], "max_steps": 1}}
 
 
 def _check_trainer(config: Mapping[str, Any]) -> None:

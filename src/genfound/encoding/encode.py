@@ -62,10 +62,8 @@ class Encoding:
     """
 
     def __init__(self, config: Mapping[str, Any], device: torch.device) -> None:
-        if config["data"].get("source", "images") != "images":
-            raise ValueError(
-                f"data.source={config['data']['source']}: only images can be encoded; set data.source=images"
-            )
+        if build.reads_latents(config):
+            raise ValueError("data: only images can be encoded; choose data=image_folder or data=imagenet_native")
         one_of("dtype", config["dtype"], DTYPES)
         for key in ("patch_size", "shard_images"):
             integer(key, config[key], 1)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from genfound import build
+from genfound.config.compose import TARGET
 from genfound.data.images.npz import file_hash, read_member
 from genfound.data.images.sets import FolderImages, ImageSet, by_content, digest, ignored_files
 from genfound.data.latents.manifest import MANIFEST, read_manifest
@@ -42,6 +44,7 @@ Size = tuple[int, int]
 GIVEN = "given"
 """A reference that was chosen by name, or its images as a file has them."""
 
+STORE = "genfound.data.latents.store.Store"
 DECODED = " of decoded latents"
 """Behind the name of a view."""
 
@@ -84,7 +87,7 @@ class RunDataset:
             )
         holdout = manifest["source"]["holdout"]
         own = {"max_image_tokens": None, **self.config["data"]}
-        data = {**own, "source": "store", "root": str(root), "holdout": holdout, "flip": False}
+        data = {**own, TARGET: STORE, "root": str(root), "holdout": holdout, "flip": False}
         return replace(self, config={**self.config, "data": data})
 
 
@@ -188,7 +191,7 @@ def prepare_reference(
     ignored: dict[str, str] = {}
     if asked.partition(":")[0] == "data" or (path.is_dir() and not visible(path, "*.npz")):
         where, ignored = _view(config, asked, size, data, place)
-        stored = where.config is not None and where.config["data"].get("source", "images") != "images"
+        stored = where.config is not None and build.reads_latents(where.config)
         view = f"{where.view}{DECODED}" if stored else where.view
     else:
         if path.is_dir():

@@ -329,8 +329,7 @@ def test_the_configurations_have_the_published_views(
     assert data["max_image_tokens"] == tokens
     assert data["max_tokens"] == 16384
     assert data["holdout"] is None
-    assert data["source"] == "images"
-    assert set(data) - {"_target_", "source", "batch_size", "num_workers", "flip"} == {"root", "index", *DEFAULTS} - {
+    assert set(data) - {"_target_", "batch_size", "num_workers", "flip"} == {"root", "index", *DEFAULTS} - {
         "unit", "split", "seed"
     }  # fmt: skip
 

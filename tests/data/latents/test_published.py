@@ -309,7 +309,7 @@ def test_statistics_of_many_latents_are_of_a_sample(tmp_path: Path, monkeypatch:
 
 def config(source: str, root: Path, *overrides: str) -> dict[str, Any]:
     shape = ["model=nit_tiny", "model.patch_size=1", "batch.packs=1", "data.max_tokens=300", "data.num_workers=0"]
-    return composed(*shape, f"data.source={source}", f"data.root={root}", *overrides)
+    return composed(*shape, f"data={source}_latents", f"data.root={root}", *overrides)
 
 
 def first(parts: build.RunComponents, index: int) -> Tensor:
@@ -320,13 +320,13 @@ def first(parts: build.RunComponents, index: int) -> Tensor:
 def test_a_run_trains_on_nits_latents_as_they_were_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "tokenizer", lambda config: pytest.fail("weights were loaded"))
     stored = write_nit(tmp_path)
-    parts = build.build_run(config("nit", tmp_path, "data=imagenet_native", "tokenizer=dc_ae"), 1)
+    parts = build.build_run(config("nit", tmp_path, "tokenizer=dc_ae"), 1)
     assert torch.allclose(first(parts, 1), stored["native-resolution", "n01/n01_1.safetensors"][0], rtol=1e-5)
 
 
 def test_a_run_trains_on_lightningdits_latents(tmp_path: Path) -> None:
     plain, _ = write_lightningdit(tmp_path)
-    square = ["data=imagenet_256", "data.size=24", "tokenizer=sd_vae", "tokenizer.weights=random_tiny"]
+    square = ["data.size=24", "tokenizer=sd_vae", "tokenizer.weights=random_tiny"]
     parts = build.build_run(config("lightningdit", tmp_path, *square), 1)
     assert torch.allclose(first(parts, 6), plain[6] * 0.18215)
     codec = {"_target_": "genfound.data.latents.va_vae.VAVAE", "weights": str(tmp_path), "stride": 8, "multiplier": 0.5}

@@ -38,8 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(store: Path, *overrides: str) -> dict[str, Any]:
     source = [
-        "data=imagenet_native",
-        "data.source=store",
+        "data=latent_store",
         f"data.root={store}",
         "data.holdout=3",
         "data.max_tokens=256",
@@ -86,7 +85,7 @@ def test_latents_are_drawn_from_the_posterior_with_each_images_own_noise(store: 
 
 def test_training_from_a_store_is_training_from_its_images(store: Path) -> None:
     stored = build.build_run(config(store), 1)
-    images = [f"data.root={store.parent}/images", "data.source=images", f"runs={store.parent}/runs"]
+    images = ["data=imagenet_native", f"data.root={store.parent}/images", f"runs={store.parent}/runs"]
     direct = build.build_run(config(store, *images), 1)
     for (a, m), (b, n), _ in zip(stored.loader(0), direct.loader(0), range(3), strict=False):
         assert m == n
@@ -132,13 +131,12 @@ def test_without_weights_pictures_show_channels_of_the_latents(
             ["tokenizer.weights=random"],
             r"the tokenizer is sd_vae random \(scale 0\.18215\); choose that one, or encode again",
         ),
-        (["data.source=shop"], r"data\.source=shop is unknown; choose images, store, nit or lightningdit"),
         (["model.patch_size=2"], r"do not divide into tokens of 16 pixels; encode with patch_size=2"),
         (["model.channels=16"], r"tokenizer is sd_vae \(4 channels\) but model\.channels is 16"),
         (["model=dit_tiny", "data.view=null", "batch.images=32"], r"holds native, and data\.view=square needs 256"),
         (["data.holdout=0"], r"data\.holdout=0 must be a whole number of at least 2, or null"),
     ],
-    ids=["class", "weights", "source", "patch", "channels", "view", "holdout"],
+    ids=["class", "weights", "patch", "channels", "view", "holdout"],
 )
 def test_what_does_not_fit_is_refused(store: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -199,7 +197,7 @@ def from_folder(store: Path, folder: Path) -> Iterator[Path]:
 def opened(store: Path, weights: Path | str) -> StoredTokenizer:
     asked = options(weights)
     load = functools.partial(build.tokenizer, {"tokenizer": asked})
-    return stored_tokenizer({"source": "store", "root": str(store)}, asked, load)
+    return stored_tokenizer({"_target_": "genfound.data.latents.store.Store", "root": str(store)}, asked, load)
 
 
 def test_a_store_belongs_to_an_encoder_not_to_a_path(from_folder: Path, folder: Path, tmp_path: Path) -> None:
@@ -238,7 +236,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_a_run_from_a_store_resumes_exactly(store: Path, tmp_path: Path) -> None:
     other = encoded(store.parent / "images", tmp_path / "other", *KL, "data.holdout=3", "dtype=bf16")
-    data = ["data=imagenet_native", "data.source=store", "data.holdout=3", "data.max_tokens=200"]
+    data = ["data=latent_store", "data.holdout=3", "data.max_tokens=200"]
     model = [
         "model=nit_tiny",
         "model.patch_size=1",

@@ -291,3 +291,27 @@ def test_a_dense_step_is_whole_micro_batches(images: int) -> None:
 def test_rows_of_a_static_pack() -> None:
     assert budget.max_images(np.array([10, 20, 30]), 100) == 10
     assert budget.max_images(np.array([3]), 100) == 67
+
+
+@pytest.mark.parametrize("layout", [("batch.packs=2",), ("model=dit_tiny", "batch.images=64")])
+def test_the_first_packs_are_repeated_to_overfit_them(layout: tuple[str, ...]) -> None:
+    source = Source(*[(8, 8)] * 300) if len(layout) > 1 else Source(*[(8, 8), (16, 8), (12, 12), (16, 16)] * 50)
+    grouper = built(source, *layout).grouper
+    wanted = {tuple(grouper.take()) for _ in range(3)}
+
+    def overfitting() -> Plan:
+        return built(source, *layout, "trainer.overfit_batches=3")
+
+    plan = overfitting()
+    steps = list(islice(plan.steps(), 30))
+    assert {micro.positions for step in steps for micro in step} == wanted
+    numbers = [micro.number for step in steps for micro in step]
+    assert numbers == list(range(60))  # their noise and times are drawn anew
+    assert steps[-1][-1].images_seen == sum(len(micro.indices) for step in steps for micro in step)
+    resumed = overfitting()
+    resumed.restore(plan.state(10))
+    assert list(islice(resumed.steps(), 20)) == steps[10:]
+    switched = built(source, *layout)
+    switched.restore(plan.state(10))
+    later = {k for step in islice(switched.steps(), 40) for micro in step for k in micro.positions}
+    assert len(later) > 100  # without the option the run goes on to other images

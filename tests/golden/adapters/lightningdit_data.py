@@ -45,7 +45,9 @@ def tokenizer(config: Mapping[str, Any], root: Path) -> StoredTokenizer:
             "multiplier": config["latent_multiplier"],
         }
         load = functools.partial(build.tokenizer, {"tokenizer": options})
-        return stored_tokenizer({"source": "lightningdit", "root": str(root)}, options, load)
+        return stored_tokenizer(
+            {"_target_": "genfound.data.latents.lightningdit.LightningDiTLatents", "root": str(root)}, options, load
+        )
     spec = LatentSpec(config["channels"], STRIDE)
     described = TokenizerInfo("sd_vae", "random", None, spec, config["latent_multiplier"], 0.0, stochastic=False)
     return StoredTokenizer(described, has_variance=False, load=lambda: NotImplemented)

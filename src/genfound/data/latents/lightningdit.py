@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from genfound.data.images.base import LatentSource
 from genfound.data.images.views import ImageViews
 from genfound.data.latents.published import _summary, checked_labels, checked_latents, held_out
 from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_header, read_tensors
@@ -15,7 +16,7 @@ from genfound.runtime.files import visible
 from genfound.tokenizers import LatentSpec
 
 
-class LightningDiTLatents:
+class LightningDiTLatents(LatentSource):
     """LightningDiT's shards: `latents`, `latents_flip` (n, C, h, w) and `labels` in each `*.safetensors`, not scaled.
 
     Args:

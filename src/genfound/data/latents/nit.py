@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from genfound.data.images.base import LatentSource
 from genfound.data.images.views import Entries, ImageViews
 from genfound.data.latents.published import _summary, checked_labels, checked_latents, held_out
 from genfound.runtime.files import visible
@@ -23,7 +24,7 @@ NIT_SCALE = float(DCAE.kind.official["scaling_factor"])
 """NiT stores encode(x) times this (projects/preprocess/image_nr_latent_c2i.py)."""
 
 
-class NiTLatents:
+class NiTLatents(LatentSource):
     """NiT's data set: `data_meta/*_meta.jsonl`, and a folder of latents for each type of image.
 
     A line of a meta file names `latent_file`, `latent_h`, `latent_w` and `type`: `native-resolution`, or

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfound.data.images.base import LatentSource
 from genfound.data.images.class_folders import remarks
 from genfound.data.images.names import Names
 from genfound.data.images.views import Entries, ImageViews
@@ -185,13 +186,13 @@ def _crc(columns: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> int:
     return crc
 
 
-class Store:
+class Store(LatentSource):
     """The latents of one split of a store, as one of its views.
 
     Args:
         root: of the store.
         views: what is shown of each image; must be among what was encoded.
-        holdout: how validation images were chosen; must be as encoded.
+        holdout: how validation images were chosen, as encoded; `None` for however that was.
         split: `train` or `val`.
         mirrored: whether mirror images will be asked for.
 
@@ -240,7 +241,7 @@ class Store:
             raise ValueError(
                 f"data.root={root} holds no mirrored latents; encode with data.flip=true, or data.flip=false"
             )
-        if holdout != manifest["source"]["holdout"]:
+        if holdout not in (None, manifest["source"]["holdout"]):
             raise ValueError(
                 f"data.root={root} was encoded with data.holdout={manifest['source']['holdout']}, not {holdout}"
             )

@@ -17,17 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from genfound.config.targets import target
-from genfound.data.images.base import LatentSource
-from genfound.data.images.views import ImageViews
-from genfound.data.latents.lightningdit import LightningDiTLatents
 from genfound.data.latents.manifest import read_manifest
 from genfound.data.latents.nit import NiTLatents
 from genfound.data.latents.store import Store
 from genfound.tokenizers import LatentSpec, Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.tokenizers.weights import CONFIG, WEIGHTS, check_class, locate
-
-SOURCES = ("images", "store", "nit", "lightningdit")
 
 RANDOM = ("random", "random_tiny")
 
@@ -180,14 +175,16 @@ def encoder_digest(described: TokenizerInfo) -> str:
 def stored_tokenizer(
     data: Options, options: Options, load: Callable[[], Tokenizer], trust: Sequence[str] = ()
 ) -> StoredTokenizer:
-    """The tokenizer of `data.source=store|nit|lightningdit`; see `describe`.
+    """The tokenizer of a source of latents, which is one of `LatentSource`; see `describe`.
 
     Raises:
         FileNotFoundError: there is no store.
         ValueError: it was encoded by another tokenizer.
     """
-    if data["source"] != "store":
-        ours = describe(options, load, data["source"] != "nit", trust)  # NiT's latents are the published ones
+    kind = target("data", data, trust)
+    if not issubclass(kind, Store):
+        look = not issubclass(kind, NiTLatents)  # which are of the published tokenizer
+        ours = describe(options, load, look, trust)
         return StoredTokenizer(ours, has_variance=False, load=load)
     made = read_manifest(Path(data["root"]))["tokenizer"]
     ours = describe(options, load, options.get("weights") != made["weights"], trust)
@@ -210,27 +207,3 @@ def _same_encoder(ours: TokenizerInfo, made: Mapping[str, Any]) -> bool:
     if ours.weights == made["weights"] and not Path(ours.weights).expanduser().is_dir():
         return True
     return not ours.absent and encoder_digest(ours) == made["digest"]
-
-
-def source(kind: str, data: Options, spec: LatentSpec, patch_size: int, split: str, mirrored: bool) -> LatentSource:
-    """The latents of `data.source=store|nit|lightningdit`.
-
-    Args:
-        kind: one of `SOURCES`.
-        data: the other options of `data`.
-        spec: of the tokenizer.
-        patch_size: of the model.
-        split: `train` or `val`.
-        mirrored: whether mirror images will be asked for.
-
-    Raises:
-        FileNotFoundError: something is missing.
-        ValueError: an unknown source, a damaged one, or one that does not fit.
-    """
-    if kind not in SOURCES:
-        raise ValueError(f"data.source={kind} is unknown; choose {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
-    views = ImageViews.of(data, spec.stride * patch_size)
-    place = (Path(data["root"]), views, data["holdout"], split, mirrored)
-    if kind == "store":
-        return Store(*place)
-    return NiTLatents(*place, spec) if kind == "nit" else LightningDiTLatents(*place, spec)

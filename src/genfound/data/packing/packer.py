@@ -167,6 +167,35 @@ def _sum_to(total: int, reach: list[int], candidates: list[int]) -> list[int]:
     return chosen[::-1]
 
 
+class Repeated:
+    """The first micro-batches of another batcher, again and again, to see whether a network can learn them.
+
+    Args:
+        batcher: at its beginning.
+        count: how many.
+    """
+
+    def __init__(self, batcher: Batcher, count: int) -> None:
+        self.window = batcher.window
+        self.kind = repr((batcher.kind, count))
+        self._micros = [batcher.take() for _ in range(count)]
+        self._after = batcher.state()
+        self._taken = 0
+
+    def take(self) -> list[int]:
+        """Positions of the next micro-batch."""
+        self._taken += 1
+        return list(self._micros[(self._taken - 1) % len(self._micros)])
+
+    def state(self) -> dict[str, Any]:
+        """How many were taken, and where the other batcher would go on."""
+        return {**self._after, "taken": self._taken}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a recorded state."""
+        self._taken = state.get("taken", 0)
+
+
 class FixedBatcher:
     """A fixed number of images a micro-batch, in order."""
 

@@ -1,0 +1,112 @@
+"""`python -m genfound.train` with the sockets of Lightning and Hydra: loggers, callbacks, arguments of the Trainer."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from genfound.config import compose
+from genfound.config.options import MOVED, OTHER_KEYS, moved
+from tests.cli.commands import TINY, genfound, one_error
+
+QUIET = [option for option in TINY if not option.startswith("logger=")]
+
+OWN = {
+    "mine/model/mine.yaml": "# @package _global_\ndefaults: [nit_tiny, _self_]\nmodel: {depth: 2}\n",
+    "mine/callbacks/lr.yaml": "lr: {_target_: lightning.pytorch.callbacks.LearningRateMonitor}\n",
+    "mine/callbacks/count.yaml": "count: {_target_: counting.Count, every: 1}\n",
+    "counting.py": "import lightning\n\nclass Count(lightning.Callback):\n    def __init__(self, every):\n"
+    "        self.every = every\n\n    def on_train_end(self, trainer, module):\n"
+    "        print('counted', trainer.global_step // self.every)\n",
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with options and code of the user's."""
+    for name, text in OWN.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_options_callbacks_and_loggers_of_lightning_and_of_the_user(place: Path) -> None:
+    own = ["--config-dir", "mine", "model=mine", "callbacks=[default,lr,count]", "logger=[tensorboard,csv]"]
+    options = [*own, *(option for option in QUIET if not option.startswith("model.depth")), "name=run"]
+    run = place / "runs/default/run"
+    for steps in (2, 4):
+        result = genfound("train", *options, f"trainer.max_steps={steps}", cwd=place, PYTHONPATH=python_path(place))
+        assert result.returncode == 0, result.stderr
+        assert f"counted {steps}" in result.stdout
+    assert compose.read_yaml(run / "config.yaml")["model"]["depth"] == 2
+    with open(run / "csv/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key in ("train/loss", "lr-AdamW"):
+        of_csv = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+        assert of_csv == [(line["step"], pytest.approx(line[key])) for line in lines if key in line]
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == [1, 2, 3, 4]
+    assert losses_of_tensorboard(run / "tensorboard") == [1, 2, 3, 4]
+
+
+def python_path(place: Path) -> str:
+    return f"{place}:{Path(compose.config_dir()).parent / 'src'}"
+
+
+def losses_of_tensorboard(folder: Path) -> list[int]:
+    """The steps of its training losses."""
+    steps = []
+    for file in sorted(folder.glob("events.*")):
+        with open(file, "rb") as stream:
+            while header := stream.read(12):
+                event = Event.FromString(stream.read(int.from_bytes(header[:8], "little")))
+                stream.read(4)
+                steps += [event.step for value in event.summary.value if value.tag == "train/loss"]
+    return steps
+
+
+def test_the_profiler_of_lightning_reports(tmp_path: Path) -> None:
+    result = genfound("train", *TINY, "trainer.profiler=simple", "trainer.max_steps=1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "FIT Profiler Report" in result.stdout + result.stderr and "training_step" in result.stdout + result.stderr
+
+
+def test_fast_dev_run_touches_no_run_and_calls_every_callback(tmp_path: Path) -> None:
+    result = genfound("train", *TINY, "trainer.fast_dev_run=true", "logger=csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "step 1 " in result.stdout and "step 2 " not in result.stdout and "samples: " in result.stdout
+    assert "nothing of it was kept" in result.stdout and not list(tmp_path.iterdir())
+
+
+REFUSED = {
+    "trainer.log_every=5": "trainer.log_every has moved; set trainer.log_every_n_steps",
+    "logger.project=mine": "logger.project has moved; set logger.wandb.project",
+    "data.source=store": "data.source has moved; set data=latent_store, nit_latents or lightningdit_latents",
+    "launcher=local": "launcher has moved; set Hydra's group, hydra/launcher=",
+    "trainer.max_epochs=3": "trainer.max_epochs cannot be set: set budget.images or trainer.max_steps",
+    "trainer.fast_dev_run=3": "trainer.fast_dev_run=3 must be true or false",
+    "compile=perhaps": "compile=perhaps must be auto, true or false",
+    "strategy=deepspeed": "strategy=deepspeed is unknown; choose one of auto, ddp",
+    "logger=[csv,mlflow]": "logger=mlflow is unknown",
+    "callbacks.ema=null": "callbacks.ema is part of every run",
+    "+callbacks.x._target_=lightning.Nope": "callbacks.x cannot be built: module 'lightning' has no attribute 'Nope'",
+    "trainer.profiler=complete": "trainer: ",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_is_not_for_the_trainer_is_one_clear_line(override: str, tmp_path: Path) -> None:
+    result = genfound("train", *TINY, "trainer.max_steps=1", override, cwd=tmp_path)
+    assert REFUSED[override] in one_error(result)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_every_key_has_its_place() -> None:
+    known = compose.flatten(compose.compose("train", [])) | compose.flatten(compose.compose("train", ["logger=wandb"]))
+    assert not MOVED.keys() & known.keys()
+    for old, new in MOVED.items():
+        assert new.partition(" ")[0].rstrip(",") in {*known, "the", "Hydra's", "data=latent_store"}, old
+        assert moved(old)
+    assert all(known[f"trainer.{key}"] is None for key in OTHER_KEYS)
