@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 import genfound
-from genfound.evaluation.extraction import data_images
+from genfound.evaluation.dataset import RunDataset
 from genfound.evaluation.protocol import RESULTS, read_results
 from genfound.rng import Rng
 
@@ -37,7 +37,7 @@ def command(name: str, *arguments: str) -> None:
 def write_reference(run: Path, file: Path) -> None:
     """Training images of one size, in ADM's format."""
     loaded = genfound.load(run)
-    images = data_images(loaded.config, loaded.tokenizer.spec, "train")
+    images = RunDataset(loaded.config, loaded.tokenizer.spec, len(loaded.class_names)).images("train")
     fitting = np.flatnonzero((images.sizes == np.array(SIZE)).all(axis=1))
     np.savez(file, arr_0=np.stack([images[int(number)] for number in fitting[:REFERENCE]]))
 
@@ -45,8 +45,9 @@ def write_reference(run: Path, file: Path) -> None:
 def write_shuffled(run: Path, folder: Path) -> None:
     """As many training images as the run has seen, each in the folder of a random class."""
     loaded = genfound.load(run)
-    images = data_images(loaded.config, loaded.tokenizer.spec, "train")
+    images = RunDataset(loaded.config, loaded.tokenizer.spec, len(loaded.class_names)).images("train")
     count = min(loaded.config["optimizer"]["budget_images"], len(images))
+    assert images.labels is not None
     labels = images.labels[Rng(0, "shuffled").permutation("labels", count).numpy()]
     for label, name in enumerate(loaded.class_names):
         (folder / f"{label}_{name}").mkdir(parents=True)

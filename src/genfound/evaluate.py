@@ -10,13 +10,12 @@ from genfound.runtime import processes, run_directory
 
 
 def _task(cfg: DictConfig) -> None:
-    from genfound.evaluation.evaluator import EvaluationRequest, evaluate
+    from genfound.evaluation.evaluator import evaluate_on_devices
+    from genfound.evaluation.request import EvaluationRequest
 
     processes.tune_malloc()
-    config = compose.to_dict(cfg)
-    evaluate(
-        EvaluationRequest(config, command_line.user_overrides(), str(HydraConfig.get().runtime.choices["protocol"]))
-    )
+    name = str(HydraConfig.get().runtime.choices["protocol"])
+    evaluate_on_devices(EvaluationRequest(compose.to_dict(cfg), command_line.user_overrides(), name))
 
 
 def main() -> None:

@@ -16,9 +16,10 @@ from genfound import build, training
 from genfound.callbacks import evaluation
 from genfound.callbacks.ema import Ema
 from genfound.config import compose
-from genfound.evaluation import references
+from genfound.evaluation import evaluator, references
 from genfound.evaluation.protocol import read_results
 from genfound.runtime import run_directory
+from genfound.sampling.pipeline import Pipeline
 from tests.callbacks.test_evaluation import EVALUATED
 from tests.evaluation.runs import TINY
 from tests.helpers import run_dir
@@ -35,13 +36,17 @@ def slow(function: Callable[..., Any]) -> Callable[..., Any]:
     return slowed
 
 
+def diverge(*_: Any) -> None:
+    raise FloatingPointError("an image is not finite")
+
+
 def evaluating(rank: int, folder: Path) -> None:
     """One of two processes: prepares an evaluation and does it, with the first one slow where it works alone."""
     torch.set_num_threads(1)
     composed = compose.compose
     compose.compose = lambda name, overrides: {**composed(name, overrides), "n": 130, "reference_images": 130}
     references.write_reference = slow(references.write_reference)
-    evaluation.measure = slow(evaluation.measure)
+    evaluator.compute = slow(evaluator.compute)
     parts = build.build_run(run_directory.read_config(folder), 2)
     ema = Ema([0.9])
     acting = evaluation.Evaluation(**EVALUATED, folder=folder, parts=parts, ema=ema)
@@ -50,12 +55,7 @@ def evaluating(rank: int, folder: Path) -> None:
     distributed.barrier()
     group = distributed.new_group(timeout=timedelta(seconds=LIMIT))
 
-    def agree(decision: bool) -> bool:
-        agreed = torch.tensor(int(decision))
-        distributed.all_reduce(agreed, distributed.ReduceOp.MIN)
-        return bool(agreed)
-
-    strategy = SimpleNamespace(barrier=lambda: distributed.barrier(group), reduce_boolean_decision=agree)
+    strategy = SimpleNamespace(barrier=lambda: distributed.barrier(group))
     trainer: Any = SimpleNamespace(
         global_rank=rank,
         world_size=2,
@@ -70,11 +70,17 @@ def evaluating(rank: int, folder: Path) -> None:
     parts_of_rank = sorted(file.name for file in folder.parent.rglob("*.parts/*.npz"))
     assert not parts_of_rank, "features of the reference are removed when its file is there"
     acting.on_interval(trainer, module)
+    if rank == 1:
+        Pipeline.draw = diverge  # type: ignore[method-assign, assignment]
+    notes: list[str] = []
+    evaluation.note = lambda _, text: notes.append(text)
+    acting.on_interval(trainer, module)
+    assert notes == ["no evaluation: an image is not finite"], "both processes hear of it and go on"
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_ranks_wait_as_long_as_the_first_one_works_alone(tmp_path: Path) -> None:
+def test_ranks_wait_as_long_as_the_first_one_works_alone_and_stop_together(tmp_path: Path) -> None:
     folder = run_dir(tmp_path / "run", *TINY, "batch.packs=2", f"runs={tmp_path}", "trainer.precision=fp32")
     mp.spawn(evaluating, (folder,), nprocs=2)
     assert [result.protocol.count for result in read_results(folder)] == [130]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from genfound import build
-from genfound.evaluation.evaluator import EvaluationRequest, evaluate
+from genfound.evaluation.evaluator import evaluate
 from genfound.evaluation.protocol import Result
+from genfound.evaluation.request import EvaluationRequest
 from genfound.metrics.reference_stats import reference_note
 from genfound.runtime import checkpoint_io, run_directory
 from genfound.tokenizers import PixelTokenizer

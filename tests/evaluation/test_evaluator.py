@@ -13,8 +13,8 @@ from genfound.config.compose import config_dir
 from genfound.data.images.npz import file_hash
 from genfound.data.images.sets import open_images
 from genfound.evaluation import evaluator
-from genfound.evaluation.evaluator import EvaluationRequest, sampling_config
 from genfound.evaluation.protocol import differences, read_results
+from genfound.evaluation.request import EvaluationRequest
 from genfound.evaluation.samples import SampleStore
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import lock
@@ -74,7 +74,11 @@ def test_a_result_names_everything_that_could_change_it(run: Path, references: P
         [0, 1],
     )
     assert (drawing.weights, drawing.labels, drawing.seed, drawing.uint8) == ("ema", "balanced", 0, "round")
-    assert drawing.precision == "32-true" and drawing.decoder == {"name": "Pixel", "precision": None, "hash": None}
+    assert drawing.precision == "32-true" and drawing.decoder == {
+        "name": "PixelTokenizer",
+        "precision": None,
+        "hash": None,
+    }
     assert (protocol.count, protocol.size) == (96, [16, 16])
     assert {"hash", "images", "points", "size", "view", "rule"} <= protocol.reference.keys()
     assert protocol.extractor["name"] == "probe" and "torch" in protocol.versions
@@ -135,9 +139,7 @@ def test_it_goes_on_where_it_was_stopped(
 def test_what_took_long_can_be_kept(run: Path, references: Path, tmp_path: Path) -> None:
     options = {"sizes": [16, 16], "keep": True, "out": str(tmp_path)}
     first = evaluated(run, references, **options)[0]
-    files = {
-        file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.np[yz]") if "requests" not in file.name
-    }
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.np[yz]")}
     again = evaluated(run, references, **options, reference="data:val")[0]
     assert len(files) > 2 and all(file.stat().st_mtime_ns == stamp for file, stamp in files.items())
     assert first.figures["fd_probe"] != again.figures["fd_probe"]
@@ -202,8 +204,7 @@ def test_the_note_of_an_export_is_its_protocol(run: Path, references: Path, tmp_
 def test_adms_own_file_gives_its_statistics_for_the_distances_and_its_images_for_the_shares(
     run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("references", "extraction"):
-        monkeypatch.setattr(f"genfound.{module}.open_extractor", lambda *_: Averages())
+    monkeypatch.setattr("genfound.evaluation.references.Inception", lambda *_: Averages())
     real = np.stack(Pictures([(16, 16)] * 90).images)
     mu, mu_s = np.full(6, 30.0), np.full(4, 2.0)
     np.savez(tmp_path / "adm.npz", arr_0=real, mu=mu, sigma=np.eye(6), mu_s=mu_s, sigma_s=np.eye(4))
@@ -228,18 +229,18 @@ def test_adms_own_file_gives_its_statistics_for_the_distances_and_its_images_for
 
 def test_nits_table_is_complete_and_fits_its_model() -> None:
     config = composed("protocol=nit", "from=x", "reference=y", name="evaluate")
-    asked = EvaluationRequest(config, ["protocol=nit"], "nit")
+    request = EvaluationRequest(config, ["protocol=nit"], "nit")
     run = composed("model=nit_xl", "data=imagenet_native", "data.root=x")
     found = {}
     for row in config["table"]:
-        how = sampling_config(asked, run, tuple(row["size"]))
+        how = request.sampling_config(run, tuple(row["size"]))
         build.objective(how)
         check_size(tuple(row["size"]), 32)
         assert how["sample"]["uint8"] == "truncate" and how["guidance"]["channels"] == "all"
         found[tuple(row["size"])] = (how["sampler"]["name"], how["sampler"]["steps"], how["guidance"]["scale"])
     assert len(found) == 12
     assert found[256, 256] == ("sde", 250, 2.25) and found[320, 960] == ("euler", 50, 4.0)
-    assert sampling_config(asked, run, (512, 512))["guidance"]["interval"] == [0, 0.7]
+    assert request.sampling_config(run, (512, 512))["guidance"]["interval"] == [0, 0.7]
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (Path(config_dir()) / "protocol").glob("*.yaml")))
@@ -339,8 +340,7 @@ def sorted_and_renamed(folder: Path, pictures: Pictures) -> tuple[Path, Path]:
 def test_the_names_of_files_change_no_figure(
     convention: str, run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("references", "extraction"):
-        monkeypatch.setattr(f"genfound.{module}.open_extractor", lambda *_: Averages())
+    monkeypatch.setattr("genfound.evaluation.references.Inception", lambda *_: Averages())
     monkeypatch.setattr("genfound.metrics.compute.SPLIT", 30)
     monkeypatch.setattr("genfound.metrics.compute.SUBSET", 20)
     samples = sorted_and_renamed(tmp_path / "s", Pictures([(8, 8)] * 120, seed=1))

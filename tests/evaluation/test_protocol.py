@@ -147,8 +147,8 @@ def test_rope_and_the_images_of_a_call_are_differences_and_are_printed() -> None
 
 @pytest.mark.parametrize("note", [None, [1], 3.0, {"seed": 0}, {**asdict(DRAWING), "more": 1}])
 def test_a_making_that_is_not_told_whole_is_unknown(note: object) -> None:
-    assert SamplingRecord.told(note) == SamplingRecord.unknown()
-    assert SamplingRecord.told(asdict(DRAWING)) == DRAWING
+    assert SamplingRecord.from_note(note) == SamplingRecord.unknown()
+    assert SamplingRecord.from_note(asdict(DRAWING)) == DRAWING
 
 
 def test_the_order_of_samples_is_a_difference_where_a_figure_depends_on_it() -> None:

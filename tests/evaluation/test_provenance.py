@@ -1,10 +1,12 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
+from torch import nn
 
 from genfound.evaluation.protocol import SamplingRecord
-from genfound.evaluation.provenance import checkpoint_of, pin_guide_checkpoint, sampling_record
+from genfound.evaluation.provenance import checkpoint_of, network_hash, pin_guide_checkpoint, sampling_record
 from genfound.runtime import checkpoint_io
 from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed
@@ -29,14 +31,14 @@ def test_a_run_is_one_checkpoint_of_it(tmp_path: Path) -> None:
         checkpoint_of(run_of(tmp_path / "new"))
 
 
-def drawing(*overrides: str, weak: str | None = None) -> SamplingRecord:
+def drawing(*overrides: str, guided: bool = False) -> SamplingRecord:
     config = composed("from=x", "reference=y", *overrides, name="evaluate")
-    how = {
-        **composed("tokenizer=pixel", "trainer.precision=fp32"),
-        "sampler": config["sampler"],
-        "guidance": config["guidance"],
-    }
-    return sampling_record(config, how, PixelTokenizer(), torch.device("cpu"), weak)
+    guide = nn.Linear(1, 1) if guided else None
+    pipeline: Any = SimpleNamespace(
+        sampler=config["sampler"], guidance=config["guidance"], weak=guide, tokenizer=PixelTokenizer(),
+        precision="32-true", uint8="round",
+    )  # fmt: skip
+    return sampling_record(config, composed("tokenizer=pixel"), pipeline)
 
 
 def test_the_images_of_a_call_count_where_the_sampler_couples_them() -> None:
@@ -52,5 +54,14 @@ def test_the_images_of_a_call_count_where_the_sampler_couples_them() -> None:
 def test_what_was_changed_of_the_network_is_told() -> None:
     assert drawing().rope is None
     assert drawing("rope.rule=yarn", "rope.trained=16").rope == {"rule": "yarn", "trained": 16}
-    weaker = drawing("guidance=autoguidance", "guidance.weights=a", weak="123").guidance
-    assert isinstance(weaker, dict) and weaker["hash"] == "123" and weaker["weights"] == "a"
+    weaker = drawing("guidance=autoguidance", "guidance.weights=a", guided=True).guidance
+    assert isinstance(weaker, dict) and len(weaker["hash"]) == 16 and weaker["weights"] == "a"
+
+
+def test_the_hash_of_a_network_follows_what_it_computes() -> None:
+    net: Any = nn.Linear(2, 2)
+    hashes = [
+        network_hash(net, {"model": {"heads": heads, "attention": backend}})
+        for heads, backend in ((2, "loop"), (2, "flex"), (4, "loop"))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]

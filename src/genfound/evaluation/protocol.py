@@ -13,6 +13,7 @@ from genfound.config.compose import flatten
 from genfound.metrics.compute import STORED, depends_on_order
 from genfound.runtime.files import makedirs
 
+Size = tuple[int, int]
 UNKNOWN = "unknown"
 """Of images whose making is not recorded."""
 
@@ -54,14 +55,14 @@ class SamplingRecord:
     versions: Mapping[str, str] | str
 
     @classmethod
-    def told(cls, note: Any) -> SamplingRecord:
+    def from_note(cls, note: Any) -> SamplingRecord:
         """What a stored note says, if it says all; otherwise unknown."""
         whole = isinstance(note, Mapping) and note.keys() == {field.name for field in fields(cls)}
         return cls(**note) if whole else cls.unknown()
 
-    def how(self) -> str:
+    def summary(self) -> str:
         """Sampler and guidance, in a line."""
-        return f"sampler {_said(self.sampler)}, guidance {_said(self.guidance)}"
+        return f"sampler {_text(self.sampler)}, guidance {_text(self.guidance)}"
 
     @classmethod
     def unknown(cls) -> SamplingRecord:
@@ -77,11 +78,11 @@ class Protocol:
         name: a named protocol.
         altered: its keys that were set otherwise.
         count: number of samples.
-        order: of the samples; see `figures.depends_on_order`.
+        order: of the samples; see `metrics.compute.depends_on_order`.
         size: [height, width], `data` for those of the data set, or `mixed`.
-        drawing: see `Drawing`.
+        drawing: see `SamplingRecord`.
         extractor: name and hash.
-        convention: see `figures.CONVENTIONS`; `probe` of a probe.
+        convention: see `metrics.compute.CONVENTIONS`; `probe` of a probe.
         reference: hash, rule, view, and what is known of its images.
         versions: of the libraries that measured.
     """
@@ -107,19 +108,18 @@ class Protocol:
         """For the user."""
         d, reference = self.drawing, self.reference
         title = self.name + (f", but for {', '.join(self.altered)}" if self.altered else "")
-        shown = "x".join(map(str, self.size)) if not isinstance(self.size, str) else self.size
         return [
             f"protocol {title}",
-            f"  {self.count:,} samples of {shown}, labels {d.labels}, seed {d.seed}, order {self.order}",
+            f"  {self.count:,} samples of {size_text(self.size)}, labels {d.labels}, seed {d.seed}, order {self.order}",
             f"  weights {d.weights}, in {d.precision}"
-            + ("" if d.rope in (None, UNKNOWN) else f", rope {_said(d.rope)}"),
-            f"  sampler {_said(d.sampler)}" + ("" if d.batch in (None, UNKNOWN) else f", {d.batch} images together"),
-            f"  guidance {_said(d.guidance)}",
-            f"  decoder {_said(d.decoder)}, uint8 {d.uint8}",
-            f"  extractor {_said(self.extractor)}, convention {self.convention}",
-            f"  reference {_said(reference)}",
-            f"  versions {_said(self.versions)}"
-            + ("" if d.versions in (self.versions, UNKNOWN) else f", drawn with {_said(d.versions)}"),
+            + ("" if d.rope in (None, UNKNOWN) else f", rope {_text(d.rope)}"),
+            f"  sampler {_text(d.sampler)}" + ("" if d.batch in (None, UNKNOWN) else f", {d.batch} images together"),
+            f"  guidance {_text(d.guidance)}",
+            f"  decoder {_text(d.decoder)}, uint8 {d.uint8}",
+            f"  extractor {_text(self.extractor)}, convention {self.convention}",
+            f"  reference {_text(reference)}",
+            f"  versions {_text(self.versions)}"
+            + ("" if d.versions in (self.versions, UNKNOWN) else f", drawn with {_text(d.versions)}"),
         ]
 
 
@@ -146,8 +146,8 @@ class Result:
 
     def lines(self) -> list[str]:
         """For the user: the figures, whose they are, and the protocol."""
-        told = "   ".join(f"{name} {value:.6g}" for name, value in self.figures.items())
-        return [told, f"  of {_said(self.subject)}", *self.protocol.lines()]
+        figures = "   ".join(f"{name} {value:.6g}" for name, value in self.figures.items())
+        return [figures, f"  of {_text(self.subject)}", *self.protocol.lines()]
 
     def append_to(self, folder: Path) -> None:
         """Add a line to the results of a folder, unless the same figures under the same protocol are there."""
@@ -202,6 +202,11 @@ def table(results: Sequence[Result]) -> list[str]:
     return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
 
 
+def size_text(size: Any) -> str:
+    """[256, 128] -> 256x128; a text as it is."""
+    return size if isinstance(size, str) else "x".join(map(str, size))
+
+
 def versions() -> dict[str, str]:
     """Of the libraries that can change a figure."""
     found = {}
@@ -214,8 +219,8 @@ def versions() -> dict[str, str]:
 
 
 def _subject(result: Result) -> str:
-    told = [result.subject["from"], result.subject.get("checkpoint"), result.subject["hash"][:8]]
-    return " ".join(str(part) for part in told if part)
+    parts = [result.subject["from"], result.subject.get("checkpoint"), result.subject["hash"][:8]]
+    return " ".join(str(part) for part in parts if part)
 
 
 def _result(line: Mapping[str, Any]) -> Result:
@@ -224,12 +229,12 @@ def _result(line: Mapping[str, Any]) -> Result:
     return Result(**{**line, "protocol": protocol})
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     """A mapping in words."""
     if not isinstance(value, Mapping):
         return str(value)
     first = [str(value[key]) for key in ("from", "name") if key in value]
     rest = [
-        f"{key} {_said(inner)}" for key, inner in value.items() if key not in ("from", "name") and inner is not None
+        f"{key} {_text(inner)}" for key, inner in value.items() if key not in ("from", "name") and inner is not None
     ]
     return ", ".join([*first, *rest])

@@ -1,23 +1,25 @@
-"""What is evaluated: the weights of a model or images that are there, and how their samples were made."""
+"""What is evaluated, the weights of a model or images that are there, and how their samples were made."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from genfound.data.images.sets import image_files, read_note
-from genfound.evaluation import protocol
-from genfound.evaluation.extraction import decoder_identity
-from genfound.evaluation.protocol import SamplingRecord
-from genfound.runtime import checkpoint_io, devices
+from genfound.backbones.base import Backbone
+from genfound.data.images.sets import digest, image_files, read_note
+from genfound.evaluation.protocol import SamplingRecord, versions
+from genfound.metrics.extractor import tensors_hash
+from genfound.runtime import checkpoint_io
 from genfound.runtime.files import visible
 from genfound.samplers import adapts
+from genfound.sampling.pipeline import Pipeline
 from genfound.tokenizers import Tokenizer
 
 Config = Mapping[str, Any]
+NO_CHANGE = ("attention", "activation_checkpointing")
+"""Options of a model that say how, not what, it computes."""
 
 
 def is_images(path: Path) -> bool:
@@ -49,74 +51,73 @@ def checkpoint_of(source: Path) -> Path:
     return file
 
 
-def model_identity(source: Path, network: str) -> dict[str, Any]:
-    """Whose samples they are.
+def pin_guide_checkpoint(config: Config) -> dict[str, Any]:
+    """A configuration with one checkpoint of the run that is the guide of autoguidance."""
+    guidance = dict(config["guidance"])
+    if "weights" in guidance:
+        guidance["weights"] = str(checkpoint_of(Path(guidance["weights"])))
+    return {**config, "guidance": guidance}
 
-    Args:
-        source: a checkpoint of a run, or another file or folder of weights.
-        network: its hash.
-    """
+
+def model_identity(source: Path) -> dict[str, Any]:
+    """Whose samples they are: of a checkpoint of a run, or of another file or folder of weights."""
     run = source.parent.parent
     if source.suffix != ".ckpt" or not (run / "config.yaml").is_file():
-        return {"from": str(source), "hash": network}
-    seen = checkpoint_io.read(source)["images_seen"]
-    return {"from": str(run), "checkpoint": source.name, "images_seen": seen, "hash": network}
+        return {"from": str(source)}
+    return {"from": str(run), "checkpoint": source.name, "images_seen": checkpoint_io.read(source)["images_seen"]}
 
 
-def read_provenance(source: Path, hashed: str) -> tuple[dict[str, Any], SamplingRecord, Any]:
-    """Whose images they are, how they were drawn, and of which size, by the note of their export if it is whole.
+def network_hash(net: Backbone, config: Config) -> str:
+    """Of the weights of a network, and of the options that make it of them."""
+    options = {key: value for key, value in config["model"].items() if key not in NO_CHANGE}
+    return digest(tensors_hash(net.state_dict()), json.dumps(options, sort_keys=True))
 
-    Args:
-        source: an npz file or a folder.
-        hashed: of its images.
+
+def decoder_identity(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
+    """What decodes, in the words of the protocol: its name, its precision, and the hash of its weights."""
+    network = getattr(tokenizer, "model", None)
+    return {
+        "name": type(tokenizer).__name__,
+        "precision": config["tokenizer"].get("precision"),
+        "hash": None if network is None else tensors_hash(network.state_dict()),
+    }
+
+
+def read_provenance(source: Path, images_hash: str) -> tuple[dict[str, Any], SamplingRecord, Any]:
+    """Whose the images of an npz file or a folder are, how they were made, and of which size, if their note is whole.
 
     Raises:
         ValueError: the note is damaged.
     """
     note = read_note(source) or {}
-    drawing, subject = SamplingRecord.told(note.get("drawing")), note.get("subject")
-    if not isinstance(subject, dict) or not {"from", "hash"} <= subject.keys() or drawing == SamplingRecord.unknown():
+    record, subject = SamplingRecord.from_note(note.get("drawing")), note.get("subject")
+    if not isinstance(subject, dict) or not {"from", "hash"} <= subject.keys() or record == SamplingRecord.unknown():
         if note:
             print(f"{source}: the protocol beside the images is not whole; their making is unknown", flush=True)
-        return {"from": str(source), "hash": hashed, "images": str(source)}, SamplingRecord.unknown(), None
-    return {**subject, "images": str(source)}, drawing, note.get("size")
+        return {"from": str(source), "hash": images_hash, "images": str(source)}, SamplingRecord.unknown(), None
+    return {**subject, "images": str(source)}, record, note.get("size")
 
 
-def pin_guide_checkpoint(how: Config) -> dict[str, Any]:
-    """Settings of drawing with one checkpoint of the run that is the weaker network of autoguidance."""
-    guidance = dict(how["guidance"])
-    if "weights" in guidance:
-        guidance["weights"] = str(checkpoint_of(Path(guidance["weights"])))
-    return {**how, "guidance": guidance}
-
-
-def sampling_record(
-    config: Config, how: Config, tokenizer: Tokenizer, device: torch.device, weak: str | None
-) -> SamplingRecord:
+def sampling_record(request: Config, config: Config, pipeline: Pipeline) -> SamplingRecord:
     """How samples are made, in the words of the protocol.
 
     Args:
-        config: conf/evaluate.yaml.
-        how: the run's configuration with the sampler, guidance, byte rule and precision to use.
-        tokenizer: decodes.
-        device: draws.
-        weak: hash of the weaker network of autoguidance.
+        request: conf/evaluate.yaml.
+        config: the run's configuration with the sampler, guidance, byte rule and precision to use.
+        pipeline: of this configuration.
     """
+    sampler, guide = pipeline.sampler, pipeline.weak
+    coupled = adapts(sampler) and sampler["norm"] == "batch"  # steps depend on all images of a network call
     return SamplingRecord(
-        weights=config["weights"],
-        sampler=dict(how["sampler"]),
-        guidance={**how["guidance"], **({} if weak is None else {"hash": weak})},
-        rope={key: value for key, value in config["rope"].items() if value is not None} or None,
-        batch=config["batch"] if _couples(how["sampler"]) else None,
-        labels=config["labels"],
-        seed=config["seed"],
-        precision=devices.precision(how["trainer"]["precision"], device),
-        decoder=decoder_identity(tokenizer, how),
-        uint8=how["sample"]["uint8"],
-        versions=protocol.versions(),
+        weights=request["weights"],
+        sampler=dict(sampler),
+        guidance={**pipeline.guidance, **({} if guide is None else {"hash": tensors_hash(guide.state_dict())})},
+        rope={key: value for key, value in request["rope"].items() if value is not None} or None,
+        batch=request["batch"] if coupled else None,
+        labels=request["labels"],
+        seed=request["seed"],
+        precision=pipeline.precision,
+        decoder=decoder_identity(pipeline.tokenizer, config),
+        uint8=pipeline.uint8,
+        versions=versions(),
     )
-
-
-def _couples(sampler: Config) -> bool:
-    """Whether the steps of an image depend on the others of its network call."""
-    return adapts(sampler) and sampler["norm"] == "batch"

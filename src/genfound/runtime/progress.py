@@ -52,3 +52,10 @@ class ProgressCounter:
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         count = f"{done:,.0f}" if done == int(done) else f"{done:,.1f}"
         return f"{count}/{total:,} {self.what}  {speed} images/s  {clock} left"
+
+
+def shared_progress(what: str, rank: int, ranks: int) -> Progress:
+    """A counter on the first of several processes, which speaks for its own share."""
+    if rank:
+        return no_progress
+    return ProgressCounter(what if ranks == 1 else f"{what} on the first of {ranks} processes")

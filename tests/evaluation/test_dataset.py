@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from genfound import build
-from genfound.evaluation.extraction import Decoded, network_hash
+from genfound.evaluation.dataset import DecodedLatents
 
 
-def decoded(monkeypatch: pytest.MonkeyPatch, precision: str, value: float) -> Decoded:
+def decoded(monkeypatch: pytest.MonkeyPatch, precision: str, value: float) -> DecodedLatents:
     """Latents with a decoder of one weight."""
     network = nn.Linear(1, 1, bias=False)
     nn.init.constant_(network.weight, value)
@@ -18,19 +18,10 @@ def decoded(monkeypatch: pytest.MonkeyPatch, precision: str, value: float) -> De
     monkeypatch.setattr(build, "training_tokenizer", lambda _: None)
     source: Any = SimpleNamespace(fingerprint="f", sizes=np.zeros((2, 2), np.int64), labels=np.zeros(2, np.int64))
     config = {"sample": {"uint8": "round"}, "tokenizer": {"precision": precision}}
-    return Decoded(source, config, torch.device("cpu"))
+    return DecodedLatents(source, config, torch.device("cpu"))
 
 
 def test_the_key_of_decoded_latents_follows_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [("fp32", 1.0), ("fp32", 1.0), ("bf16", 1.0), ("fp32", 2.0)]
     keys = [decoded(monkeypatch, *options).key for options in made]
     assert keys[0] == keys[1] and len(set(keys)) == 3
-
-
-def test_the_hash_of_a_network_follows_what_it_computes() -> None:
-    net: Any = nn.Linear(2, 2)
-    hashes = [
-        network_hash(net, {"model": {"heads": heads, "attention": backend}})
-        for heads, backend in ((2, "loop"), (2, "flex"), (4, "loop"))
-    ]
-    assert hashes[0] == hashes[1] != hashes[2]

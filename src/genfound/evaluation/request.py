@@ -1,0 +1,105 @@
+"""What an evaluation is asked for: conf/evaluate.yaml under a named protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from genfound.config import checks, compose
+from genfound.evaluation.protocol import UNKNOWN, SamplingRecord, Size, size_text
+from genfound.metrics.compute import check_convention
+from genfound.sampling.pipeline import run_or_chosen
+from genfound.sampling.requests import check_size
+
+DATA = "data"
+"""As a size or a label rule: as the images of the data set have them."""
+
+LABEL_RULES = ("random", "balanced", DATA)
+GROUPS = ("sampler", "guidance")
+COUNTS = ("n", "batch", "devices", "reference_images", "max_pixels")
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is asked for.
+
+    Attributes:
+        config: conf/evaluate.yaml, resolved.
+        overrides: of the command line.
+        protocol: its name.
+    """
+
+    config: Mapping[str, Any]
+    overrides: Sequence[str]
+    protocol: str
+
+    def check(self) -> None:
+        """Raise a ValueError for what can be known to be wrong before anything is made."""
+        config = self.config
+        for key in COUNTS:
+            checks.integer(key, config[key], 1, or_null=True)
+        check_convention(config["convention"], config["extractor"])
+        checks.one_of("labels", config["labels"], LABEL_RULES)
+        for row in config["table"] or ():
+            if not isinstance(row, Mapping) or "size" not in row:
+                raise ValueError(f"table: {row} must have size, sampler and guidance")
+            for group in GROUPS:
+                if not isinstance(row.get(group), Mapping) or "name" not in row[group]:
+                    raise ValueError(f"table: the row of {size_text(row['size'])} must have a {group} with its name")
+
+    def sizes(self, typical: Size, unit: int) -> list[Size | str]:
+        """The sizes asked for, those of the protocol's table, or the typical one of the data.
+
+        Raises:
+            ValueError: not a size, or sides that are no multiples of `unit`.
+        """
+        wanted = self.config["sizes"]
+        if wanted == DATA:
+            return [DATA]
+        if wanted is None:
+            wanted = [row["size"] for row in self.config["table"] or ()] or list(typical)
+        sizes = checks.image_sizes("sizes", wanted)
+        for size in sizes:
+            check_size(size, unit)
+        return list(sizes)
+
+    def sampling_config(self, run: Mapping[str, Any], size: Size | str) -> dict[str, Any]:
+        """The run's configuration with sampler, guidance, byte rule and precision: its own, the table's, or those set.
+
+        Raises:
+            ValueError: the protocol's table has no row for the size.
+        """
+        config, base = self.config, dict(run)
+        if config["table"]:
+            rows = [row for row in config["table"] if row["size"] == list(size)]
+            if not rows:
+                raise ValueError(
+                    f"protocol={self.protocol} has no row for {size_text(size)}; add one to table, or choose another"
+                )
+            base |= {
+                group: {**compose.read_option(group, rows[0][group]["name"]), **rows[0][group]} for group in GROUPS
+            }
+        return {
+            **run,
+            **{group: run_or_chosen(group, base, config, list(self.overrides)) for group in GROUPS},
+            "sample": {**run["sample"], "uint8": config["uint8"] or run["sample"]["uint8"]},
+            "trainer": {**run["trainer"], "precision": config["precision"] or run["trainer"]["precision"]},
+        }
+
+    def changed_keys(self, record: SamplingRecord, used: Mapping[str, Any]) -> list[str]:
+        """The keys of the named protocol that were set otherwise, then the options of sampler, guidance and positions.
+
+        Args:
+            record: how the samples were made.
+            used: values that are not those of `config`.
+        """
+        named = compose.compose("evaluate", [f"protocol={self.protocol}"])
+        keys = compose.read_option("protocol", "adm_50k") | compose.read_option("protocol", self.protocol)
+        made = {key: getattr(record, key) for key in ("labels", "seed", "weights")}
+        if named["uint8"] is not None:
+            made["uint8"] = record.uint8
+        now = {**self.config, **made, **used}
+        changed = [key for key in keys if now[key] not in (named[key], UNKNOWN)]
+        names = dict.fromkeys(override.partition("=")[0] for override in self.overrides)
+        return [*changed, *(name for name in names if name.partition(".")[0] in (*GROUPS, "rope"))]
