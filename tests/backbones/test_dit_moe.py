@@ -128,8 +128,8 @@ def test_extra_losses_are_those_of_the_last_training_forward() -> None:
     assert extra.item() == pytest.approx(net.balances.sum().item())
     extra.backward()
     learning = {name for name, p in net.named_parameters() if p.grad is not None and (p.grad != 0).any()}
-    assert {f"blocks.{i}.mlp.router.weight" for i in range(2)} <= learning
-    assert not any("blocks.1.mlp.experts" in name or "final_layer" in name for name in learning)
+    assert {f"blocks.{i}.moe.gate.weight" for i in range(2)} <= learning
+    assert not any("blocks.1.moe.experts" in name or "final_layer" in name for name in learning)
     net.eval()(batch, TIMES)
     assert training_module(net).extra_losses() == {}
 
@@ -138,7 +138,7 @@ def test_extra_losses_are_those_of_the_last_training_forward() -> None:
 def test_uniform_routers_cost_their_weight_in_every_block(over: str) -> None:
     net = small(balance=0.01, balance_over=over).train()
     for mixture in net.mixtures:
-        nn.init.zeros_(mixture.router.weight)
+        nn.init.zeros_(mixture.gate.weight)
     net(dense(), TIMES)
     assert training_module(net).extra_losses()["balance"].item() == pytest.approx(2 * 0.01, rel=1e-6)
 
@@ -262,7 +262,7 @@ def test_an_upcycled_network_begins_where_the_one_expert_ended() -> None:
     many.load_state_dict(upcycle(one.state_dict(), 4, torch.Generator().manual_seed(0)))
     batch = dense()
     torch.testing.assert_close(many(batch, TIMES), one(batch, TIMES), atol=1e-4, rtol=1e-5)
-    routers = torch.stack([mixture.router.weight for mixture in many.mixtures])
+    routers = torch.stack([mixture.gate.weight for mixture in many.mixtures])
     assert routers.std().item() == pytest.approx(0.02, rel=0.15)
 
 

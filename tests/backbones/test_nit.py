@@ -162,7 +162,7 @@ def test_unknown_coordinates_are_refused() -> None:
 def test_patches_without_qk_norm_and_with_a_low_rank_modulation() -> None:
     net = small_nit(patch_size=2, qk_norm=False, adaln_rank=8, label_drop=0.0)
     assert not any("norm" in name for name, _ in net.named_parameters())
-    per_block = sum(p.numel() for name, p in net.blocks[0].named_parameters() if "adaln" in name)
+    per_block = sum(p.numel() for name, p in net.blocks[0].named_parameters() if "adaLN" in name)
     assert per_block == 32 * 8 + 8 + 8 * 192 + 192
     batch = packed([(4, 6), (2, 2)], patch_size=2)
     out = net(batch, torch.tensor([0.2, 0.8]))

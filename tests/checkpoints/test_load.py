@@ -57,7 +57,7 @@ def small(family: str) -> tuple[dict[str, Any], Backbone]:
 def official_state(family: str) -> dict[str, Tensor]:
     """The network of `small` under official names; NiT's with a projector."""
     config, net = small(family)
-    state = FAMILIES[family].theirs(net.state_dict(), {**config["model"]}, GRID)
+    state = FAMILIES[family].theirs(net.state_dict(), config["model"]["patch_size"], GRID)
     if family == "nit":
         state["projector.0.weight"] = torch.randn(8, 32)
     if "pos_embed" in state:
@@ -210,7 +210,7 @@ def test_a_pixel_model_of_the_official_format_is_told_its_tokenizer(family: str,
     config, _ = small(family)
     net = randomise(build.net(config, LatentSpec(3, 1), CLASSES))
     file = tmp_path / "pixels.pt"
-    torch.save(FAMILIES[family].theirs(net.state_dict(), {**config["model"]}, GRID), file)
+    torch.save(FAMILIES[family].theirs(net.state_dict(), config["model"]["patch_size"], GRID), file)
     loaded = genfound.load(file, **told(family))
     assert isinstance(loaded.tokenizer, Undecodable) and loaded.tokenizer.spec.channels == 3
     assert f"{file} is a model of 3 channels" in loaded.tokenizer.reason
@@ -230,7 +230,7 @@ def test_a_folder_tells_which_autoencoder_it_is(tmp_path: Path) -> None:
     build.tokenizer(composed("tokenizer=vq_f4", "tokenizer.weights=random_tiny")).model.save_pretrained(tmp_path)
     config, _ = small("nit")
     net = build.net(config, LatentSpec(3, 4), CLASSES)
-    torch.save(FAMILIES["nit"].theirs(net.state_dict(), {**config["model"]}, GRID), tmp_path / "x.pt")
+    torch.save(FAMILIES["nit"].theirs(net.state_dict(), config["model"]["patch_size"], GRID), tmp_path / "x.pt")
     loaded = genfound.load(tmp_path / "x.pt", tokenizer=str(tmp_path), **HEADS)
     assert type(loaded.tokenizer).__name__ == "VQF4" and loaded.tokenizer.spec == (3, 4)
 
@@ -263,7 +263,9 @@ def test_arguments_of_the_training_script_tell_the_family_and_the_path(tmp_path:
 def test_published_sizes_need_no_hint() -> None:
     config = composed("model=nit_xl")
     with torch.device("meta"):
-        state = FAMILIES["nit"].theirs(build.net(config, LatentSpec(32, 32), 1000).state_dict(), config["model"], GRID)
+        state = FAMILIES["nit"].theirs(
+            build.net(config, LatentSpec(32, 32), 1000).state_dict(), config["model"]["patch_size"], GRID
+        )
     options = FAMILIES["nit"].options(state)
     assert (options["width"], options["depth"], options["heads"], options["num_classes"]) == (1152, 28, 16, 1000)
 
@@ -281,7 +283,7 @@ WRONG = {
     "code inside": "is damaged or is not a checkpoint of tensors",
     "other architecture": "of none of dit, sit, fit",
     "no tensors": "holds no state dict",
-    "missing key": "does not fit DiT: 1 missing .blocks.1.mlp.0.bias",
+    "missing key": "does not fit DiT: 1 missing .blocks.1.mlp.fc1.bias",
     "unknown key": "does not fit DiT: 1 unexpected .extra",
     "empty": "is damaged",
 }
@@ -373,12 +375,12 @@ def test_a_weaker_network_guides(tmp_path: Path) -> None:
 
 def test_only_the_named_parameters_are_trained(tmp_path: Path) -> None:
     fit(run_dir(tmp_path / "start", *TINY))
-    trained = [*TINY, "optimizer.lr=0.01", "optimizer.warmup_images=0", "optimizer.trainable=[adaln,bias]"]
+    trained = [*TINY, "optimizer.lr=0.01", "optimizer.warmup_images=0", "optimizer.trainable=[adaLN,bias]"]
     fit(run_dir(tmp_path / "run", *trained, f"init_from={tmp_path / 'start'}"))
     before = genfound.load(tmp_path / "start", "raw").net.state_dict()
     after = genfound.load(tmp_path / "run", "raw").net.state_dict()
     changed = {key for key in after if not torch.equal(after[key], before[key])}
-    assert changed and all("adaln" in key or "bias" in key for key in changed)
+    assert changed and all("adaLN" in key or "bias" in key for key in changed)
     assert genfound.load(tmp_path / "run").net.state_dict().keys() == after.keys()
 
 

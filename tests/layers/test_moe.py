@@ -118,10 +118,10 @@ def tokens(images: int = 2, count: int = 9) -> Tensor:
 
 def dense_sum(module: MixtureOfExperts, x: Tensor) -> Tensor:
     """All experts on all tokens, weighted by zero where they are not chosen."""
-    scores = (x @ module.router.weight.T).softmax(-1)
-    kth = scores.sort(dim=-1, descending=True).values[..., module.router.top_k - 1 : module.router.top_k]
+    scores = (x @ module.gate.weight.T).softmax(-1)
+    kth = scores.sort(dim=-1, descending=True).values[..., module.gate.top_k - 1 : module.gate.top_k]
     weights = torch.where(scores >= kth, scores, 0)
-    if module.router.normalise:
+    if module.gate.normalise:
         weights = weights / weights.sum(-1, keepdim=True)
     gate, up = torch.einsum("bnd,ehd->benh", x, module.experts.gate_up).chunk(2, dim=-1)
     out = torch.einsum("benh,edh->bend", nn.functional.silu(gate) * up, module.experts.down)
@@ -142,14 +142,14 @@ def test_the_mixture_is_a_weighted_sum(top_k: int, normalise: bool) -> None:
 
 def test_the_shared_expert_is_added() -> None:
     module, x = mixture(), tokens()
-    assert module.shared is not None
-    torch.testing.assert_close(module(x)[0], dense_sum(module, x) + module.shared(x), atol=1e-6, rtol=1e-5)
+    assert module.shared_experts is not None
+    torch.testing.assert_close(module(x)[0], dense_sum(module, x) + module.shared_experts(x), atol=1e-6, rtol=1e-5)
 
 
 def test_an_expert_without_tokens_gets_gradients_of_zero() -> None:
     module = mixture(top_k=1)
-    nn.init.zeros_(module.router.weight)
-    module.router.weight.data[2, 0] = 50
+    nn.init.zeros_(module.gate.weight)
+    module.gate.weight.data[2, 0] = 50
     out, routing = module(tokens().abs())
     assert routing.counts.sum(0).tolist() == [0, 0, 18, 0]
     out.sum().backward()
@@ -162,9 +162,9 @@ def test_evaluation_can_stop_gradients_of_routed_experts() -> None:
     module, x = mixture(eval_gradients=False), tokens().requires_grad_()
     (trained,) = torch.autograd.grad(module.train()(x)[0].sum(), x)
     out, _ = module.eval()(x)
-    assert module.shared is not None
+    assert module.shared_experts is not None
     (evaluated,) = torch.autograd.grad(out.sum(), x)
-    (shared,) = torch.autograd.grad(module.shared(x).sum(), x)
+    (shared,) = torch.autograd.grad(module.shared_experts(x).sum(), x)
     assert torch.equal(evaluated, shared)
     assert (trained - shared).abs().max() > 1e-3
     (kept,) = torch.autograd.grad(mixture().eval()(x)[0].sum(), x)

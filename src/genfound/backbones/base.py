@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from genfound.batch import Batch
+from genfound.config import compose, targets
 from genfound.layers.embed import TimestepEmbedder
 from genfound.layers.initial import Draw
 from genfound.layers.moe import Experts, Router
@@ -63,6 +65,37 @@ class Backbone(nn.Module):
     activation_checkpointing = False
     _compiled: Callable[..., Any] | None = None
 
+    @classmethod
+    def from_preset(cls, name: str, *, num_classes: int = 1000, seed: int = 0, **options: Any) -> Self:
+        """A network as conf/model/ describes it, initialised as in training, e.g. `NiT.from_preset("xl")`.
+
+        Args:
+            name: the option without its family, or whole: `xl` or `nit_xl`.
+            num_classes: classes of the data.
+            seed: of the initial values; on torch's `meta` device there are none.
+            options: other values of the preset's keys; latents have the channels of its tokenizer unless said.
+
+        Raises:
+            ValueError: no option of this class has the name, or it has no such key.
+        """
+        config = compose.compose("train", [f"model={_preset(cls, name)}"])
+        model = {key: value for key, value in config["model"].items() if key != compose.TARGET}
+        if unknown := sorted(options.keys() - model.keys()):
+            raise ValueError(f"{unknown[0]} is no key of model={name}; its keys: {', '.join(model)}")
+        model |= options
+        if model["channels"] is None:
+            model["channels"] = targets.target("tokenizer", config["tokenizer"], ()).published.channels
+        if model.get("learn_sigma") == "auto":
+            objective = {key: value for key, value in config["objective"].items() if key != compose.TARGET}
+            with torch.device("cpu"):  # also where the network itself is built on meta
+                objective = targets.target("objective", config["objective"], ())(**objective)
+            model["learn_sigma"] = objective.learned_variance
+        with torch.device("meta"):
+            net = cls(**model, num_classes=num_classes)
+        if torch.get_default_device().type != "meta":
+            net.materialise(Rng(seed, "initialise"))
+        return net
+
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
         """Prediction for `batch.x` at times t (B,)."""
         raise TypeError(f"{type(self).__name__} does not define forward")
@@ -89,8 +122,9 @@ class Backbone(nn.Module):
                 module.initialise(draw)
         for module in self.modules():
             if isinstance(module, TimestepEmbedder):
-                for layer in (module.first, module.second):
-                    draw(nn.init.normal_, layer.weight, std=0.02)
+                for parameter in module.parameters():
+                    if parameter.ndim == 2:
+                        draw(nn.init.normal_, parameter, std=0.02)
 
     @torch.no_grad()
     def materialise(self, rng: Rng) -> None:
@@ -127,11 +161,11 @@ class Backbone(nn.Module):
         for name, layer in self.named_modules():
             if not isinstance(layer, nn.Linear):
                 continue
-            if any(part == "t_embedder" or part.endswith("adaln") for part in name.split(".")):
+            if any(part == "t_embedder" or part.endswith("adaLN_modulation") for part in name.split(".")):
                 per_image += 2 * layer.weight.numel()
             else:
                 per_token += 2 * layer.weight.numel()
-            if name.endswith("attn.proj"):
+            if name.endswith(("attn.proj", "attn.out_proj")):
                 per_pair += 4 * layer.in_features
         return Flops(per_image, per_token, per_pair)
 
@@ -150,6 +184,26 @@ class Backbone(nn.Module):
         if not isinstance(getattr(self, "rope", None), Rope):
             raise ValueError(f"rope.{next(iter(given))}: {type(self).__name__} has no rotary positions")
         self.rope = replace(self.rope, **given)  # type: ignore[has-type]
+
+
+def _preset(kind: type[Backbone], name: str) -> str:
+    """The option of conf/model/ that a class means by a name."""
+    path, family = f"{kind.__module__}.{kind.__qualname__}", kind.__module__.rpartition(".")[2]
+    sized = (option for option in compose.option_names("model") if "_" in option and option != family)
+    known = [option for option in sized if _target(option) == path]
+    found = [option for option in (f"{family}_{name}", name) if option in known]
+    if not found:
+        short = ", ".join(option.removeprefix(f"{family}_") for option in known)
+        raise ValueError(f"{kind.__name__} has no preset {name}; choose one of {short}")
+    return found[0]
+
+
+def _target(option: str) -> Any:
+    """The class that an option of conf/model/ names, itself or through what it inherits."""
+    file = compose.read_yaml(Path(compose.config_dir()) / "model" / f"{option}.yaml")
+    parents = [parent for parent in file.get("defaults", []) if isinstance(parent, str) and parent != "_self_"]
+    own = file.get("model", {}).get(compose.TARGET)
+    return own if own or not parents else _target(parents[0])
 
 
 def _call(block: nn.Module, *inputs: Any) -> Any:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.layers.adaln import autocast_off, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, norm_modulate, zero_init_
 from genfound.layers.attention import sdpa
-from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
+from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
+from genfound.layers.mlp import Mlp
 from genfound.rng import Rng
 
 EMA_DRIFT = 1e-3
@@ -79,7 +80,7 @@ class DiT(Backbone):
         self.unused_half = unused_half and not learn_sigma
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
-        self.x_embedder = nn.Linear(token, width)
+        self.x_embedder = PatchEmbedder(token, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, null_class=label_drop > 0)
         self.blocks = nn.ModuleList((make_block or Block)(width, heads, mlp_ratio) for _ in range(depth))
@@ -109,66 +110,41 @@ class DiT(Backbone):
         """As in `Backbone`; zeros where adaLN-Zero starts as identity."""
         super().initialise(rng)
         for block in self.blocks:
-            zero_init_(block.adaln)
+            zero_init_(block.adaLN_modulation)
         zero_init_(self.final_layer)
 
 
-class ModulatedBlock(nn.Module):
-    """What the blocks of DiT and its relatives share: modulation and attention.
-
-    Args:
-        width: D.
-        heads: H.
-        qk_norm: from d to the norm of each head's queries and keys.
-        mlp: the feed-forward network.
-    """
-
-    def __init__(self, width: int, heads: int, qk_norm: Callable[[int], nn.Module], mlp: nn.Module) -> None:
-        super().__init__()
-        self.attn = Attention(width, heads, qk_norm)
-        self.mlp = mlp
-        self.adaln = nn.Linear(width, 6 * width)
-
-    def attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x + gate * attention(modulated x), and the modulated input (B, N, D) and gate (B, 1, D) of the MLP."""
-        with autocast_off(x):
-            per_image = self.adaln(c)[:, None]  # (B, 1, 6 D)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
-        x = x + gate_a * self.attn(norm_modulate(x, shift_a, scale_a))
-        return x, norm_modulate(x, shift_m, scale_m), gate_m
-
-
-class Block(ModulatedBlock):
+class Block(nn.Module):
     """x + gate * attention(modulated x), then x + gate * MLP(modulated x)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        hidden = int(width * mlp_ratio)
-        mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
-        super().__init__(width, heads, nn.Identity, mlp)
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = modulation(width, 6 * width, silu=False)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""
-        x, inner, gate = self.attend(x, c)
-        return x + gate * self.mlp(inner)
+        with autocast_off(x):
+            per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
+        x = x + gate_a * self.attn(norm_modulate(x, shift_a, scale_a))
+        return x + gate_m * self.mlp(norm_modulate(x, shift_m, scale_m))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of each image; `qk_norm` as in `ModulatedBlock`."""
+    """Multi-head self-attention over the tokens of each image."""
 
-    def __init__(self, width: int, heads: int, qk_norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = qk_norm(width // heads)
-        self.k_norm = qk_norm(width // heads)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (B, H, N, d) each
-        mixed = sdpa(self.q_norm(q), self.k_norm(k), v)  # (B, H, N, d)
-        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return out
+        return self.proj(sdpa(q, k, v).transpose(1, 2).flatten(2))
 
 
 class FinalLayer(nn.Module):
@@ -176,15 +152,14 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, token: int) -> None:
         super().__init__()
-        self.adaln = nn.Linear(width, 2 * width)
+        self.adaLN_modulation = modulation(width, 2 * width, silu=False)
         self.linear = nn.Linear(width, token)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, K p p)."""
         with autocast_off(x):
-            shift, scale = self.adaln(c)[:, None].chunk(2, dim=2)  # (B, 1, D) each
-            out: Tensor = self.linear(norm_modulate(x, shift, scale))
-        return out
+            shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # (B, 1, D) each
+            return self.linear(norm_modulate(x, shift, scale))
 
 
 def position_table(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:

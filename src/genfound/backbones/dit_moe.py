@@ -9,7 +9,7 @@ Legend: as in `dit`, and E experts, k choices per token, I hidden size of an exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -18,32 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from genfound.backbones.base import Flops
-from genfound.backbones.dit import DiT, ModulatedBlock
+from genfound.backbones.dit import Attention, DiT
 from genfound.batch import Batch
+from genfound.layers.adaln import autocast_off, modulation, norm_modulate
+from genfound.layers.attention import sdpa
 from genfound.layers.moe import MixtureOfExperts, Routing, balance_loss, expert_load
 
 ROUTER_STD = 0.02
 """Of a router's weights after upcycling (upcycle.py)."""
 
 
-class HeadNorm(nn.LayerNorm):
-    """LayerNorm of each head's queries or keys in float32; `half` rounds the result to float16."""
-
-    def __init__(self, size: int, half: bool) -> None:
-        super().__init__(size, eps=1e-6)
-        self.half_precision = half
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d) float32."""
-        out = super().forward(x.float())
-        return out.half().float() if self.half_precision else out
-
-
-QK_NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "none": nn.Identity,
-    "layernorm": partial(HeadNorm, half=False),
-    "layernorm_half": partial(HeadNorm, half=True),
-}
+QK_NORMS = ("none", "layernorm", "layernorm_half")
 
 
 class DiTMoE(DiT):
@@ -84,7 +69,7 @@ class DiTMoE(DiT):
             raise ValueError(f"model.balance_over={balance_over} is unknown; choose tokens or sequence")
         make_block = partial(
             Block,
-            qk_norm=QK_NORMS[qk_norm],
+            qk_norm=qk_norm,
             experts=experts,
             top_k=top_k,
             norm_topk=norm_topk,
@@ -100,7 +85,7 @@ class DiTMoE(DiT):
     @property
     def mixtures(self) -> list[MixtureOfExperts]:
         """The experts of every block."""
-        return [cast(MixtureOfExperts, block.mlp) for block in self.blocks]
+        return [cast(MixtureOfExperts, block.moe) for block in self.blocks]
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         """As in `DiT`; keeps the balance and the load of every block."""
@@ -117,7 +102,7 @@ class DiTMoE(DiT):
     def flops(self) -> Flops:
         """As in `Backbone`, and of the routers and the experts that a token meets."""
         routed = sum(
-            2 * mixture.router.weight.numel() + 6 * mixture.router.top_k * mixture.experts.down[0].numel()
+            2 * mixture.gate.weight.numel() + 6 * mixture.gate.top_k * mixture.experts.down[0].numel()
             for mixture in self.mixtures
         )
         known = super().flops()
@@ -128,7 +113,7 @@ class DiTMoE(DiT):
         return {**self.__dict__, "balances": None, "loads": None}
 
 
-class Block(ModulatedBlock):
+class Block(nn.Module):
     """x + gate * attention(modulated x), then x + gate * experts(modulated x); arguments as of `DiTMoE`."""
 
     def __init__(
@@ -137,7 +122,7 @@ class Block(ModulatedBlock):
         heads: int,
         mlp_ratio: float,
         *,
-        qk_norm: Callable[[int], nn.Module],
+        qk_norm: str,
         experts: int,
         top_k: int,
         norm_topk: bool,
@@ -145,7 +130,10 @@ class Block(ModulatedBlock):
         balance_over: str,
         eval_gradients: bool,
     ) -> None:
-        mlp = MixtureOfExperts(
+        super().__init__()
+        half = qk_norm == "layernorm_half"
+        self.attn = Attention(width, heads) if qk_norm == "none" else NormedAttention(width, heads, half)
+        self.moe = MixtureOfExperts(
             width=width,
             hidden=int(width * mlp_ratio),
             experts=experts,
@@ -154,14 +142,48 @@ class Block(ModulatedBlock):
             shared_hidden=shared_experts * width,
             eval_gradients=eval_gradients,
         )
-        super().__init__(width, heads, qk_norm, mlp)
+        self.adaLN_modulation = modulation(width, 6 * width, silu=False)
         self.balance_over = balance_over
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D), the balance loss and the load (E,) of its experts."""
-        x, inner, gate = self.attend(x, c)
-        out, routing = self.mlp(inner)
-        return x + gate * out, balance_loss(routing, self.balance_over), expert_load(routing)
+        with autocast_off(x):
+            per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
+        x = x + gate_a * self.attn(norm_modulate(x, shift_a, scale_a))
+        out, routing = self.moe(norm_modulate(x, shift_m, scale_m))
+        return x + gate_m * out, balance_loss(routing, self.balance_over), expert_load(routing)
+
+
+class NormedAttention(nn.Module):
+    """Attention with normalised queries and keys, `Wqkv` and `out_proj` as in the released XL and G; see `HeadNorm`."""
+
+    def __init__(self, width: int, heads: int, half: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.Wqkv = nn.Linear(width, 3 * width)
+        self.q_norm = HeadNorm(width // heads, half)
+        self.k_norm = HeadNorm(width // heads, half)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        q, k, v = self.Wqkv(x).unflatten(2, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (B, H, N, d) each
+        mixed = sdpa(self.q_norm(q), self.k_norm(k), v)  # (B, H, N, d)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class HeadNorm(nn.LayerNorm):
+    """LayerNorm of each head's queries or keys in float32; `half` rounds the result to float16."""
+
+    def __init__(self, size: int, half: bool) -> None:
+        super().__init__(size, eps=1e-6)
+        self.half_precision = half
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d) float32."""
+        out = super().forward(x.float())
+        return out.half().float() if self.half_precision else out
 
 
 class RoutingCounts:
@@ -184,7 +206,7 @@ class RoutingCounts:
     def __init__(self, net: DiTMoE, times: Tensor, num_classes: int) -> None:
         self.net = net
         device = next(net.parameters()).device
-        layers, experts = len(net.blocks), len(net.mixtures[0].router.weight)
+        layers, experts = len(net.blocks), len(net.mixtures[0].gate.weight)
         self.times = times.to(device, torch.float32)
         self.per_class = torch.zeros(num_classes, layers, experts, dtype=torch.int64, device=device)
         self.per_time = torch.zeros(layers, len(times), experts, dtype=torch.int64, device=device)
@@ -195,7 +217,7 @@ class RoutingCounts:
         """Within this context every forward pass of the network is counted."""
         handles = [self.net.register_forward_pre_hook(self._begin)]
         for layer, mixture in enumerate(self.net.mixtures):
-            handles.append(mixture.router.register_forward_hook(partial(self._count, layer)))
+            handles.append(mixture.gate.register_forward_hook(partial(self._count, layer)))
         try:
             yield self
         finally:
@@ -226,7 +248,7 @@ def active_parameters(net: DiTMoE) -> int:
     """Parameters that one token passes: all but those of the experts it does not choose."""
     idle = 0
     for mixture in net.mixtures:
-        experts = len(mixture.router.weight)
+        experts = len(mixture.gate.weight)
         stacked = sum(p.numel() for p in mixture.experts.parameters())
-        idle += stacked // experts * (experts - mixture.router.top_k)
+        idle += stacked // experts * (experts - mixture.gate.top_k)
     return sum(p.numel() for p in net.parameters()) - idle

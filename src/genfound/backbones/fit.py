@@ -14,7 +14,6 @@ P = p^2 C; "..." is B, N or, packed, T.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, zero_init_
 from genfound.layers.attention import packed_attention, sdpa, with_block_mask
-from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
+from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import SwiGLU, feed_forward
 from genfound.layers.norm import norm_layer
 from genfound.layers.rope import Rope, RopeTables, apply_rope, row_major
@@ -112,10 +111,10 @@ class FiT(Backbone):
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
-        self.x_embedder = nn.Linear(token, width)
+        self.x_embedder = PatchEmbedder(token, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, null_class=label_drop > 0)
-        self.global_adaln = _silu_linears(width, 6 * width) if adaln == "lora" else None
+        self.global_adaLN_modulation = modulation(width, 6 * width, silu=True) if adaln == "lora" else None
 
         def block() -> Block:
             attn = Attention(width, heads, q_norm, k_norm, qkv_bias, rope_on_values, attention)
@@ -137,7 +136,7 @@ class FiT(Backbone):
         x = x.float()
         with autocast_off(x):
             c = self.t_embedder(self._embedded_time(t)) + self.y_embedder(batch.y)  # (B, D)
-            shared = 0.0 if self.global_adaln is None else self.global_adaln(c)  # (B, 6 D)
+            shared = 0.0 if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c)  # (B, 6 D)
             rope = self._rotation(batch)  # (..., 1, d) twice
         for block in self.blocks:
             x = self.run_block(block, x, c, shared, batch, rope)  # (..., D)
@@ -153,7 +152,7 @@ class FiT(Backbone):
         """As in `Backbone`; zeros where adaLN-Zero starts as identity."""
         super().initialise(rng)
         for name, module in self.named_modules():
-            if name.endswith("adaln"):
+            if name.endswith("adaLN_modulation"):
                 zero_init_(module.fc2 if isinstance(module, SwiGLU) else list(module.children())[-1])
         zero_init_(self.final_layer.linear)
 
@@ -186,12 +185,12 @@ class Block(nn.Module):
         self.attn = attn
         self.norm2 = norm_layer("norm", norm, width)
         self.mlp = mlp
-        self.adaln = adaln
+        self.adaLN_modulation = adaln
 
     def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, rope: RopeTables | None) -> Tensor:
         """x (..., D), condition c (B, D), the modulation that blocks share (B, 6 D) -> (..., D)."""
         with autocast_off(x):
-            per_image = (self.adaln(c) + shared).chunk(6, dim=1)  # 6 x (B, D)
+            per_image = (self.adaLN_modulation(c) + shared).chunk(6, dim=1)  # 6 x (B, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
         mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), 1 + scale_a), batch, rope)
         x = torch.addcmul(x, gate_a, mixed.float())
@@ -220,8 +219,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
             v = apply_rope(v, *rope).to(v.dtype) if self.rope_on_values else v
-        out: Tensor = self.proj(self._mix(q, k, v, batch).flatten(-2))
-        return out
+        return self.proj(self._mix(q, k, v, batch).flatten(-2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Attention in the layout of the batch, (..., H, d)."""
@@ -240,15 +238,14 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, token: int, norm: str, adaln: nn.Module | None) -> None:
         super().__init__()
         self.norm_final = norm_layer("norm", norm, width)
-        self.adaln = _silu_linears(width, 2 * width) if adaln is None else adaln
+        self.adaLN_modulation = modulation(width, 2 * width, silu=True) if adaln is None else adaln
         self.linear = nn.Linear(width, token)
 
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (..., D), c (B, D) -> (..., P)."""
         with autocast_off(x):
-            shift, scale = (batch.per_token(v) for v in self.adaln(c).chunk(2, dim=1))
-            out: Tensor = self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
-        return out
+            shift, scale = (batch.per_token(v) for v in self.adaLN_modulation(c).chunk(2, dim=1))
+            return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
 
 
 def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:
@@ -262,7 +259,7 @@ def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:
         raise ValueError(f"model.adaln={kind} with model.adaln_rank={rank}: lora needs a rank, the others take null")
     if kind == "swiglu":
         return SwiGLU(width, width // 4 * 3, 6 * width, bias=True)
-    return _silu_linears(width, *([] if rank is None else [rank]), 6 * width)
+    return modulation(width, *([] if rank is None else [rank]), 6 * width, silu=True)
 
 
 def coordinates(batch: Batch, patch_size: int) -> Tensor:
@@ -273,11 +270,6 @@ def coordinates(batch: Batch, patch_size: int) -> Tensor:
         return row_major(torch.arange(batch.mask.shape[1], device=batch.x.device), batch.sizes[:, 1:])
     rows, columns = (side // patch_size for side in batch.x.shape[2:])
     return row_major(torch.arange(rows * columns, device=batch.x.device), columns)[None]
-
-
-def _silu_linears(*widths: int) -> nn.Sequential:
-    """SiLU, then linear layers between these widths, with nothing in between."""
-    return nn.Sequential(nn.SiLU(), *(nn.Linear(a, b) for a, b in pairwise(widths)))
 
 
 def _head_size(width: int, heads: int) -> int:

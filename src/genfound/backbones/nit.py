@@ -14,7 +14,6 @@ Legend: B images, T packed tokens, D width, H heads, d = D / H, P = patch_size^2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.layers.adaln import autocast_off, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, norm_modulate, zero_init_
 from genfound.layers.attention import packed_attention, with_block_mask
-from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
+from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
+from genfound.layers.mlp import Mlp
 from genfound.layers.rope import Rope, RopeTables, apply_rope, row_major
 from genfound.rng import Rng
 
@@ -93,7 +93,7 @@ class NiT(Backbone):
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
-        self.x_embedder = nn.Linear(token, width)
+        self.x_embedder = PatchEmbedder(token, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, null_class=label_drop > 0)
         self.blocks = nn.ModuleList(
@@ -113,17 +113,15 @@ class NiT(Backbone):
             rope = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d) twice
         for block in self.blocks:
             x = self.run_block(block, x, c, batch, rope)  # (T, D)
-        out: Tensor = self.final_layer(x, c, batch)  # (T, P)
-        return out
+        return self.final_layer(x, c, batch)  # (T, P)
 
     def initialise(self, rng: Rng | None = None) -> None:
         """As in `Backbone`; zeros where adaLN-Zero starts as identity."""
         super().initialise(rng)
         for block in self.blocks:
             assert isinstance(block, Block)
-            zero_init_(block.adaln[-1])
-        zero_init_(self.final_layer.adaln)
-        zero_init_(self.final_layer.linear)
+            zero_init_(block.adaLN_modulation[-1])
+        zero_init_(self.final_layer)
 
 
 class Block(nn.Module):
@@ -134,15 +132,14 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attn = Attention(width, heads, qk_norm, attention)
-        hidden = int(width * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
-        ranks = [width] if adaln_rank is None else [width, adaln_rank]
-        self.adaln = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise([*ranks, 6 * width])))
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        ranks = [] if adaln_rank is None else [adaln_rank]
+        self.adaLN_modulation = modulation(width, *ranks, 6 * width, silu=False)
 
     def forward(self, x: Tensor, c: Tensor, batch: Batch, rope: RopeTables) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
         with autocast_off(x):
-            per_image = self.adaln(c).chunk(6, dim=1)  # 6 x (B, D)
+            per_image = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (B, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
         x = torch.addcmul(x, gate_a, self.attn(norm_modulate(x, shift_a, scale_a), batch, rope).float())
         return torch.addcmul(x, gate_m, self.mlp(norm_modulate(x, shift_m, scale_m)).float())
@@ -167,8 +164,7 @@ class Attention(nn.Module):
         q = apply_rope(self.q_norm(q.float()), *rope)
         k = apply_rope(self.k_norm(k.float()), *rope)
         mixed = packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, batch.block_mask)
-        out: Tensor = self.proj(mixed.flatten(1))
-        return out
+        return self.proj(mixed.flatten(1))
 
 
 class FinalLayer(nn.Module):
@@ -176,15 +172,14 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, token: int) -> None:
         super().__init__()
-        self.adaln = nn.Linear(width, 2 * width)
+        self.adaLN_modulation = modulation(width, 2 * width, silu=False)
         self.linear = nn.Linear(width, token)
 
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, P)."""
         with autocast_off(x):
-            shift, scale = (batch.per_token(v) for v in self.adaln(c).chunk(2, dim=1))
-            out: Tensor = self.linear(norm_modulate(x, shift, scale))
-        return out
+            shift, scale = (batch.per_token(v) for v in self.adaLN_modulation(c).chunk(2, dim=1))
+            return self.linear(norm_modulate(x, shift, scale))
 
 
 def coordinates(batch: Batch, order: str) -> Tensor:

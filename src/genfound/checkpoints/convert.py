@@ -20,7 +20,7 @@ from genfound.runtime.files import check_folder
 def to_official(
     config: Mapping[str, Any], state: Mapping[str, Tensor], sizes: list[tuple[int, int]]
 ) -> dict[str, Tensor]:
-    """Our tensors under the names and in the orders of the official code.
+    """Our tensors in the shapes and orders of the official code.
 
     Raises:
         ValueError: a backbone that was never published.
@@ -30,7 +30,7 @@ def to_official(
         raise ValueError(f"{config['model']['_target_']} has no official format")
     unit = build.published_spec(config).stride * config["model"]["patch_size"]
     grid = (sizes[0][0] // unit, sizes[0][1] // unit)
-    return FAMILIES[family].theirs(state, config["model"], grid)
+    return FAMILIES[family].theirs(state, config["model"]["patch_size"], grid)
 
 
 class Conversion(NamedTuple):

@@ -45,7 +45,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights in our names, and what they belong to.
+    """Weights in our shapes, and what they belong to.
 
     Attributes:
         config: resolved configuration.
@@ -258,7 +258,7 @@ def _size(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, 
 
 def _shape(found: Weights) -> LatentSpec:
     """The shape of the latents that the weights are for; no tokenizer is built."""
-    channels = found.state["x_embedder.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
+    channels = found.state["x_embedder.proj.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
     return build.published_spec(found.config)._replace(channels=channels)
 
 

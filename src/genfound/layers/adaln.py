@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,15 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without affine parameters (eps 1e-6), then shift and scale, which broadcast against x (..., D)."""
     normed = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift, normed, 1 + scale)
+
+
+def modulation(*widths: int, silu: bool) -> nn.Sequential:
+    """From an image's condition to its shifts, scales and gates: SiLU, then linear layers between these widths.
+
+    Where `silu` is false the condition comes with its SiLU, which is computed once for all blocks; the linear layers
+    are numbered from 1, as in the released checkpoints, all the same.
+    """
+    return nn.Sequential(nn.SiLU() if silu else nn.Identity(), *(nn.Linear(a, b) for a, b in pairwise(widths)))
 
 
 def autocast_off(x: Tensor) -> torch.autocast:

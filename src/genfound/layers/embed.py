@@ -1,4 +1,4 @@
-"""Embeddings of the conditions: time and class label."""
+"""Embeddings of patches, and of the conditions: time and class label."""
 
 from __future__ import annotations
 
@@ -22,18 +22,28 @@ def sinusoid(t: Tensor, size: int = FREQUENCIES, longest_period: float = LONGEST
     return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, size % 2))
 
 
+class PatchEmbedder(nn.Module):
+    """A linear layer from the numbers of a patch (C, p, p) to its token."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(patch, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C p p) -> (..., D)."""
+        return self.proj(x)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoid -> Linear -> SiLU -> Linear. The time is taken in the unit it comes in."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = nn.Linear(FREQUENCIES, width)
-        self.second = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        embedded: Tensor = self.second(nn.functional.silu(self.first(sinusoid(t))))
-        return embedded
+        return self.mlp(sinusoid(t))
 
 
 class LabelEmbedder(nn.Module):
@@ -45,5 +55,4 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """(B,) int -> (B, D)."""
-        row: Tensor = self.embedding_table(y)
-        return row
+        return self.embedding_table(y)

@@ -9,15 +9,14 @@ from torch.nn.functional import gelu, silu
 class Mlp(nn.Module):
     """Linear -> GELU (tanh) -> Linear."""
 
-    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        out: Tensor = self.fc2(gelu(self.fc1(x), approximate="tanh"))
-        return out
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
 
 
 class SwiGLU(nn.Module):
@@ -31,8 +30,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., out)."""
-        out: Tensor = self.fc2(silu(self.fc1_g(x)) * self.fc1_x(x))
-        return out
+        return self.fc2(silu(self.fc1_g(x)) * self.fc1_x(x))
 
 
 def feed_forward(kind: str, width: int, ratio: float, bias: bool) -> nn.Module:

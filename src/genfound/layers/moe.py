@@ -1,7 +1,7 @@
 """Mixture of experts: a router sends every token to a few of many feed-forward networks.
 
-The weights of all experts are stacked, and tokens are sorted by expert, so that a form of computation (`FORMS`)
-sees S sorted rows and where each expert's rows end. All forms give the same numbers; experts without a token get
+The weights of all experts are stacked, and tokens are sorted by expert, so that a kernel (`KERNELS`)
+sees S sorted rows and where each expert's rows end. All kernels give the same numbers; experts without a token get
 gradients of zero.
 
 Legend: B images, N tokens per image, D width, E experts, k choices per token, I hidden size of an expert,
@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from genfound.layers.adaln import autocast_off
 from genfound.layers.expert_kernels import KERNELS, choose_kernel
 from genfound.layers.initial import Draw
-from genfound.layers.mlp import SwiGLU
 
 
 class Routing(NamedTuple):
@@ -121,22 +120,36 @@ class MixtureOfExperts(nn.Module):
         eval_gradients: bool,
     ) -> None:
         super().__init__()
-        self.router = Router(width, experts, top_k, normalise)
+        self.gate = Router(width, experts, top_k, normalise)
         self.experts = Experts(width, hidden, experts)
-        self.shared = SwiGLU(width, shared_hidden, width, bias=False) if shared_hidden else None
+        self.shared_experts = Expert(width, shared_hidden) if shared_hidden else None
         self.eval_gradients = eval_gradients
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x (B, N, D) -> (B, N, D), and how it was routed."""
-        routing: Routing = self.router(x)
+        routing: Routing = self.gate(x)
         out: Tensor = self.experts(x, routing)
         if not (self.training or self.eval_gradients):
             out = out.detach()
-        return out if self.shared is None else out + self.shared(x), routing
+        return out if self.shared_experts is None else out + self.shared_experts(x), routing
+
+
+class Expert(nn.Module):
+    """down(SiLU(gate(x)) * up(x)) without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Experts(nn.Module):
-    """E networks down(SiLU(gate(x)) * up(x)) without biases; matrices are Xavier-uniform.
+    """E times `Expert`, their weights stacked; matrices are Xavier-uniform.
 
     Attributes:
         gate_up: (E, 2 I, D), gate and up of each expert.
@@ -164,8 +177,8 @@ class Experts(nn.Module):
         place = order.argsort().view(-1, routing.choices.shape[-1])  # (B N, k) the rows of a token
         ends = routing.counts.sum(dim=0).cumsum(dim=0, dtype=torch.int32)  # (E,)
         rows = _Dispatch.apply(x.flatten(0, 1), token, place).to(dtype)  # type: ignore[no-untyped-call]
-        form = KERNELS[choose_kernel(device, dtype, *self.down.shape[1:])]
-        out = form(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
+        kernel = KERNELS[choose_kernel(device, dtype, *self.down.shape[1:])]
+        out = kernel(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
         weighted = out * routing.weights.flatten()[order, None]
         summed: Tensor = _Combine.apply(weighted, token, place)  # type: ignore[no-untyped-call]
         return summed.view_as(x)

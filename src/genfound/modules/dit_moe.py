@@ -12,7 +12,7 @@ from genfound.backbones.dit_moe import ROUTER_STD, DiTMoE
 from genfound.modules.base import GenerativeModule
 from genfound.rng import Rng
 
-ROUTER = "mlp.router.weight"
+ROUTER = "moe.gate.weight"
 
 
 class DiTMoEModule(GenerativeModule):
@@ -70,6 +70,6 @@ def upcycle(state: Mapping[str, Tensor], experts: int, generator: torch.Generato
     for name, tensor in state.items():
         if name.endswith(ROUTER):
             new[name] = torch.randn(experts, tensor.shape[1], generator=generator) * ROUTER_STD
-        elif ".mlp.experts." in name:
+        elif ".moe.experts." in name:
             new[name] = tensor.repeat(experts, 1, 1)
     return new

@@ -18,7 +18,7 @@ from genfound.backbones.dit import Block, DiT, FinalLayer, position_table
 from genfound.backbones.sit import SiT
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
-from genfound.checkpoints.official.dit import from_official, official_keys, to_official
+from genfound.checkpoints.official.dit import from_official, to_official
 from genfound.data.images import views
 from genfound.layers.embed import LabelEmbedder, TimestepEmbedder, sinusoid
 from genfound.layouts import Dense
@@ -169,7 +169,7 @@ def time_sinusoid(fixture: Fixture) -> Results:
 def time_embedding(fixture: Fixture) -> Results:
     """Sinusoid and MLP."""
     module = TimestepEmbedder(fixture["config"]["hidden_size"])
-    fill_part(module, fixture, "t_embedder")
+    checkpoint_io.load_strict(module, parameters(fixture), SOURCE)
     return {"out": module(inputs(fixture)["t"])}
 
 
@@ -212,7 +212,7 @@ def block(fixture: Fixture) -> Results:
     """One block; the SiLU before its modulation is computed once for all blocks, outside."""
     config, given = fixture["config"], inputs(fixture)
     module = Block(config["hidden_size"], config["num_heads"], config.get("mlp_ratio", 4.0))
-    fill_part(module, fixture, "blocks.0")
+    checkpoint_io.load_strict(module, parameters(fixture), SOURCE)
     return {"out": module(given["x"], torch.nn.functional.silu(given["c"]))}
 
 
@@ -225,17 +225,9 @@ def final_layer(fixture: Fixture) -> Results:
     module = FinalLayer(config["hidden_size"], channels * p * p)
     order = torch.arange(channels * p * p).view(p, p, channels).permute(2, 0, 1).flatten()  # ours from theirs
     weights = parameters(fixture)
-    own = {key.replace("adaLN_modulation.1", "adaln"): value for key, value in weights.items()}
-    own |= {key: own[key][order] for key in ("linear.weight", "linear.bias")}
-    checkpoint_io.load_strict(module, own, SOURCE)
+    weights |= {key: weights[key][order] for key in ("linear.weight", "linear.bias")}
+    checkpoint_io.load_strict(module, weights, SOURCE)
     return {"out": module(given["x"], torch.nn.functional.silu(given["c"]))[..., order.argsort()]}
-
-
-def fill_part(module: torch.nn.Module, fixture: Fixture, name: str) -> None:
-    """Official weights of a part, whose keys are relative to it."""
-    names = official_keys(1)
-    own = {names[f"{name}.{key}"].removeprefix(f"{name}."): value for key, value in parameters(fixture).items()}
-    checkpoint_io.load_strict(module, own, SOURCE)
 
 
 @adapter("dit", "dit.init", notes=_All())
@@ -276,7 +268,7 @@ def sample(fixture: Fixture) -> Results:
 
 @adapter("dit", "dit.train_steps")
 def train(fixture: Fixture) -> Results:
-    """Optimizer steps of the training module and its moving average; weights go out in official names."""
+    """Optimizer steps of the training module and its moving average; weights go out in official shapes."""
     config, call, given = fixture["config"], fixture["call"], inputs(fixture)
     net = official(fixture, config["model"]).train()
     objective = diffusion(config["diffusion"], clip=False)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from genfound import build
-from genfound.backbones.dit import Attention, position_table
-from genfound.backbones.dit_moe import QK_NORMS, Block, DiTMoE, active_parameters
+from genfound.backbones.dit import position_table
+from genfound.backbones.dit_moe import Block, DiTMoE, NormedAttention, active_parameters
 from genfound.checkpoints.official import dit_moe
-from genfound.layers.mlp import SwiGLU
-from genfound.layers.moe import MixtureOfExperts, Router, Routing, balance_loss
+from genfound.layers.moe import Expert, MixtureOfExperts, Router, Routing, balance_loss
 from genfound.modules.dit_moe import DiTMoEModule, upcycle
 from genfound.runtime import checkpoint_io
 from genfound.sampling.pipeline import with_guidance
@@ -95,7 +94,7 @@ class Official:
         self.drop = config["class_dropout_prob"]
 
     def outwards(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """Tensors in our names under the official ones."""
+        """Tensors in official shapes."""
         official = dit_moe.to_official(state, self.patch_size, self.grid)
         return {f"{prefix}.{key}": tensor.clone() for key, tensor in official.items()}
 
@@ -126,22 +125,17 @@ def routed(net: DiTMoE) -> Iterator[list[Tensor]]:
     def hook(module: nn.Module, inputs: Any, routing: Routing) -> None:
         seen.append(routing.choices.flatten(0, 1).sort(dim=1).values)
 
-    handles = [mixture.router.register_forward_hook(hook) for mixture in net.mixtures]
+    handles = [mixture.gate.register_forward_hook(hook) for mixture in net.mixtures]
     yield seen
     for handle in handles:
         handle.remove()
 
 
-def fill_part(module: nn.Module, fixture: Fixture, theirs: str, ours: str) -> None:
-    """Official weights of a part; both names are those of the part in the whole network."""
-    state = {f"{theirs}.{key}": value for key, value in fill.parameters(fixture).items()}
-    if "blocks.0.moe.gate.weight" in state:
-        state = dit_moe.stack_experts(state)
-    qk_norm = any("Wqkv" in key for key in state)
-    names = dit_moe.official_keys(1, qk_norm, shared=True)
-    checkpoint_io.load_strict(
-        module, {names.get(key, key).removeprefix(f"{ours}."): v for key, v in state.items()}, SOURCE
-    )
+def fill_part(module: nn.Module, fixture: Fixture, name: str) -> None:
+    """Official weights of a part of a block, which has this name in the whole network."""
+    state = {f"{name}.{key}": value for key, value in fill.parameters(fixture).items()}
+    stacked = dit_moe.stack_experts(state)
+    checkpoint_io.load_strict(module, {key.removeprefix(f"{name}."): v for key, v in stacked.items()}, SOURCE)
 
 
 @adapter("dit_moe", "gate")
@@ -184,7 +178,7 @@ def mixture(fixture: Fixture) -> Results:
         shared_hidden=(size["n_shared_experts"] or 0) * size["embed_dim"],
         eval_gradients=False,
     )
-    fill_part(module, fixture, "blocks.0.moe", "blocks.0.mlp")
+    fill_part(module, fixture, "blocks.0.moe")
     given = tensors(fixture)
     x, upstream = given["x"].requires_grad_(), given["grad_out"]
     out_eval, _ = module.eval()(x)
@@ -202,9 +196,8 @@ def part_gradients(module: MixtureOfExperts, x: Tensor, value: Tensor) -> dict[s
     """Gradients of the input and of all weights, under the official names of the part."""
     named = dict(module.named_parameters())
     found = torch.autograd.grad(value, (x, *named.values()), retain_graph=True, materialize_grads=True)
-    ours = {f"blocks.0.mlp.{name}": tensor for name, tensor in zip(named, found[1:], strict=True)}
-    names = {b: a for a, b in dit_moe.official_keys(1, qk_norm=False, shared=True).items()}
-    theirs = {names[key]: tensor for key, tensor in ours.items() if key in names} | dit_moe.unstack_experts(ours)
+    ours = {f"blocks.0.moe.{name}": tensor for name, tensor in zip(named, found[1:], strict=True)}
+    theirs = dit_moe.unstack_experts(ours)
     return {"x": found[0]} | {key.removeprefix("blocks.0.moe."): tensor for key, tensor in theirs.items()}
 
 
@@ -212,17 +205,14 @@ def part_gradients(module: MixtureOfExperts, x: Tensor, value: Tensor) -> dict[s
 def expert(fixture: Fixture) -> Results:
     """One expert and its gradients."""
     config = settings(fixture["config"], {}, "hidden_size", "intermediate_size", "pretraining_tp") | fixture["config"]
-    module = SwiGLU(config["hidden_size"], config["intermediate_size"], config["hidden_size"], bias=False)
-    theirs = "blocks.0.moe.shared_experts"
-    fill_part(module, fixture, theirs, "blocks.0.mlp.shared")
+    module = Expert(config["hidden_size"], config["intermediate_size"])
+    checkpoint_io.load_strict(module, fill.parameters(fixture), SOURCE)
     given = tensors(fixture)
     x = given["x"].requires_grad_()
     out = module(x)
     out.backward(given["grad_out"])
-    names = dit_moe.official_keys(1, qk_norm=False, shared=True)
-    grads = {key: names[f"{theirs}.{key}"].removeprefix("blocks.0.mlp.shared.") for key, _ in fixture["parameters"]}
     return {"out": out, "grad.x": x.grad} | {
-        f"grad.{key}": gradient(module.get_parameter(ours)) for key, ours in grads.items()
+        f"grad.{key}": gradient(parameter) for key, parameter in module.named_parameters()
     }
 
 
@@ -234,9 +224,9 @@ def attention(fixture: Fixture) -> Results:
     if config != {"qkv_bias": True, "qk_norm": True}:
         raise NotImplementedError("attention without biases or norms")
     results = {}
-    for name, norm in (("out", "layernorm"), ("out_qk_rounded", "layernorm_half")):
-        module = Attention(fixture["config"]["dim"], fixture["config"]["num_heads"], QK_NORMS[norm])
-        fill_part(module, fixture, "blocks.0.attn", "blocks.0.attn")
+    for name, half in (("out", False), ("out_qk_rounded", True)):
+        module = NormedAttention(fixture["config"]["dim"], fixture["config"]["num_heads"], half)
+        checkpoint_io.load_strict(module, fill.parameters(fixture), SOURCE)
         results[name] = module(tensors(fixture)["x"])
     return results
 
@@ -249,7 +239,7 @@ def block(fixture: Fixture) -> Results:
     net = construct({**config, "depth": 1, "num_classes": 1}, flow=False)
     module = net.blocks[0].eval()
     assert isinstance(module, Block)
-    fill_part(module, fixture, "blocks.0", "blocks.0")
+    fill_part(module, fixture, "blocks.0")
     return {"out": module(given["x"], nn.functional.silu(given["c"]))[0]}
 
 
@@ -296,7 +286,7 @@ def size(row: Mapping[str, Any]) -> dict[str, Any]:
     assert isinstance(net, DiTMoE)
     width, depth, tokens = config["model"]["width"], len(net.blocks), (32 // patch) ** 2
     trainable, moe = sum(p.numel() for p in net.parameters()), net.mixtures[0]
-    assert moe.shared is not None
+    assert moe.shared_experts is not None
     linear, mixing = multiplications(net, tokens, width)
     return {
         "name": row["name"],
@@ -308,7 +298,7 @@ def size(row: Mapping[str, Any]) -> dict[str, Any]:
         "trainable": trainable,
         "activated": active_parameters(net) + tokens * width,
         "per_expert": sum(p.numel() for p in moe.experts.parameters()) // experts,
-        "shared": sum(p.numel() for p in moe.shared.parameters()),
+        "shared": sum(p.numel() for p in moe.shared_experts.parameters()),
         "gmac_linear": round(linear / 1e9, 4),
         "gmac_attn": round(mixing / 1e9, 4),
         "published": row["published"],
@@ -320,10 +310,10 @@ def multiplications(net: DiTMoE, tokens: int, width: int) -> tuple[int, int]:
     linear = 0
     for name, parameter in net.named_parameters():
         if ".experts." in name:
-            top_k = net.mixtures[0].router.top_k
+            top_k = net.mixtures[0].gate.top_k
             linear += tokens * top_k * parameter.numel() // len(parameter)
         elif parameter.ndim == 2 and "embedding_table" not in name:
-            linear += parameter.numel() * (1 if "adaln" in name or "t_embedder" in name else tokens)
+            linear += parameter.numel() * (1 if "adaLN" in name or "t_embedder" in name else tokens)
     return linear, 2 * len(net.blocks) * tokens**2 * width
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genfound.backbones.fit import FiT
 from genfound.batch import Batch
-from genfound.checkpoints.official.fit import finetune_keys, from_official, official_key, to_official
+from genfound.checkpoints.official.fit import from_official
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
 from genfound.rng import Rng
@@ -115,9 +115,9 @@ def official(fixture: Fixture, config: Mapping[str, Any]) -> FiT:
     return net.eval()
 
 
-def official_names(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our names of parameters -> by their official names."""
-    return to_official(ours)
+def trainable(net: FiT, parts: Sequence[str]) -> set[str]:
+    """What partial fine-tuning trains, as `optimizer.trainable` does: the names that contain one of `parts`."""
+    return {name for name in net.state_dict() if any(part in name for part in parts)}
 
 
 def by_row(x: Tensor, config: Mapping[str, Any]) -> Tensor:
@@ -209,7 +209,7 @@ def sizes(fixture: Fixture) -> Results:
 def size(config: Mapping[str, Any]) -> dict[str, Any]:
     with FakeTensorMode(), torch.no_grad():
         net = build(config, clamp_time=False)
-        entries = sorted((key, list(value.shape)) for key, value in to_official(net.state_dict()).items())
+        entries = sorted((key, list(value.shape)) for key, value in net.state_dict().items())
         side = 16 * net.token_spec.patch_size
         one = torch.ones(1, dtype=torch.long)
         batch = Batch(torch.zeros(1, net.token_spec.channels, side, side), one, torch.full((1, 2), 16), one > 0)
@@ -218,9 +218,7 @@ def size(config: Mapping[str, Any]) -> dict[str, Any]:
     asked = arguments(config)
     if asked["finetune"] not in (None, "partial"):
         raise NotImplementedError(f"finetune={asked['finetune']}")
-    trained = set(
-        net.state_dict() if asked["finetune"] is None else finetune_keys(net.state_dict(), asked["ignore_keys"])
-    )
+    trained = net.state_dict().keys() if asked["finetune"] is None else trainable(net, asked["ignore_keys"])
     lines = "\n".join(f"{key}:{','.join(map(str, shape))}" for key, shape in entries)
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -236,7 +234,7 @@ def initialisation(fixture: Fixture) -> Results:
     """The law of every parameter, from one network; the laws are names, which are compared here."""
     net = build(fixture["config"], clamp_time=False)
     net.initialise(Rng(0))
-    laws = {key: law(value) for key, value in to_official(net.state_dict()).items()}
+    laws = {key: law(value) for key, value in net.state_dict().items()}
     assert laws == fixture["outputs"]["kind"]["values"]
     return {}
 
@@ -258,9 +256,9 @@ def partial_finetuning(fixture: Fixture) -> Results:
     """What partial fine-tuning trains; the lists are names, which are compared here."""
     config = {**fixture["config"]}
     net = build(config, clamp_time=False)
-    trained = finetune_keys(net.state_dict(), config["ignore_keys"])
+    trained = trainable(net, config["ignore_keys"])
     wanted = fixture["outputs"]["trainable_keys"]["values"]
-    assert sorted(map(official_key, trained)) == sorted(wanted)
-    frozen = {official_key(key) for key in net.state_dict()} - set(wanted)
+    assert sorted(trained) == sorted(wanted)
+    frozen = net.state_dict().keys() - set(wanted)
     assert sorted(frozen) == sorted(fixture["outputs"]["loaded_keys"]["values"])
     return {}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.checkpoints.official.fit import to_official
 from genfound.layouts import Padded
 from genfound.objectives.base import Net
 from genfound.rng import Rng
@@ -82,7 +81,7 @@ def _transport(fixture: Fixture) -> Results:
     watched = Watched(net, net.time)
     losses = objective.loss(watched, to_batch(given, given["x1"]), Transport(fixture["inputs"]["draws"]))
     losses.total.mean().backward()
-    gradients = to_official({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     return {
         "t": watched.t,
         "xt": watched.x,

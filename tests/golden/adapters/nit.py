@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genfound.backbones.nit import NiT, coordinates
 from genfound.batch import Batch
-from genfound.checkpoints.official.nit import from_official, our_key, to_official
+from genfound.checkpoints.official.nit import from_official, to_official
 from genfound.layers.embed import TimestepEmbedder, sinusoid
 from genfound.layers.rope import apply_rope
 from genfound.layouts import Packed
@@ -168,7 +168,7 @@ def checkpointing(fixture: Fixture) -> Results:
     (out**2).mean().backward()
     own = dict(net.named_parameters())
     shapes = dict(fixture["parameters"])
-    grads = {f"grad.{key}": own[our_key(key)].grad.view(shapes[key]) for key in fixture["options"]["grads"]}
+    grads = {f"grad.{key}": own[key].grad.view(shapes[key]) for key in fixture["options"]["grads"]}
     return {"out": out.view_as(given["x"]), **grads}
 
 
@@ -182,7 +182,7 @@ def counts(fixture: Fixture) -> Results:
     listed = dict(fixture["parameters"])
     assert listed == {key: own.get(key) for key in listed}
     inside, outside = (sum(p.numel() for p in module.parameters()) for module in (net, align))
-    adaln = sum(p.numel() for key, p in net.named_parameters() if "adaln" in key)
+    adaln = sum(p.numel() for key, p in net.named_parameters() if "adaLN" in key)
     return {
         "counts": {
             "total": inside + outside,
@@ -260,7 +260,6 @@ def rope(fixture: Fixture) -> Results:
 def time_embedding(fixture: Fixture) -> Results:
     """The sinusoid and the embedded time."""
     module = TimestepEmbedder(fixture["config"]["hidden_size"])
-    own = {our_key(f"t_embedder.{k}").removeprefix("t_embedder."): v for k, v in parameters(fixture).items()}
-    checkpoint_io.load_strict(module, own, Path("official weights"))
+    checkpoint_io.load_strict(module, parameters(fixture), Path("official weights"))
     t = inputs(fixture)["t"]
     return {"frequencies": sinusoid(t), "out": module(t)}

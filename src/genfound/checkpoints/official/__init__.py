@@ -1,1 +1,1 @@
-"""Names and shapes of the released checkpoints, a file for each family."""
+"""Shapes and options of the released checkpoints, a file for each family."""

@@ -1,4 +1,4 @@
-"""DiT's released checkpoints: names, shapes and options (github.com/facebookresearch/DiT, models.py)."""
+"""DiT's released checkpoints: shapes and options (github.com/facebookresearch/DiT, models.py)."""
 
 from __future__ import annotations
 
@@ -14,29 +14,8 @@ from genfound.backbones.dit import EMA_DRIFT, position_table
 
 
 def block_count(state: Mapping[str, Tensor]) -> int:
-    """Blocks of a state dict, in official names or ours."""
+    """Blocks of a state dict, official or ours."""
     return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-
-
-def official_keys(depth: int) -> dict[str, str]:
-    """Official name -> our name of every tensor but `pos_embed`, which is computed here."""
-    outer = {
-        "x_embedder.proj": "x_embedder",
-        "t_embedder.mlp.0": "t_embedder.first",
-        "t_embedder.mlp.2": "t_embedder.second",
-        "final_layer.adaLN_modulation.1": "final_layer.adaln",
-        "final_layer.linear": "final_layer.linear",
-    }
-    inner = {
-        "attn.qkv": "attn.qkv",
-        "attn.proj": "attn.proj",
-        "mlp.fc1": "mlp.0",
-        "mlp.fc2": "mlp.2",
-        "adaLN_modulation.1": "adaln",
-    }
-    layers = outer | {f"blocks.{i}.{a}": f"blocks.{i}.{b}" for i in range(depth) for a, b in inner.items()}
-    keys = {f"{a}.{kind}": f"{b}.{kind}" for a, b in layers.items() for kind in ("weight", "bias")}
-    return keys | {"y_embedder.embedding_table.weight": "y_embedder.embedding_table.weight"}
 
 
 def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -56,11 +35,11 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def from_official(state: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """A state dict of facebookresearch/DiT in our names and orders; unknown names are left as they are.
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of facebookresearch/DiT in our shapes and orders; unknown names are left as they are.
 
-    The official patch projection is a convolution, and its last layer orders a patch as (p, p, channels).
-    `names` are the `official_keys` of a relative of DiT.
+    The official patch projection is a convolution, its last layer orders a patch as (p, p, channels), and its table
+    of positions is computed here.
 
     Raises:
         ValueError: it is no state dict of DiT, or its position table is not the sine-cosine one.
@@ -68,9 +47,8 @@ def from_official(state: Mapping[str, Tensor], names: Mapping[str, str] | None =
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
         raise ValueError("this is no state dict of DiT: it has no convolution x_embedder.proj.weight")
     width, _, p, _ = state["x_embedder.proj.weight"].shape
-    names = official_keys(block_count(state)) if names is None else names
-    ours = {names.get(name, name): tensor for name, tensor in state.items() if name != "pos_embed"}
-    ours["x_embedder.weight"] = ours["x_embedder.weight"].flatten(1)
+    ours = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
+    ours["x_embedder.proj.weight"] = ours["x_embedder.proj.weight"].flatten(1)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if name in ours:
             ours[name] = rearrange(ours[name], "(p q c) ... -> (c p q) ...", p=p, q=p)
@@ -79,17 +57,14 @@ def from_official(state: Mapping[str, Tensor], names: Mapping[str, str] | None =
     return ours
 
 
-def to_official(
-    state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int], names: Mapping[str, str] | None = None
-) -> dict[str, Tensor]:
+def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int]) -> dict[str, Tensor]:
     """The inverse of `from_official`, with the position table of a grid of (rows, columns) tokens."""
-    names = official_keys(block_count(state)) if names is None else names
-    official = {name: state[ours] for name, ours in names.items()}
-    p, weight = patch_size, official["x_embedder.proj.weight"]
+    p, weight = patch_size, state["x_embedder.proj.weight"]
+    official = {"pos_embed": position_table(*grid, len(weight))[None], **state}
     official["x_embedder.proj.weight"] = rearrange(weight, "d (c p q) -> d c p q", p=p, q=p)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        official[name] = rearrange(official[name], "(c p q) ... -> (p q c) ...", p=p, q=p)
-    return {"pos_embed": position_table(*grid, len(weight))[None], **official}
+        official[name] = rearrange(state[name], "(c p q) ... -> (p q c) ...", p=p, q=p)
+    return official
 
 
 def _check_positions(table: Tensor, width: int) -> None:

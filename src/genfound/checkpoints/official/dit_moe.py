@@ -1,4 +1,4 @@
-"""DiT-MoE's released checkpoints: names, stacked experts and options (github.com/feizc/DiT-MoE, models.py)."""
+"""DiT-MoE's released checkpoints: experts and options (github.com/feizc/DiT-MoE, models.py)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,6 @@ from torch import Tensor
 
 from genfound.checkpoints.official import dit
 from genfound.checkpoints.official.dit import block_count
-
-
-def official_keys(depth: int, qk_norm: bool, shared: bool) -> dict[str, str]:
-    """Official name -> our name of every tensor but `pos_embed` and the experts, which are stacked here."""
-    names = {a: b for a, b in dit.official_keys(depth).items() if ".mlp." not in b}
-    inner = {"moe.gate.weight": "mlp.router.weight"}
-    if qk_norm:
-        names = {a.replace("attn.qkv", "attn.Wqkv").replace("attn.proj", "attn.out_proj"): b for a, b in names.items()}
-        inner |= {key: key for n in "qk" for key in (f"attn.{n}_norm.weight", f"attn.{n}_norm.bias")}
-    if shared:
-        matrices = {"gate_proj": "fc1_g", "up_proj": "fc1_x", "down_proj": "fc2"}
-        inner |= {f"moe.shared_experts.{a}.weight": f"mlp.shared.{b}.weight" for a, b in matrices.items()}
-    return names | {f"blocks.{i}.{a}": f"blocks.{i}.{b}" for i in range(depth) for a, b in inner.items()}
 
 
 def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -47,7 +34,7 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of feizc/DiT-MoE in our names, with stacked experts; unknown names are left as they are.
+    """A state dict of feizc/DiT-MoE with stacked experts and the shapes of `dit`; unknown names are left as they are.
 
     Raises:
         ValueError: it is no state dict of DiT-MoE, an expert is missing, or its position table is not the
@@ -55,20 +42,16 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if "blocks.0.moe.gate.weight" not in state:
         raise ValueError("this is no state dict of DiT-MoE: it has no router blocks.0.moe.gate.weight")
-    qk_norm, shared = (f"blocks.0.{name}.weight" in state for name in ("attn.q_norm", "moe.shared_experts.gate_proj"))
-    return dit.from_official(stack_experts(state), official_keys(block_count(state), qk_norm, shared))
+    return dit.from_official(stack_experts(state))
 
 
 def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int]) -> dict[str, Tensor]:
     """The inverse of `from_official`; the experts are views of the stacked weights."""
-    depth = block_count(state)
-    qk_norm, shared = (f"blocks.0.{name}.weight" in state for name in ("attn.q_norm", "mlp.shared.fc2"))
-    official = dit.to_official(state, patch_size, grid, official_keys(depth, qk_norm, shared))
-    return official | unstack_experts(state)
+    return unstack_experts(dit.to_official(state, patch_size, grid))
 
 
 def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the official experts of every block stacked under our names, the rest as it is.
+    """A state dict with the experts of every block stacked, the rest as it is.
 
     Raises:
         ValueError: the router knows an expert that is missing.
@@ -82,16 +65,16 @@ def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if missing:
                 raise ValueError(f"these weights of DiT-MoE lack {missing[0]}")
             stacked = torch.cat([rest.pop(key) for key in keys])
-            rest[f"blocks.{i}.mlp.experts.{name}"] = stacked.unflatten(0, (len(experts), -1))
+            rest[f"blocks.{i}.moe.experts.{name}"] = stacked.unflatten(0, (len(experts), -1))
     return rest
 
 
 def unstack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The experts of every block, in our names, under their official ones: views of the stacked weights."""
-    official = {}
+    """The inverse of `stack_experts`: its experts are views of the stacked weights."""
+    rest = dict(state)
     for i in range(block_count(state)):
-        gate_up, down = (state[f"blocks.{i}.mlp.experts.{name}"] for name in ("gate_up", "down"))
+        gate_up, down = (rest.pop(f"blocks.{i}.moe.experts.{name}") for name in ("gate_up", "down"))
         for e, (enter, leave) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
             for part, tensor in zip(("gate", "up", "down"), (*enter.chunk(2), leave), strict=True):
-                official[f"blocks.{i}.moe.experts.{e}.{part}_proj.weight"] = tensor
-    return official
+                rest[f"blocks.{i}.moe.experts.{e}.{part}_proj.weight"] = tensor
+    return rest

@@ -18,33 +18,29 @@ class Family(NamedTuple):
 
     Attributes:
         options: constructor options that a state dict tells.
-        ours: official state dict -> our names and orders.
-        theirs: the inverse; also takes the options of the network and the grid (rows, columns) it was trained on.
+        ours: official state dict -> our shapes and orders.
+        theirs: the inverse; also takes the patch size and the grid (rows, columns) of training.
         ema_first: whether the first weights of its accelerate folders are the averaged ones.
     """
 
     options: Callable[[State], dict[str, Any]]
     ours: Callable[[State], dict[str, Tensor]]
-    theirs: Callable[[State, Mapping[str, Any], tuple[int, int]], dict[str, Tensor]]
+    theirs: Callable[[State, int, tuple[int, int]], dict[str, Tensor]]
     ema_first: bool = False
 
 
-def _with_positions(to_official: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    return lambda state, options, grid: to_official(state, options["patch_size"], grid)
-
-
 FAMILIES = {
-    "dit": Family(dit.official_options, dit.from_official, _with_positions(dit.to_official)),
-    "sit": Family(sit.official_options, dit.from_official, _with_positions(dit.to_official)),
-    "fit": Family(fit.official_options, fit.from_official, lambda state, options, grid: fit.to_official(state)),
-    "fitv2": Family(fit.official_options, fit.from_official, lambda state, options, grid: fit.to_official(state)),
+    "dit": Family(dit.official_options, dit.from_official, dit.to_official),
+    "sit": Family(sit.official_options, dit.from_official, dit.to_official),
+    "fit": Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state)),
+    "fitv2": Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state)),
     "nit": Family(
         nit.official_options,
         nit.from_official,
-        lambda state, options, grid: nit.to_official(state, options["patch_size"]),
+        lambda state, patch_size, grid: nit.to_official(state, patch_size),
         ema_first=True,
     ),
-    "dit_moe": Family(dit_moe.official_options, dit_moe.from_official, _with_positions(dit_moe.to_official)),
+    "dit_moe": Family(dit_moe.official_options, dit_moe.from_official, dit_moe.to_official),
 }
 
 RELEASES = {

@@ -1,51 +1,23 @@
-"""FiT's and FiTv2's released checkpoints: names and options (github.com/whlzy/FiT, fit/model)."""
+"""FiT's and FiTv2's released checkpoints: options (github.com/whlzy/FiT, fit/model)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def official_key(ours: str) -> str:
-    """Official name of one of our parameters; the inverse of `our_key`."""
-    for official, own in RENAMED:
-        ours = ours.replace(own, official)
-    return ours
-
-
-def our_key(official: str) -> str:
-    """Our name of an official parameter; an unknown name is left as it is."""
-    for theirs, own in RENAMED:
-        official = official.replace(theirs, own)
-    return official
-
-
-RENAMED = (
-    ("x_embedder.proj.", "x_embedder."),
-    ("t_embedder.mlp.0.", "t_embedder.first."),
-    ("t_embedder.mlp.2.", "t_embedder.second."),
-    ("adaLN_modulation.", "adaln."),
-)
-"""What differs between official names and ours; shapes and orders are equal."""
-
-
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of whlzy/FiT under our names; unknown names are left as they are.
+    """A state dict of whlzy/FiT, which is ours.
 
     Raises:
         ValueError: it is no state dict of FiT.
     """
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 2:
         raise ValueError("this is no state dict of FiT: it has no matrix x_embedder.proj.weight")
-    return {our_key(name): tensor for name, tensor in state.items()}
-
-
-def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_official`."""
-    return {official_key(name): tensor for name, tensor in state.items()}
+    return dict(state)
 
 
 def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -59,9 +31,9 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         ValueError: it is no state dict of FiT.
     """
     ours = from_official(state)
-    width, token = ours["x_embedder.weight"].shape
-    rank = len(ours["blocks.0.adaln.1.weight"]) if "global_adaln.1.weight" in ours else None
-    gated = "blocks.0.adaln.fc2.weight" in ours
+    width, token = ours["x_embedder.proj.weight"].shape
+    rank = len(ours["blocks.0.adaLN_modulation.1.weight"]) if "global_adaLN_modulation.1.weight" in ours else None
+    gated = "blocks.0.adaLN_modulation.fc2.weight" in ours
     weighted = {"norm": "norm1", "q_norm": "attn.q_norm", "k_norm": "attn.k_norm"}
     return {
         "num_classes": len(ours["y_embedder.embedding_table.weight"]) - 1,
@@ -75,17 +47,6 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "adaln_rank": rank,
         "learn_sigma": len(ours["final_layer.linear.weight"]) == 2 * token,
     }
-
-
-def finetune_keys(
-    names: Iterable[str], parts: Sequence[str] = ("x_embedder", "bias", "LN", "final_layer")
-) -> list[str]:
-    """Those of our names that partial fine-tuning trains: the official name contains one of `parts`.
-
-    As FiTv2-HR was trained; `LN` finds `adaLN_modulation`. In our names this is `optimizer.trainable` of
-    conf/optimizer/adamw_fit_hr.yaml. The released code starts these parameters anew instead of loading them.
-    """
-    return [name for name in names if any(part in official_key(name) for part in parts)]
 
 
 def _ffn_options(ours: Mapping[str, Tensor], width: int) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""The options of conf/model/: how much of each is trained, and networks from them without a run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from genfound import build
+from genfound.backbones.base import Backbone
+from genfound.backbones.dit import DiT
+from genfound.backbones.dit_moe import DiTMoE
+from genfound.backbones.fit import FiT
+from genfound.backbones.nit import NiT
+from genfound.backbones.sit import SiT
+from genfound.config import compose
+from tests.helpers import composed, training_module
+
+TRAINABLE = {
+    "dit_b": 130_315_808,
+    "dit_l": 457_840_672,
+    "dit_moe_b_8e2a": 795_664_928,
+    "dit_moe_g_16e2a": 16_503_370_784,
+    "dit_moe_l_8e2a": 2_823_501_856,
+    "dit_moe_s_16e2a": 369_115_424,
+    "dit_moe_s_8e2a": 199_209_248,
+    "dit_moe_tiny": 10_246_680,
+    "dit_moe_xl_8e2a": 4_167_877_280,
+    "dit_s": 32_865_056,
+    "dit_tiny": 5_262_872,
+    "dit_xl": 674_834_720,
+    "fit_b": 158_664_224,
+    "fit_tiny": 6_312_460,
+    "fit_xl": 823_599_392,
+    "fitv2_3b": 2_971_928_080,
+    "fitv2_b": 128_149_072,
+    "fitv2_hr_3b": 415_683_856,
+    "fitv2_hr_xl": 94_961_680,
+    "fitv2_tiny": 4_539_996,
+    "fitv2_xl": 671_045_776,
+    "nit_b": 130_331_168,
+    "nit_l": 457_863_200,
+    "nit_s": 32_874_272,
+    "nit_tiny": 5_260_812,
+    "nit_xl": 674_861_216,
+    "nit_xxl": 1_362_730_016,
+    "sit_b": 130_315_808,
+    "sit_l": 457_840_672,
+    "sit_s": 32_865_056,
+    "sit_tiny": 5_262_872,
+    "sit_xl": 674_834_720,
+}
+"""Parameters that a run of an option moves, with 1,000 classes and the latents of its tokenizer."""
+
+
+@pytest.mark.parametrize("model", TRAINABLE)
+def test_how_much_of_a_model_is_trained(model: str) -> None:
+    config = composed(f"model={model}")
+    with torch.device("meta"):
+        net = build.net(config, build.published_spec(config), 1000)
+    trained = training_module(net, optimizer=config["optimizer"]).net.parameters()
+    assert sum(p.numel() for p in trained if p.requires_grad) == TRAINABLE[model]
+
+
+def test_every_model_is_counted() -> None:
+    files = {option for option in compose.option_names("model") if "_" in option and option != "dit_moe"}
+    assert files == TRAINABLE.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(DiT, "xl"), (SiT, "b"), (FiT, "b"), (FiT, "fitv2_hr_xl"), (NiT, "xl"), (NiT, "nit_s"), (DiTMoE, "g_16e2a")],
+)
+def test_a_network_of_a_preset_is_that_of_its_option(kind: type[Backbone], name: str) -> None:
+    option = name if name in TRAINABLE else f"{kind.__module__.rpartition('.')[2]}_{name}"
+    config = composed(f"model={option}")
+    with torch.device("meta"):
+        net, same = kind.from_preset(name), build.net(config, build.published_spec(config), 1000)
+    shapes, expected = ({key: p.shape for key, p in x.state_dict().items()} for x in (net, same))
+    assert type(net) is type(same) is kind and shapes == expected
+    assert (net.token_spec, net.time, net.null_label) == (same.token_spec, same.time, 1000)
+
+
+def test_a_preset_has_the_initial_values_of_a_run_and_takes_other_options() -> None:
+    config = composed("model=nit_tiny", "model.depth=1", "seed=3")
+    expected = build.net(config, build.published_spec(config), 10).state_dict()
+    net = NiT.from_preset("tiny", num_classes=10, seed=3, depth=1)
+    assert net.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
+    assert NiT.from_preset("tiny", depth=1, channels=4).token_spec.channels == 4
+
+
+def test_unknown_presets_and_keys_name_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"^NiT has no preset huge; choose one of b, l, s, tiny, xl, xxl$"):
+        NiT.from_preset("huge")
+    with pytest.raises(ValueError, match=r"^DiT has no preset nit_xl; choose one of b, l, s, tiny, xl$"):
+        DiT.from_preset("nit_xl")
+    listed = "b, tiny, xl, fitv2_3b, fitv2_b, fitv2_hr_3b, fitv2_hr_xl, fitv2_tiny, fitv2_xl"
+    with pytest.raises(ValueError, match=re.escape(f"FiT has no preset 3b; choose one of {listed}")):
+        FiT.from_preset("3b")
+    with pytest.raises(ValueError, match=r"^layers is no key of model=tiny; its keys: channels, patch_size, width"):
+        NiT.from_preset("tiny", layers=2)
