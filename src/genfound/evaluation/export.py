@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,18 +28,19 @@ def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:
         ValueError: see `check_target`.
     """
     check_target(to, one_size=len(np.unique(images.sizes, axis=0)) == 1)
-    path = Path(to)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write = _write_npz if path.suffix == ".npz" else _write_folder
+    path, text = Path(to), json.dumps(dict(note))
+    if path.suffix == ".npz":
+        _write_npz(path, images, text)
+        return path
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed command has left
     try:
-        write(temporary, images, json.dumps(dict(note)))
+        _write_folder(temporary, images, text)
         if path.is_dir():
             path.rmdir()
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -67,7 +67,7 @@ def _write_npz(file: Path, images: ImageSet, note: str) -> None:
 
 def _write_folder(folder: Path, images: ImageSet, note: str) -> None:
     """000000.png and on, as DiT's and SiT's sample_ddp.py, with labels.txt and protocol.json."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     digits = max(len(str(len(images) - 1)), 6)
     for number in range(len(images)):
         Image.fromarray(images[number]).save(folder / f"{number:0{digits}d}.png")

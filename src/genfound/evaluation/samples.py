@@ -110,14 +110,14 @@ def new_samples(
     Raises:
         ValueError: a sampler, guidance or label rule that does not fit.
     """
-    asked = request.config
+    settings = request.config
     config = pin_guide_checkpoint(request.sampling_config(model.config, size))
     objective = build.objective(config)  # refuses a sampler that does not fit
-    pipeline = Pipeline.of(config, objective, model.tokenizer, device, asked["batch"])
+    pipeline = Pipeline.of(config, objective, model.tokenizer, device, settings["batch"])
     pipeline.check(model.net)
-    data = dataset.images("train") if DATA in (size, asked["labels"]) else None
-    requests = requests_by_rule(asked["n"], asked["labels"], size, dataset.classes, asked["seed"], data)
-    return SamplingPlan(requests, size, pipeline, asked["seed"], sampling_record(asked, config, pipeline), config)
+    data = dataset.images("train") if DATA in (size, settings["labels"]) else None
+    requests = requests_by_rule(settings["n"], settings["labels"], size, dataset.classes, settings["seed"], data)
+    return SamplingPlan(requests, size, pipeline, settings["seed"], sampling_record(settings, config, pipeline), config)
 
 
 def existing_samples(request: EvaluationRequest, source: Path, folder: Path) -> EvaluationSamples:
