@@ -23,7 +23,7 @@ SHORT = [
     "logger=jsonl", "trainer.log_every_n_steps=1", "callbacks.validation.every=1000000",
     "callbacks.validation.images=16", "budget.images=400",
     "callbacks.preview.every=1000000", "sampler.steps=2", "guidance=none", "optimizer.warmup_images=0",
-    "sample.batch=4",
+    "sample.batch=4", "model.width=128", "model.depth=2",
 ]  # fmt: skip
 
 
