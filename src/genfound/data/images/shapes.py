@@ -125,18 +125,7 @@ class Shapes(PictureSource):
         for key, value in least_one.items():
             integer(f"data.{key}", value, 1)
         sides = list(sides) if view == "native" else [size]
-        for side in sides:
-            if side % unit:
-                low = side // unit * unit
-                raise ValueError(
-                    f"data: a side of {side} pixels does not divide into tokens of {unit} pixels; "
-                    f"the nearest legal sides are {max(low, unit)} and {low + unit}"
-                )
-        largest = (max(sides) // unit) ** 2
-        if largest > max_tokens:
-            raise ValueError(
-                f"data: a side of {max(sides)} pixels makes {largest} tokens, more than data.max_tokens={max_tokens}"
-            )
+        _check_sides(sides, unit, max_tokens)
         count = images if split == "train" else holdout
         self.first = 0 if split == "train" else images
         self.seed = seed
@@ -160,6 +149,22 @@ class Shapes(PictureSource):
             f"shapes: {len(self.labels):,} drawings of {len(self.class_names)} classes, "
             f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels (height x width)"
         ]
+
+
+def _check_sides(sides: Sequence[int], unit: int, max_tokens: int) -> None:
+    """Raise a ValueError for a side that does not divide into tokens, or makes too many of them."""
+    for side in sides:
+        if side % unit:
+            low = side // unit * unit
+            raise ValueError(
+                f"data: a side of {side} pixels does not divide into tokens of {unit} pixels; "
+                f"the nearest legal sides are {max(low, unit)} and {low + unit}"
+            )
+    largest = (max(sides) // unit) ** 2
+    if largest > max_tokens:
+        raise ValueError(
+            f"data: a side of {max(sides)} pixels makes {largest} tokens, more than data.max_tokens={max_tokens}"
+        )
 
 
 def draw_shape(shape: Distance, height: int, width: int, draw: np.random.Generator) -> np.ndarray:
