@@ -34,7 +34,7 @@ from genfound.data.packing.loader import MicroBatches, TrainLoader, ValidationLo
 from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Batcher, FixedBatcher, Packer, Repeated
 from genfound.layers.attention import choose_backend
-from genfound.layouts import Dense, Layout, Packed, Padded
+from genfound.layouts import Dense, Layout, Packed
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
 from genfound.runtime.devices import device, precision
@@ -318,22 +318,28 @@ def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], sp
     Raises:
         ValueError: the images do not have one size, which a dense layout needs.
     """
-    name, patch = config["layout"]["name"], config["model"]["patch_size"]
+    patch, static, null = config["model"]["patch_size"], dict[str, Any](), backbone.null_label or 0
+    name, budget = config["layout"]["name"], config["data"]["max_tokens"]
     if name == "dense":
         if len(np.unique(np.concatenate([images.sizes for images in splits]), axis=0)) > 1:
             raise ValueError("layout=dense needs images of one size; set data.view=square, or layout=packed")
-        return Dense(patch, config["data"]["batch_size"], filler_label=backbone.null_label or 0)
-    if name == "padded":
-        return Padded(patch, max(int(token_counts(images, spec, patch).max(initial=0)) for images in splits))
-    tokens = config["data"]["max_tokens"]
-    limit = max_images(token_counts(splits[0], spec, patch), tokens)
-    return Packed(patch, tokens, limit, filler_label=backbone.null_label or 0)
+        static = {"max_images": config["data"]["batch_size"], "filler_label": null}
+    elif name == "padded":
+        static = {"max_tokens": max(int(token_counts(images, spec, patch).max(initial=0)) for images in splits)}
+    elif name == "packed":
+        limit = max_images(token_counts(splits[0], spec, patch), budget)
+        static = {"max_tokens": budget, "max_images": limit, "filler_label": null}
+    return sampling_layout(config, **static)
 
 
-def sampling_layout(config: Config) -> Layout:
-    """The layout of a sampling batch, whose images have one size."""
-    name, patch = config["layout"]["name"], config["model"]["patch_size"]
-    return {"dense": Dense, "padded": Padded, "packed": Packed}[name](patch)
+def sampling_layout(config: Config, **static: int) -> Layout:
+    """The layout of a sampling batch, whose images have one size; with `static`, of a static shape."""
+    options = dict(config["layout"])
+    name = options.pop("name", None)
+    if TARGET not in options:  # as in configurations of before
+        options[TARGET] = compose.read_option("layout", name)[TARGET]
+    built: Layout = instantiate("layout", options, trusted(config), patch_size=config["model"]["patch_size"], **static)
+    return built
 
 
 def plan(config: Config, images: ImageSource, spec: LatentSpec, weight: str, ranks: int, seed: int) -> Plan:
@@ -371,12 +377,7 @@ def instantiate(group: str, options: Mapping[str, Any], trust: Sequence[str], **
 
 
 def instantiate_own(key: str, options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
-    """Build a part of the command's own composition, whose code is trusted as it is.
-
-    Args:
-        key: of the configuration, for messages.
-        options: with `_target_`.
-        given: what the run has; the target gets what it names of it.
+    """Build a part of the command's own composition, trusted as it is; of what is given it gets what it names.
 
     Raises:
         ValueError: the target does not exist, or does not take these options.

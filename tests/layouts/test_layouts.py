@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genfound import build
 from genfound.layouts import Dense, Packed, Padded
 from genfound.layouts.base import from_tokens, to_tokens, token_sizes
-from tests.helpers import latents
+from tests.helpers import composed, latents
 
 Sizes = list[tuple[int, int]]
 RAGGED = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=6)
@@ -116,3 +117,13 @@ def test_padded_refuses_an_image_that_is_too_long() -> None:
 def test_packed_refuses_what_is_over_the_budget(tokens: int, images: int) -> None:
     with pytest.raises(ValueError, match=r"data\.max_tokens"):
         Packed(1, tokens, images).to_batch(latents([(4, 4), (4, 4)]), torch.arange(2))
+
+
+def test_a_configuration_of_before_names_its_layout_alone() -> None:
+    config = composed("model=dit_tiny")
+    assert config["layout"]["_target_"] == "genfound.layouts.dense.Dense"
+    for layout in (config["layout"], {"name": "dense"}):
+        assert isinstance(build.sampling_layout({**config, "layout": layout}), Dense)
+    foreign = {"name": "dense", "_target_": "subprocess.call"}
+    with pytest.raises(ValueError, match=r"layout\._target_=subprocess\.call is code outside genfound"):
+        build.sampling_layout({**config, "layout": foreign})

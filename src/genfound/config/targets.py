@@ -21,6 +21,7 @@ BASES = {
     "objective": "genfound.objectives.base.Objective",
     "tokenizer": "genfound.tokenizers.base.Tokenizer",
     "data": "genfound.data.images.base.ImageSource",
+    "layout": "genfound.layouts.base.Layout",
 }
 """Group of the configuration -> what its class must be; the other groups of a file are never built from a target."""
 

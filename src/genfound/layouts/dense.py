@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.layouts.base import token_sizes
+from genfound.layouts.base import Layout, token_sizes
 
 
-class Dense:
+class Dense(Layout):
     """x is (B, C, H, W); all images have the same size.
 
     Args:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.layouts.base import from_tokens, to_tokens, token_sizes
+from genfound.layouts.base import Layout, from_tokens, to_tokens, token_sizes
 
 
-class Packed:
+class Packed(Layout):
     """x is (T, C * p * p).
 
     With a budget the shape is static, so that a compiled step is compiled once: the real images come first,

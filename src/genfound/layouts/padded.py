@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.layouts.base import from_tokens, to_tokens, token_sizes
+from genfound.layouts.base import Layout, from_tokens, to_tokens, token_sizes
 
 
-class Padded:
+class Padded(Layout):
     """x is (B, N, C * p * p) with a mask.
 
     Args:
