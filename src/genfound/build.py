@@ -9,20 +9,18 @@ import functools
 import inspect
 import math
 import os
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
 
 from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
 from genfound.config.compose import TARGET
+from genfound.config.instantiate import instantiate
 from genfound.config.targets import trusted
 from genfound.data.images.base import ImageSource, LatentSource
 from genfound.data.images.views import ImageViews
@@ -365,43 +363,6 @@ def published_spec(config: Config) -> LatentSpec:
     """The shape of the latents of a configuration's tokenizer, as published; its weights are not needed."""
     spec: LatentSpec = targets.target("tokenizer", config["tokenizer"], trusted(config)).published
     return spec
-
-
-def instantiate(group: str, options: Mapping[str, Any], trust: Sequence[str], **extra: Any) -> Any:
-    """Build what the options of a group describe, after its targets were checked; see `targets.resolved`.
-
-    Raises:
-        ValueError: the target does not exist, may not be built, or does not take these options.
-    """
-    return _call(group, targets.resolved(group, options, trust), extra)
-
-
-def instantiate_own(key: str, options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
-    """Build a part of the command's own composition, trusted as it is; of what is given it gets what it names.
-
-    Raises:
-        ValueError: the target does not exist, or does not take these options.
-    """
-    try:
-        target = pkgutil.resolve_name(options[TARGET])
-    except (KeyError, ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{key} cannot be built: {'no ' if isinstance(error, KeyError) else ''}{error}") from None
-    named = inspect.signature(target).parameters
-    return _call(key, options, {name: value for name, value in (given or {}).items() if name in named})
-
-
-def _call(key: str, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
-    """What Hydra instantiates, with complaints about the arguments in a line."""
-    try:
-        partial = hydra.utils.instantiate({**options, "_partial_": True}, _convert_="all")
-        return partial(**extra)
-    except (ImportError, InstantiationException) as error:
-        raise ValueError(f"{key}: {error}") from None
-    except TypeError as error:
-        name = str(getattr(partial.func, "__name__", ""))
-        if str(error).startswith((f"{name}.__init__()", f"{name}()")):
-            raise ValueError(f"{key}: {error}") from None
-        raise
 
 
 def name_of(options: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, targets
 from genfound.config.command_line import explain_oom
 from genfound.config.errors import USER_ERRORS, JobError
+from genfound.config.instantiate import instantiate_own
 from genfound.config.options import check, one_step
 from genfound.config.sweeps import swept_keys
 from genfound.data.packing.loader import TrainLoader
@@ -123,9 +124,9 @@ def _callbacks(folder: Path, parts: build.RunComponents, loader: TrainLoader) ->
     decays = parts.config["ema"]["decays"]
     decays = [parts.config["optimizer"]["ema_decay"]] if decays is None else decays
     given: dict[str, Any] = {"folder": folder, "parts": parts, "loader": loader, "decays": decays}
-    given["ema"] = build.instantiate_own("callbacks.ema", options["ema"], given)
+    given["ema"] = instantiate_own("callbacks.ema", options["ema"], given)
     others = {name: own for name, own in options.items() if name != "ema"}
-    built = [build.instantiate_own(f"callbacks.{name}", own, given) for name, own in others.items()]
+    built = [instantiate_own(f"callbacks.{name}", own, given) for name, own in others.items()]
     return [given["ema"], *built]
 
 
@@ -153,7 +154,7 @@ def _trainer(
     }
     set_here = {key: value for key, value in options.items() if value is not None and key not in ours}
     try:
-        trainer: lightning.Trainer = build.instantiate_own("trainer", set_here, ours)
+        trainer: lightning.Trainer = instantiate_own("trainer", set_here, ours)
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from None
     return trainer
@@ -161,7 +162,7 @@ def _trainer(
 
 def _strategy(parts: build.RunComponents) -> Any:
     options = parts.config["strategy"]
-    return build.instantiate_own("strategy", options) if options else "ddp"
+    return instantiate_own("strategy", options) if options else "ddp"
 
 
 def _loggers(
@@ -176,7 +177,7 @@ def _loggers(
     for name, options in config["logger"].items():
         if options is not None:
             filled = {key: here.get(key) if value is None else value for key, value in options.items()}
-            loggers.append(build.instantiate_own(f"logger.{name}", filled, given))
+            loggers.append(instantiate_own(f"logger.{name}", filled, given))
     for logger in loggers:
         logger.log_hyperparams({**config, "provenance": provenance()})
         for line in lines_of(file) if isinstance(logger, CSVLogger) else ():  # which begins its file anew
