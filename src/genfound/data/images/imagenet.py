@@ -161,11 +161,7 @@ def _train_classes(root: Path) -> list[str]:
 
 
 def _val_classes(root: Path, train: list[str]) -> list[str]:
-    """Sorted class folders for validation, none if there are none (ImageNet's validation images come flat).
-
-    Raises:
-        ValueError: some of them are not among those for training.
-    """
+    """Sorted class folders for validation, none if there are none (ImageNet's validation images come flat)."""
     val = root / "val"
     if not val.is_dir() or not any(path.is_dir() for path in visible(val)):
         return []
