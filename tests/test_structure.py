@@ -35,7 +35,7 @@ LONG_FUNCTIONS = {
     "sampling/pipeline.py:sample",
 }  # fmt: skip
 """Functions of more than 40 lines; none may be added."""
-LONG_FILES = {"build.py"}
+LONG_FILES: set[str] = set()
 """Files of more than 400 lines; none may be added."""
 FILES = {
     ".".join(file.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): file
