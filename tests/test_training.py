@@ -178,8 +178,8 @@ def test_the_first_process_that_fails_says_why(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("genfound.training.fit", lambda *_: (_ for _ in ()).throw(next(reasons)))
     (tmp_path / "launch").mkdir()
     monkeypatch.setenv(environment.LAUNCH, str(tmp_path / "launch"))
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    monkeypatch.setenv(training.CONFIG, run_directory.config_hash(tmp_path))
+    run_dir(tmp_path, *TINY, "trainer.devices=3")
+    monkeypatch.setenv(training.CONFIG, run_directory.claimed_hash(tmp_path))
     for rank in ("1", "2"):
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3"}.items():
             monkeypatch.setenv(name, value)
@@ -187,6 +187,17 @@ def test_the_first_process_that_fails_says_why(tmp_path: Path, monkeypatch: pyte
             training._worker(tmp_path)
     assert (tmp_path / "launch/reason").read_text() == "shard 3 is damaged"
     assert "shard 3 is damaged" in (tmp_path / "FAILED").read_text()
+
+
+def test_a_worker_of_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "launch").mkdir()
+    run_dir(tmp_path, *TINY, "trainer.devices=2", "trainer.num_nodes=2")
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", environment.LAUNCH: str(tmp_path / "launch")}
+    for name, value in {**variables, training.CONFIG: run_directory.claimed_hash(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        training._worker(tmp_path)
+    assert "genfound starts itself: give the command" in (tmp_path / "launch/reason").read_text()
 
 
 REFUSED = {
@@ -215,7 +226,7 @@ def test_more_devices_than_the_machine_has_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"trainer\.devices=4, but this machine has 2 CUDA device"):
-        build.check(composed(*TINY, "batch.packs=4"), 4)
+        build.check(composed(*TINY, "batch.packs=4", "trainer.devices=4"), 4)
 
 
 def test_variables_of_launchers_do_not_make_a_run_one_of_several(

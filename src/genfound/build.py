@@ -143,8 +143,9 @@ def check(config: Config, ranks: int) -> None:
         ValueError: something does not fit together, or the machine has not so many devices.
     """
     place = device(config["trainer"]["accelerator"])
-    if place.type == "cuda" and ranks > torch.cuda.device_count():
-        raise ValueError(f"trainer.devices={ranks}, but this machine has {torch.cuda.device_count()} CUDA device(s)")
+    wanted, there = config["trainer"]["devices"], torch.cuda.device_count()
+    if place.type == "cuda" and wanted > there:
+        raise ValueError(f"trainer.devices={wanted}, but this machine has {there} CUDA device(s)")
     precision(config["trainer"]["precision"], place)
     micro_batches(config, ranks)
     root = config["data"].get("root")

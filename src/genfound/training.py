@@ -208,6 +208,9 @@ def _quiet_lightning() -> None:
 CONFIG = "GENFOUND_CONFIG"
 """Tells the processes of a job the hash of its configuration."""
 
+SHARED_WITHIN = 60
+"""Seconds for a file to be seen by the other machines."""
+
 
 def train(cfg: DictConfig) -> None:
     """Launch one job of `genfound.train`.
@@ -222,27 +225,35 @@ def train(cfg: DictConfig) -> None:
     config = compose.with_own_targets(compose.to_dict(cfg))
     check(config)
     if cfg.trainer.fast_dev_run:
+        if cfg.trainer.num_nodes > 1:
+            raise ValueError("trainer.fast_dev_run tries a single machine; set trainer.num_nodes=1")
         with tempfile.TemporaryDirectory(prefix="genfound-") as scratch:
             _start(Path(scratch) / folder.name, one_step(config), sweeping)
         print("fast_dev_run: one global step with every callback; nothing of it was kept", flush=True)
         return
-    with lock(folder, "choose name=..."):
-        result = run_directory.finished(folder)
-        if result and _reached(cfg, result):
-            run_directory.refuse_changes(folder, config, cfg.allow_changes)
-            _check_images(folder, config, result)
-            print(f"[done before] {folder}  {_summary(result)}", flush=True)
-            return
-        run_directory.refuse_changes(folder, config, cfg.allow_changes)
-        _start(folder, config, sweeping)
+    run_directory.refuse_changes(folder, config, cfg.allow_changes)
+    result = run_directory.finished(folder)
+    if result and _reached(cfg, result):
+        _check_images(folder, config, result)
+        print(f"[done before] {folder}  {_summary(result)}", flush=True)
+        return
+    job = hydra_cfg.job.num if sweeping else 0
+    with launch.machines(cfg.trainer.num_nodes, cfg.rdzv, job) as machines:
+        if machines and not machines.first:
+            _follow(folder, config, machines)
+        else:
+            with lock(folder, "choose name=..."):
+                _start(folder, config, sweeping, machines)
 
 
-def _start(folder: Path, config: Mapping[str, Any], sweeping: bool) -> None:
+def _start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: launch.Machines | None = None) -> None:
     """Check what can be known at once, write the configuration, and run the job."""
     _check_at_once(folder, config, sweeping)
     run_directory.write_config(folder, config, config["allow_changes"])
-    if sweeping or config["trainer"]["devices"] > 1:
-        _run_apart(folder, config["trainer"]["devices"], run_directory.config_hash(folder))
+    if machines:
+        machines.agree(run_directory.config_hash(config))
+    if sweeping or machines or config["trainer"]["devices"] > 1:
+        _run_apart(folder, config, machines)
     else:
         run(folder)
 
@@ -256,8 +267,6 @@ def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     tune_malloc()
     if place.rank == 0:
         (folder / "FAILED").unlink(missing_ok=True)
-    from genfound.training import fit
-
     try:
         with sigterm_as_exit(), explain_oom("train"):
             fit(folder, place)
@@ -270,10 +279,8 @@ def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
 
 def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> None:
     """Refuse what `build.check` finds before a process starts; a new run has that in its FAILED."""
-    from genfound import build
-
     try:
-        build.check(config, config["trainer"]["devices"])
+        build.check(config, _ranks(config))
     except USER_ERRORS:
         if not (folder / "config.yaml").exists():
             run_directory.write_config(folder, config, allow_changes=False)
@@ -283,15 +290,36 @@ def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> N
         raise
 
 
-def _run_apart(folder: Path, devices: int, config_hash: str) -> None:
-    """Train in processes of its own, which hold the lock as well, and print one summary line.
+def _follow(folder: Path, config: Mapping[str, Any], machines: launch.Machines) -> None:
+    """Take part in the job of another machine, which has locked the folder and written the configuration.
+
+    Raises:
+        ValueError: that is another configuration, or this machine does not see it.
+        JobError: see `_run_apart`.
+    """
+    build.check(config, _ranks(config))
+    expected = run_directory.config_hash(config)
+    machines.agree(expected)
+    if not processes.wait_until(lambda: run_directory.claimed_hash(folder) == expected, SHARED_WITHIN):
+        raise ValueError(f"{folder} is not what the first machine has written; give runs=... on a disk that all share")
+    _run_apart(folder, config, machines)
+
+
+def _ranks(config: Mapping[str, Any]) -> int:
+    """Processes of a job, on all of its machines."""
+    return int(config["trainer"]["devices"] * config["trainer"]["num_nodes"])
+
+
+def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machines | None) -> None:
+    """Train in processes of its own, and print one summary line.
 
     Raises:
         JobError: one of them failed, and why.
     """
     begin, ended, summary = time.monotonic(), "failed", ""
     try:
-        launch.launch("genfound.training", folder, devices, **{CONFIG: config_hash})
+        hashed = {CONFIG: run_directory.config_hash(config)}
+        launch.launch("genfound.training", folder, config["trainer"]["devices"], machines, **hashed)
         ended, summary = "done", _summary(run_directory.finished(folder) or {})
     except JobError as error:
         run_directory.mark_failed(folder, f"{error}\n")  # unless a process could say more
@@ -314,8 +342,6 @@ def _check_images(folder: Path, config: Mapping[str, Any], result: Mapping[str, 
         ValueError: they are others.
     """
     if any(key.startswith("data.") for key in run_directory.changed(folder, config)):
-        from genfound import build
-
         spec = build.training_tokenizer(config).spec
         if build.source(config, spec, "train").fingerprint != result.get("fingerprint"):
             raise ValueError(
@@ -332,8 +358,10 @@ def _worker(folder: Path) -> None:
     """One rank of a job: `python -m genfound.training RUN_DIR`, which trusts the configuration of the command alone."""
     with launch.reporting():
         place = processes.rank_info()
-        if run_directory.config_hash(folder) != os.environ.get(CONFIG):
+        if run_directory.claimed_hash(folder) != os.environ.get(CONFIG):
             raise ValueError(f"the configuration in {folder} is not what the command has written; give it again")
+        if place.world_size != _ranks(run_directory.claimed(folder)):
+            raise ValueError(processes.NOT_LAUNCHED)
         run(folder, place)
 
 

@@ -223,7 +223,7 @@ def test_the_own_composition_is_trusted_as_it_is(place: Path) -> None:
 
 def test_a_worker_trusts_only_what_its_command_has_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(configuration("model", {"_target_": "acting.Thing"}), place / "run")
-    monkeypatch.setenv(CONFIG, run_directory.config_hash(run))
+    monkeypatch.setenv(CONFIG, run_directory.claimed_hash(run))
     monkeypatch.setenv(LAUNCH, str(place))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

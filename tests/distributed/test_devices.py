@@ -1,11 +1,15 @@
 """Two processes train the run of one."""
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import TINY, genfound, one_error
+from tests.cli.commands import TINY, genfound, one_error, variables
+from tests.helpers import state_differences
 
 
 def curve(run: Path, key: str = "train/loss") -> list[float]:
@@ -47,3 +51,56 @@ def test_a_job_on_two_devices_ends_with_its_reason(tmp_path: Path) -> None:
     result = genfound("train", *TINY, *wrong, "name=run", cwd=tmp_path)
     assert "more than data.max_tokens=64" in one_error(result)
     assert result.stdout.startswith("[failed]") and "Traceback" in (tmp_path / "runs/default/run/FAILED").read_text()
+
+
+def machine(cwd: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """The training command on one of several machines."""
+    command = [sys.executable, "-m", "genfound.train", *TINY, *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=variables(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_two_machines_of_one_device_give_the_run_of_one_with_two(tmp_path: Path) -> None:
+    same = ["batch.packs=2", "trainer.max_steps=3", "trainer.precision=fp32"]
+    rdzv = f"rdzv=127.0.0.1:{free_port()}"
+    both = [machine(tmp_path, *same, "trainer.num_nodes=2", rdzv, "name=two") for _ in range(2)]
+    said = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [errors for _, errors in said] == ["", ""]
+    assert sum("waiting for 1 other machine" in output for output, _ in said) == 1  # the first, which locks and writes
+    assert all("[done]" in output for output, _ in said)
+    one = genfound("train", *TINY, *same, "trainer.devices=2", "name=one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    runs = [tmp_path / "runs/default" / name for name in ("two", "one")]
+    assert curve(runs[0]) == curve(runs[1]) and len(curve(runs[0])) == 3
+    assert not [key for key in state_differences(*runs) if not key.startswith("run.")]
+    again = genfound("train", *TINY, *same, "trainer.num_nodes=2", rdzv, "name=two", cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.startswith("[done before]")  # nobody is waited for
+
+
+def test_another_command_does_not_join(tmp_path: Path) -> None:
+    same = ["batch.packs=2", "trainer.max_steps=1", "trainer.num_nodes=2", f"rdzv=127.0.0.1:{free_port()}", "name=run"]
+    first = machine(tmp_path, *same)
+    assert first.stdout is not None and first.stdout.readline().startswith("waiting for 1 other machine")
+    error = one_error(genfound("train", *TINY, *same, "seed=1", cwd=tmp_path))
+    assert "another command is at rdzv=127.0.0.1:" in error and "give the same one on every machine" in error
+    first.terminate()
+    assert first.wait(60) != 0 and not (tmp_path / "runs/default/run/DONE").exists()
+
+
+@pytest.mark.parametrize(("rdzv", "message"), [
+    ("null", "2 machines need rdzv=HOST:PORT"),
+    ("node1", "rdzv=node1 must be HOST:PORT"),
+    ("no.such.host.invalid:29500", "rdzv=no.such.host.invalid:29500: "),
+])  # fmt: skip
+def test_machines_must_know_where_to_meet(rdzv: str, message: str, tmp_path: Path) -> None:
+    arguments = ["batch.packs=2", "trainer.num_nodes=2", f"rdzv={rdzv}", "name=run"]
+    assert message in one_error(genfound("train", *TINY, *arguments, cwd=tmp_path))
+    assert not (tmp_path / "runs/default/run").exists()

@@ -83,7 +83,7 @@ def hydra_main(
 
     def job(cfg: DictConfig) -> None:
         try:
-            if copies not in (1, OmegaConf.select(cfg, "num_nodes", default=1)):
+            if copies not in (1, _machines(cfg)):
                 _refuse_copies(size, copies, config_name)
             _check(cfg, config_name)
             with explain_oom(config_name):
@@ -111,11 +111,16 @@ def print_error(message: str) -> None:
 
 
 SEVERAL_DEVICES = {
-    "train": " with trainer.devices=N",
+    "train": " with trainer.devices=N, or on each of M machines with trainer.num_nodes=M",
     "evaluate": " with devices=N",
     "encode": " with devices=N, or on each of M machines with num_nodes=M node_rank=K",
 }
 """How a command is given more than one device."""
+
+
+def _machines(cfg: DictConfig) -> int:
+    """On how many machines the command is given."""
+    return int(OmegaConf.select(cfg, "trainer.num_nodes", default=OmegaConf.select(cfg, "num_nodes", default=1)))
 
 
 def _refuse_copies(size: str, copies: int, config_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -34,6 +35,12 @@ class RankInfo(NamedTuple):
 SINGLE_PROCESS = RankInfo(0, 1, 0)
 
 
+NOT_LAUNCHED = (
+    "this module is a process of a group that genfound starts itself: give the command, such as "
+    "python -m genfound.train ... trainer.devices=N"
+)
+
+
 def rank_info() -> RankInfo:
     """The place that genfound gave this process when it started it.
 
@@ -48,10 +55,7 @@ def rank_info() -> RankInfo:
             found = RankInfo(*(int(value) for value in given if value))
             if found.local_rank <= found.rank < found.world_size:
                 return found
-    raise ValueError(
-        "this module is a process of a group that genfound starts itself: give the command, such as "
-        "python -m genfound.train ... trainer.devices=N"
-    )
+    raise ValueError(NOT_LAUNCHED)
 
 
 def tune_malloc() -> None:
@@ -65,10 +69,14 @@ def tune_malloc() -> None:
             libc.mallopt(top_pad, 2**26)
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    """Wait for what another process does, however long it takes: collectives end a run after their timeout."""
+def wait_until(done: Callable[[], bool], patience: float = math.inf) -> bool:
+    """Whether another process has done something in so many seconds; a collective would end the run after its own."""
+    deadline = time.monotonic() + patience
     while not done():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(PAUSE)
+    return True
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -7,7 +7,6 @@ A run that is continued under another configuration has that one in config.next.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,11 +19,11 @@ from yaml import AliasToken, YAMLError, scan
 
 from genfound.config.compose import flatten, to_dict
 from genfound.config.targets import require_groups
-from genfound.runtime.files import atomic_write, visible
+from genfound.runtime.files import atomic_write, digest, visible
 
 NOT_IDENTITY = (
     "runs", "study", "name", "allow_changes", "trust", "trainer", "strategy", "callbacks", "logger", "compile",
-    "data.root", "data.index", "data.num_workers", "tokenizer.weights",
+    "rdzv", "data.root", "data.index", "data.num_workers", "tokenizer.weights",
 )  # fmt: skip
 """Keys that are no part of the name of a run, unless a sweep varies them."""
 
@@ -67,18 +66,14 @@ def run_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
     named = sorted(pairs, key="-".join)
     name = "__".join(_part(key, value, key in swept) for key, value in named) or "default"
     if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 13]}-{_hash('__'.join(f'{key}-{value}' for key, value in named), 6)}"
+        name = f"{name[: LONGEST_NAME - 13]}-{digest('__'.join(f'{key}-{value}' for key, value in named), 6)}"
     return name
 
 
 def _part(key: str, value: str, exact: bool) -> str:
     written = f"{key}-{value}"
     part = re.sub(r"[^A-Za-z0-9._-]+", "_", written).strip("_")
-    return f"{part}-{_hash(written, 3)}" if exact and part != written else part
-
-
-def _hash(text: str, size: int) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+    return f"{part}-{digest(written, 3)}" if exact and part != written else part
 
 
 def run_dir(cfg: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> Path:
@@ -106,8 +101,11 @@ def write_config(folder: Path, config: Mapping[str, Any], allow_changes: bool) -
     refuse_changes(folder, config, allow_changes)
     (folder / NEXT).unlink(missing_ok=True)
     file = folder / (NEXT if changed(folder, config) else "config.yaml")
-    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
-    atomic_write(file, lambda temporary: temporary.write_text(text))
+    atomic_write(file, lambda temporary: temporary.write_text(_yaml(config)))
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
 
 
 def claimed(folder: Path) -> dict[str, Any]:
@@ -194,9 +192,15 @@ def located(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {**config, **found}
 
 
-def config_hash(folder: Path) -> str:
-    """Of the file of `claimed`, byte by byte."""
-    return hashlib.blake2b(_claimed_file(folder).read_bytes(), digest_size=16).hexdigest()
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Of a configuration as `write_config` writes it."""
+    return digest(_yaml(config), 16)
+
+
+def claimed_hash(folder: Path) -> str:
+    """Of the file of `claimed`, byte by byte; of no text if there is none."""
+    file = _claimed_file(folder)
+    return digest(file.read_bytes() if file.is_file() else "", 16)
 
 
 def _texts(value: Any) -> Iterator[str]:
