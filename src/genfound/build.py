@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ from genfound.config.targets import trusted
 from genfound.data.images.base import ImageSource, LatentSource
 from genfound.data.images.views import ImageViews
 from genfound.data.latents import stored_tokenizer
-from genfound.data.packing.batch_plan import MicroBatch, Plan, each_once
-from genfound.data.packing.budget import max_images, micro_batches, token_budget, token_counts
+from genfound.data.packing.batch_plan import MicroBatch, Plan
+from genfound.data.packing.budget import held_out_batches, max_images, micro_batches, token_budget, token_counts
 from genfound.data.packing.collate import Collate
 from genfound.data.packing.loader import MicroBatches, TrainLoader, ValidationLoader
 from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Batcher, FixedBatcher, Packer, Repeated
 from genfound.layers.attention import choose_backend
-from genfound.layouts import Dense, Layout, Packed
+from genfound.layouts import Dense, Layout
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
 from genfound.runtime.devices import device, precision
@@ -75,17 +74,9 @@ class RunComponents:
         return min(self.config["data"]["num_workers"], os.cpu_count() or 1)
 
     def validation(self, images: int) -> list[MicroBatch]:
-        """Micro-batches of the first held-out images of a fixed order, each image once; independent of the ranks.
-
-        Raises:
-            ValueError: a held-out image has more tokens than a pack.
-        """
+        """Micro-batches of the first held-out images, see `held_out_batches`."""
         tokens = token_counts(self.held_out, self.tokenizer.spec, self.layout.patch_size)
-        budget, rows = math.inf, self.config["data"]["batch_size"]
-        if not isinstance(self.layout, Dense):
-            budget = token_budget(self.config, tokens)
-            rows = self.layout.max_images if isinstance(self.layout, Packed) else max_images(tokens, budget)
-        return each_once(Order(len(tokens), 0), tokens, images, budget, rows, self.objective.weight)
+        return held_out_batches(self.config, tokens, self.layout, images, self.objective.weight)
 
     @property
     def assembly(self) -> Collate:
@@ -111,13 +102,13 @@ class RunComponents:
         """What Lightning reads the data from."""
         from genfound.data.datamodule import GenerativeDataModule
 
-        key = "images" if isinstance(self.layout, Dense) else "packs"
-        options = self.config["callbacks"].get("validation")
-        count = options["images"] if options else len(self.held_out.labels)
-        micros = self.validation(count) if len(self.held_out.labels) else []
-        val = ValidationLoader(self.batches(self.held_out, self.validation_assembly), micros, self.workers)
+        key, collate = "images" if isinstance(self.layout, Dense) else "packs", self.validation_assembly
+        val = ValidationLoader(self.batches(self.held_out, collate), [], self.workers)
         asked = (f"batch.{key}", self.plan.per_step) if self.config["batch"][key] else None
-        return GenerativeDataModule(self.loader(0), self.assembly, val, self.validation_assembly, asked)
+        data = GenerativeDataModule(self.loader(0), self.assembly, val, collate, self.validation, asked)
+        options = self.config["callbacks"].get("validation") or {"images": len(self.held_out.labels)}
+        data.validate_on(options["images"])
+        return data
 
     def report(self) -> list[str]:
         """What is about to be trained, in lines for the user."""

@@ -37,10 +37,10 @@ class Ema(lightning.Callback):
         Raises:
             ValueError: the checkpoint lacks one of the decays, or a parameter.
         """
-        saved, names = checkpoint["ema"], {name for name, _ in _trained(module)}
+        saved, names = checkpoint.get("ema", {}), {name for name, _ in _trained(module)}
         missing = [decay for decay in self.decays if str(decay) not in saved]
         if missing:
-            raise ValueError(f"ema.decays={self.decays}, but the checkpoint has only {', '.join(saved)}")
+            raise ValueError(f"ema.decays={self.decays}, but the checkpoint has only {', '.join(saved) or 'none'}")
         if any(saved[str(decay)].keys() != names for decay in self.decays):
             raise ValueError("the averages in the checkpoint belong to other parameters")
         self._saved = saved
@@ -74,6 +74,17 @@ class Ema(lightning.Callback):
         live = [p.detach().float() for _, p in _trained(module)]
         for decay, average in self.averages.items():
             torch._foreach_lerp_(list(average.values()), live, 1 - decay)
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """The metrics of the first average, with the suffix `_ema`, beside those of the live weights."""
+        if self.averages and not trainer.sanity_checking:
+            module.log_dict(self.validate(module))
+
+    def validate(self, module: lightning.LightningModule) -> dict[str, float]:
+        """The metrics of `GenerativeModule.validate` with the first average, each with the suffix `_ema`."""
+        assert isinstance(module, GenerativeModule)
+        with self.ema_weights(module):
+            return {f"{name}_ema": value for name, value in module.validate().items()}
 
     @contextmanager
     def ema_weights(self, module: lightning.LightningModule) -> Iterator[None]:

@@ -57,6 +57,7 @@ class TrainLog(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Begin an empty window."""
         assert isinstance(module, GenerativeModule)
+        module.logs_losses = False
         self._logged = trainer.global_step
         self._clear(module)
         self.speed.begin()

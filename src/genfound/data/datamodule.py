@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from hydra.utils import get_method
 
 from genfound.batch import Batch
 from genfound.config import compose
+from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.collate import Collate, RawImages
 from genfound.data.packing.loader import HeldOut, TrainLoader, ValidationLoader
 from genfound.rng import Rng
@@ -28,7 +29,8 @@ class GenerativeDataModule(lightning.LightningDataModule):
         train: micro-batches of training.
         collate: encodes, on the training device, the images that the data workers leave to it.
         val: held-out images, each once.
-        val_collate: the same for these.
+        val_collate: encodes and lays out these.
+        held_out: number of images -> their micro-batches.
         per_step: the key that asks for a number of micro-batches in a global step, and how many; or None.
     """
 
@@ -40,11 +42,13 @@ class GenerativeDataModule(lightning.LightningDataModule):
         collate: Collate,
         val: ValidationLoader,
         val_collate: Collate,
+        held_out: Callable[[int], list[MicroBatch]],
         per_step: tuple[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.train, self.collate = train, collate
         self.val, self.val_collate = val, val_collate
+        self.held_out = held_out
         self.per_step = per_step
         self.encoding = Stopwatch()  # of the tokenizer, in training
 
@@ -90,6 +94,10 @@ class GenerativeDataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """The held-out images; nothing where there are none."""
         return self.val if self.val.micros else []
+
+    def validate_on(self, images: int) -> None:
+        """Validate on the first so many held-out images of a fixed order."""
+        self.val.micros = self.held_out(images)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Encode what is not encoded yet; what the plan says of a micro-batch stays on the host."""

@@ -18,6 +18,8 @@ from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.config import compose
 from genfound.data.packing.batch_plan import MicroBatch
+from genfound.data.packing.loader import HeldOut
+from genfound.modules.validation import validation_metrics, validation_sums
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
@@ -45,6 +47,7 @@ class GenerativeModule(lightning.LightningModule):
     Attributes:
         images_seen: images of the run up to the last global step.
         grad_norm: of the last global step, before clipping.
+        logs_losses: log `train/loss` of each micro-batch; `TrainLog`, which logs averages of steps, turns it off.
     """
 
     backbone: type[Backbone] = Backbone
@@ -70,6 +73,7 @@ class GenerativeModule(lightning.LightningModule):
         self.loss_scale = 1  # Lightning averages over micro-batches and ranks; the loss of a step is a sum
         self.images_seen = 0
         self.grad_norm: Tensor | None = None
+        self.logs_losses = True
         self.losses: Losses | None = None
         self.micro: MicroBatch | None = None
 
@@ -120,7 +124,41 @@ class GenerativeModule(lightning.LightningModule):
         loss = (weights * self.losses.total).sum()
         for value in self.extra_losses().values():
             loss = loss + weights.sum() * value  # each micro-batch's value counts as much as its images do
-        return loss / micro.weight_sum * self.loss_scale
+        loss = loss / micro.weight_sum * self.loss_scale
+        if self.logs_losses:
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(micro.indices))
+        return loss
+
+    def validation_step(self, item: HeldOut, batch_idx: int) -> Tensor:
+        """(4,) float64 sums of a micro-batch of held-out images, see `validation_sums`."""
+        return validation_sums(self.net, self.objective, item)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin at zero."""
+        self._validated = torch.zeros(4, dtype=torch.float64, device=self.device)
+
+    def on_validation_batch_end(self, outputs: Any, batch: HeldOut, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a micro-batch."""
+        self._validated += outputs
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all ranks."""
+        self.log_dict(validation_metrics(self._reduced(self._validated)))
+
+    def validate(self) -> dict[str, float]:
+        """What `trainer.validate` logs, of the weights as they are, within training or another validation."""
+        trainer: Any = self.trainer
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for i, item in enumerate(trainer.datamodule.val_dataloader()):
+            on_device = trainer.strategy.batch_to_device(item)
+            with trainer.precision_plugin.val_step_context():
+                sums += self.validation_step(on_device, i)
+        return validation_metrics(self._reduced(sums))
+
+    def _reduced(self, sums: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
 
     def evaluate(self, batch: Batch, rng: Rng) -> Losses:
         """Losses of a batch with the training law of labels, times and noise."""

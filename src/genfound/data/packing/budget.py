@@ -10,6 +10,9 @@ import numpy as np
 
 from genfound.config.checks import integer
 from genfound.data.images.base import ImageSource
+from genfound.data.packing.batch_plan import MicroBatch, each_once
+from genfound.data.packing.order import Order
+from genfound.layouts import Dense, Layout, Packed
 from genfound.tokenizers import LatentSpec
 
 Config = Mapping[str, Any]
@@ -66,3 +69,18 @@ def token_counts(images: ImageSource, spec: LatentSpec, patch_size: int) -> np.n
     """(n,) tokens of each image."""
     counts: np.ndarray = (images.sizes // (spec.stride * patch_size)).prod(axis=1)
     return counts
+
+
+def held_out_batches(config: Config, tokens: np.ndarray, layout: Layout, images: int, weight: str) -> list[MicroBatch]:
+    """Micro-batches of the first held-out images of a fixed order, each image once; independent of the ranks.
+
+    Raises:
+        ValueError: a held-out image has more tokens than a pack.
+    """
+    if not len(tokens):
+        return []
+    budget, rows = math.inf, config["data"]["batch_size"]
+    if not isinstance(layout, Dense):
+        budget = token_budget(config, tokens)
+        rows = layout.max_images if isinstance(layout, Packed) else max_images(tokens, budget)
+    return each_once(Order(len(tokens), 0), tokens, images, budget, rows, weight)
