@@ -13,6 +13,7 @@ from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.resuming import facts
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import visible
+from genfound.runtime.run_directory import FORMAT
 from genfound.sampling.requests import typical_sizes
 
 
@@ -64,6 +65,7 @@ class Checkpointing(EveryNImages):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """What sampling must know of the data."""
+        checkpoint["format"] = FORMAT
         checkpoint["run"] = self.facts
 
 

@@ -83,8 +83,8 @@ def save(loaded: LoadedModel, file: Path) -> None:
 
 
 def _note(model: Weights | LoadedModel) -> dict[str, Any]:
-    config = {key: value for key, value in model.config.items() if key != "trust"}
-    return {"config": config, "class_names": model.class_names, "sizes": model.sizes}
+    config = {key: value for key, value in model.config.items() if key not in ("trust", "format")}
+    return {"format": formats.FORMAT, "config": config, "class_names": model.class_names, "sizes": model.sizes}
 
 
 def _destination(path: Path, to: str, chosen: str) -> Path:

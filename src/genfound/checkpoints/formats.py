@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from genfound.runtime import checkpoint_io
+from genfound.runtime import checkpoint_io, run_directory
 from genfound.runtime.files import atomic_write
 
 State = Mapping[str, Tensor]
@@ -27,6 +27,9 @@ OUTER = ("ema", "model", "state_dict")
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
 ACCELERATE = (("model.safetensors", "model_1.safetensors"), ("pytorch_model.bin", "pytorch_model_1.bin"))
 OURS, KEPT = "genfound", "official."
+
+FORMAT = run_directory.FORMAT
+"""Of the files that this version writes; `format_1` knows what was called otherwise before."""
 
 
 class CheckpointFile(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genfound import build
 from genfound.backbones.base import Backbone
-from genfound.checkpoints import formats
+from genfound.checkpoints import format_1, formats
 from genfound.checkpoints.official.families import FAMILIES, RELEASES, family_of, release_of
 from genfound.config import compose, targets
 from genfound.objectives.base import Objective
@@ -125,26 +125,40 @@ def _ours(path: Path, weights: str | None, trust: Collection[str]) -> Weights | 
     note = formats.ours(path)
     if note is None:
         return None
-    config = _read_config(note.get("config"), trust, path)
+    version = _version(note, path)
+    config = _checked(note.get("config"), version, trust, path)
     tensors = formats.read_safetensors(path)
     own = {key: value for key, value in tensors.items() if not key.startswith(formats.KEPT)}
     kept = {key.removeprefix(formats.KEPT): tensors[key] for key in tensors.keys() - own.keys()}
+    own = own if version == formats.FORMAT else format_1.weights(own, config["model"])
     return Weights(config, own, note["class_names"], _pairs(note["sizes"]), kept)
 
 
-def _read_config(config: Any, trust: Collection[str], file: Path) -> Config:
+def _version(content: Mapping[str, Any], file: Path) -> int:
+    """The format of what a file holds, which says so from the second on."""
+    version = content.get("format", 1)
+    if version not in (1, formats.FORMAT):
+        raise ValueError(f"{file} is of format {version}, which a later genfound wrote; update genfound to read it")
+    return int(version)
+
+
+def _checked(config: Any, version: int, trust: Collection[str], file: Path) -> Config:
     """The configuration of a file of ours; which kernels attend is no part of a model, so what runs here is chosen.
 
     Raises:
         ValueError: it would build what it may not.
     """
+    if version != formats.FORMAT and isinstance(config, Mapping):
+        config = format_1.config(config)
     config = targets.from_file(config, trust, file)
     kernels = {"attention": "auto"} if "attention" in config["model"] else {}
+    config.pop("format", None)
     return {**config, "model": {**config["model"], **kernels}}
 
 
 def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str]) -> Weights:
-    config = _read_config(run_directory.read_config(folder), trust, folder / "config.yaml")
+    saved = run_directory.read_config(folder)
+    config = _checked(saved, _version(saved, folder), trust, folder / "config.yaml")
     file = path if path.is_file() else checkpoint_io.newest(folder / "checkpoints")
     if file is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
@@ -157,6 +171,8 @@ def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str
         raise ValueError(f"{folder} keeps no average of its weights (ema.decays=[]); set weights=raw")
     if weights != "raw" and state["ema"]:
         tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
+    if _version(state, file) != formats.FORMAT:
+        tensors = format_1.weights(tensors, config["model"])
     data = state["run"]
     config = run_directory.located(config, folder)
     return Weights(config, tensors, list(data["class_names"]), _pairs(data["sizes"]), {})

@@ -38,6 +38,9 @@ PLACE = ("runs", "study", "name")
 
 NEXT = "config.next.yaml"
 
+FORMAT = 2
+"""Of config.yaml, checkpoints and files of weights, all of which say so."""
+
 PLACES = (("data", "root"), ("data", "index"), ("tokenizer", "weights"), ("guidance", "weights"))
 """Keys of a run that are paths, by group."""
 
@@ -105,7 +108,7 @@ def write_config(folder: Path, config: Mapping[str, Any], allow_changes: bool) -
 
 
 def _yaml(config: Mapping[str, Any]) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create({**config, "format": FORMAT}))
 
 
 def claimed(folder: Path) -> dict[str, Any]:
@@ -146,11 +149,20 @@ def refuse_changes(folder: Path, config: Mapping[str, Any], allow_changes: bool)
 
 
 def changed(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> its values in the run that has been trained in a directory, if there is one, and in a configuration."""
+    """Key -> its values in the run that has been trained in a directory, if there is one, and in a configuration.
+
+    Raises:
+        ValueError: the run is of another format.
+    """
     trained = (folder / "DONE").exists() or visible(folder / "checkpoints", "*.ckpt")
     if not trained or not (folder / "config.yaml").exists():
         return {}
-    before, now = flatten(read_config(folder)), flatten(config)
+    before, now = flatten(read_config(folder)), {**flatten(config), "format": FORMAT}
+    if before.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} was trained by another version of genfound, which can be loaded but not continued; choose "
+            f"another name=... (init_from={folder} begins with its weights)"
+        )
     pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
