@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 import genfound
-from genfound.checkpoints import convert, formats
+from genfound.checkpoints import convert, format_1, formats
 from genfound.runtime import run_directory
 from genfound.tokenizers import PixelTokenizer
 from tests.helpers import run_dir
@@ -80,3 +80,13 @@ def test_a_run_says_its_format_and_another_is_not_continued(tmp_path: Path) -> N
     (run / "DONE").write_text("{}")
     with pytest.raises(ValueError, match=r"can be loaded but not continued; choose another name=... \(init_from="):
         run_dir(run)
+
+
+def test_data_that_chose_latents_by_a_hidden_key_are_an_option_of_their_own() -> None:
+    data = {"_target_": "genfound.data.image_tree.ImageTree", "source": "store", "root": "latents"}
+    assert format_1.config({"data": data})["data"] == {
+        "_target_": "genfound.data.latents.store.Store",
+        "root": "latents",
+    }
+    images = format_1.config({"data": data | {"source": "images"}})["data"]
+    assert images == {"_target_": "genfound.data.images.imagenet.ImageTree", "root": "latents"}

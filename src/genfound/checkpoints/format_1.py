@@ -22,6 +22,13 @@ CLASSES = {
 }
 """Classes that moved; whether a file may name them is checked afterwards, as for any other."""
 
+SOURCES = {
+    "store": "genfound.data.latents.store.Store",
+    "nit": "genfound.data.latents.nit.NiTLatents",
+    "lightningdit": "genfound.data.latents.lightningdit.LightningDiTLatents",
+}
+"""`data.source`, which chose latents below the root of an option for images -> the class of an option of their own."""
+
 EMBEDDERS = {
     r"^x_embedder\.": "x_embedder.proj.",
     r"^t_embedder\.first\.": "t_embedder.mlp.0.",
@@ -53,7 +60,10 @@ NAMES = {
 
 def config(old: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration whose `_target_`s are where these classes are now."""
-    return {str(key): _moved(value) for key, value in old.items()}
+    moved = {str(key): _moved(value) for key, value in old.items()}
+    if isinstance(data := moved.get("data"), dict) and isinstance(source := data.pop("source", None), str):
+        data[TARGET] = SOURCES.get(source, data.get(TARGET))
+    return moved
 
 
 def weights(old: Mapping[str, Tensor], model: Mapping[str, Any]) -> dict[str, Tensor]:
