@@ -120,7 +120,7 @@ def trained(folder: Path) -> Path:
 
 def test_a_claimed_folder_keeps_its_configuration(tmp_path: Path) -> None:
     run_directory.write_config(tmp_path / "a/b", config(), False)
-    assert run_directory.read_config(tmp_path / "a/b") == config()
+    assert run_directory.read_config(tmp_path / "a/b") == {"format": 2} | config()
     assert [p.name for p in (tmp_path / "a/b").iterdir()] == ["config.yaml"]
 
 
@@ -130,17 +130,17 @@ def test_another_identity_is_refused_once_there_is_a_checkpoint(tmp_path: Path) 
         run_directory.write_config(folder, config(model__depth=3), False)
     with pytest.raises(ValueError, match=r"data\.extra: None in the run, 1 now"):
         run_directory.write_config(folder, config(data__extra=1), False)
-    assert run_directory.read_config(folder) == config()
+    assert run_directory.read_config(folder) == {"format": 2} | config()
 
 
 def test_another_identity_may_be_forced(tmp_path: Path) -> None:
     """It is the run's when it has been found to fit, not before."""
     folder = trained(tmp_path / "run")
     run_directory.write_config(folder, config(model__depth=3), True)
-    assert run_directory.read_config(folder) == config()
-    assert run_directory.claimed(folder) == config(model__depth=3)
+    assert run_directory.read_config(folder) == {"format": 2} | config()
+    assert run_directory.claimed(folder) == {"format": 2} | config(model__depth=3)
     run_directory.adopt(folder)
-    assert run_directory.read_config(folder) == run_directory.claimed(folder) == config(model__depth=3)
+    assert run_directory.read_config(folder) == run_directory.claimed(folder) == {"format": 2} | config(model__depth=3)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml"]
 
 
@@ -148,9 +148,9 @@ def test_what_is_not_identity_may_change(tmp_path: Path) -> None:
     folder = trained(tmp_path / "run")
     changed = config(trainer__max_steps=9, data__root="/new")
     run_directory.write_config(folder, changed, False)
-    assert run_directory.claimed(folder) == changed
+    assert run_directory.claimed(folder) == {"format": 2} | changed
     run_directory.write_config(folder, config(), False)  # again as it was
-    assert run_directory.claimed(folder) == config() and not (folder / run_directory.NEXT).exists()
+    assert run_directory.claimed(folder) == {"format": 2} | config() and not (folder / run_directory.NEXT).exists()
 
 
 @pytest.mark.parametrize("key", ["trainer.precision", "trainer.deterministic", "compile"])
@@ -175,13 +175,13 @@ def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/._step-5.ckpt").touch()
     run_directory.write_config(tmp_path, config(seed=1), False)
-    assert run_directory.read_config(tmp_path) == config(seed=1)
+    assert run_directory.read_config(tmp_path) == {"format": 2} | config(seed=1)
 
 
 def test_a_folder_without_a_checkpoint_is_free(tmp_path: Path) -> None:
     run_directory.write_config(tmp_path, config(), False)
     run_directory.write_config(tmp_path, config(seed=1), False)
-    assert run_directory.read_config(tmp_path) == config(seed=1)
+    assert run_directory.read_config(tmp_path) == {"format": 2} | config(seed=1)
 
 
 def test_run_folders(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ SOURCES = {
 """`data.source`, which chose latents below the root of an option for images -> the class of an option of their own."""
 
 EMBEDDERS = {
-    r"^x_embedder\.": "x_embedder.proj.",
+    r"^x_embedder\.(weight|bias)$": r"x_embedder.proj.\1",
     r"^t_embedder\.first\.": "t_embedder.mlp.0.",
     r"^t_embedder\.second\.": "t_embedder.mlp.2.",
 }
