@@ -201,6 +201,7 @@ def test_filled_numbers() -> None:
     assert abs(parameter("a.bias", (500,)).mean()) < 0.02
 
 
+@pytest.mark.slow
 def test_the_command_runs_another_folder_and_lists_the_rest(tmp_path: Path) -> None:
     good = forward()
     for name, change in (("good", {}), ("unknown", {"kind": "a"}), ("part", {"kind": "b", "level": "aid"})):

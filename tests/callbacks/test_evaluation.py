@@ -81,6 +81,7 @@ def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path: Path, mon
     assert "no evaluation: an image is not finite" in notes
 
 
+@pytest.mark.slow
 def test_the_command_measures_the_same_weights_alike(tmp_path: Path) -> None:
     state = trained(tmp_path / "run", True, every=1)
     last = read_results(tmp_path / "run")[-1]

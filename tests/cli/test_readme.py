@@ -61,6 +61,7 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, (name, arguments, result.stderr)
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(tmp_path: Path) -> None:
     example = re.search(r"```python\n(import genfound\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example

@@ -67,12 +67,12 @@ def test_a_killed_run_goes_on_where_it_was(straight: Path, tmp_path: Path) -> No
     process = subprocess.Popen(command, cwd=tmp_path, env=variables(), stdout=subprocess.DEVNULL)
     run = tmp_path / "runs/default/run"
     deadline = time.monotonic() + 120
-    while not any((run / "checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:
+    while not any((run / "checkpoints").glob("[!.]*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "DONE").exists()
-    steps = max(12, int(max(file.stem for file in (run / "checkpoints").glob("*.ckpt"))[-8:]) + 1)
+    steps = max(12, int(max(file.stem for file in (run / "checkpoints").glob("[!.]*.ckpt"))[-8:]) + 1)
     end = f"trainer.max_steps={steps}"
     result = genfound("train", *TINY, "callbacks.checkpointing.every=12", end, "name=run", cwd=tmp_path)
     assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
@@ -81,6 +81,7 @@ def test_a_killed_run_goes_on_where_it_was(straight: Path, tmp_path: Path) -> No
     assert {step: resumed[step] for step in losses(straight)} == losses(straight)
 
 
+@pytest.mark.slow
 def test_a_job_ends_with_the_process_that_launched_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "genfound.train", "-m", *TINY, "budget.images=400000", "name=run"]
     process = subprocess.Popen(command, cwd=tmp_path, env=variables(), stdout=subprocess.DEVNULL)
@@ -120,6 +121,7 @@ def test_a_sweep_names_its_jobs_and_outlives_a_failing_one(tmp_path: Path) -> No
     assert again.stdout.count("[done before]") == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_over_what_does_not_identify_a_run_trains_each_of_its_jobs(tmp_path: Path) -> None:
     """Two folders that read alike as file names; the same command finds the runs again."""
     for root in ("a/b", "a_b"):
@@ -165,7 +167,7 @@ WRONG = {
 def test_wrong_input_is_one_clear_line(override: str, tmp_path: Path) -> None:
     result = genfound("train", *TINY, "trainer.max_steps=1", override, cwd=tmp_path)
     assert WRONG[override] in one_error(result)
-    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("[!.]*.ckpt"))
 
 
 def test_a_changed_configuration_is_refused_and_can_be_allowed(straight: Path) -> None:
@@ -180,6 +182,7 @@ def test_help_lists_the_groups(tmp_path: Path) -> None:
     assert "nit_xl" in result.stdout and "image_folder" in result.stdout
 
 
+@pytest.mark.slow
 def test_variables_left_by_launchers_are_ignored_and_copies_refused(tmp_path: Path) -> None:
     command = ["train", *TINY, "batch.packs=2", "trainer.max_steps=1"]
     left = {"WORLD_SIZE": "2", "RANK": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "PATH": str(tmp_path)}  # no git

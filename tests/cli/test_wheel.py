@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.commands import variables
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_from_another_folder(tmp_path: Path) -> None:
     target = tmp_path / "site"
     install = ["install", "-q", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target), str(ROOT)]

@@ -67,6 +67,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_machines_of_one_device_give_the_run_of_one_with_two(tmp_path: Path) -> None:
     same = ["batch.packs=2", "trainer.max_steps=3", "trainer.precision=fp32"]
     rdzv = f"rdzv=127.0.0.1:{free_port()}"

@@ -60,7 +60,7 @@ def test_what_is_damaged_and_nothing_else_is_encoded_again(
         (store / MANIFEST).write_text("{")
     if damage == "flipped manifest":
         (store / MANIFEST).write_text((whole / MANIFEST).read_text().replace('"n01"', '"n05"'))
-    others = {f.name: f.stat().st_mtime_ns for f in store.glob("*.safetensors") if f != file}
+    others = {f.name: f.stat().st_mtime_ns for f in store.glob("[!.]*.safetensors") if f != file}
     encoded(images, store)
     assert contents(store) == contents(whole)
     assert {name: (store / name).stat().st_mtime_ns for name in others} == others
@@ -124,7 +124,7 @@ def test_moments_and_statistics_are_unscaled(images: Path, tmp_path: Path) -> No
 
 
 def test_each_shard_has_a_picture_of_its_first_image_and_what_is_decoded(whole: Path, images: Path) -> None:
-    assert sorted(f.stem for f in whole.glob("*.png")) == sorted(f.stem for f in whole.glob("*.safetensors"))
+    assert sorted(f.stem for f in whole.glob("*.png")) == sorted(f.stem for f in whole.glob("[!.]*.safetensors"))
     pair = np.asarray(Image.open(whole / "train-00000.png"))
     left, right = np.split(pair, 2, axis=1)
     assert left.shape == (40, 56, 3)
@@ -141,7 +141,7 @@ def test_latents_that_are_not_finite_are_named(images: Path, tmp_path: Path, mon
         ValueError, match=r"n\d\d/\d+\.png: its latents are not finite in dtype=fp16; try another dtype"
     ):
         encoded(images, tmp_path / "store")
-    assert not list((tmp_path / "store").glob("*.safetensors"))
+    assert not list((tmp_path / "store").glob("[!.]*.safetensors"))
     encoded(images, tmp_path / "store", "dtype=bf16")  # no shard is there yet, so that the folder is free
     encoded(images, tmp_path / "direct", "dtype=bf16")
     assert contents(tmp_path / "store") == contents(tmp_path / "direct")

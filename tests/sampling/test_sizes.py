@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from genfound import build
@@ -34,6 +35,7 @@ def count(name: str, patch: int) -> int:
     return sum(p.numel() for p in net.parameters()) + (positions if tabled else 0)
 
 
+@pytest.mark.slow
 def test_every_named_size_has_the_published_count() -> None:
     counts = {}
     for row in TABLE:

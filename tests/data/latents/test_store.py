@@ -249,8 +249,8 @@ def test_a_store_that_does_not_fit_is_refused(
 
 
 def test_another_holdout_is_refused(made: Path) -> None:
-    with pytest.raises(ValueError, match=r"encoded with data\.holdout=3, not None"):
-        Store(made / "native", native(), None, "train", False)
+    with pytest.raises(ValueError, match=r"encoded with data\.holdout=3, not 4"):
+        Store(made / "native", native(), 4, "train", False)
 
 
 def test_a_shard_that_names_another_store_or_split_is_refused(copy: Path) -> None:

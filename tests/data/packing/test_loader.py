@@ -90,6 +90,7 @@ def test_workers_change_nothing_and_state_continues() -> None:
     assert first.waited > 0
 
 
+@pytest.mark.slow
 def test_two_passes_through_kills_other_ranks_and_other_workers_show_every_image_twice() -> None:
     """Killed four times, on 1, 2, then 1 ranks with 0, 2 and 4 workers: the steps of an untouched run."""
     per_step, both_passes = 4, 2 * len(shapes().labels)
