@@ -75,7 +75,7 @@ def test_a_result_names_everything_that_could_change_it(run: Path, references: P
     )
     assert (drawing.weights, drawing.labels, drawing.seed, drawing.uint8) == ("ema", "balanced", 0, "round")
     assert drawing.precision == "32-true" and drawing.decoder == {
-        "name": "PixelTokenizer",
+        "name": "pixel",
         "precision": None,
         "hash": None,
     }

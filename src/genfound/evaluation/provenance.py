@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.data.images.sets import digest, image_files, read_note
 from genfound.evaluation.protocol import SamplingRecord, versions
@@ -77,7 +78,7 @@ def decoder_identity(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
     """What decodes, in the words of the protocol: its name, its precision, and the hash of its weights."""
     network = getattr(tokenizer, "model", None)
     return {
-        "name": type(tokenizer).__name__,
+        "name": build.name_of(config["tokenizer"]),
         "precision": config["tokenizer"].get("precision"),
         "hash": None if network is None else tensors_hash(network.state_dict()),
     }
