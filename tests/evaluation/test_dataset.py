@@ -17,7 +17,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch, precision: str, value: float) -> De
     monkeypatch.setattr(build, "tokenizer", lambda _: SimpleNamespace(model=network))
     monkeypatch.setattr(build, "training_tokenizer", lambda _: None)
     source: Any = SimpleNamespace(fingerprint="f", sizes=np.zeros((2, 2), np.int64), labels=np.zeros(2, np.int64))
-    config = {"sample": {"uint8": "round"}, "tokenizer": {"precision": precision}}
+    config = {"sample": {"uint8": "round"}, "tokenizer": {"_target_": "mine.codec.Codec", "precision": precision}}
     return DecodedLatents(source, config, torch.device("cpu"))
 
 
