@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,8 +156,8 @@ def _expected_spec(config: Config) -> LatentSpec:
     return LatentSpec(config["model"]["channels"] or 4, 1)
 
 
-def build_run(config: Config, ranks: int) -> RunComponents:
-    """Build a training run.
+def build_run(config: Config, ranks: int, with_values: bool = True) -> RunComponents:
+    """Build a training run; its network without values, on `meta`, where only the data are wanted.
 
     Raises:
         ValueError: something does not fit together.
@@ -164,7 +165,8 @@ def build_run(config: Config, ranks: int) -> RunComponents:
     check(config, ranks)
     codec = training_tokenizer(config)
     images, held_out = (source(config, codec.spec, split) for split in ("train", "val"))
-    backbone = net(config, codec.spec, len(images.class_names))
+    with nullcontext() if with_values else torch.device("meta"):
+        backbone = net(config, codec.spec, len(images.class_names))
     goal = objective(config)
     return RunComponents(
         config=config,

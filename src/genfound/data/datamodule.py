@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning
 import torch
-from hydra.utils import get_method
 
 from genfound.batch import Batch
 from genfound.config import compose
@@ -61,9 +60,9 @@ class GenerativeDataModule(lightning.LightningDataModule):
         Raises:
             ValueError: the configuration does not fit together.
         """
-        config = compose.compose("train", overrides)
-        built: GenerativeDataModule = get_method("genfound.build.build_run")(config, 1).data_module()
-        return built
+        from genfound import build  # to the right of data, and needed only here
+
+        return build.build_run(compose.compose("train", overrides), 1, with_values=False).data_module()
 
     def setup(self, stage: str) -> None:
         """Take ranks and accumulation from the trainer.
