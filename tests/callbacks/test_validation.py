@@ -108,6 +108,30 @@ def test_the_figures_are_those_of_any_packing_layout_and_number_of_ranks(case: s
         assert figures(*first, ranks=ranks) == pytest.approx(wanted, rel=1e-5)
 
 
+class Counting(Noisy):
+    """A network, of which one knows how many images it has encoded."""
+
+    online, encoded = True, 0
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        Counting.encoded += len(images)
+        return super().encode(images, noise)
+
+
+def test_a_held_out_image_is_encoded_once_for_all_weights_and_all_validations() -> None:
+    parts = built(*NIT)
+    data, device = replace(parts, tokenizer=Counting()).data_module(), torch.device("cpu")
+    data.validate_on(25)
+    first, second = ([data.transfer_batch_to_device(item, device, 0) for item in data.val] for _ in range(2))
+    assert Counting.encoded == 25
+    plain = parts.data_module()
+    plain.validate_on(25)
+    for item, again, straight in zip(first, second, plain.val, strict=True):
+        expected = plain.transfer_batch_to_device(straight, device, 0)
+        assert all(torch.equal(one.images.x, expected.images.x) for one in (item, again))
+        assert all(torch.equal(one.noise, expected.noise) for one in (item, again))
+
+
 def test_times_of_the_velocity_error_are_uniform_and_keep_from_the_poles() -> None:
     times = uniform_times(range(1000))
     assert torch.equal(uniform_times([7, 3]), times[[7, 3]])

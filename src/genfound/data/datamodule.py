@@ -50,6 +50,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
         self.held_out = held_out
         self.per_step = per_step
         self.encoding = Stopwatch()  # of the tokenizer, in training
+        self._encoded: dict[int, Batch] = {}  # held-out images on the host; every validation has the same
 
     @staticmethod
     def from_config(overrides: Sequence[str] = ()) -> GenerativeDataModule:
@@ -97,6 +98,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
     def validate_on(self, images: int) -> None:
         """Validate on the first so many held-out images of a fixed order."""
         self.val.micros = self.held_out(images)
+        self._encoded.clear()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Encode what is not encoded yet; what the plan says of a micro-batch stays on the host."""
@@ -110,8 +112,11 @@ class GenerativeDataModule(lightning.LightningDataModule):
         return images.to(device, non_blocking=True), micro
 
     def _held_out(self, item: HeldOut, device: torch.device) -> HeldOut:
-        images, micro = item.images, item.micro
-        batch = self.val_collate(images, micro.positions, device) if isinstance(images, RawImages) else images
+        batch, micro = item.images, item.micro
+        if isinstance(batch, RawImages):
+            if micro.number not in self._encoded:
+                self._encoded[micro.number] = self.val_collate(batch, micro.positions, device).to("cpu")
+            batch = self._encoded[micro.number]
         return HeldOut(batch.to(device), micro, self._noise(batch, micro.positions).to(device))
 
     def _noise(self, batch: Batch, positions: Sequence[int]) -> torch.Tensor:
