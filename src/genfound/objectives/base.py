@@ -1,4 +1,4 @@
-"""What an objective is to the rest of the house."""
+"""What an objective offers: a loss to train with, and a field to sample from."""
 
 from __future__ import annotations
 
