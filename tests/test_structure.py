@@ -104,3 +104,16 @@ print(genfound.sample(loaded, labels=[1], size=(16, 16)).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.endswith("(1, 16, 16, 3)\n"), done.stderr
+
+
+def test_a_command_answers_before_heavy_libraries_are_imported() -> None:
+    """What `--help`, a wrong key and the start of a sweep's jobs wait for."""
+    commands = sorted(COMMANDS & {file.stem for file in ROOT.glob("*.py")})
+    code = f"""
+import importlib, sys
+for name in {commands}:
+    importlib.import_module("genfound." + name)
+print(sorted({{"torch", "numpy", "lightning", "wandb", "diffusers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

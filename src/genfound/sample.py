@@ -8,8 +8,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from genfound.config import checks, command_line, compose
-from genfound.data.images.names import numbered
-from genfound.data.images.sets import GRID
 from genfound.runtime import processes, run_directory
 from genfound.runtime.files import visible
 
@@ -21,7 +19,9 @@ LONGEST_CLASS = 80
 def _task(cfg: DictConfig) -> None:
     from genfound import build
     from genfound.checkpoints.load import hints_of, load
+    from genfound.data.images.names import numbered
     from genfound.data.images.pixels import save_png
+    from genfound.data.images.sets import GRID
     from genfound.runtime import devices
     from genfound.runtime.files import check_folder
     from genfound.runtime.progress import ProgressCounter
@@ -56,7 +56,7 @@ def _task(cfg: DictConfig) -> None:
 
     classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:LONGEST_CLASS] for name in loaded.class_names]
     names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
-    _refuse_others(out, names)
+    _refuse_others(out, {*names, GRID})
     if numbered(loaded.class_names):
         drawn = dict.fromkeys(loaded.class_names[request.label] for request in requests)
         print(f"classes are named by numbers, and labels are these names: {', '.join(drawn)}", flush=True)
@@ -67,9 +67,9 @@ def _task(cfg: DictConfig) -> None:
     print(f"{len(images)} images and their grid: {out / GRID}")
 
 
-def _refuse_others(out: Path, names: list[str]) -> None:
+def _refuse_others(out: Path, names: set[str]) -> None:
     """Raise a ValueError if a folder holds images that are not about to be written anew."""
-    others = sorted({file.name for file in visible(out, "*.png")} - {*names, GRID})
+    others = sorted({file.name for file in visible(out, "*.png")} - names)
     if others:
         raise ValueError(f"out={out} holds other images ({others[0]}); choose another out=..., or remove them")
 

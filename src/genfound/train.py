@@ -2,12 +2,13 @@
 
 from omegaconf import DictConfig
 
-from genfound import training
 from genfound.config import command_line
 
 
 def _task(cfg: DictConfig) -> None:
-    training.train(cfg)
+    from genfound.training import train
+
+    train(cfg)
 
 
 def main() -> None:
