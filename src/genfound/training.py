@@ -64,12 +64,7 @@ class OneProcess(LightningEnvironment):
 
 
 def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> None:
-    """Train the run of a directory, continuing from its newest checkpoint.
-
-    Raises:
-        ValueError: the configuration does not fit together, or not the data of the run.
-        FloatingPointError: too many steps in a row were not finite.
-    """
+    """Train the run of a directory, continuing from its newest checkpoint."""
     rank, ranks, local_rank = place
     _quiet_lightning()
     config = run_directory.claimed(folder)
@@ -291,12 +286,7 @@ def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> N
 
 
 def _follow(folder: Path, config: Mapping[str, Any], machines: launch.Machines) -> None:
-    """Take part in the job of another machine, which has locked the folder and written the configuration.
-
-    Raises:
-        ValueError: that is another configuration, or this machine does not see it.
-        JobError: see `_run_apart`.
-    """
+    """Take part in the job of another machine, which has locked the folder and written the configuration."""
     build.check(config, _ranks(config))
     expected = run_directory.config_hash(config)
     machines.agree(expected)
@@ -311,11 +301,7 @@ def _ranks(config: Mapping[str, Any]) -> int:
 
 
 def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machines | None) -> None:
-    """Train in processes of its own, and print one summary line.
-
-    Raises:
-        JobError: one of them failed, and why.
-    """
+    """Train in processes of its own, and print one summary line."""
     begin, ended, summary = time.monotonic(), "failed", ""
     try:
         hashed = {CONFIG: run_directory.config_hash(config)}
@@ -336,11 +322,7 @@ def _reached(cfg: DictConfig, result: dict[str, Any]) -> bool:
 
 
 def _check_images(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Compare the images of a finished run with those of a configuration that looks for them elsewhere.
-
-    Raises:
-        ValueError: they are others.
-    """
+    """Compare the images of a finished run with those of a configuration that looks for them elsewhere."""
     if any(key.startswith("data.") for key in run_directory.changed(folder, config)):
         spec = build.training_tokenizer(config).spec
         if build.source(config, spec, "train").fingerprint != result.get("fingerprint"):

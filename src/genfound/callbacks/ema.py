@@ -32,11 +32,7 @@ class Ema(lightning.Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the averages of the checkpoint until training starts.
-
-        Raises:
-            ValueError: the checkpoint lacks one of the decays, or a parameter.
-        """
+        """Keep the averages of the checkpoint until training starts."""
         saved, names = checkpoint.get("ema", {}), {name for name, _ in _trained(module)}
         missing = [decay for decay in self.decays if str(decay) not in saved]
         if missing:

@@ -39,11 +39,7 @@ class NonFinite(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
     ) -> None:
-        """Remember the micro-batch; look every so many steps.
-
-        Raises:
-            FloatingPointError: too many steps in a row were skipped.
-        """
+        """Remember the micro-batch; look every so many steps."""
         assert isinstance(module, GenerativeModule) and module.losses is not None
         step = batch[1].step
         self._micros.setdefault(step, []).append((batch[1], module.losses.t))

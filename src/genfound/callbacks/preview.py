@@ -23,9 +23,6 @@ class Preview(EveryNImages):
         every: images between two grids, of one row for each of the typical sizes.
         parts: of the run.
         ema: holds the average.
-
-    Raises:
-        ValueError: its sampler or guidance does not fit.
     """
 
     def __init__(self, every: int, parts: RunComponents, ema: Ema) -> None:

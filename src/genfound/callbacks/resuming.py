@@ -51,9 +51,6 @@ def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], 
         parts: of what it is to be now.
         state: of the checkpoint.
         file: where that is.
-
-    Raises:
-        ValueError: the checkpoint does not fit, or numbers would change that were not allowed to.
     """
     _check_network(folder, parts, state, file)
     found = {

@@ -147,11 +147,7 @@ class TrainLog(lightning.Callback):
 
 
 def first_batch(batch: Batch) -> str:
-    """What a wrongly scaled latent would show: mean and standard deviation of the first batch.
-
-    Raises:
-        ValueError: latents that are not finite.
-    """
+    """What a wrongly scaled latent would show: mean and standard deviation of the first batch."""
     real = batch.expand(batch.real.float()).expand_as(batch.x).bool()
     if batch.mask is not None:
         real = real & batch.mask[..., None]

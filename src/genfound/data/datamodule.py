@@ -66,11 +66,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
         return build.build_run(compose.compose("train", overrides), 1, with_values=False).data_module()
 
     def setup(self, stage: str) -> None:
-        """Take ranks and accumulation from the trainer.
-
-        Raises:
-            ValueError: the configuration asks for another global step than the trainer makes.
-        """
+        """Take ranks and accumulation from the trainer."""
         trainer = self.trainer
         assert trainer is not None
         for loader in (self.train, self.val):
@@ -132,9 +128,5 @@ class GenerativeDataModule(lightning.LightningDataModule):
         return self.train.state(self.trainer.global_step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue at a recorded position.
-
-        Raises:
-            ValueError: the state is of an earlier version of genfound.
-        """
+        """Continue at a recorded position."""
         self.train.restore(state_dict)

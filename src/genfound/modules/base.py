@@ -250,11 +250,7 @@ def module_class(backbone: type[Backbone]) -> type[GenerativeModule]:
 
 
 def train_only(net: nn.Module, parts: Sequence[str]) -> None:
-    """Freeze every parameter but those with one of these parts in their names.
-
-    Raises:
-        ValueError: no parameter has one of the parts in its name.
-    """
+    """Freeze every parameter but those with one of these parts in their names."""
     names = [name for name, _ in net.named_parameters()]
     for part in parts:
         if not any(part in name for name in names):
@@ -264,11 +260,7 @@ def train_only(net: nn.Module, parts: Sequence[str]) -> None:
 
 
 def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> float:
-    """Factor of the learning rate: constant, warmup (then constant) or cosine (warmup, then to zero at the budget).
-
-    Raises:
-        ValueError: unknown schedule.
-    """
+    """Factor of the learning rate: constant, warmup (then constant) or cosine (warmup, then to zero at the budget)."""
     kind, warmup = settings["schedule"], settings["warmup_images"]
     if kind not in ("constant", "warmup", "cosine"):
         raise ValueError(f"optimizer.schedule={kind} is unknown; choose constant, warmup or cosine")

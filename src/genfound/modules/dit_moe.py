@@ -59,9 +59,6 @@ def upcycle(state: Mapping[str, Tensor], experts: int, generator: torch.Generato
     """Weights of a model of many experts from those of the same model with one (upcycle.py), both in our names.
 
     Every expert begins as a copy of the one, routers are drawn from N(0, 0.02^2).
-
-    Raises:
-        ValueError: the model has no experts, or several. The MLP of a plain DiT (GELU, biases) equals no SwiGLU.
     """
     if (found := counts(state)) != {1}:
         what = f"blocks of {min(found)} experts" if found else "no experts, and a GELU MLP cannot become a SwiGLU"

@@ -72,21 +72,13 @@ def newest(folder: Path) -> Path | None:
 
 
 def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copy tensors into a network.
-
-    Raises:
-        ValueError: see `check`; nothing has been copied then.
-    """
+    """Copy tensors into a network."""
     compare_keys(net, tensors, file)
     net.load_state_dict(dict(tensors))
 
 
 def compare_keys(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Compare the names and shapes of tensors with those of a network.
-
-    Raises:
-        ValueError: a value is no tensor, keys are missing or left over, or shapes differ.
-    """
+    """Compare the names and shapes of tensors with those of a network."""
     own = net.state_dict()
     foreign = sorted(str(key) for key, value in tensors.items() if not isinstance(value, Tensor))
     if foreign:

@@ -6,11 +6,7 @@ import torch
 
 
 def precision(wanted: str, device: torch.device) -> str:
-    """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic.
-
-    Raises:
-        ValueError: unknown setting.
-    """
+    """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic."""
     if wanted == "auto":
         wanted = "bf16" if _has_bf16(device) else "fp32"
     names = {"bf16": "bf16-mixed", "fp32": "32-true"}
@@ -32,11 +28,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def device(wanted: str, local_rank: int | None = None) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` means from now on.
-
-    Raises:
-        ValueError: the accelerator is unknown or absent.
-    """
+    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` means from now on."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise ValueError(f"accelerator={wanted} is unknown; choose auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -30,9 +30,6 @@ def makedirs(folder: Path) -> None:
     """Make a folder and those above it, though other processes remove empty ones at the same time.
 
     `exist_ok` alone looks twice, and fails if the folder goes in between.
-
-    Raises:
-        OSError: it cannot be made.
     """
     for _ in range(ATTEMPTS):
         with contextlib.suppress(FileExistsError, FileNotFoundError):
@@ -68,11 +65,7 @@ def hidden(name: str) -> bool:
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """Sorted files and folders directly in a folder that match a pattern and are not hidden; none if it is absent.
-
-    Raises:
-        OSError: the folder cannot be listed.
-    """
+    """Sorted files and folders directly in a folder that match a pattern and are not hidden; none if it is absent."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in paths if fnmatchcase(path.name, pattern) and not hidden(path.name))
 

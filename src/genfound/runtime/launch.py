@@ -47,9 +47,6 @@ class Machines:
 
     Attributes:
         first: whether this one keeps the store; the others follow it.
-
-    Raises:
-        ValueError: there is no such host, or nobody answers there.
     """
 
     def __init__(self, count: int, rdzv: str, job: int = 0) -> None:
@@ -60,11 +57,7 @@ class Machines:
         self._store, self.first = _store(host, int(port) + job)
 
     def agree(self, fact: str) -> None:
-        """Wait for all machines; the others check that a fact is that of the first.
-
-        Raises:
-            ValueError: it is another one, or a machine does not come.
-        """
+        """Wait for all machines; the others check that a fact is that of the first."""
         if self.first:
             self._store.set("fact", fact)
             others = self.count - 1
@@ -99,9 +92,6 @@ def machines(count: int, rdzv: str | None, job: int = 0) -> Iterator[Machines | 
         count: how many.
         rdzv: see `Machines`; null: the first node of the Slurm job.
         job: number of the job in its sweep; each has a port of its own, from PORT on.
-
-    Raises:
-        ValueError: see `Machines`; or nothing says where they meet.
     """
     if count == 1:
         yield None
@@ -158,9 +148,6 @@ def launch(module: str, request: Path, devices: int, others: Machines | None = N
         devices: how many processes.
         others: the machines that do the same, whose processes have the ranks after one another.
         environment: variables besides those of this process.
-
-    Raises:
-        JobError: one of them failed, and why.
     """
     shared = dict(os.environ)
     forget_inherited(shared)

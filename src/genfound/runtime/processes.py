@@ -42,11 +42,7 @@ NOT_LAUNCHED = (
 
 
 def rank_info() -> RankInfo:
-    """The place that genfound gave this process when it started it.
-
-    Raises:
-        ValueError: it was started by something else.
-    """
+    """The place that genfound gave this process when it started it."""
     given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if Path(os.environ.get(LAUNCH, os.devnull)).is_dir():
         if given == [None] * 3:

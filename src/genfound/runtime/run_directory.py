@@ -80,11 +80,7 @@ def _part(key: str, value: str, exact: bool) -> str:
 
 
 def run_dir(cfg: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> Path:
-    """`runs/<study>/<name>`; a chosen name is followed by what a sweep varies.
-
-    Raises:
-        ValueError: study or name is not a plain file name.
-    """
+    """`runs/<study>/<name>`; a chosen name is followed by what a sweep varies."""
     name = str(cfg.name or run_name(overrides, swept))
     varied = [override for override in overrides if override.lstrip("+~").partition("=")[0] in {*swept} - {*PLACE}]
     if cfg.name and varied:
@@ -96,11 +92,7 @@ def run_dir(cfg: DictConfig, overrides: Sequence[str], swept: Collection[str] = 
 
 
 def write_config(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
-    """Write the configuration into a run directory; where a run has been trained, for `adopt` to take over.
-
-    Raises:
-        ValueError: see `check_same`.
-    """
+    """Write the configuration into a run directory; where a run has been trained, for `adopt` to take over."""
     refuse_changes(folder, config, allow_changes)
     (folder / NEXT).unlink(missing_ok=True)
     file = folder / (NEXT if changed(folder, config) else "config.yaml")
@@ -112,11 +104,7 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 
 def claimed(folder: Path) -> dict[str, Any]:
-    """The configuration that a run directory was claimed with.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_config`.
-    """
+    """The configuration that a run directory was claimed with."""
     return read_config(folder, _claimed_file(folder).name)
 
 
@@ -131,11 +119,7 @@ def adopt(folder: Path) -> None:
 
 
 def refuse_changes(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
-    """Check that the run of a directory, if there is one, is this one.
-
-    Raises:
-        ValueError: a run with another configuration has been trained there; the message lists the keys.
-    """
+    """Check that the run of a directory, if there is one, is this one."""
     others = {key: values for key, values in changed(folder, config).items() if changes_numbers(key)}
     for key in RECORDED:
         if "auto" in others.get(key, ()):  # compared when it is known what it means here
@@ -149,11 +133,7 @@ def refuse_changes(folder: Path, config: Mapping[str, Any], allow_changes: bool)
 
 
 def changed(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> its values in the run that has been trained in a directory, if there is one, and in a configuration.
-
-    Raises:
-        ValueError: the run is of another format.
-    """
+    """Key -> its values in the run that has been trained in a directory, if there is one, and in a configuration."""
     trained = (folder / "DONE").exists() or visible(folder / "checkpoints", "*.ckpt")
     if not trained or not (folder / "config.yaml").exists():
         return {}

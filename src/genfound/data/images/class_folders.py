@@ -25,13 +25,7 @@ PEEK = 2**16
 
 
 def class_folders(root: Path) -> list[str]:
-    """Sorted names of the class folders.
-
-    Raises:
-        FileNotFoundError: the root is not a folder, has none inside, or has a link that leads nowhere.
-        PermissionError: the root cannot be listed.
-        ValueError: its folders are no classes, or its labels lie in a file.
-    """
+    """Sorted names of the class folders."""
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={root} is not a folder")
     seen = visible(root)

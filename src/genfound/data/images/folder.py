@@ -39,10 +39,6 @@ class ImageFolder(ImageFiles):
         unit: pixels per token side.
         split: `train` or `val`.
         index: folder for what is remembered about the files.
-
-    Raises:
-        FileNotFoundError: the root, or class folders in it, or readable images do not exist.
-        ValueError: unknown view, or a square that does not divide into tokens.
     """
 
     def __init__(
@@ -72,11 +68,7 @@ class ImageFolder(ImageFiles):
         super().__init__(Path(root), found, found.split(holdout, split), class_names, views, holdout)
 
     def picture(self, number: int) -> Image.Image:
-        """One of the images, RGB.
-
-        Raises:
-            ValueError: the file has become unreadable since the folder was indexed.
-        """
+        """One of the images, RGB."""
         file = self.root / self.files[number]
         try:
             return open_rgb(file, self.max_pixels)
@@ -85,12 +77,7 @@ class ImageFolder(ImageFiles):
 
 
 def open_rgb(file: Path, max_pixels: int | None = None) -> Image.Image:
-    """Decode a file by its content, upright, as RGB.
-
-    Raises:
-        OSError: it cannot be decoded (truncated, empty, not an image), has more pixels than allowed, or values that
-            do not tell what is white.
-    """
+    """Decode a file by its content, upright, as RGB."""
     with opened(file, max_pixels) as picture:
         picture.load()
         return on_white(upright(picture))

@@ -49,10 +49,6 @@ class ImageTree(ImageFiles):
         unit: pixels per token side.
         split: `train` or `val`.
         index: folder for what is remembered about the files.
-
-    Raises:
-        FileNotFoundError: the root, its folder `train`, class folders, or readable images do not exist.
-        ValueError: an unknown option, a square that does not divide into tokens, or classes that only `val` has.
     """
 
     def __init__(
@@ -91,11 +87,7 @@ class ImageTree(ImageFiles):
         self._unreadable = cache.with_suffix(".unreadable")
 
     def picture(self, number: int) -> Image.Image:
-        """One of the images, RGB, or the one that takes its place.
-
-        Raises:
-            ValueError: nor can the files after it be read.
-        """
+        """One of the images, RGB, or the one that takes its place."""
         for place in itertools.islice(self._class_from(number), TRIES):
             try:
                 picture = decode(self.root / self.files[place], self.max_pixels)
@@ -142,12 +134,7 @@ class ImageTree(ImageFiles):
 
 
 def decode(file: Path, max_pixels: int | None = None) -> Image.Image:
-    """Decode a file by its content as the official code does: RGB, as stored, never turned, transparency dropped.
-
-    Raises:
-        OSError: it cannot be decoded (truncated, empty, not an image), has more pixels than allowed, or values that
-            do not tell what is white.
-    """
+    """Decode a file by its content as the official code does: RGB, as stored, never turned, transparency dropped."""
     with opened(file, max_pixels) as picture:
         return as_stored(picture)
 

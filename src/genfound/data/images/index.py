@@ -159,11 +159,7 @@ class ImageFiles(PictureSource, ABC):
         """One of the taken images, RGB."""
 
     def image(self, index: int) -> np.ndarray:
-        """(height, width, 3) uint8, an item of the pass.
-
-        Raises:
-            ValueError: the file has become unreadable since it was indexed.
-        """
+        """(height, width, 3) uint8, an item of the pass."""
         return self.entry(int(self.items[index]))
 
     def entry(self, entry: int) -> np.ndarray:
@@ -215,9 +211,6 @@ def known(
         cache: the index.
         examine: looks into a file.
         suffixes: only files that end so, in any case; none: all files.
-
-    Raises:
-        FileNotFoundError: none can be read as an image, or none of some class.
     """
     listed, ignored = _listed(root, class_names, suffixes)
     found = _remembered(cache, listed, ignored)

@@ -54,12 +54,7 @@ def write_npz(file: Path, arrays: Mapping[str, np.ndarray | ImageStack]) -> None
 
 
 def read_member(file: Path, name: str) -> np.ndarray | None:
-    """One array of an npz file, mapped into memory where it is stored uncompressed; `None` if it is absent.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or the array is one of Python objects.
-    """
+    """One array of an npz file, mapped into memory where it is stored uncompressed; `None` if it is absent."""
     with _opened(file) as archive:
         if f"{name}.npy" not in archive.namelist():
             return None
@@ -71,11 +66,7 @@ def read_member(file: Path, name: str) -> np.ndarray | None:
 
 
 def headers(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """{name: (shape, dtype)} of all arrays; only their headers are read.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_member`.
-    """
+    """{name: (shape, dtype)} of all arrays; only their headers are read."""
     found = {}
     with _opened(file) as archive:
         for name in archive.namelist():
@@ -90,9 +81,6 @@ def file_hash(file: Path) -> str:
     """First 16 digits of the SHA-256 of an npz file, as sha256sum prints it.
 
     The same pass compares the checksums of arrays that are stored uncompressed, which are mapped elsewhere.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_member`.
     """
     with _opened(file) as archive:
         stored = [member for member in archive.infolist() if member.compress_type == zipfile.ZIP_STORED]

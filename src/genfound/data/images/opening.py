@@ -93,11 +93,7 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """RGB, with transparency laid on white.
-
-    Raises:
-        OSError: see `as_stored`.
-    """
+    """RGB, with transparency laid on white."""
     clear = picture.info.get("transparency")
     if picture.mode.startswith(WIDE):
         rgb = as_stored(picture)
@@ -112,11 +108,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def as_stored(picture: Image.Image) -> Image.Image:
-    """RGB as `convert("RGB")` makes it, which drops transparency; wider numbers are scaled first.
-
-    Raises:
-        OSError: the numbers do not tell what white is, see `WHITES`.
-    """
+    """RGB as `convert("RGB")` makes it, which drops transparency; wider numbers are scaled first."""
     return (_scaled(picture) if picture.mode.startswith(WIDE) else picture).convert("RGB")
 
 

@@ -31,9 +31,6 @@ def to_uint8(image: Tensor, rule: str = "round") -> np.ndarray:
         image: what a tokenizer decoded.
         rule: `round` to the nearest, halves up (sample_ddp.py of DiT, SiT and FiT), or `truncate`, up to a level
             darker (sample_c2i_ddp.py of NiT).
-
-    Raises:
-        ValueError: unknown rule.
     """
     if rule not in UINT8_RULES:
         raise ValueError(f"sample.uint8={rule} is unknown; choose round or truncate")

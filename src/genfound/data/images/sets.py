@@ -69,10 +69,6 @@ class NpzImages:
     whole numbers, one for each image.
 
     An uncompressed file is mapped, a compressed one is loaded.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a damaged file, or one without such an array.
     """
 
     def __init__(self, file: Path) -> None:
@@ -107,10 +103,6 @@ class FolderImages:
 
     Attributes:
         ignored: how many files are no images by their suffix, or are hidden; by kind.
-
-    Raises:
-        FileNotFoundError: there is no image, or a link leads nowhere.
-        ValueError: the labels beside them are of another number.
     """
 
     def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
@@ -144,11 +136,7 @@ class FolderImages:
         return len(self.files)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """(height, width, 3) uint8, not turned by EXIF.
-
-        Raises:
-            ValueError: the file cannot be decoded, or has transparency or more than 8 bits.
-        """
+        """(height, width, 3) uint8, not turned by EXIF."""
         file = self.files[number]
         with self._opened(file) as picture:
             mode = picture.mode
@@ -247,12 +235,7 @@ def center_crop_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def open_images(path: Path, max_pixels: int | None = None) -> NpzImages | FolderImages:
-    """An npz file, or a folder of images of at most `max_pixels` each, see `data.opening.opened`.
-
-    Raises:
-        FileNotFoundError: nothing is there, or the folder is empty.
-        ValueError: a file that is no npz, or one that does not hold images.
-    """
+    """An npz file, or a folder of images of at most `max_pixels` each, see `data.opening.opened`."""
     if path.is_dir():
         return FolderImages(path, max_pixels)
     if path.is_file() and path.suffix != ".npz":
@@ -269,9 +252,6 @@ def image_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
     """Every image file below a folder, sorted by path, and how many others there are of each kind.
 
     Links are followed. What `export` and `genfound.sample` write beside images is neither.
-
-    Raises:
-        FileNotFoundError: a link leads nowhere.
     """
     own = [folder / name for name in (GRID, LABELS, NOTE)]
     found, ignored = [], Counter[str]()
@@ -309,11 +289,7 @@ def _below(folder: Path, above: frozenset[tuple[int, int]], within: bool) -> Ite
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """How exported images were made; `None` for images of other origin.
-
-    Raises:
-        ValueError: the note is damaged.
-    """
+    """How exported images were made; `None` for images of other origin."""
     if path.is_dir():
         text = (path / NOTE).read_text() if (path / NOTE).is_file() else None
     else:

@@ -100,9 +100,6 @@ class Shapes(PictureSource):
         unit: pixels per token side; every side must be a multiple.
         split: `train` or `val`.
         seed: seed of the drawings.
-
-    Raises:
-        ValueError: a side that does not divide into tokens, or an image of too many tokens.
     """
 
     def __init__(

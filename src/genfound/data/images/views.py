@@ -114,9 +114,6 @@ class ImageViews:
         size: side of squares in pixels.
         unit: pixels per token side.
         max_tokens: larger native images are reduced to it.
-
-    Raises:
-        ValueError: unknown view, or a square that does not divide into tokens.
     """
 
     def __init__(self, view: str, size: int, unit: int, max_tokens: int) -> None:
@@ -144,11 +141,7 @@ class ImageViews:
 
     @classmethod
     def of(cls, data: Mapping[str, Any], unit: int) -> ImageViews:
-        """The views that the options of `data` ask for.
-
-        Raises:
-            ValueError: see above; or a number that is too small.
-        """
+        """The views that the options of `data` ask for."""
         for key, least in (("size", 1), ("max_tokens", 1)):
             integer(f"data.{key}", data[key], least)
         for key, least in (("max_image_tokens", 1), ("holdout", 2)):

@@ -26,10 +26,6 @@ class LightningDiTLatents(LatentSource):
         split: `train` or `val`.
         mirrored: mirror images are always there.
         spec: of the tokenizer.
-
-    Raises:
-        FileNotFoundError: the folder has no shards.
-        ValueError: a damaged shard, or latents of another size.
     """
 
     def __init__(
@@ -84,11 +80,7 @@ class LightningDiTLatents(LatentSource):
             )
 
     def moments(self, index: int, mirrored: bool) -> Tensor:
-        """(C, h, w) float32, as stored.
-
-        Raises:
-            ValueError: they are not finite.
-        """
+        """(C, h, w) float32, as stored."""
         row = int(self._rows[index])
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
         span = self._spans[shard][int(mirrored)]
@@ -103,11 +95,7 @@ class LightningDiTLatents(LatentSource):
 
 
 def shard_files(root: Path) -> list[Path]:
-    """LightningDiT's shards, sorted.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
+    """LightningDiT's shards, sorted."""
     files = visible(root, "*.safetensors")
     if not files:
         raise FileNotFoundError(f"data.root={root} has no *.safetensors of LightningDiT")

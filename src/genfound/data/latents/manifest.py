@@ -27,12 +27,7 @@ FREE = (("source", "root"), ("tokenizer", "weights"))
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of a store.
-
-    Raises:
-        FileNotFoundError: the folder is no store.
-        ValueError: its manifest is damaged, or of another version.
-    """
+    """The manifest of a store."""
     file = root / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(f"data.root={root} is no latent store: it has no {MANIFEST}")
@@ -52,11 +47,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a store, whole or not at all; the same one is the same bytes.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write the manifest of a store, whole or not at all; the same one is the same bytes."""
     atomic_write(root / MANIFEST, lambda temporary: temporary.write_text(_text(manifest)))
 
 

@@ -38,10 +38,6 @@ class NiTLatents(LatentSource):
         split: `train` or `val`.
         mirrored: mirror images are always there.
         spec: of the tokenizer.
-
-    Raises:
-        FileNotFoundError: the root has no meta file, or no folder for a type.
-        ValueError: a damaged meta file, or another view or tokenizer.
     """
 
     def __init__(
@@ -94,11 +90,7 @@ class NiTLatents(LatentSource):
             raise ValueError(f"data.root={self.root} holds {held} channels, and the tokenizer has {spec.channels}")
 
     def moments(self, index: int, mirrored: bool) -> Tensor:
-        """(C, h, w) float32, not scaled.
-
-        Raises:
-            ValueError: the file is missing or damaged.
-        """
+        """(C, h, w) float32, not scaled."""
         latents = self._read(index, "latent", int(mirrored)).float()
         return checked_latents(self._file(index), latents, "") / NIT_SCALE
 

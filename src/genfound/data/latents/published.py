@@ -23,11 +23,7 @@ def held_out(classes: np.ndarray, holdout: int | None) -> np.ndarray:
 
 
 def checked_labels(file: Path, labels: np.ndarray, images: int) -> np.ndarray:
-    """The labels of a file as int64.
-
-    Raises:
-        ValueError: some are no class numbers.
-    """
+    """The labels of a file as int64."""
     most = max(MOST_CLASSES, images)
     legal = np.isfinite(labels) & (labels >= 0) & (labels < most) & (labels == np.floor(labels))
     if not legal.all():
@@ -36,11 +32,7 @@ def checked_labels(file: Path, labels: np.ndarray, images: int) -> np.ndarray:
 
 
 def checked_latents(file: Path, latents: Tensor, place: str) -> Tensor:
-    """Latents as they are.
-
-    Raises:
-        ValueError: some are not finite.
-    """
+    """Latents as they are."""
     if not latents.isfinite().all():
         raise ValueError(f"{file} holds latents that are not finite{place}; take the file from its source again")
     return latents

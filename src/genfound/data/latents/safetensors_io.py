@@ -56,12 +56,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: Path) -> Header:
-    """Parse the header of a file and compare it with the file's length.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut short or is not a safetensors file.
-    """
+    """Parse the header of a file and compare it with the file's length."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
@@ -116,11 +111,7 @@ def as_tensor(data: bytes, dtype: torch.dtype) -> Tensor:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:
-    """Write a file with one remark in its metadata, whole or not at all; the same values are the same bytes.
-
-    Raises:
-        OSError: the file cannot be written; nothing of it stays.
-    """
+    """Write a file with one remark in its metadata, whole or not at all; the same values are the same bytes."""
 
     def save(temporary: Path) -> None:
         try:

@@ -99,11 +99,7 @@ class ShardWriter:
         return self.values[: self.planes * height * width].float().view(1, self.planes, height, width)
 
     def write(self, file: Path, note: Mapping[str, Any]) -> None:
-        """Write the shard, whole or not at all; the note becomes part of its metadata.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write the shard, whole or not at all; the note becomes part of its metadata."""
         index = {
             **self.columns,
             "offsets": self.offsets,
@@ -130,12 +126,7 @@ def checks(values: Tensor, offsets: np.ndarray, variants: int) -> np.ndarray:
 
 
 def read_index(file: Path) -> ShardIndex:
-    """The index of a shard, checked against its own checksum.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
-    """
+    """The index of a shard, checked against its own checksum."""
     try:
         spans, metadata = read_header(file)
     except ValueError as error:
@@ -154,12 +145,7 @@ def read_index(file: Path) -> ShardIndex:
 
 
 def verify(file: Path) -> ShardIndex:
-    """Read a whole shard, a little at a time.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a byte of it has changed.
-    """
+    """Read a whole shard, a little at a time."""
     index = read_index(file)
     expected = index.columns["checks"].view(np.uint32)
     lengths = np.diff(index.columns["offsets"]) // expected.shape[1] * index.values.dtype.itemsize
@@ -195,10 +181,6 @@ class Store(LatentSource):
         holdout: how validation images were chosen, as encoded; `None` for however that was.
         split: `train` or `val`.
         mirrored: whether mirror images will be asked for.
-
-    Raises:
-        FileNotFoundError: there is no store, or a shard is missing.
-        ValueError: the store is incomplete or damaged, or was made for something else.
     """
 
     def __init__(self, root: Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool) -> None:
@@ -278,11 +260,7 @@ class Store(LatentSource):
             )
 
     def moments(self, index: int, mirrored: bool) -> Tensor:
-        """(C, h, w), or (2 C, h, w) mean and log-variance, of an image or its mirror image, in the stored dtype.
-
-        Raises:
-            ValueError: they are damaged.
-        """
+        """(C, h, w), or (2 C, h, w) mean and log-variance, of an image or its mirror image, in the stored dtype."""
         entry = int(self._items[index])
         height, width = self._sizes[entry].tolist()
         count = self._planes * height * width * self._dtype.itemsize

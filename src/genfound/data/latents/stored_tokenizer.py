@@ -137,9 +137,6 @@ def describe(
         load: makes the tokenizer; called where it has no weights.
         look: fetch its files where they are not at hand; otherwise it is taken for the published one.
         trust: packages beside genfound of which it may be.
-
-    Raises:
-        ValueError: an unknown class, or damaged files.
     """
     kind = target("tokenizer", options, trust)
     name = kind.__module__.rpartition(".")[2]
@@ -175,12 +172,7 @@ def encoder_digest(described: TokenizerInfo) -> str:
 def stored_tokenizer(
     data: Options, options: Options, load: Callable[[], Tokenizer], trust: Sequence[str] = ()
 ) -> StoredTokenizer:
-    """The tokenizer of a source of latents, which is one of `LatentSource`; see `describe`.
-
-    Raises:
-        FileNotFoundError: there is no store.
-        ValueError: it was encoded by another tokenizer.
-    """
+    """The tokenizer of a source of latents, which is one of `LatentSource`; see `describe`."""
     kind = target("data", data, trust)
     if not issubclass(kind, Store):
         look = not issubclass(kind, NiTLatents)  # which are of the published tokenizer

@@ -24,10 +24,6 @@ def statistics(root: Path) -> tuple[Tensor, Tensor]:
 
     They lie in `latents_stats.pt`. Where that is absent it is made, of up to 10,000 latents in even steps, not
     mirrored; the deviation is the unbiased one. Where it cannot be written, it is made each time.
-
-    Raises:
-        FileNotFoundError: there are neither statistics nor shards.
-        ValueError: the statistics, or a shard, are damaged.
     """
     file = root / STATISTICS
     if not file.is_file():

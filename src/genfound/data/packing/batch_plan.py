@@ -155,9 +155,6 @@ class Plan:
 
         Another number of micro-batches a step regroups those that are left of the window. Where micro-batches are
         made otherwise (another budget of tokens, other images), their positions wait to be grouped anew.
-
-        Raises:
-            ValueError: the state is of an earlier version of genfound.
         """
         if "left" not in state:
             raise ValueError(

@@ -19,11 +19,7 @@ Config = Mapping[str, Any]
 
 
 def micro_batches(config: Config, ranks: int) -> int:
-    """Micro-batches of all ranks in a global step.
-
-    Raises:
-        ValueError: the global step does not divide into micro-batches of the ranks.
-    """
+    """Micro-batches of all ranks in a global step."""
     if config["layout"]["name"] == "dense":
         micro = config["data"]["batch_size"]
         integer("data.batch_size", micro, 1)
@@ -47,11 +43,7 @@ def _devices(config: Config, ranks: int) -> str:
 
 
 def token_budget(config: Config, tokens: np.ndarray) -> int:
-    """Tokens of a pack.
-
-    Raises:
-        ValueError: an image has more.
-    """
+    """Tokens of a pack."""
     budget: int = config["data"]["max_tokens"]
     if int(tokens.max()) > budget:
         raise ValueError(
@@ -72,11 +64,7 @@ def token_counts(images: ImageSource, spec: LatentSpec, patch_size: int) -> np.n
 
 
 def held_out_batches(config: Config, tokens: np.ndarray, layout: Layout, images: int, weight: str) -> list[MicroBatch]:
-    """Micro-batches of the first held-out images of a fixed order, each image once; independent of the ranks.
-
-    Raises:
-        ValueError: a held-out image has more tokens than a pack.
-    """
+    """Micro-batches of the first held-out images of a fixed order, each image once; independent of the ranks."""
     if not len(tokens):
         return []
     budget, rows = math.inf, config["data"]["batch_size"]

@@ -61,9 +61,6 @@ def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_me
         keys: are drawn in this process.
         workers: number of processes; 0 reads in this one.
         pin_memory: page-locked host memory, for CUDA.
-
-    Raises:
-        ValueError, OSError: as the data set raised it; or a worker was killed.
     """
     integer("data.num_workers", workers, 0)
     loader = DataLoader(
