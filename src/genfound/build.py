@@ -28,11 +28,11 @@ from genfound.data.latents import stored_tokenizer
 from genfound.data.packing.batch_plan import MicroBatch, Plan
 from genfound.data.packing.budget import held_out_batches, max_images, micro_batches, token_budget, token_counts
 from genfound.data.packing.collate import Collate
-from genfound.data.packing.loader import MicroBatches, TrainLoader, ValidationLoader
+from genfound.data.packing.loader import MicroBatches, TrainLoader
 from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Batcher, FixedBatcher, Packer, Repeated
 from genfound.layers.attention import choose_backend
-from genfound.layouts import Dense, Layout
+from genfound.layouts import Layout
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
 from genfound.runtime.devices import device, precision
@@ -103,13 +103,7 @@ class RunComponents:
         """What Lightning reads the data from."""
         from genfound.data.datamodule import GenerativeDataModule
 
-        key, collate = "images" if isinstance(self.layout, Dense) else "packs", self.validation_assembly
-        val = ValidationLoader(self.batches(self.held_out, collate), [], self.workers)
-        asked = (f"batch.{key}", self.plan.per_step) if self.config["batch"][key] else None
-        data = GenerativeDataModule(self.loader(0), self.assembly, val, collate, self.validation, asked)
-        options = self.config["callbacks"].get("validation") or {"images": len(self.held_out.labels)}
-        data.validate_on(options["images"])
-        return data
+        return GenerativeDataModule(self)
 
     def report(self) -> list[str]:
         """What is about to be trained, in lines for the user."""

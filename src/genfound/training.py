@@ -35,11 +35,10 @@ from genfound.config.errors import USER_ERRORS, JobError
 from genfound.config.instantiate import instantiate_own
 from genfound.config.options import check, one_step
 from genfound.config.sweeps import swept_keys
-from genfound.data.packing.loader import TrainLoader
 from genfound.loggers.json_lines import JsonLines, lines_of
 from genfound.loggers.provenance import provenance
 from genfound.loggers.terminal import Terminal
-from genfound.modules.base import GenerativeModule, module_of
+from genfound.modules.base import module_of
 from genfound.runtime import checkpoint_io, devices, launch, processes, run_directory
 from genfound.runtime.files import lock
 from genfound.runtime.processes import sigterm_as_exit, tune_malloc
@@ -72,22 +71,26 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     parts = build.build_run(config, ranks)
     newest = checkpoint_io.newest(folder / "checkpoints")
     start: dict[str, Any] = {"global_step": 0, "images_seen": 0} if newest is None else checkpoint_io.read(newest)
-    budget = config["budget"]["images"] or config["optimizer"]["budget_images"]
+    module = module_of(parts)
     if rank == 0:
         print("\n".join([*parts.report(), f"continuing from {newest}" if newest else "starting from step 0"]))
-    if start["images_seen"] >= budget or start["global_step"] >= (config["trainer"]["max_steps"] or np.inf):
+    if start["images_seen"] >= module.budget or start["global_step"] >= (config["trainer"]["max_steps"] or np.inf):
         if rank == 0:
             print(f"{folder} has reached its end: {start['images_seen']:,} images in {start['global_step']:,} steps")
             _mark_done(folder, start["images_seen"], start["global_step"], start["run"]["fingerprint"])
         return
 
     changes = resuming.changes(folder, parts, start, newest) if newest else {}
-    module = _module(parts, budget, rank, new=newest is None)
-    data = parts.data_module()
-    callbacks = [*_callbacks(folder, parts, data.train), resuming.Continuation(folder, changes)]
-    loggers = [DummyLogger()] if rank else _loggers(folder, config, budget, start, changes)
+    if newest is None and config["init_from"]:
+        remarks = initialise(module, Path(config["init_from"]), targets.trusted(config))
+        if rank == 0:
+            print("\n".join(remarks), flush=True)
+    if devices.compiled(config["compile"], parts.device):
+        parts.net.compile_blocks()
+    callbacks = [*_callbacks(config), resuming.Continuation(folder, changes)]
+    loggers = [DummyLogger()] if rank else _loggers(folder, config, module.budget, start, changes)
     trainer = _trainer(folder, parts, callbacks, loggers)
-    trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+    trainer.fit(module, datamodule=parts.data_module(), ckpt_path=newest, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if rank == 0:
@@ -95,34 +98,13 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
         print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps; everything is in {folder}")
 
 
-def _module(parts: build.RunComponents, budget: int, rank: int, new: bool) -> GenerativeModule:
-    """What Lightning trains; a new run starts from the weights of `init_from`."""
-    config, module = parts.config, module_of(parts)
-    module.budget = budget
-    if new and config["init_from"]:
-        remarks = initialise(module, Path(config["init_from"]), targets.trusted(config))
-        if rank == 0:
-            print("\n".join(remarks), flush=True)
-    if devices.compiled(config["compile"], parts.device):
-        parts.net.compile_blocks()
-    return module
-
-
-def _callbacks(folder: Path, parts: build.RunComponents, loader: TrainLoader) -> list[lightning.Callback]:
-    """Those of the group `callbacks`, in its order; checkpoints hold what the others have done in a step."""
+def _callbacks(config: Mapping[str, Any]) -> list[lightning.Callback]:
+    """Those of the group `callbacks`: averages first, and last checkpoints, which hold what the others have done."""
     options = {
-        name: own
-        for name, own in parts.config["callbacks"].items()
-        if own is not None and own.get("every", 1) is not None
+        name: own for name, own in config["callbacks"].items() if own is not None and own.get("every", 1) is not None
     }
-    options["checkpointing"] = options.pop("checkpointing")
-    decays = parts.config["ema"]["decays"]
-    decays = [parts.config["optimizer"]["ema_decay"]] if decays is None else decays
-    given: dict[str, Any] = {"folder": folder, "parts": parts, "loader": loader, "decays": decays}
-    given["ema"] = instantiate_own("callbacks.ema", options["ema"], given)
-    others = {name: own for name, own in options.items() if name != "ema"}
-    built = [instantiate_own(f"callbacks.{name}", own, given) for name, own in others.items()]
-    return [given["ema"], *built]
+    names = sorted(options, key=lambda name: {"ema": 0, "checkpointing": 2}.get(name, 1))
+    return [instantiate_own(f"callbacks.{name}", options[name]) for name in names]
 
 
 def _trainer(

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from genfound import build, training
-from genfound.callbacks.ema import Ema
 from genfound.callbacks.evaluation import Evaluation
 from genfound.config import compose
 from genfound.evaluation.protocol import read_results
 from genfound.evaluation.samples import SampleStore
 from genfound.loggers.json_lines import JsonLines
+from genfound.modules.base import module_of
 from genfound.runtime import run_directory
 from tests.evaluation.runs import TINY, evaluated
 from tests.helpers import run_dir
@@ -37,11 +38,9 @@ def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     config = run_directory.read_config(folder)
     config["callbacks"]["evaluation"] |= EVALUATED | settings | ({} if evaluate else {"every": None})
     parts = build.build_run(config, 1)
-    data = parts.data_module()
-    callbacks = training._callbacks(folder, parts, data.train)
     loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", 0)]
-    trainer = training._trainer(folder, parts, callbacks, loggers)
-    trainer.fit(training._module(parts, 10_000, 0, new=True), datamodule=data)
+    trainer = training._trainer(folder, parts, training._callbacks(config), loggers)
+    trainer.fit(module_of(parts), datamodule=parts.data_module())
     return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
 
 
@@ -127,6 +126,8 @@ def test_the_work_of_another_protocol_is_not_taken(tmp_path: Path, monkeypatch: 
         monkeypatch.setitem(FEW, "seed", seed)
         folder = run_dir(tmp_path / "run", *TINY, f"runs={tmp_path}", "trainer.precision=fp32")
         parts = build.build_run(run_directory.read_config(folder), 1)
-        evaluation = Evaluation(**EVALUATED, folder=folder, parts=parts, ema=Ema([0.9]))  # type: ignore[arg-type]
+        evaluation = Evaluation(**EVALUATED)  # type: ignore[arg-type]
+        trainer: Any = SimpleNamespace(default_root_dir=folder, datamodule=SimpleNamespace(parts=parts))
+        evaluation.setup(trainer, module_of(parts), "fit")
         keys.append(evaluation.plans[0].of(parts.net, {}, tmp_path).work)
     assert keys[0] == keys[1] != keys[2]

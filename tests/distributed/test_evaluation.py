@@ -12,12 +12,13 @@ import torch
 from torch import distributed
 from torch import multiprocessing as mp
 
-from genfound import build, training
+from genfound import build
 from genfound.callbacks import evaluation
 from genfound.callbacks.ema import Ema
 from genfound.config import compose
 from genfound.evaluation import evaluator, references
 from genfound.evaluation.protocol import read_results
+from genfound.modules.base import module_of
 from genfound.runtime import run_directory
 from genfound.sampling.pipeline import Pipeline
 from tests.callbacks.test_evaluation import EVALUATED
@@ -49,8 +50,8 @@ def evaluating(rank: int, folder: Path) -> None:
     evaluator.compute = slow(evaluator.compute)
     parts = build.build_run(run_directory.read_config(folder), 2)
     ema = Ema([0.9])
-    acting = evaluation.Evaluation(**EVALUATED, folder=folder, parts=parts, ema=ema)
-    module = training._module(parts, 10_000, rank, new=True).eval()
+    acting = evaluation.Evaluation(**EVALUATED)
+    module = module_of(parts).eval()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     distributed.barrier()
     group = distributed.new_group(timeout=timedelta(seconds=LIMIT))
@@ -62,9 +63,12 @@ def evaluating(rank: int, folder: Path) -> None:
         is_global_zero=rank == 0,
         global_step=0,
         strategy=strategy,
-        callbacks=[],
+        callbacks=[ema],
         loggers=[],
+        default_root_dir=folder,
+        datamodule=SimpleNamespace(parts=parts),
     )
+    acting.setup(trainer, module, "fit")
     ema.on_train_start(trainer, module)
     acting.on_train_start(trainer, module)
     parts_of_rank = sorted(file.name for file in folder.parent.rglob("*.parts/*.npz"))

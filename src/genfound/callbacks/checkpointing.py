@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning
+from lightning import Trainer
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from genfound.build import RunComponents
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.resuming import facts
+from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import visible
 from genfound.runtime.run_directory import FORMAT
@@ -23,35 +23,35 @@ class Checkpointing(EveryNImages):
     Args:
         every: images between two checkpoints.
         keep: how many to keep.
-        parts: of the run; what sampling must know of its data (class names, sizes), and their fingerprint.
     """
 
-    def __init__(self, every: int, keep: int, parts: RunComponents) -> None:
+    def __init__(self, every: int, keep: int) -> None:
         super().__init__(every)
         self.keep = keep
-        names, sizes = parts.images.class_names, typical_sizes(parts.images.sizes)
-        self.facts = {"class_names": names, "sizes": sizes, **facts(parts)}
         self._saved = -1
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        """The run directory."""
+    def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
+        """The run directory, and what sampling must know of the data."""
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        parts = trainer.datamodule.parts  # type: ignore[attr-defined]
+        names, sizes = parts.images.class_names, typical_sizes(parts.images.sizes)
+        self.facts = {"class_names": names, "sizes": sizes, **facts(parts)}
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: GenerativeModule) -> None:
         """What was resumed from is already on disk."""
         super().on_train_start(trainer, module)
         self._saved = trainer.global_step
 
-    def on_interval(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Save; the end of the run comes after what else is done there."""
         if not trainer.should_stop:
             self._save(trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Save the last step."""
         self._save(trainer)
 
-    def _save(self, trainer: lightning.Trainer) -> None:
+    def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step
         if step == self._saved:
             return
@@ -61,10 +61,8 @@ class Checkpointing(EveryNImages):
             for old in visible(self.folder, "step-*.ckpt")[: -self.keep]:
                 old.unlink()
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """What sampling must know of the data."""
+    def on_save_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
+        """Add what sampling must know of the data."""
         checkpoint["format"] = FORMAT
         checkpoint["run"] = self.facts
 

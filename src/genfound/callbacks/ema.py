@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 
 from genfound.modules.base import GenerativeModule
@@ -20,33 +21,39 @@ class Ema(lightning.Callback):
     {decay: {parameter: tensor}}.
 
     Args:
-        decays: e.g. [0.9999]; the first is the one that previews and samples use.
+        decays: e.g. [0.9999]; the first is the one that previews and samples use. `None`: those of the run.
     """
 
-    def __init__(self, decays: Sequence[float]) -> None:
-        self.decays = list(decays)
+    def __init__(self, decays: Sequence[float] | None = None) -> None:
+        self.decays = decays
         self.averages: dict[float, dict[str, Tensor]] = {}
         self._saved: Mapping[str, Mapping[str, Tensor]] | None = None
         self._steps = 0
 
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
+        """The decays of the run, where no others were given."""
+        if self.decays is None:
+            config = trainer.datamodule.parts.config  # type: ignore[attr-defined]
+            chosen = config["ema"]["decays"]
+            self.decays = [config["optimizer"]["ema_decay"]] if chosen is None else chosen
+
+    def on_load_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
         """Keep the averages of the checkpoint until training starts."""
         saved, names = checkpoint.get("ema", {}), {name for name, _ in _trained(module)}
-        missing = [decay for decay in self.decays if str(decay) not in saved]
+        decays = list(self.decays or ())
+        missing = [decay for decay in decays if str(decay) not in saved]
         if missing:
-            raise ValueError(f"ema.decays={self.decays}, but the checkpoint has only {', '.join(saved) or 'none'}")
-        if any(saved[str(decay)].keys() != names for decay in self.decays):
+            raise ValueError(f"ema.decays={decays}, but the checkpoint has only {', '.join(saved) or 'none'}")
+        if any(saved[str(decay)].keys() != names for decay in decays):
             raise ValueError("the averages in the checkpoint belong to other parameters")
         self._saved = saved
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Begin with the weights, or the averages of the checkpoint, where the weights are.
 
         Only now has Lightning restored everything, and moved it to the device.
         """
-        for decay in self.decays:
+        for decay in self.decays or ():
             weights = dict(_trained(module)) if self._saved is None else self._saved[str(decay)]
             self.averages[decay] = {
                 name: weights[name].detach().to(p.device, torch.float32, copy=True) for name, p in _trained(module)
@@ -54,15 +61,11 @@ class Ema(lightning.Callback):
         self._saved = None
         self._steps = trainer.global_step
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
         """Save the averages."""
         checkpoint["ema"] = {str(decay): average for decay, average in self.averages.items()}
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: GenerativeModule, *_: Any) -> None:
         """Update after each optimizer step."""
         if trainer.global_step == self._steps:
             return
@@ -71,38 +74,46 @@ class Ema(lightning.Callback):
         for decay, average in self.averages.items():
             torch._foreach_lerp_(list(average.values()), live, 1 - decay)
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """The metrics of the first average, with the suffix `_ema`, beside those of the live weights."""
         if self.averages and not trainer.sanity_checking:
             module.log_dict(self.validate(module))
 
-    def validate(self, module: lightning.LightningModule) -> dict[str, float]:
+    def validate(self, module: GenerativeModule) -> dict[str, float]:
         """The metrics of `GenerativeModule.validate` with the first average, each with the suffix `_ema`."""
-        assert isinstance(module, GenerativeModule)
         with self.ema_weights(module):
             return {f"{name}_ema": value for name, value in module.validate().items()}
 
     @contextmanager
-    def ema_weights(self, module: lightning.LightningModule) -> Iterator[None]:
-        """Within this context the network holds the first average."""
-        if not self.decays:
+    def ema_weights(self, module: GenerativeModule) -> Iterator[None]:
+        """Within this context the network holds the first average; its live weights where there is none."""
+        if not self.averages:
             yield
             return
-        average = self.averages[self.decays[0]]
         live = {name: p.detach().clone() for name, p in _trained(module)}
-        _copy(module, average)
+        _copy(module, next(iter(self.averages.values())))
         try:
             yield
         finally:
             _copy(module, live)
 
 
-def _trained(module: lightning.LightningModule) -> list[tuple[str, nn.Parameter]]:
-    assert isinstance(module, GenerativeModule)
+def the_ema(trainer: Trainer) -> Ema | None:
+    """The callback of a run that holds the average, if there is one."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, Ema)), None)  # type: ignore[attr-defined]
+
+
+def averaged(trainer: Trainer, module: GenerativeModule) -> AbstractContextManager[None]:
+    """Within this context the network holds the average, where a callback of the run has one."""
+    ema = the_ema(trainer)
+    return ema.ema_weights(module) if ema else nullcontext()
+
+
+def _trained(module: GenerativeModule) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.net.named_parameters() if p.requires_grad]
 
 
 @torch.no_grad()
-def _copy(module: lightning.LightningModule, values: dict[str, Tensor]) -> None:
+def _copy(module: GenerativeModule, values: dict[str, Tensor]) -> None:
     for name, parameter in _trained(module):
         parameter.copy_(values[name])

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
+from lightning import Trainer
 
 from genfound import build
-from genfound.callbacks.ema import Ema
+from genfound.callbacks.ema import averaged
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.throughput import paused
 from genfound.checkpoints.load import LoadedModel
@@ -36,9 +36,6 @@ class Evaluation(EveryNImages):
         every: images between two evaluations.
         protocol: an option of conf/protocol.
         extractor, extractor_weights: instead of the protocol's.
-        folder: the run; every rank must see it.
-        parts: of the run.
-        ema: holds the average.
 
     Raises:
         ValueError: a protocol that does not fit the run.
@@ -50,13 +47,15 @@ class Evaluation(EveryNImages):
         protocol: str,
         extractor: str | None,
         extractor_weights: str | None,
-        folder: Path,
-        parts: build.RunComponents,
-        ema: Ema,
     ) -> None:
         super().__init__(every)
-        self.folder, self.ema = folder, ema
-        self.request = training_request(folder, parts.config, protocol, extractor, extractor_weights)
+        self.options = protocol, extractor, extractor_weights
+
+    def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
+        """What is asked for, in the run directory, which every rank must see."""
+        folder, parts = Path(trainer.default_root_dir), trainer.datamodule.parts  # type: ignore[attr-defined]
+        self.folder = folder
+        self.request = training_request(folder, parts.config, *self.options)
         self.request.check()
         out = folder / "evaluations"
         self.workspace = Workspace(out, out / "work/training", Path(parts.config["runs"]) / ".references", parts.device)
@@ -67,19 +66,19 @@ class Evaluation(EveryNImages):
         self.plans = [new_samples(self.request, model, size, self.dataset, parts.device) for size in sizes]
         self.evaluators: list[Evaluator] = []
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Continue the rhythm; make probe and references, or find them, on all ranks together."""
         super().on_train_start(trainer, module)
         rank, ranks = trainer.global_rank, trainer.world_size
         with paused(trainer, module):
             self.evaluators = prepare(self.request, self.workspace, self.plans, self.dataset, rank, ranks, quiet=True)
 
-    def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Evaluate at every size."""
         figures: dict[str, float] = {}
         subject = {"from": str(self.folder), "images_seen": module.images_seen}
         module.eval()
-        with self.ema.ema_weights(module):
+        with averaged(trainer, module):
             for evaluator in self.evaluators:
                 prefix = "eval" if len(self.evaluators) == 1 else f"eval/{size_text(evaluator.samples.size)}"
                 place = trainer.global_rank, trainer.world_size, trainer.strategy.barrier

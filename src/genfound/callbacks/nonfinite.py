@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from genfound.data.packing.batch_plan import MicroBatch
@@ -32,30 +33,28 @@ class NonFinite(lightning.Callback):
         self._norms: list[tuple[int, Tensor]] = []
         self._micros: dict[int, list[tuple[MicroBatch, Tensor]]] = {}
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """The run directory."""
         self.file = Path(trainer.default_root_dir) / "nonfinite.jsonl"
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
+        self, trainer: Trainer, module: GenerativeModule, outputs: Any, batch: Item, *_: Any
     ) -> None:
         """Remember the micro-batch; look every so many steps."""
-        assert isinstance(module, GenerativeModule) and module.losses is not None
         step = batch[1].step
-        self._micros.setdefault(step, []).append((batch[1], module.losses.t))
+        self._micros.setdefault(step, []).append((batch[1], outputs["losses"].t))
         if trainer.global_step <= step or module.grad_norm is None:
             return
         self._norms.append((step, module.grad_norm.detach()))
         if len(self._norms) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self.look(module.seed, trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """The last steps, before they are saved."""
-        assert isinstance(module, GenerativeModule)
         if self._norms:
             self.look(module.seed, trainer)
 
-    def look(self, seed: int, trainer: lightning.Trainer) -> None:
+    def look(self, seed: int, trainer: Trainer) -> None:
         """Judge the remembered steps."""
         finite = torch.stack([norm for _, norm in self._norms]).isfinite().tolist()
         skipped = [step for (step, _), good in zip(self._norms, finite, strict=True) if not good]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning
+from lightning import Trainer
 
-from genfound.build import RunComponents
-from genfound.callbacks.ema import Ema
+from genfound.callbacks.ema import averaged
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.loggers.base import note, picture
 from genfound.modules.base import GenerativeModule
@@ -21,31 +20,26 @@ class Preview(EveryNImages):
 
     Args:
         every: images between two grids, of one row for each of the typical sizes.
-        parts: of the run.
-        ema: holds the average.
     """
 
-    def __init__(self, every: int, parts: RunComponents, ema: Ema) -> None:
-        super().__init__(every)
+    def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
+        """The run directory, and a sampling that fits the run."""
+        self.folder = Path(trainer.default_root_dir) / "samples"
+        parts = trainer.datamodule.parts  # type: ignore[attr-defined]
         self.class_names = parts.images.class_names
         self.requests = preview_requests(self.class_names, typical_sizes(parts.images.sizes))
         batch = parts.config["sample"]["batch"]
         self.sampling = Pipeline.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
-        self.sampling.check(parts.net)
-        self.ema = ema
+        self.sampling.check(module.net)
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        """The run directory."""
-        self.folder = Path(trainer.default_root_dir) / "samples"
-
-    def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Draw and write the grid, on rank 0."""
         file = self.folder / f"images-{module.images_seen:09d}.png"
         if not trainer.is_global_zero or file.exists():
             return
         module.eval()
         try:
-            with self.ema.ema_weights(module):
+            with averaged(trainer, module):
                 images = self.sampling.draw(module.net, self.requests, seed=0)
         except FloatingPointError as error:
             note(trainer, f"no preview: {error}")

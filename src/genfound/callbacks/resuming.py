@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning import Trainer
 
 from genfound import build
 from genfound.checkpoints.initialise import LABELS
@@ -111,11 +112,10 @@ class Continuation(lightning.Callback):
     folder: Path
     made: Changes
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Write the history, then the configuration; on rank 0, after every rank has read it."""
         if not trainer.is_global_zero:
             return
-        assert isinstance(module, GenerativeModule)
         at = {"step": trainer.global_step, "images_seen": module.images_seen}
         for key, (before, now) in self.made.items():
             with open(self.folder / HISTORY, "a") as out:

@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import lightning
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from genfound.backbones.base import Flops
 from genfound.batch import Batch
+from genfound.data.datamodule import GenerativeDataModule
 from genfound.data.packing.batch_plan import MicroBatch
-from genfound.data.packing.loader import TrainLoader
 from genfound.modules.base import GenerativeModule
 
 
@@ -27,8 +27,8 @@ class Throughput:
     without padding) over the rate that a plain matrix product reaches on the same machine in the same precision.
     """
 
-    def __init__(self, loader: TrainLoader) -> None:
-        self.loader = loader
+    def __init__(self, data: GenerativeDataModule) -> None:
+        self.data = data
         self.flops: Flops | None = None
         self.matmul_rate: float | None = None
         self.begin()
@@ -40,7 +40,7 @@ class Throughput:
     def _begin(self, now: float) -> None:
         self.images = self.tokens = self.pairs = self.slots = 0
         self.away = 0.0
-        self._began, self._waited = now, self.loader.waited
+        self._began, self._waited = now, self.data.train.waited
 
     def calibrate(self, module: GenerativeModule) -> str | None:
         """Measure the machine and the network; a reason if that is impossible, and `perf/mfu` is left out."""
@@ -62,7 +62,7 @@ class Throughput:
 
     def add(self, micro: MicroBatch, batch: Batch) -> None:
         """Add a micro-batch of this rank."""
-        tokens = self.loader.plan.tokens[list(micro.indices)].astype(float)
+        tokens = self.data.train.plan.tokens[list(micro.indices)].astype(float)
         self.images += len(micro.indices)
         self.tokens += micro.tokens
         self.pairs += int((tokens**2).sum())
@@ -72,7 +72,7 @@ class Throughput:
         """What ranks add up; ends the window, once the device has finished it, and begins the next one."""
         now = _now(module.device)
         wall = now - self._began - self.away
-        waited, encoded = self.loader.waited - self._waited, module.trainer.datamodule.encoding.take()  # type: ignore[attr-defined]
+        waited, encoded = self.data.train.waited - self._waited, self.data.encoding.take()
         values = [self.images, self.tokens, self.pairs, self.slots, wall, waited, encoded]
         self._begin(now)
         return torch.tensor(values, dtype=torch.float32, device=module.device)
@@ -94,7 +94,7 @@ class Throughput:
 
 
 @contextmanager
-def paused(trainer: lightning.Trainer, module: lightning.LightningModule) -> Iterator[None]:
+def paused(trainer: Trainer, module: GenerativeModule) -> Iterator[None]:
     """Stop the clocks of a run within this context, which is no part of training."""
     with ExitStack() as stack:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -9,11 +9,12 @@ from typing import Any
 
 import lightning
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.callbacks.throughput import Throughput
-from genfound.data.packing.loader import Item, TrainLoader
+from genfound.data.packing.loader import Item
 from genfound.loggers.base import log, note
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.weighting import image_weight
@@ -46,17 +47,16 @@ class TrainLog(lightning.Callback):
 
     A step that the optimizer skips, since its gradient is not finite, is left out as a whole and counted in
     `train/skipped`.
-
-    Args:
-        loader: knows how long training waited for data.
     """
 
-    def __init__(self, loader: TrainLoader) -> None:
-        self.speed = Throughput(loader)
+    speed: Throughput
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
+        """Measure the data of the run."""
+        self.speed = Throughput(trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Begin an empty window."""
-        assert isinstance(module, GenerativeModule)
         module.logs_losses = False
         self._logged = trainer.global_step
         self._clear(module)
@@ -72,24 +72,21 @@ class TrainLog(lightning.Callback):
     def _empty(self, module: GenerativeModule) -> Sums:
         return Sums({}, torch.zeros(2, BINS, device=module.device))
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Item, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: GenerativeModule, batch: Item, *_: Any) -> None:
         """Look at the first micro-batch, and measure the machine; neither is part of the training."""
         if self._started:
             return
         self._started = True
-        assert isinstance(module, GenerativeModule) and isinstance(batch[0], Batch)
+        assert isinstance(batch[0], Batch)
         with self.speed.paused(module.device):
             for remark in filter(None, [first_batch(batch[0]), self.speed.calibrate(module)]):
                 note(trainer, remark)
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Item, batch_idx: int
+        self, trainer: Trainer, module: GenerativeModule, outputs: Any, batch: Item, *_: Any
     ) -> None:
         """Add a micro-batch to its step, and a whole step to the window; write a line when it is time."""
-        assert isinstance(module, GenerativeModule) and module.losses is not None
-        losses, (images, micro) = module.losses, batch
+        losses, (images, micro) = outputs["losses"], batch
         assert isinstance(images, Batch)
         weights = image_weight(images.tokens, module.objective.weight) * images.real
         parts = {"loss": losses.total, **losses.terms}
@@ -116,13 +113,12 @@ class TrainLog(lightning.Callback):
         self._window.bins += torch.where(finite, self._step.bins, 0.0)
         self._step = self._empty(module)
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """The last, shorter window."""
-        assert isinstance(module, GenerativeModule)
         if trainer.global_step > self._logged:
             self._write(trainer, module)
 
-    def _write(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def _write(self, trainer: Trainer, module: GenerativeModule) -> None:
         steps = trainer.global_step - self._logged
         said = {name: value / trainer.world_size for name, value in module.diagnostics().items()}
         averaged = {name: value / self._taken for name, value in self._window.named.items()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import lightning
 import torch
+from lightning import Trainer
 
-from genfound.callbacks.ema import Ema
+from genfound.callbacks.ema import the_ema
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.loggers.base import log
 from genfound.modules.base import GenerativeModule
@@ -27,20 +25,18 @@ class Validation(EveryNImages):
         super().__init__(every)
         self.images = images
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """Say how many images to hold ready."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.validate_on(self.images)
+        trainer.datamodule.validate_on(self.images)  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def on_interval(self, trainer: lightning.Trainer, module: GenerativeModule) -> None:
+    def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
         """The figures, reduced over ranks."""
         if not trainer.datamodule.val.micros:  # type: ignore[attr-defined]
             return
         module.eval()
         metrics = module.validate()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Ema):
-                metrics |= callback.validate(module)
+        if ema := the_ema(trainer):
+            metrics |= ema.validate(module)
         module.train()
         log(trainer, {"images_seen": module.images_seen, **metrics})

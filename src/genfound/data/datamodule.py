@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
 
 from genfound.batch import Batch
 from genfound.config import compose
-from genfound.data.packing.batch_plan import MicroBatch
-from genfound.data.packing.collate import Collate, RawImages
+from genfound.data.packing.collate import RawImages
 from genfound.data.packing.loader import HeldOut, TrainLoader, ValidationLoader
+from genfound.layouts import Dense
 from genfound.rng import Rng
 from genfound.runtime.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from genfound.build import RunComponents
 
 
 class GenerativeDataModule(lightning.LightningDataModule):
@@ -25,32 +28,25 @@ class GenerativeDataModule(lightning.LightningDataModule):
     checkpoint: a run continues with the images that it has not seen, also on another number of ranks.
 
     Args:
-        train: micro-batches of training.
-        collate: encodes, on the training device, the images that the data workers leave to it.
-        val: held-out images, each once.
-        val_collate: encodes and lays out these.
-        held_out: number of images -> their micro-batches.
-        per_step: the key that asks for a number of micro-batches in a global step, and how many; or None.
+        parts: of the run whose data they are.
+
+    Attributes:
+        encoding: time of the tokenizer, in training.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
 
-    def __init__(
-        self,
-        train: TrainLoader,
-        collate: Collate,
-        val: ValidationLoader,
-        val_collate: Collate,
-        held_out: Callable[[int], list[MicroBatch]],
-        per_step: tuple[str, int] | None = None,
-    ) -> None:
+    def __init__(self, parts: RunComponents) -> None:
         super().__init__()
-        self.train, self.collate = train, collate
-        self.val, self.val_collate = val, val_collate
-        self.held_out = held_out
-        self.per_step = per_step
-        self.encoding = Stopwatch()  # of the tokenizer, in training
+        self.parts = parts
+        self.train, self.collate = parts.loader(0), parts.assembly
+        self.val_collate = parts.validation_assembly
+        self.val = ValidationLoader(parts.batches(parts.held_out, self.val_collate), [], parts.workers)
+        self.encoding = Stopwatch()
+        self._wanted = parts.plan.per_step
         self._encoded: dict[int, Batch] = {}  # held-out images on the host; every validation has the same
+        options = parts.config["callbacks"].get("validation") or {"images": len(parts.held_out.labels)}
+        self.validate_on(options["images"])
 
     @staticmethod
     def from_config(overrides: Sequence[str] = ()) -> GenerativeDataModule:
@@ -75,11 +71,12 @@ class GenerativeDataModule(lightning.LightningDataModule):
         if stage != "fit":
             return
         micro_batches = trainer.world_size * trainer.accumulate_grad_batches
-        if self.per_step is not None and self.per_step[1] != micro_batches:
-            key, wanted = self.per_step
+        key = "images" if isinstance(self.parts.layout, Dense) else "packs"
+        if self.parts.config["batch"][key] and self._wanted != micro_batches:
             raise ValueError(
-                f"{key} asks for {wanted} micro-batches in a global step, and this trainer makes {micro_batches} "
-                f"(ranks times accumulate_grad_batches); leave {key}=null, or change accumulate_grad_batches"
+                f"batch.{key} asks for {self._wanted} micro-batches in a global step, and this trainer makes "
+                f"{micro_batches} (ranks times accumulate_grad_batches); leave batch.{key}=null, or change "
+                "accumulate_grad_batches"
             )
         self.train.plan.per_step = micro_batches
 
@@ -93,7 +90,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
 
     def validate_on(self, images: int) -> None:
         """Validate on the first so many held-out images of a fixed order."""
-        self.val.micros = self.held_out(images)
+        self.val.micros = self.parts.validation(images)
         self._encoded.clear()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -125,8 +122,8 @@ class GenerativeDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position after the last global step."""
         assert self.trainer is not None
-        return self.train.state(self.trainer.global_step)
+        return self.train.plan.state(self.trainer.global_step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue at a recorded position."""
-        self.train.restore(state_dict)
+        self.train.plan.restore(state_dict)

@@ -74,8 +74,7 @@ class GenerativeModule(lightning.LightningModule):
         self.images_seen = 0
         self.grad_norm: Tensor | None = None
         self.logs_losses = True
-        self.losses: Losses | None = None
-        self.micro: MicroBatch | None = None
+        self._micro: MicroBatch | None = None
 
     @classmethod
     def from_config(cls, overrides: Sequence[str] = ()) -> GenerativeModule:
@@ -114,20 +113,20 @@ class GenerativeModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Take ranks and accumulation from the trainer."""
         self.loss_scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        self.micro = None
+        self._micro = None
 
-    def training_step(self, item: TrainItem, batch_idx: int) -> Tensor:
-        """This micro-batch's part of the loss of the global step; a scalar."""
+    def training_step(self, item: TrainItem, batch_idx: int) -> dict[str, Any]:
+        """`loss`: this micro-batch's part of that of the global step, a scalar; `losses`: of its images."""
         batch, micro = item
-        self.losses = self.evaluate(batch, Rng(self.seed, "train", micro.number))
+        losses = self.evaluate(batch, Rng(self.seed, "train", micro.number))
         weights = image_weight(batch.tokens, self.objective.weight) * batch.real
-        loss = (weights * self.losses.total).sum()
+        loss = (weights * losses.total).sum()
         for value in self.extra_losses().values():
             loss = loss + weights.sum() * value  # each micro-batch's value counts as much as its images do
         loss = loss / micro.weight_sum * self.loss_scale
         if self.logs_losses:
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(micro.indices))
-        return loss
+        return {"loss": loss, "losses": losses}
 
     def validation_step(self, item: HeldOut, batch_idx: int) -> Tensor:
         """(4,) float64 sums of a micro-batch of held-out images, see `validation_sums`."""
@@ -184,12 +183,12 @@ class GenerativeModule(lightning.LightningModule):
     def on_train_batch_start(self, item: TrainItem, batch_idx: int) -> None:
         """Set the learning rate of the step from the images seen before it."""
         micro = item[1]
-        if self.micro is None or micro.step != self.micro.step:
+        if self._micro is None or micro.step != self._micro.step:
             # Lightning steps by its own count of micro-batches, and the plan says where a global step begins. They
             # differ after resuming with another number of ranks, or from a checkpoint in the middle of a step.
             count = self.trainer.fit_loop.epoch_loop.batch_progress.current
             count.ready -= (count.ready - 1) % self.trainer.accumulate_grad_batches
-        self.micro = micro
+        self._micro = micro
         rate = self.settings["lr"] * schedule(self.settings, self.images_seen, self.budget)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = rate
@@ -205,8 +204,8 @@ class GenerativeModule(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Finish a global step: count its images, and stop when the budget has been seen."""
         super().optimizer_step(*args, **kwargs)
-        assert self.micro is not None
-        self.images_seen = self.micro.images_seen
+        assert self._micro is not None
+        self.images_seen = self._micro.images_seen
         self.trainer.should_stop = self.images_seen >= self.budget
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def device(wanted: str, local_rank: int | None = None) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` means from now on."""
+    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` now means."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise ValueError(f"accelerator={wanted} is unknown; choose auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -83,7 +83,7 @@ def train(fixture: Fixture) -> Results:
         time = torch.from_numpy(unit(f"noise.{2 * step + 1}", [len(sizes)]))
         net.features, module.draws = given[f"z.{step}"], NamedDraws({"noise": noise, "time": time})
         weight = float(image_weight(batch.tokens, objective.weight).sum())
-        loss = module.training_step((batch, MicroBatch(step, (), (), 0, 0, weight, 0)), step)
+        loss = module.training_step((batch, MicroBatch(step, (), (), 0, 0, weight, 0)), step)["loss"]
         optimizer.zero_grad()
         loss.backward()
         module.configure_gradient_clipping(optimizer)

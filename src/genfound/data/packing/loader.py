@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -105,14 +105,6 @@ class TrainLoader(IterableDataset[Item]):
         """This rank's micro-batches."""
         for micros in self.plan.steps():
             yield from micros[self.rank :: self.ranks]
-
-    def state(self, step: int) -> dict[str, Any]:
-        """The position of the plan before this step."""
-        return self.plan.state(step)
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue at a recorded position."""
-        self.plan.restore(state)
 
 
 class ValidationLoader:
