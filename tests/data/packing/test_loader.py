@@ -85,7 +85,7 @@ def test_workers_change_nothing_and_state_continues() -> None:
     first = loader(0)
     list(islice(first, 8))
     resumed = loader(0)
-    resumed.restore(first.state(2))
+    resumed.plan.restore(first.plan.state(2))
     assert [m for _, m in islice(resumed, 4)] == [m for _, m in alone[8:12]]
     assert first.waited > 0
 
@@ -101,14 +101,14 @@ def test_two_passes_through_kills_other_ranks_and_other_workers_show_every_image
         loaders = [loader(workers, rank, ranks) for rank in range(ranks)]
         for one in loaders:
             if state is not None:
-                one.restore(state)
+                one.plan.restore(state)
         count = min(wanted, len(untouched) - done)
         shares = [[micro for _, micro in islice(one, count * per_step // ranks)] for one in loaders]
         for step in range(count):
             own = [share[step * per_step // ranks : (step + 1) * per_step // ranks] for share in shares]
             steps.append(sorted((m for part in own for m in part), key=lambda m: m.number))
         done += count
-        state = loaders[0].state(done)
+        state = loaders[0].plan.state(done)
     assert [[m.indices for m in step] for step in steps] == [[m.indices for m in step] for step in untouched]
     positions = sorted(place for step in steps for micro in step for place in micro.positions)
     assert positions[:both_passes] == list(range(both_passes))
