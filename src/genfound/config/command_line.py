@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from string import Template
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -97,11 +98,27 @@ def hydra_main(
         _refuse_new_keys(sys.argv[1:])
         _added[:] = _choices_of_the_run(read_run, sys.argv[1:]) if read_run else []
         sys.argv[1:] = [*sys.argv[1:], *_added]  # the flag -m does not find what follows another override
+        if {"--help", "-h"}.issuperset(flags := [a for a in sys.argv[1:] if a.startswith("-")]) and flags:
+            print(_help(config_name, [a for a in sys.argv[1:] if a not in flags]))
+            sys.exit(0)
         hydra.main(version_base="1.3", config_path=compose.config_dir(), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         errors.append(str(error))
         print_error(_composition_error(error, config_name))
     sys.exit(1 if errors else 0)
+
+
+def _help(config_name: str, overrides: list[str]) -> str:
+    """What Hydra prints for --help, without its look at each of its own groups, which takes a second."""
+    folder = Path(compose.config_dir())
+    groups = sorted({file.parent.relative_to(folder).as_posix() for file in folder.rglob("*/*.yaml")})
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        cfg = hydra.compose(config_name, overrides, return_hydra_config=True)
+    template = Template(cfg.hydra.help.template)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    options = "\n".join(f"{group}: {', '.join(compose.option_names(group))}" for group in groups)
+    return template.substitute(APP_CONFIG_GROUPS=options, CONFIG=OmegaConf.to_yaml(cfg))
 
 
 def print_error(message: str) -> None:
