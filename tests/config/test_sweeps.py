@@ -16,9 +16,11 @@ from genfound.config.sweeps import Swept, swept_keys
 def start(task: list[str], params: dict[str, Any] | None = None) -> list[str]:
     """The overrides for Hydra that the jobs of a sweep get."""
     overrides = {"task": task, "hydra": ["hydra.mode=MULTIRUN"]}
-    config = OmegaConf.create({"hydra": {"overrides": overrides, "sweeper": {"params": params}}})
+    config = OmegaConf.create(
+        {"hydra": {"overrides": overrides, "sweeper": {"params": params}, "sweep": {"dir": "runs/a 'b'"}}}
+    )
     OmegaConf.set_readonly(config.hydra, True)
-    Swept([]).on_multirun_start(config)
+    Swept([], None).on_multirun_start(config)
     assert OmegaConf.is_readonly(config.hydra)
     return list(config.hydra.overrides.hydra)
 

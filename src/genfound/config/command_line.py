@@ -23,7 +23,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from genfound.config import compose, environment, options
+from genfound.config import compose, environment, options, sweeps
 from genfound.config.errors import USER_ERRORS, sentence
 from genfound.config.streams import make_lasting
 
@@ -92,6 +92,7 @@ def hydra_main(
         except USER_ERRORS as error:
             errors.append(str(error))
             print_error(sentence(error))
+            sweeps.note_failure(sentence(error))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -105,7 +106,7 @@ def hydra_main(
     except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         errors.append(str(error))
         print_error(_composition_error(error, config_name))
-    sys.exit(1 if errors else 0)
+    sys.exit(1 if errors or sweeps.Swept.failed else 0)
 
 
 def _help(config_name: str, overrides: list[str]) -> str:
