@@ -39,6 +39,8 @@ ALWAYS_SET = ("objective.", "sampler.", "guidance.")
 OF_THE_RUN = ("sampler", "guidance")
 """Groups that a command with `from=RUN` takes from the run, unless they are chosen."""
 
+HELP = {"--help", "-h"}
+
 OOM_ADVICE = {
     "train": "a smaller data.max_tokens (dense layouts: data.batch_size; the global step stays what it is), "
     "model.activation_checkpointing=true, or a smaller sample.batch for previews",
@@ -77,10 +79,7 @@ def hydra_main(
     """
     errors: list[str] = []
     make_lasting()
-    size, copies = environment.copies(os.environ)
-    inherited = environment.forget_inherited(os.environ)
-    if inherited and copies == 1:
-        print(f"note: ignoring {', '.join(inherited)}: this command is one process", file=sys.stderr, flush=True)
+    size, copies = _copies()
 
     def job(cfg: DictConfig) -> None:
         try:
@@ -99,14 +98,23 @@ def hydra_main(
         _refuse_new_keys(sys.argv[1:])
         _added[:] = _choices_of_the_run(read_run, sys.argv[1:]) if read_run else []
         sys.argv[1:] = [*sys.argv[1:], *_added]  # the flag -m does not find what follows another override
-        if {"--help", "-h"}.issuperset(flags := [a for a in sys.argv[1:] if a.startswith("-")]) and flags:
+        if HELP.issuperset(flags := [a for a in sys.argv[1:] if a.startswith("-")]) and flags:
             print(_help(config_name, [a for a in sys.argv[1:] if a not in flags]))
-            sys.exit(0)
-        hydra.main(version_base="1.3", config_path=compose.config_dir(), config_name=config_name)(job)()
+        else:
+            hydra.main(version_base="1.3", config_path=compose.config_dir(), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         errors.append(str(error))
         print_error(_composition_error(error, config_name))
     sys.exit(1 if errors or sweeps.Swept.failed else 0)
+
+
+def _copies() -> tuple[str, int]:
+    """See `environment.copies`; what else launchers have left is forgotten, with a note."""
+    found = environment.copies(os.environ)
+    inherited = environment.forget_inherited(os.environ)
+    if inherited and found[1] == 1:
+        print(f"note: ignoring {', '.join(inherited)}: this command is one process", file=sys.stderr, flush=True)
+    return found
 
 
 def _help(config_name: str, overrides: list[str]) -> str:
