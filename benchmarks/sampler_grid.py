@@ -32,8 +32,8 @@ def draw(run: str, name: str, steps: int) -> tuple[list[np.ndarray], int, int]:
     handle = loaded.net.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0].y)))
     requests = make_requests(list(range(10)), [SIZE], 1, loaded.class_names)
     config = {**loaded.config, "sampler": sampler, "trainer": {"precision": "fp32"}}
-    sampling = Pipeline.of(config, loaded.objective, loaded.tokenizer, torch.device("cpu"), len(requests))
-    images = sampling.draw(loaded.net, requests, seed=0)
+    sampling = Pipeline.from_config(config, loaded.objective, loaded.tokenizer, torch.device("cpu"), len(requests))
+    images = sampling(loaded.net, requests, seed=0)
     handle.remove()
     return images, len(rows), sum(count > len(requests) for count in rows)
 

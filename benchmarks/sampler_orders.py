@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genfound import build
 from genfound.batch import Batch
 from genfound.layouts import Dense
 from genfound.objectives.flow import FlowField
 from genfound.objectives.interpolants import INTERPOLANTS, Coefficients
 from genfound.objectives.times import time_grid
-from genfound.samplers import SAMPLERS
 
 MEAN, STD = 0.8, 0.35
 END = 0.2
@@ -46,7 +46,7 @@ class Exact:
     path: str
     calls: int = 0
 
-    def __call__(self, batch: Batch, t: float) -> Tensor:
+    def __call__(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """E[dx/dt | x_t]."""
         self.calls += 1
         p = Coefficients.at(INTERPOLANTS[self.path], t)
@@ -83,7 +83,8 @@ def errors(path: str, name: str, steps: int, end: float, options: dict[str, Any]
     x[1] = 1
     batch = Dense(1).to_batch(list(x), torch.zeros(rows, dtype=torch.long))
     field = FlowField(net, INTERPOLANTS[path], "velocity")
-    out = SAMPLERS[name](field, batch, time_grid(steps, start, end), Impulses(rows), **options).x.flatten().double()
+    sampler = build.sampler({"sampler": {"name": name, **options}})
+    out = sampler(field, batch, time_grid(steps, start, end), Impulses(rows)).x.flatten().double()
     slope, kicks = out[1] - out[0], out[2:] - out[0]
     mean, variance = net.moments(start)
     found = float(out[0] + slope * mean), float((slope**2 * variance + (kicks**2).sum()).sqrt())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import pkgutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,37 @@ from genfound.batch import Batch
 from genfound.config import compose
 from genfound.layouts import Dense, Packed, Padded
 from genfound.modules.base import GenerativeModule, module_class
+from genfound.objectives.base import GuidanceOf, Net, Objective
 from genfound.objectives.flow import Flow
 from genfound.runtime import checkpoint_io, run_directory
+from genfound.samplers import Sampler
 from genfound.tokenizers import LatentSpec
+
+SAMPLERS = {
+    name: pkgutil.resolve_name(compose.read_option("sampler", name)["_target_"])
+    for name in compose.option_names("sampler")
+}
+
+
+def times_of(name: str, objective: Objective, steps: int | str) -> Tensor:
+    """The times that a sampler walks."""
+    times: Tensor = objective.times(steps, SAMPLERS[name].needs)
+    return times
+
+
+def sampler_of(name: str, **options: Any) -> Sampler:
+    """An option of the group, with other options."""
+    return build.sampler({"sampler": compose.fill_option("sampler", {"name": name, **options})})
+
+
+def guidance_of(name: str, **options: Any) -> GuidanceOf | None:
+    """An option of the group, with other options."""
+    return build.guidance({"guidance": compose.fill_option("guidance", {"name": name, **options})})
+
+
+def at_one_time(net: Callable[[Batch, float], Tensor]) -> Net:
+    """A network of which all images are at the same time, that takes it as a number."""
+    return lambda batch, t: net(batch, t[0].item())
 
 
 def latents(sizes: Sequence[tuple[int, int]], channels: int = 4, seed: int = 0) -> list[Tensor]:

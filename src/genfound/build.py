@@ -20,7 +20,7 @@ import torch
 from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
 from genfound.config.compose import TARGET
-from genfound.config.instantiate import instantiate
+from genfound.config.instantiate import instantiate, partial
 from genfound.config.targets import trusted
 from genfound.data.images.base import ImageSource, LatentSource
 from genfound.data.images.views import ImageViews
@@ -33,10 +33,10 @@ from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Batcher, FixedBatcher, Packer, Repeated
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Layout
-from genfound.objectives.base import Objective
+from genfound.objectives.base import GuidanceOf, Objective
 from genfound.rng import Rng
 from genfound.runtime.devices import device, precision
-from genfound.samplers import SAMPLERS
+from genfound.samplers import Sampler
 from genfound.tokenizers import LatentSpec, Tokenizer, Undecodable
 from genfound.tokenizers.weights import option_of
 
@@ -287,15 +287,42 @@ def objective(config: Config) -> Objective:
     """The objective of a configuration, checked against its sampler.
 
     Raises:
-        ValueError: the pair of objective and sampler is not legal.
+        ValueError: the sampler needs what the objective does not give.
     """
     built: Objective = instantiate("objective", config["objective"], trusted(config))
-    sampler = config["sampler"]["name"]
-    if sampler not in built.samplers or sampler not in SAMPLERS:
-        raise ValueError(
-            f"sampler={sampler} cannot sample objective={built.name}; choose sampler={' or '.join(built.samplers)}"
-        )
+    chosen = sampler(config)
+    if chosen.needs not in built.gives:
+        every = [sampler({"sampler": compose.read_option("sampler", name)}) for name in compose.option_names("sampler")]
+        fitting = " or ".join(other.name for other in every if other.needs in built.gives)
+        raise ValueError(f"sampler={chosen.name} cannot sample objective={built.name}; choose sampler={fitting}")
     return built
+
+
+def sampler(config: Config) -> Sampler:
+    """The sampler of a configuration.
+
+    Raises:
+        ValueError: it is none, or does not take these options.
+    """
+    options = compose.fill_option("sampler", config["sampler"])
+    name, steps = options.pop("name", None), options.pop("steps", None)
+    bound = partial("sampler", options, trusted(config))
+    if not isinstance(bound.func, Sampler):
+        raise ValueError(f"sampler.{TARGET}={options[TARGET]} is not declared by @genfound.samplers.sampler(needs=...)")
+    return bound.func.configured(name or bound.func.function.__name__, steps, bound.keywords)
+
+
+def guidance(config: Config, **nets: Any) -> GuidanceOf | None:
+    """The guidance of a configuration, for `Objective.field`; its other network, if it has one, is given.
+
+    Raises:
+        ValueError: it is none, or does not take these options.
+    """
+    filled = compose.fill_option("guidance", config["guidance"])
+    if TARGET not in filled:
+        return None
+    options = {key: value for key, value in filled.items() if key not in ("name", "weights")}
+    return functools.partial(partial("guidance", options, trusted(config)), **nets)
 
 
 def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], spec: LatentSpec) -> Layout:

@@ -40,19 +40,18 @@ def _task(cfg: DictConfig) -> None:
     if isinstance(loaded.tokenizer, Undecodable):
         raise ValueError(loaded.tokenizer.reason)
     loaded.net.reposition(config["rope"])
-    settings = {group: run_or_chosen(group, loaded.config, config, chosen) for group in ("sampler", "guidance")}
     labels = loaded.class_names[:FEW] if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else checks.image_sizes("size", config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
     device = devices.device(config["accelerator"])
     how = {
         **loaded.config,
-        **settings,
+        **run_or_chosen(loaded.config, config, chosen),
         "sample": {"uint8": config["uint8"] or loaded.config["sample"]["uint8"]},
         "trainer": {"precision": config["precision"] or loaded.config["trainer"]["precision"]},
     }
     objective = build.objective(how)
-    sampling = Pipeline.of(how, objective, loaded.tokenizer, device, config["batch"])
+    sampling = Pipeline.from_config(how, objective, loaded.tokenizer, device, config["batch"])
 
     classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:LONGEST_CLASS] for name in loaded.class_names]
     names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
@@ -60,7 +59,7 @@ def _task(cfg: DictConfig) -> None:
     if numbered(loaded.class_names):
         drawn = dict.fromkeys(loaded.class_names[request.label] for request in requests)
         print(f"classes are named by numbers, and labels are these names: {', '.join(drawn)}", flush=True)
-    images = sampling.draw(loaded.net.to(device), requests, config["seed"], ProgressCounter("images"))
+    images = sampling(loaded.net.to(device), requests, config["seed"], ProgressCounter("images"))
     for name, image in zip(names, images, strict=True):
         save_png(out / name, image)
     save_grid(out / GRID, images, requests, loaded.class_names)

@@ -18,12 +18,12 @@ from genfound.modules.dit_moe import upcycle
 from genfound.objectives.gaussian import Gaussian
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
-from genfound.samplers import SAMPLERS
-from genfound.sampling.pipeline import with_guidance
 from genfound.tokenizers import LatentSpec
 from tests.helpers import (
+    SAMPLERS,
     assert_equal_gradients,
     composed,
+    guidance_of,
     latents,
     linear_flow,
     loss_and_gradients,
@@ -281,10 +281,10 @@ def test_routing_is_counted_by_class_time_and_token() -> None:
         timesteps=1000, schedule="linear", prediction="epsilon", variance="learned_range", loss="hybrid",
         clip_x0=True, weight="image",
     )  # fmt: skip
-    times = objective.times("ddpm", 5)
+    times = objective.times(5, "gaussian")
     guidance = {"name": "cfg", "scale": 1.5, "interval": [0.0, 1.0], "channels": "all"}
     batch = Dense(2).to_batch(latents([(8, 8)] * 3), torch.tensor([7, 2, 7]))
-    field = objective.field(with_guidance(net, guidance, objective.time_range))
+    field = objective.field(net, guidance_of(**guidance))
 
     class StepNoise:
         def normal(self, step: int) -> Tensor:

@@ -17,7 +17,7 @@ from tests.helpers import composed
 class Diverging:
     """A sampling whose images are not finite."""
 
-    def draw(self, *_: Any, **__: Any) -> Any:
+    def __call__(self, *_: Any, **__: Any) -> Any:
         raise FloatingPointError("an image is not finite")
 
 

@@ -1,11 +1,13 @@
 """`python -m genfound.sample`: pictures from a run, and wrong input."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from genfound.config import compose
 from tests.cli.commands import TINY, genfound, one_error
 
 
@@ -129,3 +131,42 @@ def test_a_run_with_autoguidance_keeps_its_weaker_network(run: Path, tmp_path: P
     arguments = ["from=runs/default/strong", "labels=[1]", "size=[16,16]", "batch=1", "guidance.scale=3", "out=out"]
     drawn = genfound("sample", *arguments, cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
+
+
+OWN_SAMPLER = """
+from dataclasses import replace
+from genfound.samplers import sampler
+
+@sampler(needs="{needs}")
+def jump(field, batch, times, rng, progress=None, *, strength=1.0):
+    print("jumped", strength)
+    t = times[0].item()
+    return replace(batch, x=batch.x - strength * t * field.velocity(batch, t))
+"""
+
+
+def test_a_sampler_of_the_users_is_a_function_and_an_option(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine/sampler").mkdir(parents=True)
+    for module, needs in (("jumping", "velocity"), ("walking", "gaussian")):
+        (tmp_path / f"{module}.py").write_text(OWN_SAMPLER.format(needs=needs))
+        option = f"name: {module}\n_target_: {module}.jump\n_partial_: true\nsteps: 1\nstrength: 0.5\n"
+        (tmp_path / f"mine/sampler/{module}.yaml").write_text(option)
+    paths = f"{tmp_path}:{Path(compose.config_dir()).parent / 'src'}"
+    call = functools.partial(genfound, cwd=tmp_path, PYTHONPATH=paths)
+    own = ["--config-dir", "mine", "sampler=jumping", "sampler.strength=0.25"]
+    arguments = ["labels=[1]", "size=[16,16]", "batch=1"]
+    drawn = call("sample", *own, f"from={run}", *arguments, "out=chosen")
+    assert drawn.returncode == 0 and "jumped 0.25" in drawn.stdout, drawn.stderr
+
+    tiny = [option for option in TINY if not option.startswith("sampler")]
+    trained = call("train", *own, *tiny, "trainer.max_steps=1", "name=run")
+    assert trained.returncode == 0, trained.stderr
+    error = one_error(call("sample", "from=runs/default/run", *arguments, "out=own"))
+    assert "sampler._target_=jumping.jump is code outside genfound; if you trust it, set trust=[jumping]" in error
+    drawn = call("sample", "from=runs/default/run", "trust=[jumping]", *arguments, "out=own")
+    assert drawn.returncode == 0 and "jumped 0.25" in drawn.stdout, drawn.stderr
+
+    error = one_error(call("train", "--config-dir", "mine", "sampler=walking", *tiny))
+    assert "sampler=walking cannot sample objective=flow; choose sampler=dopri5 or euler or heun or sde" in error
+    error = one_error(call("sample", *own, f"from={run}", "sampler.speed=2", *arguments))
+    assert "unknown key sampler.speed" in error

@@ -44,6 +44,7 @@ def make(**options):
 
 NIT, FLOW = "genfound.backbones.nit.NiT", "genfound.objectives.flow.Flow"
 FOREIGN, NO_CLASS, NO_NAME = "is code outside genfound", "is not a class of", "must be the dotted name"
+NO_SAMPLER = "is not a sampler of"
 INNER = {"y": [[{"_target_": "genfound.encoding.store_writer.StoreWriter"}]]}
 ATTACKS: dict[str, tuple[str, Any, str]] = {
     "a function of the system": ("tokenizer", {"_target_": "subprocess.call", "args": ["touch", "pwned"]}, FOREIGN),
@@ -59,6 +60,11 @@ ATTACKS: dict[str, tuple[str, Any, str]] = {
     "a function that writes": ("objective", {"_target_": "genfound.runtime.files.atomic_write"}, NO_CLASS),
     "a class of another group": ("tokenizer", {"_target_": "genfound.data.images.shapes.Shapes"}, "is no Tokenizer"),
     "a class of no group": ("model", {"_target_": "genfound.encoding.store_writer.StoreWriter"}, "is no Backbone"),
+    "a function that is no sampler": ("sampler", {"_target_": "genfound.samplers.dopri5.integrate"}, NO_SAMPLER),
+    "what declares samplers": ("sampler", {"_target_": "genfound.samplers.base.Sampler"}, NO_SAMPLER),
+    "a foreign sampler": ("sampler", {"_target_": "acting.sampler"}, FOREIGN),
+    "a sampler that guides": ("guidance", {"_target_": "genfound.samplers.ode.heun"}, NO_CLASS),
+    "another sampler under a name": ("sampler", {"_target_": "acting.Thing", "name": "heun"}, "choose sampler=heun"),
     "a list": ("tokenizer", {"_target_": [PIXEL]}, NO_NAME),
     "a number": ("tokenizer", {"_target_": 3}, NO_NAME),
     "nothing": ("tokenizer", {}, NO_NAME),
@@ -99,7 +105,7 @@ def run_of(config: Any, folder: Path) -> Path:
 
 def guided_by(origin: Path) -> None:
     config = composed("model=nit_tiny", "guidance=autoguidance", f"guidance.weights={origin}")
-    Pipeline.of(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2)
+    Pipeline.from_config(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2)
 
 
 def evaluation_of(origin: Path) -> None:
@@ -208,7 +214,7 @@ def test_trust_reaches_every_entrance(place: Path) -> None:
     assert type(genfound.load(written, trust=["mine"]).net).__name__ == "Own"
     guidance = {"name": "autoguidance", "weights": str(file), "scale": 2.0}
     config = {**composed("model=nit_tiny"), "guidance": guidance, "trust": ["mine"]}
-    assert Pipeline.of(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2).weak is not None
+    assert Pipeline.from_config(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2).guide is not None
 
 
 def test_the_own_composition_is_trusted_as_it_is(place: Path) -> None:
@@ -298,5 +304,6 @@ def test_every_option_of_ours_may_be_built() -> None:
             options = compose.read_option(group, name)
             options = options.get("model", options)
             if "_target_" in options:
-                mro = targets.target(group, options, ()).__mro__
+                found = targets.target(group, options, ())
+                mro = (type(found) if group == "sampler" else found).__mro__
                 assert base in [f"{one.__module__}.{one.__qualname__}" for one in mro], (group, name)

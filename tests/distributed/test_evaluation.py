@@ -75,7 +75,7 @@ def evaluating(rank: int, folder: Path) -> None:
     assert not parts_of_rank, "features of the reference are removed when its file is there"
     acting.on_interval(trainer, module)
     if rank == 1:
-        Pipeline.draw = diverge  # type: ignore[method-assign, assignment]
+        Pipeline.__call__ = diverge  # type: ignore[method-assign, assignment]
     notes: list[str] = []
     evaluation.note = lambda _, text: notes.append(text)
     acting.on_interval(trainer, module)

@@ -115,7 +115,7 @@ def test_it_goes_on_where_it_was_stopped(
 
     options = {"sizes": "data", "labels": "data", "n": 200}
     whole = evaluated(run, references, **options, out=str(tmp_path / "whole"))[0]
-    draw, calls = Pipeline.draw, []
+    draw, calls = Pipeline.__call__, []
 
     def failing(self: Pipeline, *arguments: Any, **more: Any) -> Any:
         calls.append(1)
@@ -123,7 +123,7 @@ def test_it_goes_on_where_it_was_stopped(
             raise KeyboardInterrupt
         return draw(self, *arguments, **more)
 
-    monkeypatch.setattr(Pipeline, "draw", failing)
+    monkeypatch.setattr(Pipeline, "__call__", failing)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, references, **options, out=str(tmp_path / "out"))
     assert len(list((tmp_path / "out/work").rglob("images-*.npy"))) == 2

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from genfound import build
 from genfound.evaluation.protocol import SamplingRecord
 from genfound.evaluation.provenance import checkpoint_of, network_hash, pin_guide_checkpoint, sampling_record
 from genfound.runtime import checkpoint_io
@@ -35,10 +36,9 @@ def drawing(*overrides: str, guided: bool = False) -> SamplingRecord:
     config = composed("from=x", "reference=y", *overrides, name="evaluate")
     guide = nn.Linear(1, 1) if guided else None
     pipeline: Any = SimpleNamespace(
-        sampler=config["sampler"], guidance=config["guidance"], weak=guide, tokenizer=PixelTokenizer(),
-        precision="32-true", uint8="round",
-    )  # fmt: skip
-    return sampling_record(config, composed("tokenizer=pixel"), pipeline)
+        sampler=build.sampler(config), guide=guide, tokenizer=PixelTokenizer(), precision="32-true", uint8="round"
+    )
+    return sampling_record(config, {**composed("tokenizer=pixel"), "guidance": config["guidance"]}, pipeline)
 
 
 def test_the_images_of_a_call_count_where_the_sampler_couples_them() -> None:

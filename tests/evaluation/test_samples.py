@@ -17,7 +17,7 @@ class Sampler:
     def __init__(self) -> None:
         self.drawn = 0
 
-    def draw(self, net: Any, requests: list[SampleRequest], seed: int, progress: Progress) -> list[np.ndarray]:
+    def __call__(self, net: Any, requests: list[SampleRequest], seed: int, progress: Progress) -> list[np.ndarray]:
         assert len({request.size for request in requests}) == 1 and len(requests) <= PART
         self.drawn += len(requests)
         return [np.full((*r.size, 3), (r.number + r.label + seed) % 256, dtype=np.uint8) for r in requests]

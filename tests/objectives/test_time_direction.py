@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.predictions import PREDICTIONS
-from genfound.objectives.time_direction import ask, told
+from genfound.objectives.time_direction import TimeAdapter
 from genfound.rng import Rng
 from tests.helpers import linear_flow, packed
 
@@ -32,8 +32,8 @@ def test_only_data1_is_turned_round_and_only_a_velocity_negated(
     time: str | None, reversed_: bool, prediction: str
 ) -> None:
     net, batch = Net(time), packed([(2, 2)])
-    out = ask(net, batch, 0.25, 1.0, prediction)
-    assert net.seen == [0.75 if reversed_ else 0.25]
+    out = TimeAdapter(net, 1.0, velocity=prediction == "velocity")(batch, 0.25)
+    assert net.seen[0].tolist() == [0.75 if reversed_ else 0.25]
     sign = -1 if reversed_ and prediction == "velocity" else 1
     assert torch.equal(out, sign * 2 * batch.x)
 
@@ -41,9 +41,11 @@ def test_only_data1_is_turned_round_and_only_a_velocity_negated(
 def test_small_times_of_such_a_network_keep_their_digits() -> None:
     """1 - t is formed in float64 and rounded once."""
     net, u = Net("data1"), torch.tensor([1e-3, 1.2345e-5])
-    ask(net, packed([(1, 1), (1, 1)]), 1 - u.double(), 1.0, "velocity")
+    batch = packed([(1, 1), (1, 1)])
+    TimeAdapter(net, 1.0)(batch, 1 - u.double())
+    TimeAdapter(net, 1.0)(batch, 1 - 1.2345e-5)
     assert torch.equal(net.seen[0], u)
-    assert told(net, 1 - 1e-3, 1.0) == pytest.approx(1e-3, rel=1e-12)
+    assert torch.equal(net.seen[1], torch.full((2,), 1.2345e-5))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

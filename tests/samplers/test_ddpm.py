@@ -12,9 +12,8 @@ from genfound.batch import Batch
 from genfound.layouts import Packed
 from genfound.objectives.gaussian import Gaussian, GaussianField
 from genfound.rng import Rng
-from genfound.samplers import SAMPLERS
 from genfound.samplers.ddpm import ddim, ddim_invert, ddpm
-from tests.helpers import latents
+from tests.helpers import SAMPLERS, latents, sampler_of, times_of
 
 MEAN, STD = 0.3, 0.5
 SIZES = [(3, 5), (4, 4), (2, 1)]
@@ -36,9 +35,9 @@ def signal(t: float) -> Tensor:
     return torch.tensor(PROCESS.log_signal(t)[0], dtype=torch.float64).exp()
 
 
-def exact(batch: Batch, t: float) -> Tensor:
+def exact(batch: Batch, t: Tensor) -> Tensor:
     """E[noise | x_t = x] for data N(MEAN, STD^2)."""
-    a = signal(t)
+    a = signal(t[0].item())
     return ((1 - a).sqrt() / (a * STD**2 + 1 - a) * (batch.x.double() - a.sqrt() * MEAN)).float()
 
 
@@ -66,7 +65,7 @@ class Steps:
 def walk(name: str, steps: int | str, field: GaussianField | None = None, **options: Any) -> tuple[Tensor, Steps]:
     batch = noise_batch()
     rng = Steps(batch)
-    times = objective().times(name, steps)
+    times = times_of(name, objective(), steps)
     field = field or objective().field(exact)
     return SAMPLERS[name](field, batch, times, rng, **options).x, rng
 
@@ -74,7 +73,7 @@ def walk(name: str, steps: int | str, field: GaussianField | None = None, **opti
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_ddpm_draws_the_data(variance: str) -> None:
     many = Packed(1).to_batch([torch.randn(4, 32, 32)], torch.zeros(1))
-    times = objective().times("ddpm", 250)
+    times = objective().times(250, "gaussian")
     out = ddpm(objective(variance=variance).field(exact), many, times, Steps(many)).x
     assert out.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert out.std().item() == pytest.approx(STD, abs=0.05)
@@ -107,7 +106,7 @@ def test_ddim_with_eta_one_is_ddpm_with_the_small_variance() -> None:
 
 def test_inversion_undoes_ddim() -> None:
     batch = noise_batch()
-    field, times = objective().field(exact), objective().times("ddim", 500)
+    field, times = objective().field(exact), objective().times(500, "gaussian")
     data = ddim(field, batch, times, Steps(batch))
     torch.testing.assert_close(ddim_invert(field, data, times.flip(0)).x, batch.x, atol=0.02, rtol=0.02)
 
@@ -116,8 +115,8 @@ def test_inversion_undoes_ddim() -> None:
 def test_the_network_is_told_the_kept_timesteps(name: str) -> None:
     told: list[float] = []
 
-    def spy(batch: Batch, t: float) -> Tensor:
-        told.append(t)
+    def spy(batch: Batch, t: Tensor) -> Tensor:
+        told.append(t[0].item())
         return exact(batch, t)
 
     walk(name, 5, objective().field(spy))
@@ -171,7 +170,7 @@ def test_a_classifier_pulls_the_samples(name: str) -> None:
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_each_image_is_what_it_would_be_alone(name: str) -> None:
     options = {"eta": 1.0} if name == "ddim" else {}
-    batch, times, field = noise_batch(), objective().times(name, 8), objective().field(exact)
+    batch, times, field = noise_batch(), times_of(name, objective(), 8), objective().field(exact)
     together = SAMPLERS[name](field, batch, times, Steps(batch), **options).x
     start = 0
     for i, (h, w) in enumerate(SIZES):
@@ -198,7 +197,7 @@ def test_the_input_is_left_alone_and_has_no_gradient(name: str) -> None:
     before = batch.x.clone()
     weight = torch.ones((), requires_grad=True)
     field = objective().field(lambda b, t: b.x * weight)
-    out = SAMPLERS[name](field, batch, objective().times(name, 3), Steps(batch))
+    out = SAMPLERS[name](field, batch, times_of(name, objective(), 3), Steps(batch))
     assert torch.equal(batch.x, before)
     assert not out.x.requires_grad
     assert torch.equal(replace(out, x=before).y, batch.y)
@@ -207,4 +206,4 @@ def test_the_input_is_left_alone_and_has_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("eta", [-1, 2, float("nan"), None])
 def test_eta_is_a_share(eta: float) -> None:
     with pytest.raises(ValueError, match=r"sampler\.eta=.* must be a finite number of at least 0 and at most 1"):
-        walk("ddim", 5, eta=eta)
+        sampler_of("ddim", eta=eta)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.gaussian import Gaussian
-from genfound.samplers import SAMPLERS
 from genfound.samplers.dopri5 import ADAPTIVE, FIXED
-from tests.helpers import linear_flow, packed
+from tests.helpers import SAMPLERS, at_one_time, linear_flow, packed, sampler_of
 from tests.samplers import test_ddpm, toys
 from tests.samplers.test_ddpm import exact as exact_noise
 from tests.samplers.test_ddpm import objective as gaussian
@@ -24,7 +23,7 @@ SIZES = [(3, 5), (4, 4), (2, 1)]
 def solve(batch: Batch | None = None, steps: int = 10, **options: Any) -> tuple[Tensor, list[float]]:
     flow, field, net = exact()
     batch = packed(SIZES) if batch is None else batch
-    return SAMPLERS["dopri5"](field, batch, flow.times("dopri5", steps), SeededNoise(batch), **options).x, net.asked
+    return SAMPLERS["dopri5"](field, batch, flow.times(steps), SeededNoise(batch), **options).x, net.asked
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
@@ -65,7 +64,7 @@ def test_the_norm_of_the_worst_image_does_not_let_others_hide_it() -> None:
             hard = (b.y == 0).float() * math.cos(40 * t) * 20
             return b.expand(hard)
 
-        out = SAMPLERS["dopri5"](flow.field(stiff), batch, flow.times("dopri5", 1), SeededNoise(batch), norm=norm).x
+        out = SAMPLERS["dopri5"](flow.field(at_one_time(stiff)), batch, flow.times(1), SeededNoise(batch), norm=norm).x
         exact_end = batch.x[0] - 20 * math.sin(40) / 40
         return (out[0] - exact_end).abs().item()
 
@@ -85,32 +84,31 @@ def test_progress_sees_the_states_at_all_times() -> None:
 def test_gaussian_diffusion_is_never_asked_below_its_first_step() -> None:
     objective, asked, batch = gaussian(), list[float](), packed(SIZES)
 
-    def spy(b: Batch, t: float) -> Tensor:
-        asked.append(t)
+    def spy(b: Batch, t: Tensor) -> Tensor:
+        asked.append(t[0].item())
         return exact_noise(b, t)
 
     seen: list[int] = []
-    times = objective.times("dopri5", 5)
-    assert times.tolist() == pytest.approx([999, 799.2, 599.4, 399.6, 199.8, 0, -1])
+    times = objective.times(5)
     field = objective.field(spy)
     out = SAMPLERS["dopri5"](field, batch, times, SeededNoise(batch), lambda i, _: seen.append(i), rtol=1e-5).x
     assert min(asked) == pytest.approx(0, abs=1e-3)
     assert seen == list(range(6))
     torch.testing.assert_close(out, gaussian_solution(batch.x).float(), atol=0.01, rtol=0.01)
-    assert "dopri5" in Gaussian.samplers
+    assert SAMPLERS["dopri5"].needs in Gaussian.gives
 
 
 def test_a_field_without_end_is_reported() -> None:
     flow, batch = linear_flow(), packed(SIZES)
     field = flow.field(lambda b, t: b.x / 0.0)
     with pytest.raises(ValueError, match=r"sampler=dopri5 cannot go on .*sampler\.clip=true"):
-        SAMPLERS["dopri5"](field, batch, flow.times("dopri5", 2), SeededNoise(batch))
+        SAMPLERS["dopri5"](field, batch, flow.times(2), SeededNoise(batch))
 
 
 @pytest.mark.parametrize("key", ["method", "norm"])
 def test_an_unknown_name_lists_the_choices(key: str) -> None:
     with pytest.raises(ValueError, match=rf"sampler\.{key}=wrong is unknown; choose one of \w+"):
-        solve(**{key: "wrong"})
+        sampler_of("dopri5", **{key: "wrong"})
 
 
 @pytest.mark.parametrize(("path", "prediction"), [("vp", "velocity"), ("vp", "score"), ("triangle", "velocity")])
@@ -121,7 +119,7 @@ def test_clipped_steps_and_their_trials_stay_within_the_path(
     monkeypatch.setattr(toys, "MEAN", 0.0)
     flow, field, net = exact(path=path, prediction=prediction)
     batch = packed(SIZES)
-    times = flow.times("dopri5", 4)
+    times = flow.times(4)
     out = SAMPLERS["dopri5"](field, batch, times, SeededNoise(batch), rtol=1e-5, clip=True).x
     assert min(net.asked) > times[-1].item() - 1e-6
     wanted = solution(flow, batch.x, times[0].item(), times[-1].item())
@@ -132,7 +130,7 @@ def test_clipped_steps_and_their_trials_stay_within_the_path(
 def test_a_path_that_ends_is_not_left(prediction: str) -> None:
     flow, field, net = exact(path="vp", prediction=prediction)
     batch = packed(SIZES)
-    out = SAMPLERS["dopri5"](field, batch, flow.times("dopri5", 4), SeededNoise(batch), rtol=1e-4).x
+    out = SAMPLERS["dopri5"](field, batch, flow.times(4), SeededNoise(batch), rtol=1e-4).x
     assert min(net.asked) >= flow.sample_interval[0] - 1e-6 and out.isfinite().all()
 
 
@@ -141,12 +139,12 @@ def test_gaussian_diffusion_of_centred_data(prediction: str, monkeypatch: pytest
     monkeypatch.setattr(test_ddpm, "MEAN", 0.0)
     diffusion, batch = gaussian(prediction=prediction), packed(SIZES)
 
-    def net(b: Batch, t: float) -> Tensor:
-        a = test_ddpm.signal(t)
+    def net(b: Batch, t: Tensor) -> Tensor:
+        a = test_ddpm.signal(t[0].item())
         noise = exact_noise(b, t).double()
         return (noise if prediction == "epsilon" else (b.x - (1 - a).sqrt() * noise) / a.sqrt()).float()
 
-    times = diffusion.times("dopri5", 5)
+    times = diffusion.times(5)
     out = SAMPLERS["dopri5"](diffusion.field(net), batch, times, SeededNoise(batch), rtol=1e-5).x
     torch.testing.assert_close(out, gaussian_solution(batch.x).float(), atol=0.01, rtol=0.01)
 
@@ -154,4 +152,4 @@ def test_gaussian_diffusion_of_centred_data(prediction: str, monkeypatch: pytest
 @pytest.mark.parametrize("options", [{"rtol": -1}, {"atol": float("nan")}, {"rtol": "small"}])
 def test_tolerances_are_numbers(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"sampler\.{next(iter(options))}=.* must be a finite number of at least 0"):
-        solve(**options)
+        sampler_of("dopri5", **options)

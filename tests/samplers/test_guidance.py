@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,14 +10,16 @@ from torch import Tensor
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.layouts import Dense, Packed, Padded
-from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import AutoGuidance, ClassifierFreeGuidance, unguided
-from genfound.sampling.pipeline import with_guidance
-from tests.helpers import latents, linear_flow, small_nit
+from genfound.objectives.base import GuidanceOf
+from genfound.objectives.time_direction import TimeAdapter
+from genfound.samplers.guidance import AutoGuidance, ClassifierFreeGuidance
+from tests.helpers import SAMPLERS, guidance_of, latents, linear_flow, small_nit
 from tests.samplers.test_ddpm import objective as gaussian
 from tests.samplers.toys import SeededNoise, doubled
 
 NULL = 10
+TIMES = ("data0", "data1")
+OPTIONS: dict[str, Any] = {"scale": 2.5, "interval": [0.0, 1.0], "channels": "all"}
 RAGGED = [(4, 4), (2, 6), (2, 2)]
 
 
@@ -49,7 +52,15 @@ def batches(patch_size: int = 1) -> dict[str, Batch]:
 
 
 def cfg(net: Backbone, **options: Any) -> ClassifierFreeGuidance:
-    return ClassifierFreeGuidance(net, **{"scale": 2.5, "interval": [0.0, 1.0], "channels": "all", **options})
+    return ClassifierFreeGuidance(
+        TimeAdapter(net), **{"scale": 2.5, "interval": [0.0, 1.0], "channels": "all", **options}
+    )
+
+
+def guided(**options: Any) -> GuidanceOf:
+    return functools.partial(
+        ClassifierFreeGuidance, **{"scale": 2.5, "interval": [0.0, 1.0], "channels": "all", **options}
+    )
 
 
 def both(net: Toy, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
@@ -80,7 +91,7 @@ def test_scale_one_is_one_single_call() -> None:
     batch = batches()["packed"]
     out = cfg(net, scale=1)(batch, 0.25)
     assert net.calls == [([1, 5, 7], [0.25] * 3)]
-    assert torch.equal(out, unguided(Toy())(batch, 0.25))
+    assert torch.equal(out, TimeAdapter(Toy())(batch, 0.25))
 
 
 @pytest.mark.parametrize(("t", "doubled"), [(0.19, False), (0.2, True), (0.5, True), (0.7, True), (0.71, False)])
@@ -89,7 +100,7 @@ def test_the_interval_includes_its_ends_and_costs_nothing_outside(t: float, doub
     batch = batches()["packed"]
     out = cfg(net, interval=[0.2, 0.7])(batch, t)
     assert [len(y) for y, _ in net.calls] == [6 if doubled else 3]
-    assert torch.equal(out, unguided(Toy())(batch, t)) is not doubled
+    assert torch.equal(out, TimeAdapter(Toy())(batch, t)) is not doubled
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
@@ -109,7 +120,7 @@ def test_first3_guides_three_latent_channels(layout: str, patch_size: int) -> No
 
 def test_all_images_are_at_the_same_time() -> None:
     net = Toy()
-    unguided(net)(batches()["packed"], 0.625)
+    TimeAdapter(net)(batches()["packed"], 0.625)
     assert net.calls == [([1, 5, 7], [0.625] * 3)]
 
 
@@ -160,10 +171,11 @@ def test_a_predicted_variance_is_the_conditional_one(layout: str, channels: str)
 
 
 def test_guidance_by_name() -> None:
-    net, batch = Toy(), batches()["packed"]
-    assert torch.equal(with_guidance(net, {"name": "none"}, (0.0, 1.0))(batch, 0.5), unguided(net)(batch, 0.5))
-    options = {"name": "cfg", "scale": 3.0, "interval": [0.0, 1.0], "channels": "all"}
-    assert torch.equal(with_guidance(net, options, (0.0, 1.0))(batch, 0.5), cfg(net, scale=3.0)(batch, 0.5))
+    net, batch, flow = Toy(), batches()["packed"], linear_flow()
+    assert torch.equal(flow.field(net, guidance_of("none")).velocity(batch, 0.5), TimeAdapter(net)(batch, 0.5))
+    assert torch.equal(
+        flow.field(net, guidance_of("cfg", scale=3.0)).velocity(batch, 0.5), cfg(net, scale=3.0)(batch, 0.5)
+    )
 
 
 @pytest.mark.parametrize(("t", "guided_"), [(0.2, False), (0.21, True), (0.69, True), (0.7, False)])
@@ -197,8 +209,8 @@ def test_a_network_that_counts_backwards_is_guided_alike(sampler: str, options: 
     batch, flow, ends, counts = batches()["packed"], linear_flow(), [], []
     for time in ("data0", "data1"):
         net = Toy(time=time)
-        times = flow.times(sampler, 10)
-        ends.append(SAMPLERS[sampler](flow.field(cfg(net, **options)), batch, times, SeededNoise(batch)).x)
+        times = flow.times(10)
+        ends.append(SAMPLERS[sampler](flow.field(net, guided(**options)), batch, times, SeededNoise(batch)).x)
         counts.append([len(y) for y, _ in net.calls])
     torch.testing.assert_close(ends[0], ends[1], atol=1e-4, rtol=1e-4)
     assert counts[0] == counts[1]
@@ -210,8 +222,8 @@ def test_an_interval_costs_in_proportion(sampler: str, calls: int) -> None:
     batch, flow, rows = batches()["packed"], linear_flow(), {}
     for interval in ((0.0, 1.0), (0.0, 0.45), (0.95, 0.97)):
         net = Toy()
-        field = flow.field(cfg(net, interval=list(interval)))
-        SAMPLERS[sampler](field, batch, flow.times(sampler, 10), SeededNoise(batch))
+        field = flow.field(net, guided(interval=list(interval)))
+        SAMPLERS[sampler](field, batch, flow.times(10), SeededNoise(batch))
         assert len(net.calls) == calls
         rows[interval] = sum(len(y) for y, _ in net.calls) / (3 * calls)
     assert rows[0.0, 1.0] == 2
@@ -222,8 +234,8 @@ def test_an_interval_costs_in_proportion(sampler: str, calls: int) -> None:
 def test_both_slopes_of_a_step_are_guided_alike() -> None:
     """As in NiT and REPA, the time at which a step begins decides, not the one at which the network is asked."""
     net, flow, batch = Toy(), linear_flow(), batches()["packed"]
-    field = flow.field(cfg(net, interval=[0.0, 0.7]))
-    SAMPLERS["heun"](field, batch, flow.times("heun", 4), SeededNoise(batch))
+    field = flow.field(net, guided(interval=[0.0, 0.7]))
+    SAMPLERS["heun"](field, batch, flow.times(4), SeededNoise(batch))
     assert [(t[0], len(y)) for y, t in net.calls] == [
         (1.0, 3), (0.75, 3), (0.75, 3), (0.5, 3), (0.5, 6), (0.25, 6), (0.25, 6)
     ]  # fmt: skip
@@ -255,7 +267,8 @@ class Weaker(Toy):
 
 
 def auto(net: Toy, weak: Toy, **options: Any) -> AutoGuidance:
-    return AutoGuidance(net, weak, **{"scale": 3.0, "interval": [0.0, 0.6], "channels": "all", **options})
+    options = {**OPTIONS, "scale": 3.0, "interval": [0.0, 0.6], **options}
+    return AutoGuidance(TimeAdapter(net), guide=TimeAdapter(weak), **options)
 
 
 def test_autoguidance_extrapolates_from_a_weaker_network() -> None:
@@ -277,9 +290,12 @@ def test_the_weaker_network_may_be_told_the_null_label() -> None:
         auto(Toy(), weak, labels="null_label")
 
 
-def test_networks_must_count_time_alike() -> None:
-    with pytest.raises(ValueError, match=r"guidance\.weights: .* other direction"):
-        auto(Toy(), Weaker(time="data1"))
+def test_a_guide_may_count_time_in_the_other_direction() -> None:
+    """Each network is asked in its own time."""
+    flow, batch = linear_flow(), batches()["packed"]
+    forward, backward = (functools.partial(AutoGuidance, guide=flow.adapt(Toy(time=t)), **OPTIONS) for t in TIMES)
+    same, other = (flow.field(Toy(), guidance).velocity(batch, 0.25) for guidance in (forward, backward))
+    assert torch.equal(same, other)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +311,7 @@ def test_integer_steps_have_one_direction_whatever_the_network_declares() -> Non
     doubled_calls = {}
     for time in ("index", "data1"):
         net = Toy(time=time)
-        field = objective.field(cfg(net, interval=[0.0, 0.3], time_range=objective.time_range))
+        field = objective.field(net, guided(interval=[0.0, 0.3]))
         field.velocity(batches()["packed"], 900.0)
         field.velocity(batches()["packed"], 100.0)
         doubled_calls[time] = [(t[0], len(y)) for y, t in net.calls]
@@ -303,8 +319,8 @@ def test_integer_steps_have_one_direction_whatever_the_network_declares() -> Non
 
 
 def test_the_linear_schedule() -> None:
-    with_guidance = cfg(Toy(), scale=3.0, schedule="linear")
-    assert [with_guidance.scale_at(level) for level in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]
+    linear = cfg(Toy(), scale=3.0, schedule="linear")
+    assert [linear.scale_at(level) for level in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]
 
 
 def test_the_weaker_network_must_have_the_same_tokens_and_classes() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -8,18 +9,15 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet
 from genfound.objectives.flow import FlowField
-from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.times import time_grid
-from genfound.samplers import SAMPLERS
-from tests.helpers import packed
+from tests.helpers import SAMPLERS, at_one_time, linear_flow, packed
 
 MEAN, STD = 0.8, 0.35
 
 
-def field(velocity: GuidedNet) -> FlowField:
-    return FlowField(velocity, INTERPOLANTS["linear"], "velocity")
+def field(velocity: Callable[[Batch, float], Tensor]) -> FlowField:
+    return linear_flow().field(at_one_time(velocity))
 
 
 class NoNoise:

@@ -13,8 +13,8 @@ from genfound.layouts import Dense
 from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import PREDICTIONS
 from genfound.objectives.times import time_grid
-from genfound.samplers import SAMPLERS
 from genfound.samplers.sde import DIFFUSIONS
+from tests.helpers import SAMPLERS
 from tests.samplers.toys import SeededNoise, exact, moments, sampled_moments, solution
 
 STEPS = [8, 16, 32, 64]
@@ -80,7 +80,7 @@ def test_the_sde_has_weak_order_one(path: str, diffusion: str, method: str) -> N
 @pytest.mark.parametrize("rtol", [1e-3, 1e-5])
 def test_dopri5_keeps_its_tolerance(path: str, rtol: float) -> None:
     flow, field, net = exact(path=path)
-    out = SAMPLERS["dopri5"](field, BATCH, flow.times("dopri5", 10), SeededNoise(BATCH), rtol=rtol).x
+    out = SAMPLERS["dopri5"](field, BATCH, flow.times(10), SeededNoise(BATCH), rtol=rtol).x
     assert (out - solution(flow, BATCH.x, flow.path.end, 0)).abs().max() < 10 * rtol
     assert len(net.asked) < 100
 
@@ -95,7 +95,7 @@ def test_every_prediction_samples_the_data(
     """From the noise end of the interval to its data end, in whichever direction the network counts."""
     flow, field, _ = exact(time, path=path, prediction=prediction)
     data, noise = flow.sample_interval
-    times = flow.times(name, 200)
+    times = flow.times(200)
     assert times[[0, -1]].tolist() == [noise, data]
     found = sampled_moments(field, name, times, moments(flow, noise), **options)
     assert found == pytest.approx(moments(flow, data), abs=0.01)

@@ -12,11 +12,10 @@ from genfound import build
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config import compose
-from genfound.samplers import SAMPLERS
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import SampleRequest
 from genfound.tokenizers import PixelTokenizer
-from tests.helpers import composed
+from tests.helpers import SAMPLERS, composed
 
 OBJECTIVES = sorted(file.stem for file in (Path(compose.config_dir()) / "objective").glob("*.yaml"))
 FP32 = "trainer.precision=fp32"
@@ -62,10 +61,10 @@ def test_legal_pairs_draw_and_others_are_refused(name: str, sampler: str) -> Non
             build.objective(config)
         return
     objective = build.objective(config)
-    sampling = Pipeline.of(config, objective, PixelTokenizer(), torch.device("cpu"), 2)
+    sampling = Pipeline.from_config(config, objective, PixelTokenizer(), torch.device("cpu"), 2)
     requests = [SampleRequest(label, (8, 12), label) for label in range(3)]
-    images = sampling.draw(Plain(2 if objective.learned_variance else 1).eval(), requests, seed=0)
-    again = sampling.draw(Plain(2 if objective.learned_variance else 1).eval(), requests[2:], seed=0)
+    images = sampling(Plain(2 if objective.learned_variance else 1).eval(), requests, seed=0)
+    again = sampling(Plain(2 if objective.learned_variance else 1).eval(), requests[2:], seed=0)
     assert [image.shape for image in images] == [(8, 12, 3)] * 3
     assert len({image.tobytes() for image in images}) == 3
     if sampler != "dopri5":  # whose error norm is over the batch

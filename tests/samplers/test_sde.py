@@ -8,9 +8,8 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.layouts import Packed
-from genfound.samplers import SAMPLERS
 from genfound.samplers.sde import DIFFUSIONS, sde_grid
-from tests.helpers import latents, linear_flow, packed
+from tests.helpers import SAMPLERS, latents, linear_flow, packed, sampler_of
 from tests.samplers.toys import MEAN, STD, SeededNoise, exact, moments, sampled_moments
 
 SIZES = [(3, 5), (4, 4), (2, 1)]
@@ -21,7 +20,7 @@ def walk(steps: int, batch: Batch | None = None, **options: Any) -> tuple[Tensor
     flow, field, net = exact()
     batch = packed(SIZES) if batch is None else batch
     rng = SeededNoise(batch)
-    return SAMPLERS["sde"](field, batch, flow.times("sde", steps), rng, **options).x, net.asked, rng
+    return SAMPLERS["sde"](field, batch, flow.times(steps), rng, **options).x, net.asked, rng
 
 
 def test_samples_have_the_moments_of_the_data() -> None:
@@ -61,7 +60,7 @@ def test_last_steps_without_noise() -> None:
 def test_without_diffusion_it_is_eulers_method() -> None:
     flow, field, _ = exact()
     batch = packed(SIZES)
-    euler = SAMPLERS["euler"](field, batch, flow.times("euler", 12), SeededNoise(batch)).x
+    euler = SAMPLERS["euler"](field, batch, flow.times(12), SeededNoise(batch)).x
     torch.testing.assert_close(walk(12, norm=0.0, last="none")[0], euler)
 
 
@@ -102,7 +101,7 @@ def test_each_image_is_what_it_would_be_alone() -> None:
         alone = Packed(1).to_batch(latents(SIZES)[i : i + 1], torch.tensor([i]))
         flow, field, _ = exact()
         noise = type("Own", (), {"normal": lambda _, step, own=own: rng.normal(step)[own]})()
-        out = SAMPLERS["sde"](field, alone, flow.times("sde", 8), noise).x
+        out = SAMPLERS["sde"](field, alone, flow.times(8), noise).x
         torch.testing.assert_close(out, together[own])
         start += h * w
 
@@ -119,14 +118,14 @@ def test_progress_sees_every_step(method: str) -> None:
 @pytest.mark.parametrize("key", ["method", "diffusion", "last"])
 def test_an_unknown_name_lists_the_choices(key: str) -> None:
     with pytest.raises(ValueError, match=rf"sampler\.{key}=wrong is unknown; choose one of \w+"):
-        walk(4, **{key: "wrong"})
+        sampler_of("sde", **{key: "wrong"})
 
 
 def test_the_input_is_left_alone_and_has_no_gradient() -> None:
     batch = packed(SIZES)
     before, weight = batch.x.clone(), torch.ones((), requires_grad=True)
     flow = linear_flow()
-    out = SAMPLERS["sde"](flow.field(lambda b, t: b.x * weight), batch, flow.times("sde", 3), SeededNoise(batch))
+    out = SAMPLERS["sde"](flow.field(lambda b, t: b.x * weight), batch, flow.times(3), SeededNoise(batch))
     assert torch.equal(batch.x, before)
     assert not out.x.requires_grad
 
@@ -135,11 +134,11 @@ def test_the_input_is_left_alone_and_has_no_gradient() -> None:
 @pytest.mark.parametrize("diffusion", ["kl", "sbdm"])
 def test_an_infinite_diffusion_at_noise_is_avoided_on_every_path(path: str, diffusion: str) -> None:
     flow, field, _ = exact(path=path)
-    times = flow.times("sde", 250)
+    times = flow.times(250)
     found = sampled_moments(field, "sde", times, moments(flow, times[0].item()), diffusion=diffusion)
     assert found == pytest.approx((MEAN, STD**2), abs=0.02)
 
 
 def test_the_factor_of_the_diffusion_is_not_negative() -> None:
     with pytest.raises(ValueError, match=r"sampler\.norm=-1 must be a finite number of at least 0"):
-        walk(4, norm=-1)
+        sampler_of("sde", norm=-1)

@@ -12,8 +12,7 @@ from genfound.layouts import Dense
 from genfound.objectives.flow import Flow, FlowField
 from genfound.objectives.interpolants import Coefficients
 from genfound.rng import Rng
-from genfound.samplers import SAMPLERS
-from tests.helpers import linear_flow
+from tests.helpers import SAMPLERS, linear_flow
 
 MEAN, STD = 0.8, 0.35
 
@@ -25,9 +24,9 @@ class Exact:
         self.flow, self.time = flow, time
         self.asked: list[float] = []
 
-    def __call__(self, batch: Batch, t: float) -> Tensor:
+    def __call__(self, batch: Batch, times: Tensor) -> Tensor:
+        t, reversed_ = times[0].item(), self.time == "data1"
         self.asked.append(t)
-        reversed_ = self.time == "data1"
         p = Coefficients.at(self.flow.path, self.flow.path.end - t if reversed_ else t)
         variance = p.alpha**2 * STD**2 + p.sigma**2
         centred = batch.x.double() - p.alpha * MEAN

@@ -15,21 +15,22 @@ from omegaconf import OmegaConf
 
 import genfound
 from genfound import build
+from genfound.config import compose
 from genfound.layouts import Packed
 from genfound.objectives.base import Objective
-from genfound.sampling.pipeline import Pipeline, complete
+from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import SampleRequest, check_size, label_number, make_requests
 from genfound.tokenizers import PixelTokenizer, Undecodable
 from tests.evaluation.runs import untrained_run
-from tests.helpers import composed, linear_flow, small_nit
+from tests.helpers import composed, guidance_of, linear_flow, sampler_of, small_nit
 from tests.samplers.test_ddpm import objective as gaussian
 
 NAMES = ["circle", "square", "star"]
 
 
 def sampling(micro_batch: int = 4) -> Pipeline:
-    guidance = {"name": "cfg", "scale": 2.0, "interval": [0.2, 0.8], "channels": "all"}
-    sampler = {"name": "heun", "steps": 3}
+    guidance = guidance_of("cfg", scale=2.0, interval=[0.2, 0.8])
+    sampler = sampler_of("heun", steps=3)
     device = torch.device("cpu")
     return Pipeline(
         linear_flow(), PixelTokenizer(), Packed(2), sampler, guidance, micro_batch, "32-true", "round", device
@@ -42,7 +43,7 @@ NET = small_nit(channels=3, patch_size=2).eval()
 
 def test_images_have_the_requested_sizes_in_the_requested_order() -> None:
     finished: list[float] = []
-    images = sampling().draw(NET, REQUESTS, seed=0, progress=lambda done, _: finished.append(done))
+    images = sampling()(NET, REQUESTS, seed=0, progress=lambda done, _: finished.append(done))
     assert [image.shape for image in images] == [(*request.size, 3) for request in REQUESTS]
     assert all(image.dtype == np.uint8 for image in images)
     assert [done for done in finished if done == int(done)] == [0, 3, 7, 9]
@@ -50,15 +51,15 @@ def test_images_have_the_requested_sizes_in_the_requested_order() -> None:
 
 
 def test_an_image_does_not_depend_on_the_others() -> None:
-    together = sampling().draw(NET, REQUESTS, seed=0)
+    together = sampling()(NET, REQUESTS, seed=0)
     for subset in ([4], [8, 0, 3], [7, 1]):
-        alone = sampling().draw(NET, [REQUESTS[n] for n in subset], seed=0)
+        alone = sampling()(NET, [REQUESTS[n] for n in subset], seed=0)
         for n, image in zip(subset, alone, strict=True):
             assert np.array_equal(image, together[n])
 
 
 def test_adaptive_steps_couple_no_images_where_each_goes_alone() -> None:
-    adaptive = {**composed("sampler=dopri5", "sampler.norm=image")["sampler"], "rtol": 1e-2}
+    adaptive = sampler_of("dopri5", norm="image", rtol=1e-2)
     together = replace(sampling(), sampler=adaptive).latents(NET, REQUESTS[:4], seed=0)
     alone = replace(sampling(16), sampler=adaptive).latents(NET, REQUESTS[2:3], seed=0)
     assert torch.equal(alone[0], together[2])
@@ -68,23 +69,23 @@ def test_the_network_always_sees_full_micro_batches() -> None:
     """Matrix kernels round differently for another number of rows."""
     seen: list[int] = []
     handle = NET.register_forward_pre_hook(lambda _module, arguments: seen.append(len(arguments[0].y)))
-    sampling().draw(NET, REQUESTS, seed=0)
+    sampling()(NET, REQUESTS, seed=0)
     handle.remove()
     assert set(seen) == {4, 8}  # twice as many where guidance acts
 
 
 def test_another_micro_batch_changes_rounding_only() -> None:
-    for few, many in zip(sampling(2).draw(NET, REQUESTS, 0), sampling(7).draw(NET, REQUESTS, 0), strict=True):
+    for few, many in zip(sampling(2)(NET, REQUESTS, 0), sampling(7)(NET, REQUESTS, 0), strict=True):
         assert np.abs(few.astype(int) - many.astype(int)).max() <= 1
 
 
 def test_seed_number_and_label_matter() -> None:
     base = SampleRequest(1, (8, 8), 0)
     images = [
-        sampling().draw(NET, [base], 0)[0],
-        sampling().draw(NET, [base], 1)[0],
-        sampling().draw(NET, [SampleRequest(2, (8, 8), 0)], 0)[0],
-        sampling().draw(NET, [SampleRequest(1, (8, 8), 1)], 0)[0],
+        sampling()(NET, [base], 0)[0],
+        sampling()(NET, [base], 1)[0],
+        sampling()(NET, [SampleRequest(2, (8, 8), 0)], 0)[0],
+        sampling()(NET, [SampleRequest(1, (8, 8), 1)], 0)[0],
     ]
     assert len({image.tobytes() for image in images}) == 4
 
@@ -106,7 +107,7 @@ def test_a_size_that_does_not_divide_names_the_nearest(size: tuple[int, int], le
 def test_a_wrong_size_stops_before_any_image() -> None:
     finished: list[float] = []
     with pytest.raises(ValueError, match=r"size=\[9,8\]"):
-        sampling().draw(NET, [*REQUESTS, SampleRequest(0, (9, 8), 9)], 0, lambda done, _: finished.append(done))
+        sampling()(NET, [*REQUESTS, SampleRequest(0, (9, 8), 9)], 0, lambda done, _: finished.append(done))
     assert finished == []
 
 
@@ -169,32 +170,36 @@ def test_the_public_function_is_not_hidden_by_the_command_of_its_name() -> None:
 
 
 def test_what_an_option_does_not_say_is_filled_in_and_what_it_does_not_have_is_refused() -> None:
-    assert complete("sampler", {"name": "euler", "steps": 3}) == {"name": "euler", "steps": 3, "shift": 1.0}
-    assert complete("guidance", {"name": "cfg", "scale": 3.0})["interval"] == [0.0, 1.0]
+    euler = compose.fill_option("sampler", {"name": "euler", "steps": 3})
+    assert euler == {**compose.read_option("sampler", "euler"), "steps": 3} and euler["shift"] == 1.0
+    assert compose.fill_option("guidance", {"name": "cfg", "scale": 3.0})["interval"] == [0.0, 1.0]
     with pytest.raises(ValueError, match=r"sampler\.eta is not an option of sampler=euler; its options: steps, shift"):
-        complete("sampler", {"name": "euler", "eta": 1})
+        compose.fill_option("sampler", {"name": "euler", "eta": 1})
     with pytest.raises(ValueError, match="guidance=foo is unknown; choose one of autoguidance, cfg"):
-        complete("guidance", {"name": "foo"})
+        compose.fill_option("guidance", {"name": "foo"})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": {"name": "heun", "steps": 0}}, r"sampler\.steps=0"),
-        ({"sampler": {"name": "heun", "steps": 2, "shift": -1}}, r"sampler\.shift=-1"),
-        ({"guidance": {"name": "cfg", "scale": 2.0, "interval": [1, 0], "channels": "all"}}, r"guidance\.interval"),
+        ({"steps": 0}, r"sampler\.steps=0"),
+        ({"steps": 2, "shift": -1}, r"sampler\.shift=-1"),
+        ({"interval": [1, 0]}, r"guidance\.interval"),
     ],
 )
 def test_settings_are_checked_before_anything_is_drawn(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(sampling(), **options).check(NET)
+        if "interval" in options:
+            replace(sampling(), guidance=guidance_of("cfg", **options)).check(NET)
+        else:
+            replace(sampling(), sampler=sampler_of("heun", **options)).check(NET)
 
 
 def test_an_image_that_is_not_finite_is_never_shown() -> None:
     broken = small_nit(channels=3, patch_size=2).eval()
     torch.nn.init.constant_(broken.final_layer.linear.bias, float("inf"))
     with pytest.raises(FloatingPointError, match="an image is not finite"):
-        sampling().draw(broken, REQUESTS[:1], seed=0)
+        sampling()(broken, REQUESTS[:1], seed=0)
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -222,7 +227,7 @@ def test_so_it_is_of_the_command(run_in: tuple[str, Path], monkeypatch: pytest.M
     monkeypatch.setattr("genfound.config.command_line.user_overrides", lambda: [])
     used: list[str] = []
     monkeypatch.setattr(
-        Pipeline, "draw", lambda self, *_: used.append(self.precision) or [np.zeros((8, 8, 3), np.uint8)]
+        Pipeline, "__call__", lambda self, *_: used.append(self.precision) or [np.zeros((8, 8, 3), np.uint8)]
     )
     for wanted in ("null", "fp32", "bf16"):
         arguments = [
@@ -240,7 +245,7 @@ def test_so_it_is_of_the_command(run_in: tuple[str, Path], monkeypatch: pytest.M
 def test_released_dit_and_sit_are_drawn_in_float32() -> None:
     for family in ("dit", "sit"):
         config = composed(f"experiment=official/{family}", f"model={family}_tiny")
-        sampling = Pipeline.of(config, build.objective(config), PixelTokenizer(), torch.device("cpu"), 2)
+        sampling = Pipeline.from_config(config, build.objective(config), PixelTokenizer(), torch.device("cpu"), 2)
         assert sampling.precision == "32-true"
 
 
@@ -258,8 +263,8 @@ def test_the_weaker_network_must_predict_the_same(
     monkeypatch.setattr("genfound.sampling.pipeline.load", lambda *_, **__: SimpleNamespace(net=NET, objective=other))
     config = composed("model=nit_tiny", "guidance=autoguidance", "guidance.weights=runs/weak")
     with pytest.raises(ValueError, match=rf"guidance\.weights=runs/weak has {message}"):
-        Pipeline.of(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2)
+        Pipeline.from_config(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2)
     monkeypatch.setattr(
         "genfound.sampling.pipeline.load", lambda *_, **__: SimpleNamespace(net=NET, objective=linear_flow())
     )
-    assert Pipeline.of(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2).weak is NET
+    assert Pipeline.from_config(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2).guide is NET

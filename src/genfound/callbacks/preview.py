@@ -29,7 +29,7 @@ class Preview(EveryNImages):
         self.class_names = parts.images.class_names
         self.requests = preview_requests(self.class_names, typical_sizes(parts.images.sizes))
         batch = parts.config["sample"]["batch"]
-        self.sampling = Pipeline.of(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
+        self.sampling = Pipeline.from_config(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
         self.sampling.check(module.net)
 
     def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
@@ -40,7 +40,7 @@ class Preview(EveryNImages):
         module.eval()
         try:
             with averaged(trainer, module):
-                images = self.sampling.draw(module.net, self.requests, seed=0)
+                images = self.sampling(module.net, self.requests, seed=0)
         except FloatingPointError as error:
             note(trainer, f"no preview: {error}")
             return

@@ -13,6 +13,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 TARGET = "_target_"
 """The key that names a class to build."""
 
+PARTIAL = "_partial_"
+"""The key of what is called later, with more arguments."""
+
 NEVER_OF_A_FILE = ("trainer", "strategy", "callbacks", "logger")
 """Groups that are built of a command's own composition alone, whatever their targets are."""
 
@@ -64,6 +67,24 @@ def read_option(group: str, name: str) -> dict[str, Any]:
         raise ValueError(f"{group}={name} is unknown; choose one of {', '.join(known)}")
     file = Path(config_dir()) / group / f"{name}.yaml"
     return {key: value for key, value in read_yaml(file).items() if key != "defaults"}
+
+
+def fill_option(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A sampler or guidance, what it does not say filled in from the option of its name; others' as they are.
+
+    Raises:
+        ValueError: an unknown name, or a key that the option does not have.
+    """
+    name = given.get("name", "null")
+    if TARGET in given and name not in option_names(group):
+        return dict(given)
+    options = read_option(group, name)
+    if given.get(TARGET, options.get(TARGET)) != options.get(TARGET):
+        raise ValueError(f"{group}.name={name} is another one than {given[TARGET]}; choose {group}={name}")
+    if foreign := sorted(given.keys() - options.keys()):
+        others = ", ".join(key for key in options if key not in ("name", TARGET, PARTIAL))
+        raise ValueError(f"{group}.{foreign[0]} is not an option of {group}={name}; its options: {others or 'none'}")
+    return {**options, **given}
 
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import hydra
 from hydra.errors import InstantiationException
 
 from genfound.config import targets
-from genfound.config.compose import TARGET
+from genfound.config.compose import PARTIAL, TARGET
 
 
 def instantiate(group: str, options: Mapping[str, Any], trust: Sequence[str], **extra: Any) -> Any:
@@ -21,6 +22,17 @@ def instantiate(group: str, options: Mapping[str, Any], trust: Sequence[str], **
         ValueError: the target does not exist, may not be built, or does not take these options.
     """
     return _call(group, targets.resolved(group, options, trust), extra)
+
+
+def partial(group: str, options: Mapping[str, Any], trust: Sequence[str]) -> functools.partial[Any]:
+    """What the options of a group describe, to be called later with more arguments; see `instantiate`."""
+    checked = {**targets.resolved(group, options, trust), PARTIAL: True}
+    bound: functools.partial[Any] = hydra.utils.instantiate(checked, _convert_="all")
+    try:
+        inspect.signature(bound.func).bind_partial(**bound.keywords)
+    except TypeError as error:
+        raise ValueError(f"{group}: {error}") from None
+    return bound
 
 
 def instantiate_own(key: str, options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
@@ -40,12 +52,12 @@ def instantiate_own(key: str, options: Mapping[str, Any], given: Mapping[str, An
 def _call(key: str, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
     """What Hydra instantiates, with complaints about the arguments in a line."""
     try:
-        partial = hydra.utils.instantiate({**options, "_partial_": True}, _convert_="all")
-        return partial(**extra)
+        bound = hydra.utils.instantiate({**options, PARTIAL: True}, _convert_="all")
+        return bound(**extra)
     except (ImportError, InstantiationException) as error:
         raise ValueError(f"{key}: {error}") from None
     except TypeError as error:
-        name = str(getattr(partial.func, "__name__", ""))
+        name = str(getattr(bound.func, "__name__", ""))
         if str(error).startswith((f"{name}.__init__()", f"{name}()")):
             raise ValueError(f"{key}: {error}") from None
         raise

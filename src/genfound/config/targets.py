@@ -12,9 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genfound.config.compose import TARGET, flatten, targets_in
+from genfound.config.compose import PARTIAL, TARGET, fill_option, flatten, targets_in
 
 Config = Mapping[str, Any]
+
+SAMPLER = "genfound.samplers.base.Sampler"
+"""What functions become that are declared to be samplers."""
 
 BASES = {
     "model": "genfound.backbones.base.Backbone",
@@ -22,14 +25,17 @@ BASES = {
     "tokenizer": "genfound.tokenizers.base.Tokenizer",
     "data": "genfound.data.images.base.ImageSource",
     "layout": "genfound.layouts.base.Layout",
+    "sampler": SAMPLER,
+    "guidance": "genfound.samplers.guidance.Guidance",
 }
-"""Group of the configuration -> what its class must be; the other groups of a file are never built from a target."""
+"""Group of the configuration -> what its class must be, of a sampler its declaration; no other group of a file is built
+from a target."""
 
 GROUPS = ("model", "data", "tokenizer", "layout", "objective", "sampler", "guidance", "optimizer", "trainer")
 """What the configuration of any run has."""
 
-LOADED = ("model", "objective", "tokenizer")
-"""What is built of every model that is loaded; its data only where they are asked for."""
+LOADED = ("model", "objective", "tokenizer", "sampler", "guidance")
+"""What is built of every model that is loaded, guidance if it has any; its data only where they are asked for."""
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
@@ -57,11 +63,13 @@ def from_file(config: Any, trust: Collection[str], file: Path) -> dict[str, Any]
         if not (isinstance(name, str) and PACKAGE.fullmatch(name)):
             raise ValueError(f"trust: {name} is not the name of a package")
     require_groups(config, file)
-    for group in LOADED:
-        try:
-            target(group, config[group], names)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+    try:
+        config = {**config, **{group: fill_option(group, config[group]) for group in ("sampler", "guidance")}}
+        for group in LOADED:
+            if group != "guidance" or TARGET in config[group]:
+                target(group, config[group], names)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return {**config, "trust": names}
 
 
@@ -103,7 +111,7 @@ def resolved(group: str, options: Mapping[str, Any], trust: Sequence[str]) -> di
         ValueError: see `target`; or a key that means something to Hydra, or an interpolation.
     """
     for key, value in flatten(options, f"{group}.").items():
-        if key.rpartition(".")[2].startswith("_") and not key.endswith(f".{TARGET}"):
+        if key.rpartition(".")[2].startswith("_") and not key.endswith((f".{TARGET}", f"{group}.{PARTIAL}")):
             raise ValueError(f"{key} is no option of a class")
         if "${" in repr(value):  # resolving it would read variables of the environment
             raise ValueError(f"{key}={value} holds an interpolation")
@@ -123,11 +131,15 @@ def _resolve(key: str, path: Any, bases: Collection[str], trust: Sequence[str]) 
         raise ValueError(f"{key}={path} cannot be imported: {error}") from None
     if path in trust:
         return found
-    if not isinstance(found, type) or not _within(found.__module__, packages):
-        raise ValueError(f"{key}={path} is not a class of {' or '.join(packages)}")
-    if _within(found.__module__, ("genfound",)) and not {
-        f"{base.__module__}.{base.__qualname__}" for base in found.__mro__
-    } & {*bases}:
+    kind, code = (type(found), getattr(found, "function", None)) if bases == (SAMPLER,) else (found, found)
+    module = getattr(code, "__module__", "")
+    if not isinstance(kind, type) or not _within(module, packages):
+        raise ValueError(
+            f"{key}={path} is not a {'sampler' if code is not found else 'class'} of {' or '.join(packages)}"
+        )
+    if _within(module, ("genfound",)) and not {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__} & {
+        *bases
+    }:
         wanted = " or ".join(base.rpartition(".")[2] for base in bases)
         raise ValueError(f"{key}={path} is no {wanted}")
     return found

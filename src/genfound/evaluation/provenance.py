@@ -9,12 +9,12 @@ from typing import Any
 
 from genfound import build
 from genfound.backbones.base import Backbone
+from genfound.config.compose import PARTIAL, TARGET
 from genfound.data.images.sets import digest, image_files, read_note
 from genfound.evaluation.protocol import SamplingRecord, versions
 from genfound.metrics.extractor import tensors_hash
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import visible
-from genfound.samplers import adapts
 from genfound.sampling.pipeline import Pipeline
 from genfound.tokenizers import Tokenizer
 
@@ -107,14 +107,14 @@ def sampling_record(request: Config, config: Config, pipeline: Pipeline) -> Samp
         config: the run's configuration with the sampler, guidance, byte rule and precision to use.
         pipeline: of this configuration.
     """
-    sampler, guide = pipeline.sampler, pipeline.weak
-    coupled = adapts(sampler) and sampler["norm"] == "batch"  # steps depend on all images of a network call
+    sampler, guide = pipeline.sampler, pipeline.guide
+    guidance = {key: value for key, value in config["guidance"].items() if key not in (TARGET, PARTIAL)}
     return SamplingRecord(
         weights=request["weights"],
-        sampler=dict(sampler),
-        guidance={**pipeline.guidance, **({} if guide is None else {"hash": tensors_hash(guide.state_dict())})},
+        sampler={"name": sampler.name, "steps": sampler.steps, **sampler.options},
+        guidance={**guidance, **({} if guide is None else {"hash": tensors_hash(guide.state_dict())})},
         rope={key: value for key, value in request["rope"].items() if value is not None} or None,
-        batch=request["batch"] if coupled else None,
+        batch=request["batch"] if sampler.coupling == "batch" else None,
         labels=request["labels"],
         seed=request["seed"],
         precision=pipeline.precision,

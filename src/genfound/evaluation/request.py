@@ -77,12 +77,10 @@ class EvaluationRequest:
                 raise ValueError(
                     f"protocol={self.protocol} has no row for {size_text(size)}; add one to table, or choose another"
                 )
-            base |= {
-                group: {**compose.read_option(group, rows[0][group]["name"]), **rows[0][group]} for group in GROUPS
-            }
+            base |= {group: rows[0][group] for group in GROUPS}
         return {
             **run,
-            **{group: run_or_chosen(group, base, config, list(self.overrides)) for group in GROUPS},
+            **run_or_chosen(base, config, self.overrides),
             "sample": {**run["sample"], "uint8": config["uint8"] or run["sample"]["uint8"]},
             "trainer": {**run["trainer"], "precision": config["precision"] or run["trainer"]["precision"]},
         }

@@ -113,7 +113,7 @@ def new_samples(
     settings = request.config
     config = pin_guide_checkpoint(request.sampling_config(model.config, size))
     objective = build.objective(config)  # refuses a sampler that does not fit
-    pipeline = Pipeline.of(config, objective, model.tokenizer, device, settings["batch"])
+    pipeline = Pipeline.from_config(config, objective, model.tokenizer, device, settings["batch"])
     pipeline.check(model.net)
     data = dataset.images("train") if DATA in (size, settings["labels"]) else None
     requests = requests_by_rule(settings["n"], settings["labels"], size, dataset.classes, settings["seed"], data)
@@ -259,7 +259,7 @@ class SampleStore:
         for part in missing:
             self._check()
             try:
-                images = pipeline.draw(net, [self.requests[k] for k in self.parts[part]], seed, within)
+                images = pipeline(net, [self.requests[k] for k in self.parts[part]], seed, within)
             except FloatingPointError as error:
                 atomic_write(self.failure, functools.partial(Path.write_text, data=str(error)))
                 raise

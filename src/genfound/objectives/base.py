@@ -1,24 +1,35 @@
-"""What an objective offers: a loss to train with, and a field to sample from."""
+"""What an objective is, and what it gives to samplers."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.predictions import Predictions
+from genfound.objectives.time_direction import TimeAdapter
 from genfound.objectives.times import TimeLaw
 from genfound.rng import Rng
 
 Net = Callable[[Batch, Tensor], Tensor]
 """A backbone: (batch, t (B,)) -> a tensor shaped like `batch.x`."""
 
-GuidedNet = Callable[[Batch, float], Tensor]
-"""A backbone during sampling, where all images are at the same time."""
+
+class GuidedNet(Protocol):
+    """A backbone during sampling, in the time of the framework, where all images are at the same time."""
+
+    copies: int
+    """How often the batch holds each image: 2 where the state of the null label is one of its own."""
+
+    def __call__(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
+        """The output at time t; whether guidance acts is decided at `decide_at`, or at t."""
+
+
+GuidanceOf = Callable[..., GuidedNet]
+"""(net, time_range=(data, noise)) -> the network with its guidance."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +51,30 @@ class Field(Protocol):
     """A trained network as a sampler sees it.
 
     Attributes:
-        reach: how far towards data the velocity may be asked for: `before` the last of the sampler's times, up to
-            the `end`, or `past` it.
+        net: the network, with its guidance.
+        lowest: the time down to which the velocity is defined, which a sampler's last time may be below of.
     """
 
-    reach: str
+    net: GuidedNet
+    lowest: float
 
-    def velocity(self, batch: Batch, t: float) -> Tensor:
-        """dx/dt of the probability-flow ODE at x = batch.x and time t; shaped like `batch.x`."""
+    def velocity(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
+        """dx/dt of the probability-flow ODE at x = batch.x and time t; shaped like `batch.x`.
 
-    def during(self, t: float) -> Field:
-        """The same field in the stages of a step that begins at t, by which time guidance decides."""
+        Guidance acts in all stages of a step or in none: they name the time at which it begins, `decide_at`.
+        """
 
 
 class Objective(Protocol):
     """Path, prediction, weighting and law of times of one training problem."""
 
     name: str
-    samplers: tuple[str, ...]
+    gives: frozenset[str]
+    """What samplers may need of its fields: `velocity`, `flow` (all of `Predictions`), `gaussian` (steps of DDPM)."""
     time_range: tuple[float, float]
     weight: str
     learned_variance: bool
-    outputs: Mapping[str, object]
+    signature: Mapping[str, object]
     """What makes two networks' outputs mean the same, by the keys of the configuration."""
     time_law: TimeLaw
 
@@ -99,23 +112,20 @@ class Objective(Protocol):
         views = self.views(net, batch, time, noise)
         return batch.per_image((views.noise - views.x0 - (noise - batch.x)) ** 2)
 
-    def field(self, net: GuidedNet) -> Field:
-        """The views of the network's output that samplers use."""
+    def adapt(self, net: Net) -> TimeAdapter:
+        """The network, asked and answering in the time of the framework."""
 
-    def times(self, sampler: str, steps: int | str) -> Tensor:
-        """The times that a sampler walks, from noise to data; float64 on the host."""
+    def field(self, net: Net, guidance: GuidanceOf | None = None) -> Field:
+        """What samplers use of the network's output, guided."""
 
+    def guided(self, net: Net, guidance: GuidanceOf | None) -> GuidedNet:
+        """The network in the time of the framework, inside its guidance."""
+        adapted = self.adapt(net)
+        return adapted if guidance is None else guidance(adapted, time_range=self.time_range)
 
-def guidance_during(net: GuidedNet, t: float) -> GuidedNet:
-    """The net in a step that begins at t, in its own time; itself, unless it has a guidance that can be told."""
-    during: Callable[[float], GuidedNet] | None = getattr(net, "during", None)
-    return net if during is None else during(t)
+    def times(self, steps: Any, needs: str = "velocity") -> Tensor:
+        """The times from noise to data of a sampler with such needs, float64 on the host.
 
-
-def told_steps(net: GuidedNet) -> GuidedNet:
-    """The net for an objective whose integer steps have one direction, whatever the network's `time` says."""
-    if not hasattr(net, "during"):
-        return net
-    net = copy.copy(net)
-    net.time = "index"  # type: ignore[attr-defined]
-    return net
+        Raises:
+            ValueError: steps that it cannot take.
+        """

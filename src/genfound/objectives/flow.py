@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from genfound.batch import Batch
 from genfound.config.checks import number, one_of
-from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during
+from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective
 from genfound.objectives.interpolants import INTERPOLANTS, Coefficients, Interpolant
 from genfound.objectives.predictions import PREDICTIONS, Predictions
-from genfound.objectives.time_direction import ask, told
+from genfound.objectives.time_direction import TimeAdapter
 from genfound.objectives.times import TIME_LAWS, check_shift, shift_factor, shifted, time_grid, windowed
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
 
@@ -25,7 +27,7 @@ class Flow(Objective):
     1e-3 in sampling, and in training too but on `vp`, 1e-5 (SiT's transport/__init__.py).
 
     Args:
-        path: interpolant, a name of `PATHS`.
+        path: interpolant, a name of `INTERPOLANTS`.
         prediction: what the network's output is: `velocity`, `noise`, `x0` or `score`.
         weighting: of the times: `none`, `velocity`, `likelihood` or `min_snr`; see `time_weight`.
         min_snr_gamma: the largest weight of `min_snr`.
@@ -47,7 +49,7 @@ class Flow(Objective):
     """
 
     name = "flow"
-    samplers = ("euler", "heun", "dopri5", "sde")
+    gives = frozenset(("velocity", "flow"))
     learned_variance = False
 
     def __init__(
@@ -79,7 +81,7 @@ class Flow(Objective):
             self.time_law = windowed(time, self.time_law, time_window, time_window_share)
         self.time_shift = check_shift("objective.time_shift", time_shift)
         self.weight = one_of("objective.weight", weight, EXPONENTS)
-        self.outputs = {"objective": self.name, "objective.path": path, "objective.prediction": prediction}
+        self.signature = {"objective": self.name, "objective.path": path, "objective.prediction": prediction}
         self.time_range = (0.0, self.path.end)
         self.directional = number("objective.directional", directional, 0)
         if directional and prediction != "velocity":
@@ -103,22 +105,22 @@ class Flow(Objective):
         """
         t = self.training_times(batch, part)  # (B,)
         point = self.path.point(t.clamp(min=self.train_interval[0]))
-        spread = point.of(batch)
-        out = ask(net, replace(batch, x=spread.state(batch.x, noise)), t, self.path.end, self.prediction)
-        velocity = spread.velocity(batch.x, noise)
+        coefficients = point.of(batch)
+        out = self.adapt(net)(replace(batch, x=coefficients.state(batch.x, noise)), t).float()
+        velocity = coefficients.velocity(batch.x, noise)
         error = {
             "velocity": lambda: out - velocity,
             "noise": lambda: out - noise,
             "x0": lambda: out - batch.x,
-            "score": lambda: spread.sigma * out + noise,
+            "score": lambda: coefficients.sigma * out + noise,
         }[self.prediction]()
         mse = batch.per_image(error**2)
         if self.weighting != "none":
             mse = mse * time_weight(self.weighting, self.prediction, point, self.gamma).float()
         if not self.directional:
             return Losses(total=mse, t=t.float())
-        turned = self.directional * batch.per_image(cosine_loss(net, batch, out, velocity))
-        return Losses(total=mse + turned, t=t.float(), terms={"mse": mse, "directional": turned})
+        directional = self.directional * batch.per_image(cosine_loss(net, batch, out, velocity))
+        return Losses(total=mse + directional, t=t.float(), terms={"mse": mse, "directional": directional})
 
     def training_times(self, batch: Batch, part: Tensor) -> Tensor:
         """(B,) float64 times of training from what the time law drew; the middle one on rows that are not real.
@@ -139,29 +141,29 @@ class Flow(Objective):
         t = self.path.time_of(time / (1 - time))
         point = self.path.point(t).of(batch)
         noised = replace(batch, x=point.state(batch.x, noise))
-        return Predictions(self.prediction, ask(net, noised, t, self.path.end, self.prediction), noised.x, point)
+        return Predictions(self.prediction, self.adapt(net)(noised, t).float(), noised.x, point)
 
-    def times(self, sampler: str, steps: int | str) -> Tensor:
-        """steps + 1 equidistant times from noise to data.
-
-        Raises:
-            ValueError: not a positive number of steps.
-        """
+    def times(self, steps: Any, needs: str = "velocity") -> Tensor:
+        """steps + 1 equidistant times."""
         if isinstance(steps, str):
             raise ValueError(f"sampler.steps={steps} must be a whole number for objective=flow")
         data, noise = self.sample_interval
         return time_grid(steps, noise, data)
 
-    def field(self, net: GuidedNet) -> FlowField:
+    def adapt(self, net: Net) -> TimeAdapter:
+        """The network in the time of the framework, whatever its own direction."""
+        return TimeAdapter(net, self.path.end, self.prediction == "velocity")
+
+    def field(self, net: Net, guidance: GuidanceOf | None = None) -> FlowField:
         """What the network's output says about velocity, score, data and noise."""
-        return FlowField(net, self.path, self.prediction)
+        return FlowField(self.guided(net, guidance), self.path, self.prediction)
 
 
 class FlowField:
     """A network as samplers see it.
 
     Args:
-        net: takes (batch, t), and may declare `time` and decide by a step's beginning (`during`).
+        net: in the time of the framework, with its guidance.
         path: of its objective.
         prediction: what its output is.
     """
@@ -171,21 +173,16 @@ class FlowField:
         self.path = path
         self.prediction = prediction
         # Below t = 0 the variance-preserving path has no sigma, which data and noise are converted by.
-        self.reach = "past" if path.pure or prediction in ("velocity", "score") else "end"
+        self.lowest = -math.inf if path.pure or prediction in ("velocity", "score") else 0.0
 
-    def views(self, batch: Batch, t: float) -> Predictions:
+    def views(self, batch: Batch, t: float, decide_at: float | None = None) -> Predictions:
         """Everything that one call of the network at time t says; batch.x may be float64."""
-        out = ask(self.net, replace(batch, x=batch.x.float()), t, self.path.end, self.prediction)
+        out = self.net(replace(batch, x=batch.x.float()), t, decide_at).float()
         return Predictions(self.prediction, out, batch.x, Coefficients.at(self.path, t))
 
-    def velocity(self, batch: Batch, t: float) -> Tensor:
+    def velocity(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """dx/dt at time t, shaped like `batch.x`."""
-        return self.views(batch, t).velocity
-
-    def during(self, t: float) -> FlowField:
-        """The field of a step that begins at t: guidance acts in all its stages, or in none."""
-        net = guidance_during(self.net, told(self.net, t, self.path.end))
-        return FlowField(net, self.path, self.prediction)
+        return self.views(batch, t, decide_at).velocity
 
 
 def cosine_loss(net: Net, batch: Batch, out: Tensor, target: Tensor) -> Tensor:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.config.checks import integer, one_of
-from genfound.objectives.base import GuidedNet, Losses, Net, Objective, guidance_during, told_steps
+from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective
 from genfound.objectives.bits import discretised_bits, kl_bits
 from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import Predictions
 from genfound.objectives.process import (
     SCHEDULES,
     Process,
-    StepSpec,
     Tables,
     noise_from_x0,
     posterior_mean,
@@ -27,6 +26,7 @@ from genfound.objectives.process import (
     space_timesteps,
     x0_from_noise,
 )
+from genfound.objectives.time_direction import TimeAdapter
 from genfound.objectives.times import TimeLaw, time_grid
 from genfound.objectives.weighting import EXPONENTS
 
@@ -68,7 +68,7 @@ class Gaussian(Objective):
     """
 
     name = "gaussian"
-    samplers = ("ddpm", "ddim", "euler", "heun", "dopri5")
+    gives = frozenset(("velocity", "gaussian"))
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Gaussian(Objective):
         self.clip_x0 = clip_x0
         self.weight = one_of("objective.weight", weight, EXPONENTS)
         self.learned_variance = variance == "learned_range"
-        self.outputs = {
+        self.signature = {
             "objective": self.name,
             "objective.timesteps": timesteps,
             "objective.schedule": schedule,
@@ -121,10 +121,8 @@ class Gaussian(Objective):
 
     def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Predictions:
         """What the network says at the ratio of noise to signal of the linear path, told the time between two steps."""
-        path, ratio = (
-            INTERPOLANTS["cosine"],
-            time / (1 - time),
-        )  # on which the variances of signal and noise add up to 1, too
+        # The variances of signal and noise add up to 1 on this path, too.
+        path, ratio = INTERPOLANTS["cosine"], time / (1 - time)
         point = path.point(path.time_of(ratio)).of(batch)
         noised = replace(batch, x=point.state(batch.x, noise))
         output = net(noised, self.process.timestep_of(ratio).float()).float()
@@ -178,23 +176,21 @@ class Gaussian(Objective):
         shape = batch.x.shape
         return ReverseStep(posterior_mean(c, x0, batch.x), variance.expand(shape), log_variance.expand(shape), x0)
 
-    def times(self, sampler: str, steps: StepSpec) -> Tensor:
-        """Of ddpm and ddim, the kept timesteps from noise to data; of ODE solvers, a grid that ends before 0.
-
-        At -1 there is no noise at all, as there is after the last step of ddpm. The last step of dopri5 is from 0.
-        """
-        if sampler in ("ddpm", "ddim"):
+    def times(self, steps: Any, needs: str = "velocity") -> Tensor:
+        """The kept steps of the process; of other samplers equidistant times to -1, where there is no noise at all."""
+        if needs == "gaussian":
             return torch.tensor(space_timesteps(steps, len(self.process))[::-1], dtype=torch.float64)
         if not isinstance(steps, int):
-            raise ValueError(f"sampler.steps={steps} must be a number for sampler={sampler}")
-        if sampler == "dopri5":
-            grid = time_grid(steps, self.time_range[1], 0.0)
-            return torch.cat([grid, grid.new_full((1,), -1.0)])
+            raise ValueError(f"sampler.steps={steps} must be a number for objective=gaussian and a solver")
         return time_grid(steps, self.time_range[1], -1.0)
 
-    def field(self, net: GuidedNet) -> GaussianField:
+    def adapt(self, net: Net) -> TimeAdapter:
+        """The network, whose steps have one direction whatever its `time` says."""
+        return TimeAdapter(net)
+
+    def field(self, net: Net, guidance: GuidanceOf | None = None) -> GaussianField:
         """The network as samplers see it."""
-        return GaussianField(told_steps(net), self, self.process)
+        return GaussianField(self.guided(net, guidance), self, self.process)
 
 
 class GaussianField:
@@ -207,7 +203,7 @@ class GaussianField:
         gradient: of a classifier that guides (Dhariwal & Nichol 2021), or `None`.
     """
 
-    reach = "before"
+    lowest = 0.0
 
     def __init__(self, net: GuidedNet, objective: Gaussian, process: Process, gradient: Gradient | None = None) -> None:
         self.net = net
@@ -219,10 +215,6 @@ class GaussianField:
         """The same network on the process that keeps only these timesteps."""
         kept = self.process.respaced(sorted(int(t) for t in timesteps))
         return GaussianField(self.net, self.objective, kept, self.gradient)
-
-    def during(self, t: float) -> GaussianField:
-        """The field of a step that begins at t: guidance acts in all its stages, or in none."""
-        return GaussianField(guidance_during(self.net, t), self.objective, self.process, self.gradient)
 
     def at(self, batch: Batch, t: float) -> Tables:
         """The numbers of this time, broadcastable against `batch.x`."""
@@ -245,9 +237,9 @@ class GaussianField:
         noise = noise_from_x0(c, batch.x, x0) - (1 - c.alphas_cumprod).sqrt() * self.gradient(batch, t)
         return x0_from_noise(c, batch.x, noise)
 
-    def velocity(self, batch: Batch, t: float) -> Tensor:
+    def velocity(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """dx/dt of the probability-flow ODE at any real t from -1 to T-1."""
-        prediction, _ = self.objective.split(batch, self.net(batch, t).float())
+        prediction, _ = self.objective.split(batch, self.net(batch, t, decide_at).float())
         log_a, slope = self.objective.process.log_signal(t)
         sigma = math.sqrt(-math.expm1(log_a))
         noise = prediction

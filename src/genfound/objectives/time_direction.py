@@ -1,4 +1,4 @@
-"""The one place that knows in which direction a network counts time.
+"""The one adapter between the time of the framework and that of a network.
 
 Inside the framework flows run from t = 0 (data) to t = end (noise). A network that declares `time = "data1"`
 (SiT, FiTv2) counts from noise to data, and its velocity points the other way.
@@ -6,32 +6,40 @@ Inside the framework flows run from t = 0 (data) to t = end (noise). A network t
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
-Time = TypeVar("Time", float, Tensor)
+from genfound.batch import Batch
 
 
-def told(net: Any, t: Time, end: float) -> Time:
-    """What a network is told at time t (number or tensor); itself, unless it declares `time = "data1"`."""
-    return end - t if _reversed(net) else t
-
-
-def ask(net: Any, batch: Any, t: Any, end: float, prediction: str) -> Tensor:
-    """The network's float32 output at time t of the framework, its velocity in the framework's direction.
+class TimeAdapter:
+    """A network that is asked, and answers, in the time of the framework.
 
     Args:
-        net: takes (batch, t), t a number or (B,), and may declare `time`.
-        batch: its x is handed over in float32.
-        t: a number or (B,) tensor, which is handed over in float32.
-        end: the time of noise.
-        prediction: what the output is; only a velocity has a direction.
+        net: takes (batch, t (B,) float32), and may declare `time`.
+        end: the time of noise; `None` for integer steps, which every network counts alike.
+        velocity: whether its output is a velocity, which has a direction.
+
+    Attributes:
+        token_spec: of the network, if it has one.
+        null_label: of the network, if it has one.
     """
-    moment = told(net, t, end)
-    out: Tensor = net(batch, moment.float() if isinstance(moment, Tensor) else moment).float()
-    return -out if prediction == "velocity" and _reversed(net) else out
 
+    copies = 1
 
-def _reversed(net: Any) -> bool:
-    return getattr(net, "time", "data0") == "data1"
+    def __init__(self, net: Any, end: float | None = None, velocity: bool = False) -> None:
+        self.net = net
+        self.end = end if getattr(net, "time", "data0") == "data1" else None
+        self.negated = velocity and self.end is not None
+        self.token_spec: Any = getattr(net, "token_spec", None)
+        self.null_label: int | None = getattr(net, "null_label", None)
+
+    def __call__(self, batch: Batch, t: float | Tensor, decide_at: float | None = None) -> Tensor:
+        """The output at time t, one of all images or (B,) in float64, which is rounded once."""
+        t = t if self.end is None else self.end - t
+        if not isinstance(t, Tensor):
+            t = torch.full((len(batch.y),), t, dtype=torch.float32, device=batch.x.device)
+        out: Tensor = self.net(batch, t.float())
+        return -out if self.negated else out

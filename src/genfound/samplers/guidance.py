@@ -1,58 +1,30 @@
-"""Guidance: the network's raw output, pushed away from that of a worse-informed one.
+"""Guidance: the network's output, pushed away from that of a worse-informed one.
 
-Acts on the raw output, before the objective interprets it, as every official code of the lineage does; so it is
-told the network's own time. Intervals and schedules are given in noise levels, 0 at data and 1 at noise.
+Acts on the output before the objective interprets it, as every official code of the lineage does. Intervals and
+schedules are given in noise levels, 0 at data and 1 at noise.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.config import checks
-from genfound.objectives.base import GuidedNet
+from genfound.objectives.time_direction import TimeAdapter
 
 
-class Unguided:
-    """The network itself, all images at the same time.
-
-    Attributes:
-        time: that of the network.
-    """
-
-    def __init__(self, net: Backbone) -> None:
-        self.net = net
-        self.time: str = getattr(net, "time", "data0")
-
-    def during(self, t: float) -> GuidedNet:
-        """Itself, in every step."""
-        return self
-
-    def __call__(self, batch: Batch, t: float) -> Tensor:
-        """The network's output at its time t."""
-        out: Tensor = self.net(batch, _same_time(batch, t))
-        return out
-
-
-def unguided(net: Backbone) -> GuidedNet:
-    """The network itself, all images at the same time t."""
-    return Unguided(net)
-
-
+@dataclass
 class Guidance(ABC):
     """out = reference + scale (conditional - reference).
 
-    Args:
-        net: backbone.
+    Attributes:
+        net: the network, in the time of the framework.
         scale: 1 is no guidance, and costs none.
         interval: [low, high] of noise levels in which guidance acts (Kynkaanniemi et al. 2024); outside it the
             reference is not computed. Inclusive ends at 0 and 1 are no limits.
@@ -63,72 +35,61 @@ class Guidance(ABC):
         schedule: `constant`; `linear`, 1 + (scale - 1) level; or `power_cosine`, 1 + (scale - 1)
             (1 - cos(pi level^power)) / 2 (FiT's scale_pow): all of the scale at noise and none at data.
         power: of `power_cosine`.
+        copies: see `GuidedNet`.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an option that does not exist, or networks that cannot be guided so.
     """
 
-    def __init__(
-        self,
-        net: Backbone,
-        scale: float,
-        interval: Sequence[float],
-        channels: str,
-        time_range: tuple[float, float] = (0.0, 1.0),
-        ends: str = "inclusive",
-        schedule: str = "constant",
-        power: float = 1.0,
-    ) -> None:
-        checks.one_of("guidance.channels", channels, ("all", "first3"))
-        checks.one_of("guidance.ends", ends, ("inclusive", "strict"))
-        checks.one_of("guidance.schedule", schedule, ("constant", "linear", "power_cosine"))
-        self.low, self.high = checks.interval("guidance.interval", interval)
-        self.net = net
-        self.time: str = getattr(net, "time", "data0")
-        self.scale = checks.number("guidance.scale", scale)
-        self.channels = channels
-        self.time_range = time_range
-        self.ends = ends
-        self.schedule = schedule
-        self.power = checks.number("guidance.power", power, 0, above=True)
-        self.decided: bool | None = None
+    net: TimeAdapter
+    scale: float
+    interval: Sequence[float]
+    channels: str
+    time_range: tuple[float, float] = (0.0, 1.0)
+    ends: str = "inclusive"
+    schedule: str = "constant"
+    power: float = 1.0
 
-    def __call__(self, batch: Batch, t: float) -> Tensor:
-        """Guided output at the network's time t, shaped like the network's."""
-        if not self.acts(t):
+    copies = 1
+
+    def __post_init__(self) -> None:
+        checks.number("guidance.scale", self.scale)
+        checks.interval("guidance.interval", self.interval)
+        checks.one_of("guidance.channels", self.channels, ("all", "first3"))
+        checks.one_of("guidance.ends", self.ends, ("inclusive", "strict"))
+        checks.one_of("guidance.schedule", self.schedule, ("constant", "linear", "power_cosine"))
+        checks.number("guidance.power", self.power, 0, above=True)
+
+    def __call__(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
+        """Guided output at time t, shaped like the network's; whether it is guided is decided at `decide_at`."""
+        if not self.acts(t if decide_at is None else decide_at):
             return self.outside(batch, t)
         return self.mix(batch, *self.pair(batch, t), self.scale_at(t))
 
     def outside(self, batch: Batch, t: float) -> Tensor:
         """The conditional output."""
-        out: Tensor = self.net(batch, _same_time(batch, t))
-        return out
+        return self.net(batch, t)
 
     @abstractmethod
     def pair(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
-        """(conditional, reference) outputs at the network's time t."""
+        """(conditional, reference) outputs at time t."""
+
+    def level(self, t: float) -> float:
+        """The noise level of a time, 0 at data and 1 at noise."""
+        first, last = self.time_range
+        return (t - first) / (last - first)
 
     def acts(self, t: float) -> bool:
-        """Whether a step of the network's time t is guided.
-
-        Both sides are brought to the network's direction of time by the same subtraction, so that a time
-        that equals an end of the interval is inside it.
-        """
-        if self.decided is not None:
-            return self.decided
-        first, last = self.time_range
-        place = min(max((t - first) / (last - first), 0.0), 1.0)
-        low, high = (1 - self.high, 1 - self.low) if self.time == "data1" else (self.low, self.high)
-        inside = low <= place <= high if self.ends == "inclusive" else low < place < high
+        """Whether a step that begins at time t is guided."""
+        (low, high), level = self.interval, min(max(self.level(t), 0.0), 1.0)
+        inside = low <= level <= high if self.ends == "inclusive" else low < level < high
         return self.scale != 1 and inside
 
     def scale_at(self, t: float) -> float:
         """The scale of the schedule."""
+        level = max(self.level(t), 0.0)
         if self.schedule == "constant":
             return self.scale
-        first, last = self.time_range
-        place = (t - first) / (last - first)
-        level = max(1 - place if self.time == "data1" else place, 0.0)
         if self.schedule == "linear":
             return 1 + (self.scale - 1) * level
         return 1 + (self.scale - 1) * (1 - math.cos(math.pi * level**self.power)) / 2
@@ -145,32 +106,25 @@ class Guidance(ABC):
         rest = other.shape[axis] - count
         return torch.cat([guided.narrow(axis, 0, count), other.narrow(axis, count, rest)], dim=axis)
 
-    def during(self, t: float) -> GuidedNet:
-        """This guidance in a step that begins at the network's time t: it acts in all stages, or in none."""
-        step = copy.copy(self)
-        step.decided = self.acts(t)
-        return step
 
-
+@dataclass
 class ClassifierFreeGuidance(Guidance):
     """Guided by the network's own output for the null label, in one call (Ho & Salimans 2021).
 
-    Args:
-        net: backbone with a null label.
+    Attributes:
         doubled: the batch holds every image twice, the second time under the null label: the state of the
             released samplers of DiT, SiT, FiT and LightningDiT. The network sees the first half twice; the second
             half keeps the null output in channels that are not guided, which adaptive steps notice.
-        options: those of `Guided`.
-
-    Raises:
-        ValueError: the network has no null label.
     """
 
-    def __init__(self, net: Backbone, *args: Any, doubled: bool = False, **options: Any) -> None:
-        super().__init__(net, *args, **options)
-        if self.scale != 1 and net.null_label is None:
+    doubled: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale != 1 and self.net.null_label is None:
             raise ValueError("guidance needs a null label: train with model.label_drop > 0 or set guidance=none")
-        self.doubled = doubled
+        self.doubled = self.doubled and self.scale != 1
+        self.copies = 2 if self.doubled else 1
 
     def pair(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
         """Both outputs from one call on twice the rows."""
@@ -180,12 +134,11 @@ class ClassifierFreeGuidance(Guidance):
         else:
             assert self.net.null_label is not None
             both = batch.join(replace(batch, y=torch.full_like(batch.y, self.net.null_label)))
-        out: Tensor = self.net(both, _same_time(both, t))
-        conditional, null = out.chunk(2)
+        conditional, null = self.net(both, t).chunk(2)
         return conditional, null
 
     def mix(self, batch: Batch, conditional: Tensor, reference: Tensor, scale: float) -> Tensor:
-        """As `Guided.mix`; of a doubled batch, both halves."""
+        """As `Guidance.mix`; of a doubled batch, both halves."""
         first = super().mix(batch, conditional, reference, scale)
         return torch.cat([first, self.join(batch, first, reference)]) if self.doubled else first
 
@@ -197,42 +150,33 @@ class ClassifierFreeGuidance(Guidance):
         return torch.cat([conditional, self.join(batch, conditional, reference)])
 
 
+@dataclass
 class AutoGuidance(Guidance):
     """Guided by a weaker network (Karras et al. 2024).
 
-    Args:
-        net: backbone.
-        weak: a smaller or less trained one, with the same outputs and the same time.
-        labels: what the weak one is told: `same`, as in EDM2; or `null_label`, as in NiT's and REPA's samplers.
-        options: those of `Guided`.
-
-    Raises:
-        ValueError: an unknown option, or networks that do not fit together.
+    Attributes:
+        guide: a smaller or less trained one that predicts the same, in the time of the framework.
+        labels: what the guide is given: `same`, as in EDM2; or `null_label`, as in NiT's and REPA's samplers.
     """
 
-    def __init__(self, net: Backbone, weak: Backbone, *args: Any, labels: str = "same", **options: Any) -> None:
-        super().__init__(net, *args, **options)
-        self.labels = checks.one_of("guidance.labels", labels, ("same", "null_label"))
-        self.weak = weak
-        if getattr(weak, "time", "data0") != self.time:
-            raise ValueError("guidance.weights: the weaker network counts time in the other direction")
-        if weak.token_spec != net.token_spec:
-            raise ValueError(f"guidance.weights: its tokens are {weak.token_spec}, not {net.token_spec}")
-        classes = weak.null_label, net.null_label
-        if labels == "same" and None not in classes and classes[0] != classes[1]:
+    guide: TimeAdapter = field(kw_only=True)
+    labels: str = "same"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.one_of("guidance.labels", self.labels, ("same", "null_label"))
+        net, guide = self.net, self.guide
+        if guide.token_spec != net.token_spec:
+            raise ValueError(f"guidance.weights: its tokens are {guide.token_spec}, not {net.token_spec}")
+        classes = guide.null_label, net.null_label
+        if self.labels == "same" and None not in classes and classes[0] != classes[1]:
             raise ValueError(f"guidance.weights: it has {classes[0]} classes, and this network {classes[1]}")
-        if labels == "null_label" and weak.null_label is None:
+        if self.labels == "null_label" and guide.null_label is None:
             raise ValueError(
                 "guidance.labels=null_label needs a weaker network with a null label; set guidance.labels=same"
             )
 
     def pair(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
         """One call of each network."""
-        conditional: Tensor = self.net(batch, _same_time(batch, t))
-        y = batch.y if self.labels == "same" else torch.full_like(batch.y, self.weak.null_label or 0)
-        reference: Tensor = self.weak(replace(batch, y=y), _same_time(batch, t))
-        return conditional, reference
-
-
-def _same_time(batch: Batch, t: float) -> Tensor:
-    return torch.full((len(batch.y),), t, dtype=torch.float32, device=batch.x.device)
+        y = batch.y if self.labels == "same" else torch.full_like(batch.y, self.guide.null_label or 0)
+        return self.net(batch, t), self.guide(replace(batch, y=y), t)

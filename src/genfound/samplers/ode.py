@@ -8,57 +8,63 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.base import Field
-from genfound.objectives.times import shifted_grid
-from genfound.samplers.base import Progress, StepRng
+from genfound.objectives.times import check_shift, shifted_grid
+from genfound.samplers.base import Progress, StepRng, sampler, walk
 
 
+def check(shift: float | str) -> None:
+    """Refuse values that the options cannot have."""
+    check_shift("sampler.shift", shift)
+
+
+@sampler(needs="velocity", check=check)
 def euler(
     field: Field,
     batch: Batch,
     times: Tensor,
     rng: StepRng,
     progress: Progress | None = None,
+    *,
     shift: float | str = 1.0,
 ) -> Batch:
     """First order: one network call a step. `shift` moves the times, see `shifted_grid`."""
-    x = batch.x.double()
-    for step, (t, t_next) in enumerate(pairwise(shifted_grid(times, shift, batch).tolist())):
-        x = x + (t_next - t) * _slope(field, batch, x, t)
-        if progress is not None:
-            progress(step, replace(batch, x=x.float()))
-    return replace(batch, x=x.float())
+
+    def move(_: int, state: Batch, ends: tuple[float, float]) -> Tensor:
+        t, t_next = ends
+        return state.x + (t_next - t) * _slope(field, state, t)
+
+    return walk(batch, pairwise(shifted_grid(times, shift, batch).tolist()), move, progress)
 
 
+@sampler(needs="velocity", check=check)
 def heun(
     field: Field,
     batch: Batch,
     times: Tensor,
     rng: StepRng,
     progress: Progress | None = None,
+    *,
     shift: float | str = 1.0,
 ) -> Batch:
     """Second order: the mean of the slopes at both ends of a step; the last step is Euler's.
 
     Whether guidance acts is decided at the beginning of a step, for both slopes.
     """
-    x = batch.x.double()
-    last = len(times) - 2
-    for step, (t, t_next) in enumerate(pairwise(shifted_grid(times, shift, batch).tolist())):
-        during = field.during(t)
-        slope = _slope(during, batch, x, t)
-        if step < last:
-            slope = (slope + _slope(during, batch, x + (t_next - t) * slope, t_next)) / 2
-        x = x + (t_next - t) * slope
-        if progress is not None:
-            progress(step, replace(batch, x=x.float()))
-    return replace(batch, x=x.float())
+
+    def move(step: int, state: Batch, ends: tuple[float, float]) -> Tensor:
+        t, t_next = ends
+        slope = _slope(field, state, t)
+        if step < len(times) - 2:
+            there = replace(state, x=state.x + (t_next - t) * slope)
+            slope = (slope + _slope(field, there, t_next, decide_at=t)) / 2
+        return state.x + (t_next - t) * slope
+
+    return walk(batch, pairwise(shifted_grid(times, shift, batch).tolist()), move, progress)
 
 
-def _slope(field: Field, batch: Batch, x: Tensor, t: float) -> Tensor:
-    with torch.no_grad():
-        return field.velocity(replace(batch, x=x.float()), t).double()
+def _slope(field: Field, state: Batch, t: float, decide_at: float | None = None) -> Tensor:
+    return field.velocity(replace(state, x=state.x.float()), t, decide_at).double()

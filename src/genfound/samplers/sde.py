@@ -1,11 +1,12 @@
 """Samplers of the reverse SDE dx = (velocity - w score) dt + sqrt(2 w) dW, which has the marginals of the ODE.
 
 SiT's transport/integrators.py, and with other options the SDE samplers of NiT and REPA. One network call a drift.
+The last step begins at `last_step_size` (0: is as long as the others) and has no noise: `mean` goes along the drift,
+`euler` along the ODE, `tweedie` to the predicted data; `none` takes it like the others.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +17,11 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.config.checks import number, one_of
-from genfound.objectives.base import Field
 from genfound.objectives.flow import FlowField
 from genfound.objectives.interpolants import Coefficients, Interpolant
 from genfound.objectives.predictions import Predictions
-from genfound.objectives.times import shifted_grid
-from genfound.samplers.base import Progress, StepRng
+from genfound.objectives.times import check_shift, shifted_grid
+from genfound.samplers.base import Progress, StepRng, sampler, walk
 
 Diffusion = Callable[[Interpolant, Tensor, float], Tensor]
 
@@ -54,13 +54,24 @@ LAST_STEPS: dict[str, Callable[[Tensor, Predictions, float, float], Tensor]] = {
 """The last step, without noise, from (state, views, w, size)."""
 
 
-@torch.no_grad()
+def check(shift: float | str, method: str, diffusion: str, norm: float, last: str, last_step_size: float) -> None:
+    """Refuse values that the options cannot have."""
+    check_shift("sampler.shift", shift)
+    one_of("sampler.method", method, STEPS)
+    one_of("sampler.diffusion", diffusion, DIFFUSIONS)
+    one_of("sampler.last", last, ("none", *LAST_STEPS))
+    number("sampler.norm", norm, 0)
+    number("sampler.last_step_size", last_step_size, 0)
+
+
+@sampler(needs="flow", check=check)
 def sde(
-    field: Field,
+    field: FlowField,
     batch: Batch,
     times: Tensor,
     rng: StepRng,
     progress: Progress | None = None,
+    *,
     shift: float | str = 1.0,
     method: str = "euler",
     diffusion: str = "sigma",
@@ -68,27 +79,11 @@ def sde(
     last: str = "mean",
     last_step_size: float = 0.04,
 ) -> Batch:
-    """Euler-Maruyama or Heun steps, then a last step of another kind. The state is float64.
-
-    Args:
-        field: of a flow.
-        batch: noise.
-        times: from noise to data.
-        rng: noise of the steps.
-        progress: called after each step.
-        shift: of the times, see `shifted_grid`.
-        method: `euler`, or `heun`, which averages two drifts after the noise was added.
-        diffusion: w, a name of `DIFFUSIONS`.
-        norm: factor of w.
-        last: `mean`, a step along the drift; `euler`, one of the ODE; `tweedie`, the predicted data; all without
-            noise. `none` takes every step with noise.
-        last_step_size: where the last step begins; 0 makes it as long as the others.
+    """Steps of Euler-Maruyama, or of Heun's, which averages two drifts after the noise was added; then the last one.
 
     Raises:
-        ValueError: an unknown name, a last step longer than the walk, or the score asked for where there is none.
+        ValueError: a last step longer than the walk, or the score asked for where there is none.
     """
-    assert isinstance(field, FlowField)
-    check(method, diffusion, norm, last, last_step_size)
     form = DIFFUSIONS[diffusion]
 
     def w(t: float) -> float:
@@ -97,30 +92,19 @@ def sde(
     grid = sde_grid(times, 0.0 if last == "none" else last_step_size)
     if not w(grid[0].item()) < POLE**-2:  # infinite, or what rounding leaves of that
         grid[0] -= POLE
-    walk = shifted_grid(grid, shift, batch).tolist()
-    if method == "heun" and last == "none" and Coefficients.at(field.path, walk[-1]).sigma == 0:
+    points = shifted_grid(grid, shift, batch).tolist()
+    if method == "heun" and last == "none" and Coefficients.at(field.path, points[-1]).sigma == 0:
         raise ValueError(
             "sampler.method=heun needs the score at pure data with sampler.last=none; set sampler.last=mean"
         )
-    state, noisy = replace(batch, x=batch.x.double()), len(walk) - 1 if last == "none" else len(walk) - 2
-    for step, (t, t_next) in enumerate(pairwise(walk)):
-        if step < noisy:
-            x = STEPS[method](field.during(t), state, t, t_next, w, functools.partial(rng.normal, step))
-        else:
-            x = LAST_STEPS[last](state.x, field.views(state, t), w(t), t - t_next)
-        state = replace(state, x=x)
-        if progress is not None:
-            progress(step, replace(batch, x=x.float()))
-    return replace(batch, x=state.x.float())
 
+    def move(step: int, state: Batch, ends: tuple[float, float]) -> Tensor:
+        t, t_next = ends
+        if last == "none" or step < len(points) - 2:
+            return STEPS[method](field, state, t, t_next, w, rng.normal(step))
+        return LAST_STEPS[last](state.x, field.views(state, t), w(t), t - t_next)
 
-def check(method: str, diffusion: str, norm: float, last: str, last_step_size: float, **others: object) -> None:
-    """Raise a ValueError for an option that `sde` does not take."""
-    one_of("sampler.method", method, STEPS)
-    one_of("sampler.diffusion", diffusion, DIFFUSIONS)
-    one_of("sampler.last", last, ("none", *LAST_STEPS))
-    number("sampler.norm", norm, 0)
-    number("sampler.last_step_size", last_step_size, 0)
+    return walk(batch, pairwise(points), move, progress)
 
 
 def sde_grid(times: Tensor, last_step_size: float) -> Tensor:
@@ -137,26 +121,22 @@ def sde_grid(times: Tensor, last_step_size: float) -> Tensor:
     return torch.cat([steps, steps.new_zeros(1)])
 
 
-def _euler(
-    field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Callable[[], Tensor]
-) -> Tensor:
+def _euler(field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Tensor) -> Tensor:
     moved = batch.x + (t - t_next) * _drift(field, batch, t, w)
-    return moved + math.sqrt(2 * w(t) * (t - t_next)) * noise().to(moved)
+    return moved + math.sqrt(2 * w(t) * (t - t_next)) * noise.to(moved)
 
 
-def _heun(
-    field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Callable[[], Tensor]
-) -> Tensor:
+def _heun(field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Tensor) -> Tensor:
     size = t - t_next
-    start = replace(batch, x=batch.x + math.sqrt(2 * w(t) * size) * noise().to(batch.x))
+    start = replace(batch, x=batch.x + math.sqrt(2 * w(t) * size) * noise.to(batch.x))
     first = _drift(field, start, t, w)
-    second = _drift(field, replace(batch, x=start.x + size * first), t_next, w)
+    second = _drift(field, replace(batch, x=start.x + size * first), t_next, w, decide_at=t)
     return start.x + size / 2 * (first + second)
 
 
-def _drift(field: FlowField, batch: Batch, t: float, w: Coefficient) -> Tensor:
+def _drift(field: FlowField, batch: Batch, t: float, w: Coefficient, decide_at: float | None = None) -> Tensor:
     """Towards data; one call of the network."""
-    views = field.views(batch, t)
+    views = field.views(batch, t, decide_at)
     return w(t) * views.score - views.velocity
 
 

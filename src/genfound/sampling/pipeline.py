@@ -8,7 +8,6 @@ rows one of them sees depends on the other images of the call, so its images agr
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,21 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfound import build, samplers
+from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.checkpoints.load import LoadedModel, load
 from genfound.config import compose
-from genfound.config.checks import image_sizes, integer, one_of
+from genfound.config.checks import image_sizes, integer
 from genfound.config.targets import trusted
 from genfound.data.images.pixels import to_uint8
 from genfound.layouts import Layout
-from genfound.objectives.base import GuidedNet, Objective
+from genfound.objectives.base import GuidanceOf, Objective
 from genfound.rng import Rng
 from genfound.runtime import devices
 from genfound.runtime.progress import Progress, no_progress
-from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import AutoGuidance, ClassifierFreeGuidance, unguided
+from genfound.samplers import Sampler
 from genfound.sampling.requests import SampleRequest, _chunks, check_size, make_requests
 from genfound.tokenizers import Tokenizer, Undecodable
 
@@ -47,28 +45,28 @@ class Pipeline:
         objective: what the network was trained for.
         tokenizer: decodes latents.
         layout: without a budget of tokens.
-        sampler: `{name, steps}`.
-        guidance: `{name, ...}`; name `none`, `cfg` or `autoguidance`, and the options of its class.
+        sampler: with its steps and options.
+        guidance: for `Objective.field`, or `None`.
         micro_batch: images per network call.
         precision: `bf16-mixed` or `32-true`.
         uint8: how decoded values become bytes, `round` or `truncate`.
         device: where the network is.
-        weak: the weaker network of autoguidance.
+        guide: the other network of autoguidance.
     """
 
     objective: Objective
     tokenizer: Tokenizer
     layout: Layout
-    sampler: Mapping[str, Any]
-    guidance: Mapping[str, Any]
+    sampler: Sampler
+    guidance: GuidanceOf | None
     micro_batch: int
     precision: str
     uint8: str
     device: torch.device
-    weak: Backbone | None = None
+    guide: Backbone | None = None
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         config: Mapping[str, Any],
         objective: Objective,
@@ -79,35 +77,34 @@ class Pipeline:
         """Layout, sampler, guidance and precision of a configuration.
 
         Raises:
-            ValueError: an option that does not exist, or a weaker network that does not fit.
+            ValueError: an option that does not exist, or another network of autoguidance that does not fit.
         """
-        guidance = complete("guidance", config["guidance"])
-        weak = _load_guide(guidance["weights"], objective, trusted(config)) if "weights" in guidance else None
+        weights = compose.fill_option("guidance", config["guidance"]).get("weights")
+        guide = None if weights is None else load_guide(weights, objective, trusted(config)).to(device)
         return cls(
             objective=objective,
             tokenizer=tokenizer,
             layout=build.sampling_layout(config),
-            sampler=complete("sampler", config["sampler"]),
-            guidance=guidance,
+            sampler=build.sampler(config),
+            guidance=build.guidance(config, **({} if guide is None else {"guide": objective.adapt(guide)})),
             micro_batch=micro_batch,
             precision=devices.precision(config["trainer"]["precision"], device),
             uint8=config["sample"]["uint8"],
             device=device,
-            weak=None if weak is None else weak.to(device),
+            guide=guide,
         )
 
     def check(self, net: Backbone) -> None:
         """Raise a ValueError if this network cannot be sampled from so; costs nothing."""
-        samplers.check(self.sampler)
-        self.objective.times(self.sampler["name"], self.sampler["steps"])
-        with_guidance(net, self.guidance, self.objective.time_range, self.weak)
+        self.sampler.times(self.objective)
+        self.objective.field(net, self.guidance)
 
     @property
     def rows(self) -> int:
         """Images of a network call: one where the steps of an adaptive sampler would couple them."""
-        return 1 if self.sampler.get("norm") == "image" else self.micro_batch
+        return 1 if self.sampler.coupling == "image" else self.micro_batch
 
-    def draw(
+    def __call__(
         self, net: Backbone, requests: Sequence[SampleRequest], seed: int, progress: Progress = no_progress
     ) -> list[np.ndarray]:
         """Images (height, width, 3) uint8 in the order of the requests; see `latents`.
@@ -169,30 +166,21 @@ class Pipeline:
         self, net: Backbone, requests: list[SampleRequest], seed: int, under_way: Callable[[float], None]
     ) -> list[Tensor]:
         """Latents (C, h, w) of up to `micro_batch` images of one size."""
-        channels, stride = self.tokenizer.spec
         padded = requests + [requests[-1]] * (self.rows - len(requests))
-        noise = [
-            Rng(seed, "sample", r.number).normal("noise", (channels, r.size[0] // stride, r.size[1] // stride))
-            for r in padded
-        ]
+        field, times = self.objective.field(net, self.guidance), self.sampler.times(self.objective)
+        copies = field.net.copies
+        noise = self._noise(padded, seed)
         labels = torch.tensor([r.label for r in padded])
-        copies = 2 if self.guidance.get("doubled") and self.guidance["scale"] != 1 else 1
         if copies == 2:
             labels = torch.cat([labels, torch.full_like(labels, net.null_label or 0)])
         batch = self.layout.to_batch(noise * copies, labels).to(self.device)
-        times = self.objective.times(self.sampler["name"], self.sampler["steps"])
-        rng = PerImageNoise(seed, padded * copies, self.layout, noise)
-        field = self.objective.field(with_guidance(net, self.guidance, self.objective.time_range, self.weak))
-        options = {key: value for key, value in self.sampler.items() if key not in ("name", "steps")}
-        sampler: Callable[..., Batch] = functools.partial(SAMPLERS[self.sampler["name"]], **options)
+        rng = PerImageNoise(seed, padded * copies, self.layout, noise[0].shape)
 
         def stepped(step: int, _: Batch) -> None:
             under_way((step + 1) / (len(times) + 1))
 
-        # An adaptive sampler would keep the states at all times for this, and show them at its end.
-        each = None if samplers.adapts(self.sampler) else stepped
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            batch = sampler(field, batch, times, rng, each)
+            batch = self.sampler(field, batch, times, rng, stepped if self.sampler.coupling == "" else None)
         real = torch.arange(len(labels), device=self.device) < len(requests)
         if not batch.x.isfinite().all():
             raise FloatingPointError(
@@ -201,14 +189,22 @@ class Pipeline:
             )
         return self.layout.to_latents(batch.x, replace(batch, real=real))
 
+    def _noise(self, requests: Sequence[SampleRequest], seed: int) -> list[Tensor]:
+        """The latent (C, h, w) that each image begins with."""
+        channels, stride = self.tokenizer.spec
+        return [
+            Rng(seed, "sample", r.number).normal("noise", (channels, r.size[0] // stride, r.size[1] // stride))
+            for r in requests
+        ]
+
 
 class PerImageNoise:
     """Step noise of a micro-batch: each image draws its own, as a latent, whatever the layout."""
 
-    def __init__(self, seed: int, requests: Sequence[SampleRequest], layout: Layout, latents: Sequence[Tensor]) -> None:
+    def __init__(self, seed: int, requests: Sequence[SampleRequest], layout: Layout, shape: Sequence[int]) -> None:
         self.streams = [Rng(seed, "sample", request.number) for request in requests]
         self.layout = layout
-        self.shape = latents[0].shape
+        self.shape = shape
 
     def normal(self, step: int) -> Tensor:
         """Standard normal numbers of a step, shaped like the batch, on the host."""
@@ -216,7 +212,7 @@ class PerImageNoise:
         return self.layout.to_batch(drawn, torch.zeros(len(drawn), dtype=torch.long)).x
 
 
-def _load_guide(weights: str, objective: Objective, trust: Sequence[str]) -> Backbone:
+def load_guide(weights: str, objective: Objective, trust: Sequence[str]) -> Backbone:
     """The other network of autoguidance.
 
     Raises:
@@ -227,26 +223,11 @@ def _load_guide(weights: str, objective: Objective, trust: Sequence[str]) -> Bac
         other = load(weights, trust=trust)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"guidance.weights={weights}: {error}") from None
-    for key, value in objective.outputs.items():
-        found = other.objective.outputs.get(key, f"that of {other.objective.name}")
+    for key, value in objective.signature.items():
+        found = other.objective.signature.get(key, f"that of {other.objective.name}")
         if found != value:
             raise ValueError(f"guidance.weights={weights} has another {key}: {found} there, {value} here")
     return other.net
-
-
-def with_guidance(
-    net: Backbone,
-    guidance: Mapping[str, Any],
-    time_range: tuple[float, float] = (0.0, 1.0),
-    weak: Backbone | None = None,
-) -> GuidedNet:
-    """The network with its guidance, at times of an objective; `weak` is the other network of autoguidance."""
-    options = {key: value for key, value in guidance.items() if key not in ("name", "weights")}
-    if one_of("guidance", guidance["name"], ("none", "cfg", "autoguidance")) == "none":
-        return unguided(net)
-    if weak is not None:
-        return AutoGuidance(net, weak, **options, time_range=time_range)
-    return ClassifierFreeGuidance(net, **options, time_range=time_range)
 
 
 def sample(
@@ -279,57 +260,49 @@ def sample(
     Raises:
         ValueError: a label, size, sampler or option that does not exist.
     """
-    config = dict(loaded.config)
-    if sampler is not None:
-        config["sampler"] = _own("sampler", sampler, config) if isinstance(sampler, str) else sampler
-    if guidance is not None:
-        scaled = isinstance(guidance, int | float)
-        config["guidance"] = {**_own("guidance", "cfg", config), "scale": guidance} if scaled else guidance
-    if precision is not None:
-        config["trainer"] = {**config["trainer"], "precision": precision}
+    config = _chosen(loaded.config, sampler, guidance, precision)
     integer("batch", batch, 1)
-    build.objective(config)  # refuses a sampler that does not fit
-    wanted = (
-        loaded.sizes[:1] if size is None else image_sizes("size", list(size) if isinstance(size, Sequence) else size)
-    )
+    given = list(size) if isinstance(size, Sequence) else size
+    wanted = loaded.sizes[:1] if size is None else image_sizes("size", given)
     requests = make_requests([labels] if isinstance(labels, int | str) else labels, wanted, n, loaded.class_names)
     device = next(loaded.net.parameters()).device
-    sampling = Pipeline.of(config, loaded.objective, loaded.tokenizer, device, batch)
+    pipeline = Pipeline.from_config(config, build.objective(config), loaded.tokenizer, device, batch)
     if isinstance(loaded.tokenizer, Undecodable):
-        return torch.stack(sampling.latents(loaded.net, requests, seed))
-    return np.stack(sampling.draw(loaded.net, requests, seed))
+        return torch.stack(pipeline.latents(loaded.net, requests, seed))
+    return np.stack(pipeline(loaded.net, requests, seed))
 
 
-def _own(group: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's own option of a group if that is its name, otherwise only the name."""
-    return dict(config[group]) if config[group]["name"] == name else {"name": name}
-
-
-def complete(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A sampler or guidance, what it does not say filled in from conf/<group>/<name>.yaml.
-
-    Raises:
-        ValueError: an unknown name, or an option that it does not have.
-    """
-    name = given.get("name", "null")
-    options = compose.read_option(group, name)
-    foreign = sorted(given.keys() - options.keys())
-    if foreign:
-        others = ", ".join(key for key in options if key != "name")
-        raise ValueError(f"{group}.{foreign[0]} is not an option of {group}={name}; its options: {others or 'none'}")
-    return {**options, **given}
-
-
-def run_or_chosen(
-    group: str, run: Mapping[str, Any], config: Mapping[str, Any], chosen: Sequence[str]
+def _chosen(
+    run: Mapping[str, Any],
+    sampler: str | Mapping[str, Any] | None,
+    guidance: float | Mapping[str, Any] | None,
+    precision: str | None,
 ) -> dict[str, Any]:
-    """The run's own sampler or guidance, unless an option is chosen; single keys that were set always win.
+    """The run's configuration with what was chosen; a name alone, or a scale, leaves the run's other options."""
+    config = dict(run)
+    if isinstance(sampler, str):
+        sampler = run["sampler"] if run["sampler"].get("name") == sampler else {"name": sampler}
+    if isinstance(guidance, int | float):
+        guidance = {**(run["guidance"] if run["guidance"].get("name") == "cfg" else {"name": "cfg"}), "scale": guidance}
+    if sampler is not None:
+        config["sampler"] = sampler
+    if guidance is not None:
+        config["guidance"] = guidance
+    if precision is not None:
+        config["trainer"] = {**config["trainer"], "precision": precision}
+    return config
+
+
+def run_or_chosen(run: Mapping[str, Any], config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The run's own sampler and guidance, unless an option is chosen; single keys that were set always win.
 
     Raises:
         ValueError: a key was set that the option does not have.
     """
-    values = [override.partition("=")[0] for override in chosen]
-    base = dict(config[group] if group in values else run[group])
-    for key in (value.removeprefix(f"{group}.") for value in values if value.startswith(f"{group}.")):
-        base[key] = config[group][key]
-    return complete(group, base)
+    keys, found = [override.partition("=")[0] for override in overrides], {}
+    for group in ("sampler", "guidance"):
+        base = dict(config[group] if group in keys else run[group])
+        for key in (key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}.")):
+            base[key] = config[group][key]
+        found[group] = compose.fill_option(group, base)
+    return compose.with_own_targets({**found, "trust": trusted(run)})

@@ -24,13 +24,13 @@ from genfound.layers.embed import LabelEmbedder, TimestepEmbedder, sinusoid
 from genfound.layouts import Dense
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Losses, Net
+from genfound.objectives.time_direction import TimeAdapter
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
-from genfound.samplers import SAMPLERS
-from genfound.sampling.pipeline import with_guidance
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.gaussian import StepNoise, diffusion, sections
 from tests.golden.fill import inputs, parameters, unit
+from tests.helpers import SAMPLERS, guidance_of, times_of
 
 Fixture = Mapping[str, Any]
 
@@ -143,7 +143,7 @@ def guided_forward(fixture: Fixture) -> Results:
     first, second = [], []
     for x, t, y in zip(given["x"][:n], given["t"][:n], given["y"][:n], strict=True):
         batch = dense(x[None], y[None], net.token_spec.patch_size)
-        first.append(with_guidance(net, guidance)(batch, float(t)))
+        first.append(guidance_of(**guidance)(TimeAdapter(net))(batch, float(t)))
         null = dense(x[None], torch.tensor([net.null_label]), net.token_spec.patch_size)
         second.append(torch.cat([first[-1][:, :3], net(null, t[None])[:, 3:]], dim=1))
     return {"out": torch.cat(first + second)}
@@ -260,9 +260,9 @@ def sample(fixture: Fixture) -> Results:
     scale, name = call.pop("cfg_scale"), call.pop("sampler")
     batch = dense(given["z"], given["y"], net.token_spec.patch_size)
     guidance = {"name": "cfg", "scale": scale, "interval": [0.0, 1000.0], "channels": "first3"}
-    times = objective.times(name, sections(config["diffusion"]))
+    times = times_of(name, objective, sections(config["diffusion"]))
     noise = StepNoise(given["z"].shape, copies=1 if scale == 1 else 2)
-    out = SAMPLERS[name](objective.field(with_guidance(net, guidance)), batch, times, noise, **call)
+    out = SAMPLERS[name](objective.field(net, guidance_of(**guidance)), batch, times, noise, **call)
     return {"sample": out.x}
 
 

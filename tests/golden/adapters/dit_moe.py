@@ -17,13 +17,13 @@ from genfound.backbones.dit_moe import Block, DiTMoE, NormedAttention, active_pa
 from genfound.checkpoints.official import dit_moe
 from genfound.layers.moe import Expert, MixtureOfExperts, Router, Routing, balance_loss
 from genfound.modules.dit_moe import DiTMoEModule, upcycle
+from genfound.objectives.time_direction import TimeAdapter
 from genfound.runtime import checkpoint_io
-from genfound.sampling.pipeline import with_guidance
 from genfound.tokenizers import LatentSpec
 from tests.golden import fill
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.dit import dense
-from tests.helpers import composed
+from tests.helpers import composed, guidance_of
 
 Fixture = Mapping[str, Any]
 
@@ -259,7 +259,7 @@ def forward(fixture: Fixture) -> Results:
     halves = []
     for i in range(n):  # each image has its own time
         twice = dense(x[[i, i]], torch.tensor([int(y[i]), net.null_label or 0]), official.patch_size)
-        halves.append(with_guidance(net, guidance, (0.0, 1000.0))(twice, float(t[i])))
+        halves.append(guidance_of(**guidance)(TimeAdapter(net), time_range=(0.0, 1000.0))(twice, float(t[i])))
     cfg = torch.stack(halves, dim=1).flatten(0, 1)
     return {"out": out, "cfg": cfg, "routing": torch.stack(choices), "pos_embed": official.positions}
 

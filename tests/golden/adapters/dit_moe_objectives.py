@@ -13,14 +13,12 @@ from genfound.backbones.dit_moe import DiTMoE, RoutingCounts
 from genfound.callbacks.ema import Ema
 from genfound.objectives.base import Losses
 from genfound.objectives.flow import Flow, FlowField
-from genfound.samplers import SAMPLERS
-from genfound.sampling.pipeline import with_guidance
 from tests.golden import fill
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws, dense
 from tests.golden.adapters.dit_moe import DEFAULTS, PROCESS, RECIPE, Fixture, Official, settings, tensors
 from tests.golden.adapters.gaussian import StepNoise, diffusion, sections
-from tests.helpers import linear_flow, training_module
+from tests.helpers import SAMPLERS, guidance_of, linear_flow, training_module
 
 
 def backward(net: DiTMoE, losses: Losses) -> Tensor:
@@ -69,10 +67,10 @@ def gaussian(fixture: Fixture) -> Results:
     )
     losses = official.module(objective, {}).evaluate(dense(x, y, official.patch_size), draws)
     backward(official.net, losses)
-    times = objective.times("ddpm", sections(options))
+    times = objective.times(sections(options), "gaussian")
     scale = fixture["inputs"]["cfg_scale"]
     guidance = {"name": "cfg", "scale": scale, "interval": [0.0, 1.0], "channels": "first3"}
-    field = objective.field(with_guidance(official.net.eval(), guidance, objective.time_range))
+    field = objective.field(official.net.eval(), guidance_of(**guidance))
     z = given["z"]
     sample = SAMPLERS["ddpm"](field, dense(z, y, official.patch_size), times, StepNoise(z.shape, copies=2))
     return {
@@ -143,17 +141,17 @@ def sample_flow(fixture: Fixture) -> Results:
     predicted: list[Tensor] = []
     views = FlowField.views
 
-    def spy(field: FlowField, batch: Any, t: float) -> Any:
-        found = views(field, batch, t)
+    def spy(field: FlowField, batch: Any, *times: Any) -> Any:
+        found = views(field, batch, *times)
         predicted.append(found.x0)
         return found
 
     def walk(scale: float) -> list[Tensor]:
         guidance = {"name": "cfg", "scale": scale, "interval": [0.0, 1.0], "channels": "all"}
         states = [given["z"]]
-        field = flow.field(with_guidance(official.net, guidance, flow.time_range))
+        field = flow.field(official.net, guidance_of(**guidance))
         batch = dense(given["z"], given["y"], official.patch_size)
-        SAMPLERS["euler"](field, batch, flow.times("euler", steps), StepNoise([]), lambda _, b: states.append(b.x))
+        SAMPLERS["euler"](field, batch, flow.times(steps), StepNoise([]), lambda _, b: states.append(b.x))
         return states
 
     plain = walk(1.0)
@@ -175,9 +173,9 @@ def routing_counts(fixture: Fixture) -> Results:
     asked = settings(config, DEFAULTS, *RECIPE)
     options = {key: config[key] for key in PROCESS if key in config}
     objective = diffusion(options, clip=False)
-    times = objective.times("ddpm", sections(options))
+    times = objective.times(sections(options), "gaussian")
     guidance = {"name": "cfg", "scale": config["cfg_scale"], "interval": [0.0, 1.0], "channels": "first3"}
-    field = objective.field(with_guidance(official.net, guidance, objective.time_range))
+    field = objective.field(official.net, guidance_of(**guidance))
     shape = [1, asked["in_channels"], asked["input_size"], asked["input_size"]]
     classes = tensors(fixture)["classes"]
     with RoutingCounts(official.net, times, asked["num_classes"]).counting() as counts:

@@ -19,11 +19,12 @@ from genfound.batch import Batch
 from genfound.checkpoints.official.fit import from_official
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
+from genfound.objectives.time_direction import TimeAdapter
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
-from genfound.sampling.pipeline import with_guidance
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.fill import inputs, parameters, tensor
+from tests.helpers import guidance_of
 
 Fixture = Mapping[str, Any]
 
@@ -187,7 +188,7 @@ def guided_forward(fixture: Fixture) -> Results:
         assert given["t"][n + i] == given["t"][i]
         row = {key: given[key][i : i + 1] for key in ("t", "y", "grid", "mask", "size")}
         batch = to_batch(row, x[i : i + 1])
-        first.append(with_guidance(net, guidance)(batch, float(row["t"])))
+        first.append(guidance_of(**guidance)(TimeAdapter(net))(batch, float(row["t"])))
         null = net(replace(batch, y=given["y"][n : n + 1]), row["t"])
         count = 3 * net.token_spec.patch_size**2
         second.append(torch.cat([first[-1][..., :count], null[..., count:]], dim=-1))

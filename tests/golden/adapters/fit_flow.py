@@ -13,14 +13,13 @@ from genfound.batch import Batch
 from genfound.layouts import Padded
 from genfound.objectives.base import Net
 from genfound.rng import Rng
-from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import ClassifierFreeGuidance
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws
 from tests.golden.adapters.fit import by_row, cfg_inputs, official, to_batch
 from tests.golden.adapters.gaussian import diffusion, respaced, sections
 from tests.golden.adapters.sit_transport import flow, solver, stochastic
 from tests.golden.fill import tensor, unit
+from tests.helpers import SAMPLERS, guidance_of, times_of
 
 Fixture = Mapping[str, Any]
 
@@ -125,7 +124,7 @@ def sample(fixture: Fixture) -> Results:
     n = len(given["z"])
     assert (given["y"][n:] == net.null_label).all()
     schedule = {"schedule": "power_cosine", "power": given["scale_pow"]} if given["scale_pow"] else {}
-    around = ClassifierFreeGuidance(net, given["cfg_scale"], [0.0, 1.0], "first3", doubled=True, **schedule)
+    around = guidance_of("cfg", scale=given["cfg_scale"], channels="first3", doubled=True, **schedule)
     if "diffusion" in config:
         objective: Any = diffusion(config["diffusion"], clip=False)
         name, steps, options = WHOLE_STEPS[fixture["source"].rpartition(".")[2]], sections(config["diffusion"]), {}
@@ -138,7 +137,7 @@ def sample(fixture: Fixture) -> Results:
             raise NotImplementedError("a sample in reverse")
         steps = options.pop("steps")
     noise = RowNoise(start.shape, config["network"])
-    out = SAMPLERS[name](objective.field(around), batch, objective.times(name, steps), noise, **options)
+    out = SAMPLERS[name](objective.field(net, around), batch, times_of(name, objective, steps), noise, **options)
     final = by_row(out.x, config["network"])
     first = replace(out, **{key: getattr(out, key)[:n] for key in ("x", "y", "sizes", "real", "mask")})
     latent = Padded(net.token_spec.patch_size).to_latents(first.x, first)  # sizes may differ

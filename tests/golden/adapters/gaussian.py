@@ -16,10 +16,10 @@ from genfound.objectives.gaussian import Gaussian, GaussianField, ReverseStep
 from genfound.objectives.process import StepSpec, linear, posterior_mean, q_sample, space_timesteps, x0_from_noise
 from genfound.objectives.vlb import variational_bound
 from genfound.rng import Rng
-from genfound.samplers import SAMPLERS
 from genfound.samplers.ddpm import ddim_invert
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, unit
+from tests.helpers import SAMPLERS, times_of
 
 Fixture = Mapping[str, Any]
 
@@ -237,7 +237,7 @@ def _walk(fixture: Fixture, name: str, options: Mapping[str, Any]) -> Results:
         return reverse
 
     batch = dense(inputs(fixture)["init"])
-    times = objective.times(name, sections(config["diffusion"]))
+    times = times_of(name, objective, sections(config["diffusion"]))
     with mock.patch.object(GaussianField, "mean_logvar", spy):
         SAMPLERS[name](field, batch, times, StepNoise(batch.x.shape), lambda _, b: states.append(b.x), **options)
     last = {"pred_xstart_last": predicted[-1]} if predicted else {}
@@ -250,6 +250,6 @@ def inversion(fixture: Fixture) -> Results:
     config = fixture["config"]
     objective = diffusion(config["diffusion"], fixture["call"]["clip_denoised"])
     field = objective.field(Toy(config["toy"], objective.learned_variance))
-    times = objective.times("ddim", sections(config["diffusion"])).flip(0)
+    times = objective.times(sections(config["diffusion"]), "gaussian").flip(0)
     batch = dense(inputs(fixture)["init"])
     return {"latent": ddim_invert(field, replace(batch), times).x}

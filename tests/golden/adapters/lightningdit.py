@@ -78,5 +78,5 @@ def time_grids(fixture: Fixture) -> Results:
         if unknown:
             raise NotImplementedError(f"unknown arguments {sorted(unknown)}")
         shift = 1 / case["timestep_shift"] if case["timestep_shift"] > 0 else 1.0
-        results[name] = 1 - shifted_grid(linear_flow().times("euler", case["num_steps"] - 1), shift, batch)
+        results[name] = 1 - shifted_grid(linear_flow().times(case["num_steps"] - 1), shift, batch)
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,19 +14,18 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.objectives.base import GuidedNet
+from genfound.objectives.base import GuidanceOf
 from genfound.objectives.flow import Flow
 from genfound.objectives.predictions import Predictions
+from genfound.objectives.time_direction import TimeAdapter
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
-from genfound.samplers import SAMPLERS
 from genfound.samplers.guidance import AutoGuidance
 from genfound.samplers.sde import sde_grid
-from genfound.sampling.pipeline import with_guidance
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.nit import Fixture, Official, to_batch
 from tests.golden.fill import inputs, unit
-from tests.helpers import linear_flow
+from tests.helpers import SAMPLERS, guidance_of, linear_flow
 
 SDE = {"method": "euler", "diffusion": "linear", "norm": 1.0, "last": "mean", "last_step_size": 0.04}
 """The official stochastic sampler: its w = 2 t is twice ours, on every path."""
@@ -155,11 +155,11 @@ def sampler(name: str, asked: dict[str, Any]) -> tuple[Flow, str, Tensor, dict[s
     """Objective, sampler, times and options for arguments of an official sampler; takes them out of `asked`."""
     objective, steps = flow({"path_type": asked.pop("path_type", "linear")}), asked.pop("num_steps")
     if name == "euler_maruyama_sampler":
-        return objective, "sde", objective.times("sde", steps), SDE
+        return objective, "sde", objective.times(steps), SDE
     if name != "euler_sampler":
         raise NotImplementedError(f"the sampler {name} is unknown")
     name = "heun" if asked.pop("heun", False) else "euler"
-    return objective, name, objective.times(name, steps), {}
+    return objective, name, objective.times(steps), {}
 
 
 @adapter("nit", "nit_sampler")
@@ -178,10 +178,10 @@ def sample(fixture: Fixture) -> Results:
     net, weak = Watched(plain, dtype), None
     if "autoguidance_gain_shift" in config:
         weak = Watched(Weaker(plain, *config["autoguidance_gain_shift"]), dtype)
-    net_guided = guidance_around(net, weak, guidance, objective)
+    guidance_around = guidance_with(weak, guidance)
     batch = to_batch(latents.to(dtype).float(), given["hw_list"].tolist(), given["y"])
     rng = StepNoise(latents.shape, weak)
-    out = SAMPLERS[name](objective.field(net_guided), batch, times, rng, **options)
+    out = SAMPLERS[name](objective.field(net, guidance_around), batch, times, rng, **options)
     return {
         "samples": out.x.view_as(latents),
         "noise_draws": rng.draws,
@@ -191,11 +191,11 @@ def sample(fixture: Fixture) -> Results:
     }
 
 
-def guidance_around(net: Backbone, weak: Backbone | None, options: Mapping[str, Any], objective: Flow) -> GuidedNet:
-    """The network with classifier-free guidance, or guided by a weaker one at the null label."""
+def guidance_with(weak: Backbone | None, options: Mapping[str, Any]) -> GuidanceOf | None:
+    """Classifier-free guidance, or that by a weaker network at the null label."""
     if weak is None:
-        return with_guidance(net, {"name": "cfg", **options}, objective.time_range)
-    return AutoGuidance(net, weak, **options, labels="null_label", time_range=objective.time_range)
+        return guidance_of("cfg", **options)
+    return functools.partial(AutoGuidance, guide=TimeAdapter(weak), labels="null_label", **options)
 
 
 @adapter("nit", "nit_score")
@@ -219,7 +219,7 @@ def times(fixture: Fixture) -> Results:
     for interval in config["intervals"]:
         net = Watched(Toy())
         guidance = {"name": "cfg", "scale": 2.0, "interval": interval, "channels": "all"}
-        field = objective.field(with_guidance(net, guidance, objective.time_range))
+        field = objective.field(net, guidance_of(**guidance))
         SAMPLERS[name](field, batch, grid, StepNoise([1, 4, 1, 1]), **options)
         on = [i for i, (_, t, _) in enumerate(net.calls) if len(t) == 2]
         steps[str(interval)] = {"first": on[0], "last": on[-1], "count": len(on)}

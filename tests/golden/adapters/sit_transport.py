@@ -19,14 +19,12 @@ from genfound.checkpoints.official.dit import to_official
 from genfound.layouts import Dense
 from genfound.objectives.flow import Flow
 from genfound.objectives.predictions import Predictions
-from genfound.samplers import SAMPLERS
-from genfound.samplers.guidance import ClassifierFreeGuidance, unguided
 from genfound.samplers.log_likelihood import log_likelihood
 from genfound.samplers.sde import DIFFUSIONS, sde_grid
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws, module_of, official
 from tests.golden.fill import inputs, unit
-from tests.helpers import linear_flow
+from tests.helpers import SAMPLERS, guidance_of, linear_flow
 
 Fixture = Mapping[str, Any]
 
@@ -67,7 +65,7 @@ class Toy:
         self.path, self.prediction = transport["path_type"], transport["prediction"]
 
     def __call__(self, batch: Batch, t: Tensor | float) -> Tensor:
-        x, u = batch.x, torch.as_tensor(t, dtype=torch.float32)
+        x, u = batch.x, torch.as_tensor(t, dtype=torch.float32).flatten()[0]
         if self.toy["type"] == "wavy":
             return torch.sin(3 * x) * (1 + u) + torch.cos(5 * u) - 0.2 * x
         if self.toy["type"] == "mixing":
@@ -164,7 +162,7 @@ def intervals(fixture: Fixture) -> Results:
             raise NotImplementedError(f"unknown arguments {sorted(asked)}")
         walk = torch.tensor(objective.train_interval).flip(0)
         if sampling:
-            walk = sde_grid(objective.times("sde", 2), size) if stochastic else objective.times("dopri5", 1)
+            walk = sde_grid(objective.times(2), size) if stochastic else objective.times(1)
         ends = (1 - walk[[0, -2 if stochastic and size else -1]]).tolist()
         eps = [objective.train_interval[0], objective.sample_interval[0]]
         results[case["id"]] = torch.tensor(eps + [1 - end if mirrored else end for end in ends])
@@ -254,7 +252,7 @@ def ode(fixture: Fixture) -> Results:
     """Final and intermediate states; `reverse` mirrors the times."""
     config, options = fixture["config"], solver(fixture["call"])
     objective, steps = flow(config["transport"]), options.pop("steps")
-    times = objective.times("dopri5", steps)
+    times = objective.times(steps)
     times = 1 - times if options.pop("reverse") else times
     states = [inputs(fixture)["init"]]
     batch = dense(states[0])
@@ -268,7 +266,7 @@ def sde(fixture: Fixture) -> Results:
     """The state after the first step, before the last one, and at the end."""
     config, options = fixture["config"], stochastic(fixture["call"])
     objective = flow(config["transport"])
-    times = objective.times("sde", options.pop("steps"))
+    times = objective.times(options.pop("steps"))
     states: list[Tensor] = []
     batch = dense(inputs(fixture)["init"])
     noise = NamedNoise(batch.x.shape)
@@ -285,7 +283,7 @@ def likelihood(fixture: Fixture) -> Results:
         raise NotImplementedError("a likelihood has no reverse")
     objective = flow(config["transport"])
     batch = dense(inputs(fixture)["x"])
-    times = 1 - objective.times("dopri5", options.pop("steps"))
+    times = 1 - objective.times(options.pop("steps"))
     signs = NamedNoise(batch.x.shape, "sign")
     logp, latent = log_likelihood(objective.field(Toy(config)), batch, times, signs, **options)
     return {"logp": logp, "latent": latent.x}
@@ -300,14 +298,14 @@ def sample(fixture: Fixture) -> Results:
     if call or options.pop("reverse", False):
         raise NotImplementedError(f"unknown arguments {sorted(call)}, or a sample in reverse")
     name = {"ODE": "dopri5", "SDE": "sde"}[mode]
-    z, y, around = given["z"], given["y"], unguided(net)
+    z, y, around = given["z"], given["y"], None
     if scale > 1:
-        around = ClassifierFreeGuidance(net, scale, [0.0, 1.0], "first3", doubled=True)
+        around = guidance_of("cfg", scale=scale, channels="first3", doubled=True)
         assert net.null_label is not None
         z, y = torch.cat([z, z]), torch.cat([y, torch.full_like(y, net.null_label)])
     batch = Dense(net.token_spec.patch_size).to_batch(list(z), y)
-    times = objective.times(name, options.pop("steps"))
-    out = SAMPLERS[name](objective.field(around), batch, times, NamedNoise(z.shape), **options)
+    times = objective.times(options.pop("steps"))
+    out = SAMPLERS[name](objective.field(net, around), batch, times, NamedNoise(z.shape), **options)
     return {"sample": out.x[: len(given["z"])]}
 
 
