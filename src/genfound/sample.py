@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from genfound.config import checks, command_line, compose
 from genfound.runtime import processes, run_directory
 from genfound.runtime.files import visible
+
+if TYPE_CHECKING:
+    from genfound.sampling.requests import SampleRequest
 
 FEW = 10
 LONGEST_CLASS = 80
@@ -43,27 +48,23 @@ def _task(cfg: DictConfig) -> None:
     labels = loaded.class_names[:FEW] if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else checks.image_sizes("size", config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
-    device = devices.device(config["accelerator"])
-    how = {
-        **loaded.config,
-        **run_or_chosen(loaded.config, config, chosen),
-        "sample": {"uint8": config["uint8"] or loaded.config["sample"]["uint8"]},
-        "trainer": {"precision": config["precision"] or loaded.config["trainer"]["precision"]},
-    }
-    objective = build.objective(how)
-    sampling = Pipeline.from_config(how, objective, loaded.tokenizer, device, config["batch"])
-
-    classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:LONGEST_CLASS] for name in loaded.class_names]
-    names = [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
+    device, how = devices.device(config["accelerator"]), run_or_chosen(loaded.config, config, chosen)
+    pipeline = Pipeline.from_config(how, build.objective(how), loaded.tokenizer, device, config["batch"])
+    names = _file_names(requests, loaded.class_names)
     _refuse_others(out, {*names, GRID})
     if numbered(loaded.class_names):
         drawn = dict.fromkeys(loaded.class_names[request.label] for request in requests)
         print(f"classes are named by numbers, and labels are these names: {', '.join(drawn)}", flush=True)
-    images = sampling(loaded.net.to(device), requests, config["seed"], ProgressCounter("images"))
+    images = pipeline(loaded.net.to(device), requests, config["seed"], ProgressCounter("images"))
     for name, image in zip(names, images, strict=True):
         save_png(out / name, image)
     save_grid(out / GRID, images, requests, loaded.class_names)
     print(f"{len(images)} images and their grid: {out / GRID}")
+
+
+def _file_names(requests: Sequence[SampleRequest], class_names: Sequence[str]) -> list[str]:
+    classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:LONGEST_CLASS] for name in class_names]
+    return [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
 
 
 def _refuse_others(out: Path, names: set[str]) -> None:

@@ -78,12 +78,7 @@ class EvaluationRequest:
                     f"protocol={self.protocol} has no row for {size_text(size)}; add one to table, or choose another"
                 )
             base |= {group: rows[0][group] for group in GROUPS}
-        return {
-            **run,
-            **run_or_chosen(base, config, self.overrides),
-            "sample": {**run["sample"], "uint8": config["uint8"] or run["sample"]["uint8"]},
-            "trainer": {**run["trainer"], "precision": config["precision"] or run["trainer"]["precision"]},
-        }
+        return run_or_chosen(base, config, self.overrides)
 
     def changed_keys(self, record: SamplingRecord, used: Mapping[str, Any]) -> list[str]:
         """The keys of the named protocol that were set otherwise, then the options of sampler, guidance and positions.

@@ -124,8 +124,4 @@ class Objective(Protocol):
         return adapted if guidance is None else guidance(adapted, time_range=self.time_range)
 
     def times(self, steps: Any, needs: str = "velocity") -> Tensor:
-        """The times from noise to data of a sampler with such needs, float64 on the host.
-
-        Raises:
-            ValueError: steps that it cannot take.
-        """
+        """The times from noise to data of a sampler with such needs, float64 on the host."""

@@ -186,11 +186,7 @@ class FlowField:
 
 
 def cosine_loss(net: Net, batch: Batch, out: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine similarity along the channels of each latent pixel; layout of `batch.x`, channels reduced.
-
-    Raises:
-        ValueError: tokens of a network that does not say how many channels they hold.
-    """
+    """1 - cosine similarity along the channels of each latent pixel; layout of `batch.x`, channels reduced."""
     if batch.layout == "dense":
         return 1 - nn.functional.cosine_similarity(out, target, dim=1)[:, None]
     spec = getattr(net, "token_spec", None)

@@ -143,11 +143,7 @@ class Gaussian(Objective):
         return terms
 
     def split(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's prediction, and v where the variance is learned, each shaped like `batch.x`.
-
-        Raises:
-            ValueError: the network's outputs per channel are not those of this variance.
-        """
+        """The network's prediction, and v where the variance is learned, each shaped like `batch.x`."""
         axis = 1 if batch.layout == "dense" else -1
         has, needs = output.shape[axis] / batch.x.shape[axis], 2 if self.learned_variance else 1
         if has != needs:

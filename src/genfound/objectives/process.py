@@ -187,9 +187,6 @@ def space_timesteps(sections: StepSpec, steps: int) -> list[int]:
 
     Several sections divide the process into equal parts, the first ones longer by one where it does not
     divide; each keeps evenly spaced steps, with its first and last one.
-
-    Raises:
-        ValueError: more steps than there are, none, or a number that no stride gives.
     """
     if isinstance(sections, str) and sections.startswith("ddim"):
         return _strided(_whole(sections.removeprefix("ddim"), sections), steps)

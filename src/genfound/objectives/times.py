@@ -52,9 +52,6 @@ def windowed(name: str, law: TimeLaw, window: Sequence[float], share: float) -> 
     """The law inside [low, high], for this share of the micro-batches (LightningDiT's partial training).
 
     A uniform law is squeezed into the window; of another one as many draws are made as it takes.
-
-    Raises:
-        ValueError: a window that is none, and when drawing, one that the law hardly ever meets.
     """
     low, high = interval("objective.time_window", window)
     if not 0 <= low < high <= 1:
@@ -83,22 +80,14 @@ def shifted(t: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def shift_factor(key: str, setting: float | str, batch: Batch) -> Tensor | float:
-    """A number as it is; `auto` as (B,): sqrt(numbers in the latent / 4096), so larger latents see more noise.
-
-    Raises:
-        ValueError: not a legal setting of this key.
-    """
+    """A number as it is; `auto` as (B,): sqrt(numbers in the latent / 4096), so larger latents see more noise."""
     if check_shift(key, setting) == "auto":
         return (latent_numbers(batch).double() / REFERENCE_SIZE).sqrt()
     return float(setting)
 
 
 def check_shift(key: str, setting: float | str) -> float | str:
-    """The setting of a shift.
-
-    Raises:
-        ValueError: it is neither `auto` nor a positive number.
-    """
+    """The setting of a shift."""
     if setting == "auto":
         return setting
     try:
@@ -115,11 +104,7 @@ def latent_numbers(batch: Batch) -> Tensor:
 
 
 def shifted_grid(times: Tensor, setting: float | str, batch: Batch) -> Tensor:
-    """A sampling grid with its inner points shifted; its ends stay.
-
-    Raises:
-        ValueError: a bad setting, or `auto` for images of several sizes, which have one grid.
-    """
+    """A sampling grid with its inner points shifted; its ends stay."""
     factor = shift_factor("sampler.shift", setting, batch)
     if isinstance(factor, Tensor):
         factors = factor[batch.real].unique().tolist()
@@ -133,10 +118,6 @@ def shifted_grid(times: Tensor, setting: float | str, batch: Batch) -> Tensor:
 
 
 def time_grid(steps: int, start: float, end: float) -> Tensor:
-    """(steps + 1,) float64 equidistant times.
-
-    Raises:
-        ValueError: fewer than one step.
-    """
+    """(steps + 1,) float64 equidistant times."""
     integer("sampler.steps", steps, 1)
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)

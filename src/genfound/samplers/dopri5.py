@@ -106,11 +106,7 @@ def _adaptive(solve: Callable[[Tensor, Tensor], Tensor], x: Tensor, clock: Tenso
 
 
 def integrate(slope: Callable[[Tensor, Any], Any], start: Any, clock: Tensor, **options: Any) -> Any:
-    """torchdiffeq's odeint: states at all times of dx/du = slope(u, x) from x = start; tensors, or tuples of them.
-
-    Raises:
-        ValueError: steps become too short, or numbers infinite.
-    """
+    """torchdiffeq's odeint: states at all times of dx/du = slope(u, x) from x = start; tensors, or tuples of them."""
     from torchdiffeq import odeint  # type: ignore[import-untyped]
 
     try:

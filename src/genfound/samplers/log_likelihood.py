@@ -24,7 +24,7 @@ def log_likelihood(
     atol: float = 1e-6,
     rtol: float = 1e-3,
 ) -> tuple[Tensor, Batch]:
-    """Nats of each latent, and the noise that it comes from.
+    """(B,) nats of each latent, 0 on rows that are not real, and the noise that it comes from.
 
     The divergence is estimated with one random sign per number, drawn anew in every evaluation (Hutchinson), which
     is unbiased and exact where numbers do not mix. Noise is taken for standard normal.
@@ -36,9 +36,6 @@ def log_likelihood(
         rng: of the signs, those of standard normal numbers; `normal(k)` for evaluation k.
         method: one of torchdiffeq's.
         atol, rtol: error that a step may make in the state, absolute and relative.
-
-    Returns:
-        (B,) log-densities, 0 on rows that are not real, and the batch of noise.
     """
     evaluations = 0
 
@@ -54,9 +51,7 @@ def log_likelihood(
 
     start = (batch.x.float(), torch.zeros(len(batch.y), device=batch.x.device))
     with torch.no_grad():
-        walk = times.to(batch.x.device)
-        states = integrate(slope, start, walk, method=method, atol=[atol] * 2, rtol=[rtol] * 2)
-        noise, gained = states[0][-1], states[1][-1]
-        count = latent_numbers(batch)
-        prior = -0.5 * (count * math.log(2 * math.pi) + batch.sum_per_image(noise**2))
+        options = {"method": method, "atol": [atol] * 2, "rtol": [rtol] * 2}
+        noise, gained = (states[-1] for states in integrate(slope, start, times.to(batch.x.device), **options))
+        prior = -0.5 * (latent_numbers(batch) * math.log(2 * math.pi) + batch.sum_per_image(noise**2))
     return torch.where(batch.real, prior + gained, 0.0), replace(batch, x=noise)

@@ -79,11 +79,7 @@ def sde(
     last: str = "mean",
     last_step_size: float = 0.04,
 ) -> Batch:
-    """Steps of Euler-Maruyama, or of Heun's, which averages two drifts after the noise was added; then the last one.
-
-    Raises:
-        ValueError: a last step longer than the walk, or the score asked for where there is none.
-    """
+    """Steps of Euler-Maruyama, or of Heun's, which averages two drifts after the noise was added; then the last one."""
     form = DIFFUSIONS[diffusion]
 
     def w(t: float) -> float:
@@ -108,11 +104,7 @@ def sde(
 
 
 def sde_grid(times: Tensor, last_step_size: float) -> Tensor:
-    """As many times, equidistant from the first one to `last_step_size`, and then 0; 0 leaves them as they are.
-
-    Raises:
-        ValueError: the last step is longer than the walk.
-    """
+    """As many times, equidistant from the first one to `last_step_size`, and then 0; 0 leaves them as they are."""
     if not 0 <= last_step_size < times[0]:
         raise ValueError(f"sampler.last_step_size={last_step_size} must be at least 0 and less than {times[0]:g}")
     if last_step_size == 0:

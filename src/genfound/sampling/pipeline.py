@@ -74,11 +74,7 @@ class Pipeline:
         device: torch.device,
         micro_batch: int,
     ) -> Pipeline:
-        """Layout, sampler, guidance and precision of a configuration.
-
-        Raises:
-            ValueError: an option that does not exist, or another network of autoguidance that does not fit.
-        """
+        """Layout, sampler, guidance and precision of a configuration."""
         weights = compose.fill_option("guidance", config["guidance"]).get("weights")
         guide = None if weights is None else load_guide(weights, objective, trusted(config)).to(device)
         return cls(
@@ -123,9 +119,6 @@ class Pipeline:
             net: backbone in eval mode.
             requests: what to draw.
             seed: seed of all noise.
-
-        Raises:
-            ValueError: a size that does not divide into tokens.
         """
         return self._each(net, requests, seed, lambda z: z, no_progress)
 
@@ -213,12 +206,7 @@ class PerImageNoise:
 
 
 def load_guide(weights: str, objective: Objective, trust: Sequence[str]) -> Backbone:
-    """The other network of autoguidance.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it cannot be loaded, or was trained to predict something else.
-    """
+    """The other network of autoguidance."""
     try:
         other = load(weights, trust=trust)
     except (FileNotFoundError, ValueError) as error:
@@ -294,10 +282,9 @@ def _chosen(
 
 
 def run_or_chosen(run: Mapping[str, Any], config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The run's own sampler and guidance, unless an option is chosen; single keys that were set always win.
+    """A run's configuration with what a command says of sampling; see conf/sample.yaml.
 
-    Raises:
-        ValueError: a key was set that the option does not have.
+    Sampler and guidance are the run's own, unless an option is chosen; single keys that were set always win.
     """
     keys, found = [override.partition("=")[0] for override in overrides], {}
     for group in ("sampler", "guidance"):
@@ -305,4 +292,9 @@ def run_or_chosen(run: Mapping[str, Any], config: Mapping[str, Any], overrides: 
         for key in (key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}.")):
             base[key] = config[group][key]
         found[group] = compose.fill_option(group, base)
-    return compose.with_own_targets({**found, "trust": trusted(run)})
+    return {
+        **run,
+        **compose.with_own_targets({**found, "trust": trusted(run)}),
+        "sample": {**run["sample"], "uint8": config["uint8"] or run["sample"]["uint8"]},
+        "trainer": {**run["trainer"], "precision": config["precision"] or run["trainer"]["precision"]},
+    }

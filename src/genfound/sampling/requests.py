@@ -58,11 +58,7 @@ def _chunks(items: list[Any], size: int) -> list[list[Any]]:
 def make_requests(
     labels: Sequence[int | str], sizes: Sequence[tuple[int, int]], n: int, class_names: Sequence[str]
 ) -> list[SampleRequest]:
-    """n images of each label at each size, numbered in this order.
-
-    Raises:
-        ValueError: a label is neither a class number nor a class name, or n is not positive.
-    """
+    """n images of each label at each size, numbered in this order."""
     integer("n", n, 1)
     if not len(labels):
         raise ValueError("labels=[]: give at least one class")
@@ -76,9 +72,6 @@ def label_number(label: int | str, class_names: Sequence[str]) -> int:
 
     A number that is the name of a class is this class, wherever it stands. Where all classes are named by numbers
     that are not their places, a number is always a name, with or without leading zeros.
-
-    Raises:
-        ValueError: there is no such class, or there are several.
     """
     whole_number = isinstance(label, Integral) and not isinstance(label, bool)
     if (whole_number or isinstance(label, str)) and str(label) in class_names:
