@@ -18,6 +18,7 @@ from genfound.backbones.base import Backbone
 from genfound.backbones.nit import NiT
 from genfound.batch import Batch
 from genfound.config import compose
+from genfound.data.images.views import VIEW_KEYS, ImageViews
 from genfound.layouts import Dense, Packed, Padded
 from genfound.modules.base import GenerativeModule, module_class
 from genfound.objectives.base import GuidanceOf, Net, Objective
@@ -131,6 +132,12 @@ def assert_equal_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor],
     for name, gradient in ours.items():
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(gradient, expected[name], atol=tolerance * scale, rtol=0, msg=name)
+
+
+def with_views(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a source of image files, with its views in place of the keys of `data` that say what they are."""
+    kept = {key: value for key, value in options.items() if key not in (*VIEW_KEYS, "unit")}
+    return {**kept, "views": ImageViews.of(options, options["unit"])}
 
 
 @functools.cache

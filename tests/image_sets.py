@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genfound.data.images.sets import digest
+from genfound.runtime.files import digest
 
 
 class Pictures:

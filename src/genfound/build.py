@@ -23,7 +23,7 @@ from genfound.config.compose import TARGET
 from genfound.config.instantiate import instantiate, partial
 from genfound.config.targets import trusted
 from genfound.data.images.base import ImageSource, LatentSource
-from genfound.data.images.views import ImageViews
+from genfound.data.images.views import VIEW_KEYS, ImageViews
 from genfound.data.latents import stored_tokenizer
 from genfound.data.packing.batch_plan import MicroBatch, Plan
 from genfound.data.packing.budget import held_out_batches, max_images, micro_batches, token_budget, token_counts
@@ -239,12 +239,12 @@ def source(config: Config, spec: LatentSpec, split: str) -> ImageSource:
     """The images or latents of a configuration; `split` is `train` or `val`."""
     options = {key: value for key, value in config["data"].items() if key not in LOADER_KEYS}
     options["view"] = options["view"] or ("square" if config["layout"]["name"] == "dense" else "native")
-    unit, given = spec.stride * config["model"]["patch_size"], dict[str, Any]()
-    if reads_latents(config):
-        given = {"views": ImageViews.of(options, unit), "mirrored": config["data"]["flip"] and split == "train"}
-        options = {TARGET: options[TARGET], "root": Path(options["root"]), "holdout": options["holdout"]}
-    given |= {"unit": unit, "spec": spec, "seed": config["seed"]}
+    mirrored, unit = config["data"]["flip"] and split == "train", spec.stride * config["model"]["patch_size"]
+    given: dict[str, Any] = {"unit": unit, "spec": spec, "seed": config["seed"], "mirrored": mirrored}
     named = inspect.signature(targets.target("data", options, trusted(config))).parameters
+    if "views" in named:
+        given["views"] = ImageViews.of(options, unit)
+        options = {key: value for key, value in options.items() if key not in VIEW_KEYS}
     extra = {key: value for key, value in given.items() if key in named}
     built: ImageSource = instantiate("data", options, trusted(config), split=split, **extra)
     if split == "train" and not len(built.labels):

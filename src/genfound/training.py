@@ -164,14 +164,9 @@ def _loggers(
 
 
 def _mark_done(folder: Path, images: int, steps: int, fingerprint: str) -> None:
-    result = {"images": images, "steps": steps, "loss": _last_loss(folder), "fingerprint": fingerprint}
-    run_directory.mark_done(folder, result)
-
-
-def _last_loss(folder: Path) -> float | None:
-    """The last loss of metrics.jsonl, where there is one."""
     losses = [line["train/loss"] for line in lines_of(folder / "metrics.jsonl") if "train/loss" in line]
-    return round(losses[-1], 5) if losses and losses[-1] is not None else None
+    loss = round(losses[-1], 5) if losses and losses[-1] is not None else None
+    run_directory.mark_done(folder, {"images": images, "steps": steps, "loss": loss, "fingerprint": fingerprint})
 
 
 def _quiet_lightning() -> None:
@@ -210,7 +205,8 @@ def train(cfg: DictConfig) -> None:
         return
     run_directory.refuse_changes(folder, config, cfg.allow_changes)
     result = run_directory.finished(folder)
-    if result and _reached(cfg, result):
+    budget, steps = cfg.budget.images or cfg.optimizer.budget_images, cfg.trainer.max_steps or np.inf
+    if result and (result["images"] >= budget or result["steps"] >= steps):
         _check_images(folder, config, result)
         print(f"[done before] {folder}  {_summary(result)}", flush=True)
         return
@@ -295,12 +291,6 @@ def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machine
     finally:
         minutes, seconds = divmod(round(time.monotonic() - begin), 60)
         print(f"[{ended}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
-
-
-def _reached(cfg: DictConfig, result: dict[str, Any]) -> bool:
-    """Whether a finished run is also the end of what is asked for now."""
-    budget = cfg.budget.images or cfg.optimizer.budget_images
-    return bool(result["images"] >= budget or result["steps"] >= (cfg.trainer.max_steps or float("inf")))
 
 
 def _check_images(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from genfound.data.images.imagenet import ImageTree
 from genfound.data.images.views import Entries
 from genfound.encoding import shard_plan
 from genfound.encoding.shard_plan import EncodeBatches, Split
-from tests.stores import tree
+from tests.stores import native, tree
 
 
 def part(sizes: list[list[int]], images: list[int] | None = None) -> Split:
@@ -45,10 +45,8 @@ def test_reading_says_which_images_are_shown_by_others(tmp_path: Path) -> None:
     root = tree(tmp_path / "images", 9)
     broken = root / "train/n01/004.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    source = ImageTree(
-        root=str(root), holdout=None, view="native", size=32, max_tokens=4096, max_image_tokens=None, check="header",
-        unit=8, split="train", seed=0, index=str(tmp_path / "index"),
-    )  # fmt: skip
+    options = {"views": native(), "holdout": None, "max_pixels": None, "check": "header", "split": "train"}
+    source = ImageTree(root=str(root), index=str(tmp_path / "index"), **options)  # type: ignore[arg-type]
     whole = Split.of(source)
     calls = [call for shard in whole.shards("train", 100, 1.0) for call in whole.calls(shard, 10**6)]
     read = [EncodeBatches({"train": whole})[call] for call in calls]

@@ -94,7 +94,7 @@ def test_without_locks_the_work_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_digest_has_two_digits_for_each_byte() -> None:
-    assert digest("a", 3) == digest(b"a", 3) == "c93f52"
+    assert digest("a", size=3) == digest(b"a", size=3) == "c93f52" != digest("a", "b", size=3) == digest("ab", size=3)
     assert len(digest("a")) == 16
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.resuming import facts
@@ -18,12 +18,7 @@ from genfound.sampling.requests import typical_sizes
 
 
 class Checkpointing(EveryNImages):
-    """Writes `step-<n>.ckpt`; older ones are deleted after the new one is complete.
-
-    Args:
-        every: images between two checkpoints.
-        keep: how many to keep.
-    """
+    """Writes `step-<n>.ckpt`; older ones are deleted after the new one is complete."""
 
     def __init__(self, every: int, keep: int) -> None:
         super().__init__(every)
@@ -67,7 +62,7 @@ class Checkpointing(EveryNImages):
         checkpoint["run"] = self.facts
 
 
-class AtomicCheckpointIO(CheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to our checkpoint files."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -79,7 +74,3 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """See `checkpoints.read`; always on the CPU and never running code."""
         return checkpoint_io.read(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete a file."""
-        Path(path).unlink(missing_ok=True)

@@ -16,9 +16,6 @@ class EveryNImages(lightning.Callback):
 
     The clock of the training stands meanwhile. A resumed run keeps the rhythm. One that is only cut short is not worth
     a last call.
-
-    Args:
-        every: images between two calls.
     """
 
     def __init__(self, every: int) -> None:

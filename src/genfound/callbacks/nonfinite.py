@@ -28,7 +28,6 @@ class NonFinite(lightning.Callback):
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.skipped = 0
         self._in_a_row = 0
         self._norms: list[tuple[int, Tensor]] = []
         self._micros: dict[int, list[tuple[MicroBatch, Tensor]]] = {}
@@ -64,7 +63,6 @@ class NonFinite(lightning.Callback):
         for (step, _), good in zip(self._norms, finite, strict=True):
             self._in_a_row = 0 if good else self._in_a_row + 1
             if not good:
-                self.skipped += 1
                 self._write(step, seed)
             if self._in_a_row >= self.limit:
                 raise FloatingPointError(

@@ -37,22 +37,16 @@ OTHER_IMAGES = (
 
 def facts(parts: build.RunComponents) -> dict[str, Any]:
     """What the configuration of a run does not say, because it is found out on the machine."""
+    precision = devices.precision(parts.config["trainer"]["precision"], parts.device)
     return {
         "fingerprint": parts.images.fingerprint,
-        "precision": _precision(parts),
+        "precision": "bf16" if precision == "bf16-mixed" else "fp32",
         "compile": devices.compiled(parts.config["compile"], parts.device),
     }
 
 
 def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], file: Path) -> Changes:
-    """What changes with a run that goes on from a checkpoint.
-
-    Args:
-        folder: the run, claimed.
-        parts: of what it is to be now.
-        state: of the checkpoint.
-        file: where that is.
-    """
+    """What changes with a run that goes on from a checkpoint."""
     _check_network(folder, parts, state, file)
     found = {
         key: pair
@@ -95,19 +89,9 @@ def _check_network(folder: Path, parts: build.RunComponents, state: Mapping[str,
         raise ValueError(f"{error}; a run keeps its network: choose another name=...") from None
 
 
-def _precision(parts: build.RunComponents) -> str:
-    names = {"bf16-mixed": "bf16", "32-true": "fp32"}
-    return names[devices.precision(parts.config["trainer"]["precision"], parts.device)]
-
-
 @dataclass
 class Continuation(lightning.Callback):
-    """Lets the configuration of a run be the one that it goes on with, once everything has been restored.
-
-    Attributes:
-        folder: the run.
-        made: what changes.
-    """
+    """Lets the configuration of a run be the one that it goes on with, once everything has been restored."""
 
     folder: Path
     made: Changes

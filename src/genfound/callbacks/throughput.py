@@ -33,14 +33,11 @@ class Throughput:
         self.matmul_rate: float | None = None
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, now: float | None = None) -> None:
         """Begin a window now."""
-        self._begin(time.perf_counter())
-
-    def _begin(self, now: float) -> None:
         self.images = self.tokens = self.pairs = self.slots = 0
         self.away = 0.0
-        self._began, self._waited = now, self.data.train.waited
+        self._began, self._waited = time.perf_counter() if now is None else now, self.data.train.waited
 
     def calibrate(self, module: GenerativeModule) -> str | None:
         """Measure the machine and the network; a reason if that is impossible, and `perf/mfu` is left out."""
@@ -74,7 +71,7 @@ class Throughput:
         wall = now - self._began - self.away
         waited, encoded = self.data.train.waited - self._waited, self.data.encoding.take()
         values = [self.images, self.tokens, self.pairs, self.slots, wall, waited, encoded]
-        self._begin(now)
+        self.begin(now)
         return torch.tensor(values, dtype=torch.float32, device=module.device)
 
     def metrics(self, sums: list[float], ranks: int) -> dict[str, float]:

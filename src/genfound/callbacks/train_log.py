@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -20,26 +19,17 @@ from genfound.modules.base import GenerativeModule
 from genfound.objectives.weighting import image_weight
 
 BINS = 4
+BY_TIME = "by time"
+"""(2, BINS) losses of images by their time, and number of images."""
+
 USUAL = 5.0
 """Mean and standard deviation of normalised latents are within this, and its inverse."""
 
 
-@dataclass
-class Sums:
-    """Of some micro-batches.
-
-    Attributes:
-        named: the loss, its parts and what the network adds to it, by name.
-        bins: (2, BINS) losses of images by their time, and number of images.
-    """
-
-    named: dict[str, Tensor]
-    bins: Tensor
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add to the named ones."""
-        for name, value in values.items():
-            self.named[name] = self.named.get(name, 0.0) + value.detach().float()
+def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add values to the sums of their names."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value.detach().float()
 
 
 class TrainLog(lightning.Callback):
@@ -66,11 +56,8 @@ class TrainLog(lightning.Callback):
     def _clear(self, module: GenerativeModule) -> None:
         self._taken = torch.zeros((), device=module.device)  # steps that were not skipped
         self._grad_norm = torch.full((), math.nan, device=module.device)  # of the last of them
-        self._window = self._empty(module)
-        self._step = self._empty(module)
-
-    def _empty(self, module: GenerativeModule) -> Sums:
-        return Sums({}, torch.zeros(2, BINS, device=module.device))
+        self._window = {BY_TIME: torch.zeros(2, BINS, device=module.device)}
+        self._step: dict[str, Tensor] = {}
 
     def on_train_batch_start(self, trainer: Trainer, module: GenerativeModule, batch: Item, *_: Any) -> None:
         """Look at the first micro-batch, and measure the machine; neither is part of the training."""
@@ -90,12 +77,13 @@ class TrainLog(lightning.Callback):
         assert isinstance(images, Batch)
         weights = image_weight(images.tokens, module.objective.weight) * images.real
         parts = {"loss": losses.total, **losses.terms}
-        self._step.add({name: (weights * part).sum() / micro.weight_sum for name, part in parts.items()})
-        self._step.add({name: value / module.loss_scale for name, value in module.extra_losses().items()})
+        add_to(self._step, {name: (weights * part).sum() / micro.weight_sum for name, part in parts.items()})
+        add_to(self._step, {name: value / module.loss_scale for name, value in module.extra_losses().items()})
         low, high = module.objective.time_range
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+        by_time = self._step.setdefault(BY_TIME, torch.zeros(2, BINS, device=module.device))
         for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
-            self._step.bins[row].index_add_(0, index, value.float())
+            by_time[row].index_add_(0, index, value.float())
         self.speed.add(micro, images)
         if trainer.global_step > micro.step:
             self._end_step(module)
@@ -109,9 +97,8 @@ class TrainLog(lightning.Callback):
         finite = norm.isfinite()
         self._taken += finite
         self._grad_norm = torch.where(finite, norm, self._grad_norm)
-        self._window.add({name: torch.where(finite, value, 0.0) for name, value in self._step.named.items()})
-        self._window.bins += torch.where(finite, self._step.bins, 0.0)
-        self._step = self._empty(module)
+        add_to(self._window, {name: torch.where(finite, value, 0.0) for name, value in self._step.items()})
+        self._step = {}
 
     def on_train_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """The last, shorter window."""
@@ -121,9 +108,10 @@ class TrainLog(lightning.Callback):
     def _write(self, trainer: Trainer, module: GenerativeModule) -> None:
         steps = trainer.global_step - self._logged
         said = {name: value / trainer.world_size for name, value in module.diagnostics().items()}
-        averaged = {name: value / self._taken for name, value in self._window.named.items()}
+        by_time = self._window.pop(BY_TIME).flatten()
+        averaged = {name: value / self._taken for name, value in self._window.items()}
         named = torch.stack([value.float() for value in (*averaged.values(), *said.values())])
-        packed = torch.cat([named, self._window.bins.flatten(), self.speed.sums(module)])
+        packed = torch.cat([named, by_time, self.speed.sums(module)])
         total = trainer.strategy.reduce(packed, reduce_op="sum")
         assert isinstance(total, Tensor)
         of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])

@@ -15,10 +15,6 @@ class Validation(EveryNImages):
     """`val/loss` and `val/velocity_mse` of the live weights, and with the suffix `_ema` of the average.
 
     They are what `trainer.validate` gives, see `GenerativeModule.validation_step`.
-
-    Args:
-        every: images between two evaluations.
-        images: how many held-out images.
     """
 
     def __init__(self, every: int, images: int) -> None:

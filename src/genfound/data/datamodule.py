@@ -27,9 +27,6 @@ class GenerativeDataModule(lightning.LightningDataModule):
     A global step is `world_size * accumulate_grad_batches` micro-batches. The position in the data is in every
     checkpoint: a run continues with the images that it has not seen, also on another number of ranks.
 
-    Args:
-        parts: of the run whose data they are.
-
     Attributes:
         encoding: time of the tokenizer, in training.
     """

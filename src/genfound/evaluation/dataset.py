@@ -16,10 +16,11 @@ from genfound import build
 from genfound.config.compose import TARGET
 from genfound.data.images.base import LatentSource, PictureSource
 from genfound.data.images.pixels import to_uint8
-from genfound.data.images.sets import ImageSet, Sourced, digest
+from genfound.data.images.sets import ImageSet, Sourced
 from genfound.data.latents.manifest import read_manifest
 from genfound.data.packing.collate import Normaliser
 from genfound.evaluation.provenance import decoder_identity
+from genfound.runtime.files import digest
 from genfound.tokenizers import LatentSpec
 
 STORE = "genfound.data.latents.store.Store"

@@ -10,11 +10,11 @@ from typing import Any
 from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.config.compose import PARTIAL, TARGET
-from genfound.data.images.sets import digest, image_files, read_note
+from genfound.data.images.sets import image_files, read_note
 from genfound.evaluation.protocol import SamplingRecord, versions
 from genfound.metrics.extractor import tensors_hash
 from genfound.runtime import checkpoint_io
-from genfound.runtime.files import visible
+from genfound.runtime.files import digest, visible
 from genfound.sampling.pipeline import Pipeline
 from genfound.tokenizers import Tokenizer
 

@@ -15,7 +15,7 @@ import torch
 
 from genfound.config.checks import one_of
 from genfound.data.images.npz import file_hash, read_member
-from genfound.data.images.sets import Cropped, FolderImages, ImageSet, NpzImages, Subset, digest, ignored_files
+from genfound.data.images.sets import Cropped, FolderImages, ImageSet, NpzImages, Subset, ignored_files
 from genfound.data.latents.manifest import MANIFEST
 from genfound.evaluation.dataset import RunDataset
 from genfound.evaluation.protocol import Size, size_text
@@ -34,7 +34,7 @@ from genfound.metrics.reference_stats import (
     write_reference,
 )
 from genfound.rng import Rng
-from genfound.runtime.files import atomic_write, lock, visible
+from genfound.runtime.files import atomic_write, digest, lock, visible
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import shared_progress
 

@@ -22,7 +22,7 @@ from genfound.backbones.base import Backbone
 from genfound.checkpoints.load import LoadedModel
 from genfound.config import checks
 from genfound.data.images.npz import file_hash
-from genfound.data.images.sets import FolderImages, ImageSet, Subset, by_content, digest, ignored_files, open_images
+from genfound.data.images.sets import FolderImages, ImageSet, Subset, by_content, ignored_files, open_images
 from genfound.evaluation.dataset import RunDataset
 from genfound.evaluation.protocol import SamplingRecord, Size, size_text
 from genfound.evaluation.provenance import network_hash, pin_guide_checkpoint, read_provenance, sampling_record
@@ -30,7 +30,7 @@ from genfound.evaluation.request import DATA, LABEL_RULES, EvaluationRequest
 from genfound.metrics.compute import CONTENT, STORED
 from genfound.metrics.reference_stats import common_size
 from genfound.rng import Rng
-from genfound.runtime.files import atomic_write
+from genfound.runtime.files import atomic_write, digest
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import Progress, ProgressCounter, no_progress, shared_progress
 from genfound.sampling.pipeline import Pipeline

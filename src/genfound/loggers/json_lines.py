@@ -17,7 +17,6 @@ class JsonLines(RunLogger):
     """One line per moment, appended and flushed.
 
     Args:
-        file: the run's metrics.jsonl.
         step: where the run continues; later lines, of steps that a killed run did not save, are dropped.
     """
 

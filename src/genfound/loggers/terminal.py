@@ -12,12 +12,7 @@ from genfound.loggers.base import RunLogger
 
 
 class Terminal(RunLogger):
-    """Images seen, loss and speed.
-
-    Args:
-        budget: images of the whole run.
-        images_seen: images already seen when the run continues.
-    """
+    """Images seen, loss and speed."""
 
     def __init__(self, budget: int, images_seen: int) -> None:
         self.budget = budget

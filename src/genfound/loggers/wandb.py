@@ -46,7 +46,6 @@ class WandbLogger(RunLogger):
 
     Args:
         folder: run directory, runs/<study>/<name>; the id of the W&B run is kept in its wandb/ folder.
-        project: W&B project.
         anew: begin another W&B run, because this one has later lines, of another configuration.
     """
 

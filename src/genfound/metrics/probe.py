@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, relu
 
-from genfound.data.images.sets import ImageSet, Subset, digest
+from genfound.data.images.sets import ImageSet, Subset
 from genfound.metrics.extractor import full_precision, tensors_hash, to_tensor
-from genfound.runtime.files import atomic_write
+from genfound.runtime.files import atomic_write, digest
 
 SIDE, WIDTH = 32, 64
 IMAGES, EPOCHS, BATCH, RATE, SEED = 4096, 6, 64, 3e-3, 0

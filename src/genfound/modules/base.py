@@ -215,13 +215,9 @@ class GenerativeModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the number of images seen back; the optimizer's settings are those of the configuration."""
         self.images_seen = checkpoint["images_seen"]
-        groups = zip(checkpoint["optimizer_states"][0]["param_groups"], self._settings_of_groups(), strict=True)
-        for saved, own in groups:
-            saved.update(own)
-
-    def _settings_of_groups(self) -> list[dict[str, Any]]:
-        names = ("betas", "eps", "weight_decay")
-        return [{name: group[name] for name in names} for group in self.configure_optimizers().param_groups]
+        saved_groups = checkpoint["optimizer_states"][0]["param_groups"]
+        for saved, own in zip(saved_groups, self.configure_optimizers().param_groups, strict=True):
+            saved.update({name: own[name] for name in ("betas", "eps", "weight_decay")})
 
 
 def module_of(parts: build.RunComponents) -> GenerativeModule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ def read(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
     """Open a file of torch.save: mapped into memory, or loaded where it is of the format before torch 1.6.
 
     Args:
-        path: the file.
         allowed: classes besides tensors and plain values that it may hold.
 
     Raises:
@@ -49,18 +49,13 @@ def read(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual versions of pickle
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: it holds a {type(state).__name__}")
     return state
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
 
 
 def newest(folder: Path) -> Path | None:

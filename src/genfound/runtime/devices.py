@@ -8,7 +8,9 @@ import torch
 def precision(wanted: str, device: torch.device) -> str:
     """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic."""
     if wanted == "auto":
-        wanted = "bf16" if _has_bf16(device) else "fp32"
+        cuda = device.type == "cuda"  # its own arithmetic, since PyTorch also emulates bf16, slowly
+        has = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
+        wanted = "bf16" if has else "fp32"
     names = {"bf16": "bf16-mixed", "fp32": "32-true"}
     if wanted not in names:
         raise ValueError(f"precision={wanted} is unknown; choose auto, bf16 or fp32")
@@ -18,13 +20,6 @@ def precision(wanted: str, device: torch.device) -> str:
 def compiled(wanted: bool | str, device: torch.device) -> bool:
     """`auto`, True or False -> whether blocks are compiled; auto does so on CUDA."""
     return device.type == "cuda" if wanted == "auto" else bool(wanted)
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether the machine's own arithmetic has bf16; PyTorch also emulates it, slowly."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 def device(wanted: str, local_rank: int | None = None) -> torch.device:

@@ -97,17 +97,14 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def _temporary(file: Path) -> Iterator[Path]:
     """The unfinished form of a file, for one process at a time; nothing of it stays."""
-    path = file.with_name(f".partial-{file.name}")
-    lock_file = file.with_name(f".{file.name}.partial.lock")
-    lock = _acquire(lock_file, -1)
-    if lock is None:
-        path = file.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{file.name}")
-    try:
-        path.unlink(missing_ok=True)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-        _release(lock, lock_file)
+    with _locked(file.with_name(f".{file.name}.partial.lock"), -1) as alone:
+        own = "" if alone else f"{os.uname().nodename}-{os.getpid()}-"
+        path = file.with_name(f".partial-{own}{file.name}")
+        try:
+            path.unlink(missing_ok=True)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -117,7 +114,6 @@ def lock(path: Path, way_out: str = "give out=...", wait: bool = False) -> Itera
     The lock is a file beside it, `.<name>.lock`, and ends with this process.
 
     Args:
-        path: what is worked on.
         way_out: what else one can do than wait.
         wait: for another process to finish; otherwise it is an error.
 
@@ -125,18 +121,16 @@ def lock(path: Path, way_out: str = "give out=...", wait: bool = False) -> Itera
         ValueError: another process works there.
     """
     file = path.with_name(f".{path.name}.lock")
-    try:
-        held = _acquire(file, 0)
-    except Timeout:
-        if not wait:
-            raise ValueError(f"another process is at work on {path}; wait for it, or {way_out}") from None
-        print(f"waiting for another process, which makes {path}", flush=True)
-        held = _acquire(file, -1)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, file.parent)
+        try:
+            stack.enter_context(_locked(file, 0))
+        except Timeout:
+            if not wait:
+                raise ValueError(f"another process is at work on {path}; wait for it, or {way_out}") from None
+            print(f"waiting for another process, which makes {path}", flush=True)
+            stack.enter_context(_locked(file, -1))
         yield
-    finally:
-        _release(held, file)
-        _remove_empty(file.parent)
 
 
 def remove(work: Path) -> None:
@@ -145,10 +139,24 @@ def remove(work: Path) -> None:
     _remove_empty(work.parent)
 
 
-def digest(content: str | bytes, size: int = 8) -> str:
-    """The BLAKE2b hash of so many bytes, in hexadecimal digits."""
-    data = content.encode() if isinstance(content, str) else content
-    return hashlib.blake2b(data, digest_size=size).hexdigest()
+def digest(*parts: str | bytes, size: int = 8) -> str:
+    """The BLAKE2b hash of parts one after another, of so many bytes, in hexadecimal digits."""
+    hashed = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        hashed.update(part.encode() if isinstance(part, str) else part)
+    return hashed.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(file: Path, timeout: float) -> Iterator[bool]:
+    """Hold a lock on a file, which is made, or find out that the file system has no locks; see `_acquire`."""
+    held = _acquire(file, timeout)
+    try:
+        yield held is not None
+    finally:
+        if held:
+            file.unlink(missing_ok=True)  # those who wait look for a new one
+            held.release()
 
 
 def _acquire(file: Path, timeout: float) -> FileLock | None:
@@ -172,13 +180,6 @@ def _acquire(file: Path, timeout: float) -> FileLock | None:
             file.unlink(missing_ok=True)
             return None
     return None
-
-
-def _release(lock: FileLock | None, file: Path) -> None:
-    """Give up a lock; those who wait for it look for a new file when this one is gone."""
-    if lock:
-        file.unlink(missing_ok=True)
-        lock.release()
 
 
 def _remove_empty(folder: Path) -> None:

@@ -40,11 +40,6 @@ FAREWELL = 30
 class Machines:
     """The machines on which a command is given, seen from one of them.
 
-    Args:
-        count: how many there are.
-        rdzv: HOST:PORT, where HOST is one of them, the same on all.
-        job: is added to the port.
-
     Attributes:
         first: whether this one keeps the store; the others follow it.
     """
@@ -89,7 +84,6 @@ def machines(count: int, rdzv: str | None, job: int = 0) -> Iterator[Machines | 
     """The machines of a command, as long as this one takes part; None if it is the only one.
 
     Args:
-        count: how many.
         rdzv: see `Machines`; null: the first node of the Slurm job.
         job: number of the job in its sweep; each has a port of its own, from PORT on.
     """
@@ -144,32 +138,21 @@ def launch(module: str, request: Path, devices: int, others: Machines | None = N
 
     Args:
         module: calls `reporting`, and learns its rank from `processes.rank_info`.
-        request: what it reads.
-        devices: how many processes.
         others: the machines that do the same, whose processes have the ranks after one another.
-        environment: variables besides those of this process.
     """
     shared = dict(os.environ)
     forget_inherited(shared)
-    group = [f"--nproc-per-node={devices}", *(_meeting(others) if others else ["--standalone"])]
-    agent = [__name__, *group, "-m"] if devices > 1 or others else []
+    group = ["--standalone"]
+    if others:
+        meeting = [f"--rdzv-endpoint={others.rdzv}", "--rdzv-id=genfound", "--rdzv-conf=is_host=false"]
+        group = [f"--nnodes={others.count}", "--rdzv-backend=c10d", *meeting]
+    agent = [__name__, f"--nproc-per-node={devices}", *group, "-m"] if devices > 1 or others else []
     command = [sys.executable, "-m", *agent, module, str(request)]
     with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
         code = run_command(command, shared | environment | {LAUNCH: folder})
         if code:
             reason = Path(folder) / "reason"
             raise JobError(reason.read_text() if reason.exists() else _ending(code))
-
-
-def _meeting(others: Machines) -> list[str]:
-    """Options of torchrun."""
-    return [
-        f"--nnodes={others.count}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={others.rdzv}",
-        "--rdzv-id=genfound",
-        "--rdzv-conf=is_host=false",
-    ]
 
 
 @contextlib.contextmanager

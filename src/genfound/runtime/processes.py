@@ -83,17 +83,12 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
         try:
             return process.wait()
         finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Terminate a process that has not ended, and kill it if it takes too long."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(GRACE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
 
 
 def end_with_parent() -> None:

@@ -19,12 +19,7 @@ QUIET, MOVING = 10.0, 0.2
 
 
 class ProgressCounter:
-    """Prints images finished, images/s and the time that is left.
-
-    Args:
-        what: the images, e.g. `latents`.
-        every: seconds between two lines where the output is no terminal.
-    """
+    """Prints images finished, images/s and the time that is left."""
 
     def __init__(self, what: str, every: float = QUIET) -> None:
         self.what = what

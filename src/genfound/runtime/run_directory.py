@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,14 @@ def run_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
     named = sorted(pairs, key="-".join)
     name = "__".join(_part(key, value, key in swept) for key, value in named) or "default"
     if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 13]}-{digest('__'.join(f'{key}-{value}' for key, value in named), 6)}"
+        name = f"{name[: LONGEST_NAME - 13]}-{digest('__'.join(f'{key}-{value}' for key, value in named), size=6)}"
     return name
 
 
 def _part(key: str, value: str, exact: bool) -> str:
     written = f"{key}-{value}"
     part = re.sub(r"[^A-Za-z0-9._-]+", "_", written).strip("_")
-    return f"{part}-{digest(written, 3)}" if exact and part != written else part
+    return f"{part}-{digest(written, size=3)}" if exact and part != written else part
 
 
 def run_dir(cfg: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> Path:
@@ -164,9 +164,9 @@ def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
     except (YAMLError, OmegaConfBaseException, AssertionError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     require_groups(config, folder)
-    for text in _texts(config):
-        if "${" in text:  # resolving it would read variables of the environment
-            raise ValueError(f"{file} holds an interpolation ({text}); a run's configuration has values only")
+    for value in flatten(config).values():
+        if "${" in repr(value):  # resolving it would read variables of the environment
+            raise ValueError(f"{file} holds an interpolation ({value}); a run's configuration has values only")
     return config
 
 
@@ -186,22 +186,13 @@ def located(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """Of a configuration as `write_config` writes it."""
-    return digest(_yaml(config), 16)
+    return digest(_yaml(config), size=16)
 
 
 def claimed_hash(folder: Path) -> str:
     """Of the file of `claimed`, byte by byte; of no text if there is none."""
     file = _claimed_file(folder)
-    return digest(file.read_bytes() if file.is_file() else "", 16)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text, however deep in mappings and lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(inner)
+    return digest(file.read_bytes() if file.is_file() else "", size=16)
 
 
 def mark_done(folder: Path, result: Mapping[str, Any]) -> None:

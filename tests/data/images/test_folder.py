@@ -10,6 +10,7 @@ from PIL import Image
 
 from genfound.data.images import folder as folder_module
 from genfound.data.images.folder import ORIENTATION, ImageFolder, open_rgb
+from tests.helpers import with_views
 
 RED, WHITE = (200, 30, 30), (255, 255, 255)
 
@@ -17,9 +18,9 @@ RED, WHITE = (200, 30, 30), (255, 255, 255)
 def folder(root: Path, **options: Any) -> ImageFolder:
     defaults: dict[str, Any] = {
         "holdout": None, "view": "native", "size": 16, "max_tokens": 64, "max_image_tokens": None,
-        "unit": 8, "split": "train", "seed": 0, "index": str(root.parent / "index"),
+        "unit": 8, "max_pixels": None, "split": "train", "index": str(root.parent / "index"),
     }  # fmt: skip
-    return ImageFolder(root=str(root), **{**defaults, **options})
+    return ImageFolder(root=str(root), **with_views({**defaults, **options}))
 
 
 def plain(path: Path, height: int = 32, width: int = 40, colour: tuple[int, int, int] = RED) -> Path:

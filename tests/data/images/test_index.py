@@ -10,7 +10,7 @@ import pytest
 
 from genfound.data.images.imagenet import ImageTree
 from genfound.data.images.index import FileIndex
-from tests.stores import tree
+from tests.stores import native, tree
 
 
 @pytest.fixture
@@ -20,10 +20,8 @@ def images(tmp_path: Path) -> Path:
 
 
 def opened(root: Path) -> ImageTree:
-    return ImageTree(
-        root=str(root), holdout=None, view="native", size=32, max_tokens=4096, max_image_tokens=None, check="header",
-        unit=8, split="train", seed=0, index=str(root.parent / "index"),
-    )  # fmt: skip
+    options = {"views": native(), "holdout": None, "max_pixels": None, "check": "header", "split": "train"}
+    return ImageTree(root=str(root), index=str(root.parent / "index"), **options)  # type: ignore[arg-type]
 
 
 def test_links_that_lead_nowhere_or_to_folders_are_skipped_and_named(images: Path) -> None:

@@ -14,12 +14,10 @@ from genfound.data.images.sets import (
     NpzImages,
     Subset,
     by_content,
-    center_crop_to,
     image_files,
     open_images,
     read_note,
 )
-from genfound.data.images.views import center_crop
 from genfound.evaluation.export import export
 from tests.image_sets import Pictures, save_pngs
 
@@ -166,20 +164,6 @@ def test_a_damaged_protocol_is_not_ignored(tmp_path: Path) -> None:
     (folder / "protocol.json").write_text(json.dumps(NOTE)[:-4])
     with pytest.raises(ValueError, match="the protocol beside the images is damaged"):
         read_note(folder)
-
-
-@pytest.mark.parametrize(("height", "width"), [(50, 37), (64, 64), (20, 33), (130, 40), (300, 290)])
-def test_covering_a_square_is_adms_centre_crop(height: int, width: int) -> None:
-    image = Pictures([(height, width)])[0]
-    assert np.array_equal(center_crop_to(image, 32, 32), np.asarray(center_crop(Image.fromarray(image), 32)))
-
-
-def test_covering_keeps_the_middle_and_the_aspect() -> None:
-    image = np.zeros((40, 120, 3), dtype=np.uint8)
-    image[:, 40:80] = 255
-    assert center_crop_to(image, 20, 20).min() > 250
-    assert center_crop_to(image, 40, 120) is image
-    assert center_crop_to(image, 10, 60).shape == (10, 60, 3)
 
 
 def test_views_have_sizes_labels_and_keys_of_their_own() -> None:

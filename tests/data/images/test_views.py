@@ -124,6 +124,15 @@ def test_published_sizes_may_lose_a_side() -> None:
     assert published_flexible_size(17, 8192, 16, 256) == (0, 5616)
 
 
+def test_the_crop_to_a_size_keeps_the_middle_and_the_aspect() -> None:
+    pixels = np.zeros((40, 120, 3), dtype=np.uint8)
+    pixels[:, 40:80] = 255
+    image = Image.fromarray(pixels)
+    assert np.asarray(center_crop(image, 20, 20)).min() > 250
+    assert np.array_equal(np.asarray(center_crop(image, 40, 120)), pixels)
+    assert np.asarray(center_crop(image, 10, 60)).shape == (10, 60, 3)
+
+
 VIEWS = ("native", "square", "mixed", "flexible")
 MANY = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=12)
 

@@ -36,7 +36,12 @@ class PictureSource(ImageSource, Protocol):
 
 @runtime_checkable
 class LatentSource(ImageSource, Protocol):
-    """Images as an encoder left them: unscaled mean and, where it is stochastic, log-variance."""
+    """Images as an encoder left them: unscaled mean and, where it is stochastic, log-variance.
+
+    A source is built with its folder, the views that are wanted, `holdout` (of each class every holdout-th image
+    validates), the split `train` or `val`, whether mirror images are wanted, and the tokenizer's `spec`, as far as its
+    constructor names them.
+    """
 
     def moments(self, index: int, mirrored: bool) -> Tensor:
         """(C, h, w), or (2 C, h, w) with log-variance, of the image or of its mirror image."""

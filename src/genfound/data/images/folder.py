@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from genfound.config import checks
+from genfound.config.checks import integer
 from genfound.data.images.class_folders import class_folders
 from genfound.data.images.index import FileInfo, ImageFiles, index_file, known
 from genfound.data.images.opening import format_notes, on_white, opened, upright
@@ -31,41 +31,18 @@ class ImageFolder(ImageFiles):
     Args:
         root: folder with one folder per class.
         holdout: of each class every holdout-th image validates; `None` holds none out.
-        view: see `Views`.
-        size: side of square views in pixels.
-        max_tokens: of one pack.
-        max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
         max_pixels: files of more pixels are skipped; `None`: those that Pillow takes for decompression bombs.
-        unit: pixels per token side.
-        split: `train` or `val`.
-        index: folder for what is remembered about the files.
     """
 
     def __init__(
-        self,
-        *,
-        root: str,
-        holdout: int | None,
-        view: str,
-        size: int,
-        max_tokens: int,
-        max_image_tokens: int | None,
-        unit: int,
-        split: str,
-        seed: int,
-        index: str,
-        max_pixels: int | None = None,
+        self, *, root: str, views: ImageViews, holdout: int | None, max_pixels: int | None, split: str, index: str
     ) -> None:
-        views = ImageViews.of(
-            {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
-             "holdout": holdout}, unit,
-        )  # fmt: skip
-        checks.integer("data.max_pixels", max_pixels, 1, or_null=True)
+        integer("data.max_pixels", max_pixels, 1, or_null=True)
         self.max_pixels = max_pixels
         class_names = class_folders(Path(root))
         cache = index_file(Path(index), Path(root), f"image_folder {max_pixels}")
         found = known(Path(root), class_names, cache, functools.partial(_examine, max_pixels=max_pixels))
-        super().__init__(Path(root), found, found.split(holdout, split), class_names, views, holdout)
+        super().__init__(Path(root), class_names, found, views, holdout, split)
 
     def picture(self, number: int) -> Image.Image:
         """One of the images, RGB."""

@@ -11,7 +11,6 @@ reported once, and counted in the report of later starts.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import sys
@@ -19,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
-from genfound.config import checks
+from genfound.config.checks import integer
 from genfound.data.images.class_folders import class_folders
 from genfound.data.images.index import FileInfo, ImageFiles, index_file, known
 from genfound.data.images.names import shown
@@ -40,41 +40,25 @@ class ImageTree(ImageFiles):
     Args:
         root: folder with the folders `train` and, for validation, `val`, each with one folder per class.
         holdout: without `val`, every holdout-th image of a class validates; `None` holds none out.
-        view: see `Views`.
-        size: side of square views in pixels.
-        max_tokens: of one pack.
-        max_image_tokens: larger images are reduced to it; `None` is `max_tokens`.
         max_pixels: files of more pixels are skipped; `None`: those that Pillow takes for decompression bombs.
         check: `header` or `full`: how far a file is read when it is first seen.
-        unit: pixels per token side.
-        split: `train` or `val`.
-        index: folder for what is remembered about the files.
     """
 
     def __init__(
         self,
         *,
         root: str,
+        views: ImageViews,
         holdout: int | None,
-        view: str,
-        size: int,
-        max_tokens: int,
-        max_image_tokens: int | None,
+        max_pixels: int | None,
         check: str,
-        unit: int,
         split: str,
-        seed: int,
         index: str,
-        max_pixels: int | None = None,
     ) -> None:
         if check not in ("header", "full"):
             raise ValueError(f"data.check={check} is unknown; choose header or full")
-        checks.integer("data.max_pixels", max_pixels, 1, or_null=True)
+        integer("data.max_pixels", max_pixels, 1, or_null=True)
         self.max_pixels = max_pixels
-        views = ImageViews.of(
-            {"view": view, "size": size, "max_tokens": max_tokens, "max_image_tokens": max_image_tokens,
-             "holdout": holdout}, unit,
-        )  # fmt: skip
         class_names = _train_classes(Path(root))
         val_classes = _val_classes(Path(root), class_names)
         apart = split == "val" and bool(val_classes)
@@ -82,8 +66,8 @@ class ImageTree(ImageFiles):
         cache = index_file(Path(index), folder, f"image_tree {check} {max_pixels}")
         examine = functools.partial(_examine, whole=check == "full", max_pixels=max_pixels)
         found = known(folder, val_classes if apart else class_names, cache, examine, SUFFIXES)
-        places = found.good if val_classes else found.split(holdout, split)
-        super().__init__(folder, found, places, class_names, views, None if val_classes else holdout)
+        every = (None, "train") if val_classes else (holdout, split)
+        super().__init__(folder, class_names, found, views, *every)
         self._unreadable = cache.with_suffix(".unreadable")
 
     def picture(self, number: int) -> Image.Image:
@@ -122,13 +106,12 @@ class ImageTree(ImageFiles):
     def _remark(self, number: int, error: OSError) -> None:
         """Report a file that cannot be read, unless this or another process has."""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        key = f"{shown(self.files[number])}\t{self.stamps[number]}\t"
-        with contextlib.suppress(OSError), open(self._unreadable, "a+") as log:
-            fcntl.flock(log, fcntl.LOCK_EX)
-            log.seek(0)
-            if any(line.startswith(key) for line in log):
+        key, log = f"{shown(self.files[number])}\t{self.stamps[number]}\t", self._unreadable
+        with contextlib.suppress(OSError), FileLock(log.with_name(f".{log.name}.lock")):
+            if log.is_file() and any(line.startswith(key) for line in log.read_text().splitlines()):
                 return
-            log.write(f"{key}{shown(reason)}\n")
+            with open(log, "a") as out:
+                out.write(f"{key}{shown(reason)}\n")
         file = shown(self.root / self.files[number])
         print(f"warning: {file} cannot be read, an image of its class takes its place: {reason}", file=sys.stderr)
 

@@ -99,22 +99,8 @@ class FileIndex:
         atomic_write(file, lambda temporary: temporary.write_text(json.dumps(vars(self))))
 
 
-def labels(names: list[str], class_names: list[str]) -> np.ndarray:
-    """(n,) int64, the place of each file's class folder among all."""
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return np.array([numbers[name.split("/", 1)[0]] for name in names], dtype=np.int64)
-
-
 class ImageFiles(PictureSource, ABC):
     """Image files in the views that are wanted of them: what image sources have in common.
-
-    Args:
-        root: of the class folders.
-        found: all files.
-        places: in `found`, of the files that are taken.
-        class_names: one name per class.
-        views: what is shown of each.
-        holdout: of each class every holdout-th image was left to validation; `None`: none was.
 
     Attributes:
         files: names of the taken images, `class/file`.
@@ -128,12 +114,13 @@ class ImageFiles(PictureSource, ABC):
     def __init__(
         self,
         root: Path,
-        found: FileIndex,
-        places: list[int],
         class_names: list[str],
+        found: FileIndex,
         views: ImageViews,
         holdout: int | None,
+        split: str,
     ) -> None:
+        places = found.split(holdout, split)
         self.root = root
         self.found = found
         self.class_names = class_names
@@ -142,7 +129,8 @@ class ImageFiles(PictureSource, ABC):
         self.files = [found.names[i] for i in places]
         self.stamps = np.array([found.stamps[i] for i in places], dtype=np.int64)
         self.stand_ins: dict[int, int] = {}
-        self.classes = labels(self.files, class_names)
+        numbers = {name: number for number, name in enumerate(class_names)}
+        self.classes = np.array([numbers[file.split("/", 1)[0]] for file in self.files], dtype=np.int64)
         self.entries = views.entries([found.heights[i] for i in places], [found.widths[i] for i in places])
         self.items = views.items(self.entries)
         self.labels = self.classes[self.entries.images[self.items]]
@@ -206,10 +194,6 @@ def known(
     """Every file in the class folders with what is known of it.
 
     Args:
-        root: of the class folders.
-        class_names: the folders; what is hidden in them is left out.
-        cache: the index.
-        examine: looks into a file.
         suffixes: only files that end so, in any case; none: all files.
     """
     listed, ignored = _listed(root, class_names, suffixes)

@@ -21,18 +21,14 @@ def to_picture(image: np.ndarray, mirrored: bool = False) -> Tensor:
     return picture.flip(-1) if mirrored else picture.contiguous()
 
 
-UINT8_RULES = ("round", "truncate")
-
-
 def to_uint8(image: Tensor, rule: str = "round") -> np.ndarray:
     """(3, height, width) in about [-1, 1] -> (height, width, 3) uint8.
 
     Args:
-        image: what a tokenizer decoded.
         rule: `round` to the nearest, halves up (sample_ddp.py of DiT, SiT and FiT), or `truncate`, up to a level
             darker (sample_c2i_ddp.py of NiT).
     """
-    if rule not in UINT8_RULES:
+    if rule not in ("round", "truncate"):
         raise ValueError(f"sample.uint8={rule} is unknown; choose round or truncate")
     scaled = 127.5 * image.float() + 128 if rule == "round" else (image.float() + 1) / 2 * 255
     levels: Tensor = scaled.clamp(0, 255).byte().permute(1, 2, 0)

@@ -19,8 +19,8 @@ from PIL import Image
 from genfound.data.images.base import PictureSource
 from genfound.data.images.npz import headers, read_member
 from genfound.data.images.opening import opened
-from genfound.data.images.views import resize
-from genfound.runtime.files import hidden
+from genfound.data.images.views import center_crop
+from genfound.runtime.files import digest, hidden
 from genfound.runtime.progress import Progress, no_progress
 
 SUFFIXES = (
@@ -171,12 +171,7 @@ class Sourced:
 
 
 class Subset:
-    """Some images of a set, in a given order.
-
-    Args:
-        images: the set.
-        numbers: which of its images.
-    """
+    """Some images of a set, in a given order."""
 
     def __init__(self, images: ImageSet, numbers: Sequence[int] | np.ndarray) -> None:
         self.images = images
@@ -194,12 +189,7 @@ class Subset:
 
 
 class Cropped:
-    """A set brought to one size: as small as covers it, bicubic, then its centre.
-
-    Args:
-        images: the set.
-        size: height and width in pixels.
-    """
+    """A set brought to one size: as small as covers it, bicubic, then its centre."""
 
     def __init__(self, images: ImageSet, size: tuple[int, int]) -> None:
         self.images = images
@@ -217,21 +207,7 @@ class Cropped:
 
     def __getitem__(self, number: int) -> np.ndarray:
         """(height, width, 3) uint8."""
-        return center_crop_to(self.images[number], *self.size)
-
-
-def center_crop_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """ADM's centre crop for any size: box-halve while twice too large, bicubic to what covers it, crop."""
-    if image.shape[:2] == (height, width):
-        return image
-    picture = Image.fromarray(image)
-    while picture.height >= 2 * height and picture.width >= 2 * width:
-        picture = resize(picture, picture.height // 2, picture.width // 2, Image.Resampling.BOX)
-    scale = max(height / picture.height, width / picture.width)
-    sides = max(round(picture.height * scale), height), max(round(picture.width * scale), width)
-    picture = resize(picture, *sides, Image.Resampling.BICUBIC)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return np.array(picture.crop((left, top, left + width, top + height)))
+        return np.array(center_crop(Image.fromarray(self.images[number]), *self.size))
 
 
 def open_images(path: Path, max_pixels: int | None = None) -> NpzImages | FolderImages:
@@ -290,33 +266,23 @@ def _below(folder: Path, above: frozenset[tuple[int, int]], within: bool) -> Ite
 
 def read_note(path: Path) -> dict[str, Any] | None:
     """How exported images were made; `None` for images of other origin."""
-    if path.is_dir():
-        text = (path / NOTE).read_text() if (path / NOTE).is_file() else None
-    else:
-        member = read_member(path, "protocol") if headers(path).get("protocol", _NO_TEXT)[1].kind == "U" else None
-        text = None if member is None else str(member)
+    text: object = None
+    if not path.is_dir():
+        _, kind = headers(path).get("protocol", ((), np.dtype(float)))
+        text = read_member(path, "protocol") if kind.kind == "U" else None
+    elif (path / NOTE).is_file():
+        text = (path / NOTE).read_text()
     try:
-        note = None if text is None else json.loads(text)
+        note = None if text is None else json.loads(str(text))
     except ValueError:
         raise ValueError(f"{path}: the protocol beside the images is damaged; remove it") from None
     return note if isinstance(note, dict) else None
-
-
-_NO_TEXT = ((), np.dtype(float))
 
 
 def stat_key(files: Sequence[Path]) -> str:
     """A number that changes with the names, sizes and times of change of files."""
     facts = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     return digest(repr(facts))
-
-
-def digest(*parts: str | bytes) -> str:
-    """16 hexadecimal digits of some texts."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        hashed.update(part.encode() if isinstance(part, str) else part)
-    return hashed.hexdigest()
 
 
 def _sha256(file: Path) -> bytes:

@@ -6,13 +6,13 @@ off the middle of the longer side, in a palette of object and background colours
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from genfound.config.checks import integer
 from genfound.data.images.base import PictureSource
+from genfound.runtime.files import digest
 
 Distance = Callable[[np.ndarray], np.ndarray]
 """Signed distance (negative inside) of points (..., 2) as x to the right and y downwards; objects have radius 1."""
@@ -94,12 +94,7 @@ class Shapes(PictureSource):
         images: how many images there are.
         sides: pixel sides that occur, e.g. [12, 14, ..., 24]; height and width are drawn independently.
         holdout: how many more there are for validation.
-        view: `native`, or `square` for images of one size.
         size: side of the square view in pixels.
-        max_tokens: tokens of the largest image that is allowed.
-        unit: pixels per token side; every side must be a multiple.
-        split: `train` or `val`.
-        seed: seed of the drawings.
     """
 
     def __init__(
@@ -131,7 +126,7 @@ class Shapes(PictureSource):
         numbers = numbers[self.first : self.first + count]
         self.labels = numbers[:, 0] % len(CLASSES)
         self.sizes = np.asarray(sides)[numbers[:, 1:] % len(sides)]
-        self.fingerprint = _digest(images, holdout, sides, seed)
+        self.fingerprint = digest(repr((images, holdout, sides, seed)))
 
     def image(self, index: int) -> np.ndarray:
         """(height, width, 3) uint8."""
@@ -173,7 +168,3 @@ def draw_shape(shape: Distance, height: int, width: int, draw: np.random.Generat
     offset = np.stack([columns - centre[0], rows - centre[1]], axis=-1) / radius
     coverage = np.clip(0.5 - shape(offset) * radius, 0, 1)[..., None]
     return np.rint(background + coverage * (colour - background)).astype(np.uint8)
-
-
-def _digest(*values: object) -> str:
-    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()

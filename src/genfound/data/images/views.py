@@ -8,77 +8,61 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from genfound.config.checks import integer
 
+VIEW_KEYS = ("view", "size", "max_tokens", "max_image_tokens")
+"""Keys of `data` that say what is shown of each image."""
+
 FEWEST_TOKENS = 16
 """FiT's recipe leaves smaller images out."""
 
 
-class ViewRule(Protocol):
-    """One way to bring an image to a size."""
+class ViewRule(NamedTuple):
+    """One way to bring an image to a size.
 
-    def size(self, height: int, width: int) -> tuple[int, int] | None:
-        """(height, width) in pixels of what is shown of an image of this size; `None`: it is not shown this way."""
+    Attributes:
+        size: (height, width) of an image -> those of what is shown of it, in pixels; `None`: it is not shown this way.
+        render: the image at a planned (height, width).
+    """
 
-    def render(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-        """The image at a planned (height, width)."""
-
-
-class Resized:
-    """What rules that keep the whole image have in common."""
-
-    def render(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-        """Bicubic; an image that has the size already stays as it is."""
-        if (picture.height, picture.width) == tuple(size):
-            return picture
-        return resize(picture, *size, Image.Resampling.BICUBIC)
+    size: Callable[[int, int], tuple[int, int] | None]
+    render: Callable[[Image.Image, int, int], Image.Image]
 
 
-class Native(Resized):
-    """NiT's rule, see `native_size`."""
-
-    def __init__(self, unit: int, max_tokens: int) -> None:
-        self.unit = unit
-        self.max_tokens = max_tokens
-
-    def size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Sides rounded down to whole tokens, at most `max_tokens` of them."""
-        return native_size(height, width, self.unit, self.max_tokens)
+def resized(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """The whole image, bicubic; one that has the size already stays as it is."""
+    same = (picture.height, picture.width) == (height, width)
+    return picture if same else resize(picture, height, width, Image.Resampling.BICUBIC)
 
 
-class Flexible(Resized):
-    """FiT's resize, see `flexible_size`."""
-
-    def __init__(self, unit: int, side: int) -> None:
-        self.unit = unit
-        self.side = side
-
-    def size(self, height: int, width: int) -> tuple[int, int] | None:
-        """At most the area of a square of `side` pixels; images of fewer than 16 tokens are left out."""
-        rows, columns = (side // self.unit for side in flexible_size(height, width, self.unit, self.side))
-        return (rows * self.unit, columns * self.unit) if rows * columns >= FEWEST_TOKENS else None
+def native(unit: int, max_tokens: int) -> ViewRule:
+    """NiT's rule: sides rounded down to whole tokens, at most `max_tokens` of them."""
+    return ViewRule(functools.partial(native_size, unit=unit, max_tokens=max_tokens), resized)
 
 
-class Square:
+def square(side: int, larger_only: bool = False) -> ViewRule:
     """ADM's centre crop, of every image or only of those that are larger both ways."""
+    return ViewRule(functools.partial(_square_size, side=side, larger_only=larger_only), center_crop)
 
-    def __init__(self, side: int, larger_only: bool) -> None:
-        self.side = side
-        self.larger_only = larger_only
 
-    def size(self, height: int, width: int) -> tuple[int, int] | None:
-        """The square."""
-        return None if self.larger_only and min(height, width) <= self.side else (self.side, self.side)
+def _square_size(height: int, width: int, side: int, larger_only: bool) -> tuple[int, int] | None:
+    return None if larger_only and min(height, width) <= side else (side, side)
 
-    def render(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-        """The middle of the image."""
-        return center_crop(picture, self.side)
+
+def flexible(unit: int, side: int) -> ViewRule:
+    """FiT's resize to at most the area of a square of `side` pixels; images of fewer than 16 tokens are left out."""
+    return ViewRule(functools.partial(_flexible_size, unit=unit, side=side), resized)
+
+
+def _flexible_size(height: int, width: int, unit: int, side: int) -> tuple[int, int] | None:
+    size = flexible_size(height, width, unit, side)
+    return size if math.prod(size) >= FEWEST_TOKENS * unit**2 else None
 
 
 class Entries(NamedTuple):
@@ -110,8 +94,6 @@ class ImageViews:
     So half of the times FiT shows a large image cropped, as in its recipe, whose coin this makes exact.
 
     Args:
-        view: name of the view.
-        size: side of squares in pixels.
         unit: pixels per token side.
         max_tokens: larger native images are reduced to it.
     """
@@ -131,11 +113,11 @@ class ImageViews:
         self.max_tokens = max_tokens
         one, two = f"{size}", f"{2 * size}"
         self.rules: dict[str, ViewRule] = {
-            "native": {"native": Native(unit, max_tokens)},
-            "square": {one: Square(size, larger_only=False)},
-            "mixed": {"native": Native(unit, max_tokens), one: Square(size, False), two: Square(2 * size, False)},
-            "flexible": {f"resized-{size}": Flexible(unit, size), one: Square(size, larger_only=True)},
-        }[view]  # type: ignore[assignment]
+            "native": {"native": native(unit, max_tokens)},
+            "square": {one: square(size)},
+            "mixed": {"native": native(unit, max_tokens), one: square(size), two: square(2 * size)},
+            "flexible": {f"resized-{size}": flexible(unit, size), one: square(size, larger_only=True)},
+        }[view]
         names = list(self.rules)
         self.slots = [[names[0]], [names[1], names[0]]] if view == "flexible" else [[name] for name in names]
 
@@ -174,8 +156,7 @@ class ImageViews:
 
     def render(self, picture: Image.Image, rule: int, size: np.ndarray) -> np.ndarray:
         """(height, width, 3) uint8: an image by one of the rules."""
-        height, width = map(int, size)
-        return np.array(list(self.rules.values())[rule].render(picture, (height, width)))
+        return np.array(list(self.rules.values())[rule].render(picture, *map(int, size)))
 
     def reduced(self, heights: Sequence[int], widths: Sequence[int]) -> int:
         """How many images are reduced because they have too many tokens at their own size."""
@@ -248,11 +229,16 @@ def resize(image: Image.Image, height: int, width: int, method: Image.Resampling
     return image.resize((width, image.height), method).resize((width, height), method)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: box-halve while twice too large, bicubic to the shorter side, crop."""
-    while min(image.size) >= 2 * size:
+def center_crop(image: Image.Image, height: int, width: int | None = None) -> Image.Image:
+    """ADM's centre crop: box-halve while twice too large, bicubic to the smallest that covers it, crop.
+
+    Without a width it is a square, as ADM's own.
+    """
+    width = width or height
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = resize(image, image.height // 2, image.width // 2, Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = resize(image, round(image.height * scale), round(image.width * scale), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    scale = max(height / image.height, width / image.width)
+    sides = max(round(image.height * scale), height), max(round(image.width * scale), width)
+    image = resize(image, *sides, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +9,20 @@ from torch import Tensor
 
 from genfound.data.images.base import LatentSource
 from genfound.data.images.views import ImageViews
-from genfound.data.latents.published import _summary, checked_labels, checked_latents, held_out
-from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_header, read_tensors
-from genfound.runtime.files import visible
+from genfound.data.latents.published import checked_labels, checked_latents, held_out, summary
+from genfound.data.latents.safetensors_io import Reader, as_tensor, read_header, read_tensors
+from genfound.runtime.files import digest, visible
 from genfound.tokenizers import LatentSpec
 
 
 class LightningDiTLatents(LatentSource):
-    """LightningDiT's shards: `latents`, `latents_flip` (n, C, h, w) and `labels` in each `*.safetensors`, not scaled.
-
-    Args:
-        root: folder of the shards.
-        views: the square that was encoded.
-        holdout: of each class every holdout-th image validates; `None` holds none out.
-        split: `train` or `val`.
-        mirrored: mirror images are always there.
-        spec: of the tokenizer.
-    """
+    """LightningDiT's shards `*.safetensors`: unscaled `latents` and `latents_flip` (n, C, h, w), and `labels`."""
 
     def __init__(
-        self, root: Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool, spec: LatentSpec
+        self, root: str | Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool, spec: LatentSpec
     ) -> None:
-        self.root = root
-        self._files = shard_files(root)
+        self.root = Path(root)
+        self._files = shard_files(self.root)
         headers = [read_header(file) for file in self._files]
         try:
             self._spans = [(header.spans["latents"], header.spans["latents_flip"]) for header in headers]
@@ -52,7 +42,7 @@ class LightningDiTLatents(LatentSource):
         self.sizes = np.full((len(self._rows), 2), views.size, dtype=np.int64)
         self._check(views, spec)
         facts = ([file.name for file in self._files], self._shape, every.tobytes())
-        self.fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+        self.fingerprint = digest(repr(facts))
 
     def _labels(self, labels: list[np.ndarray]) -> np.ndarray:
         """(n,) int64, of all shards, each of which has as many as latents and mirrored latents."""
@@ -91,7 +81,7 @@ class LightningDiTLatents(LatentSource):
 
     def report(self) -> list[str]:
         """Counts and sizes."""
-        return _summary(self.root, "LightningDiT", self.labels, self.class_names, self.sizes)
+        return summary(self.root, "LightningDiT", self.labels, self.class_names, self.sizes)
 
 
 def shard_files(root: Path) -> list[Path]:
@@ -100,11 +90,3 @@ def shard_files(root: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"data.root={root} has no *.safetensors of LightningDiT")
     return files
-
-
-def _latents(shard: Path) -> Span:
-    """Where the latents of a shard lie."""
-    spans = read_header(shard).spans
-    if "latents" not in spans:
-        raise ValueError(f"{shard} has no latents; it is not LightningDiT's")
-    return spans["latents"]

@@ -6,14 +6,13 @@ change unnoticed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genfound.runtime.files import atomic_write
+from genfound.runtime.files import atomic_write, digest
 
 MANIFEST = "manifest.json"
 FORMAT = "genfound latents 2"
@@ -76,4 +75,4 @@ def fingerprint(manifest: Mapping[str, Any]) -> str:
 
 
 def _digest(facts: Any) -> str:
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return digest(json.dumps(facts, sort_keys=True))

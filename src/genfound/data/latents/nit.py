@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from genfound.data.images.base import LatentSource
 from genfound.data.images.views import Entries, ImageViews
-from genfound.data.latents.published import _summary, checked_labels, checked_latents, held_out
-from genfound.runtime.files import visible
+from genfound.data.latents.published import checked_labels, checked_latents, held_out, summary
+from genfound.runtime.files import digest, visible
 from genfound.tokenizers import LatentSpec
 from genfound.tokenizers.dc_ae import DCAE
 
@@ -32,18 +31,13 @@ class NiTLatents(LatentSource):
     (2, C, h, w), the image and its mirror image, and its `label`.
 
     Args:
-        root: folder with data_meta/ and the folders of latents.
         views: native, square or mixed, of the types that there are.
-        holdout: of each class every holdout-th image validates; `None` holds none out.
-        split: `train` or `val`.
-        mirrored: mirror images are always there.
-        spec: of the tokenizer.
     """
 
     def __init__(
-        self, root: Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool, spec: LatentSpec
+        self, root: str | Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool, spec: LatentSpec
     ) -> None:
-        self.root = root
+        self.root = root = Path(root)
         names, types, entries = _meta(root, spec)
         rules = ["native" if kind == "native-resolution" else kind.rpartition("x")[2] for kind in types]
         missing = sorted(set(views.rules) - set(rules))
@@ -63,7 +57,7 @@ class NiTLatents(LatentSource):
         )
         self._check(views, spec)
         facts = (rules, self.class_names, entries.sizes.tobytes(), names)
-        self.fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+        self.fingerprint = digest(repr(facts))
 
     def _classes(self) -> tuple[np.ndarray, list[str]]:
         """(n,) labels, which the first file of each class folder tells, and the names of all classes."""
@@ -114,7 +108,7 @@ class NiTLatents(LatentSource):
 
     def report(self) -> list[str]:
         """Counts and sizes."""
-        return _summary(self.root, "NiT", self.labels, self.class_names, self.sizes)
+        return summary(self.root, "NiT", self.labels, self.class_names, self.sizes)
 
 
 def _meta(root: Path, spec: LatentSpec) -> tuple[list[str], list[str], Entries]:

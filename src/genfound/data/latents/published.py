@@ -23,7 +23,7 @@ def held_out(classes: np.ndarray, holdout: int | None) -> np.ndarray:
 
 
 def checked_labels(file: Path, labels: np.ndarray, images: int) -> np.ndarray:
-    """The labels of a file as int64."""
+    """The labels of a file as int64, all of which are numbers of classes."""
     most = max(MOST_CLASSES, images)
     legal = np.isfinite(labels) & (labels >= 0) & (labels < most) & (labels == np.floor(labels))
     if not legal.all():
@@ -32,13 +32,14 @@ def checked_labels(file: Path, labels: np.ndarray, images: int) -> np.ndarray:
 
 
 def checked_latents(file: Path, latents: Tensor, place: str) -> Tensor:
-    """Latents as they are."""
+    """Latents of a file, all of which are finite."""
     if not latents.isfinite().all():
         raise ValueError(f"{file} holds latents that are not finite{place}; take the file from its source again")
     return latents
 
 
-def _summary(root: Path, whose: str, labels: np.ndarray, class_names: list[str], sizes: np.ndarray) -> list[str]:
+def summary(root: Path, whose: str, labels: np.ndarray, class_names: list[str], sizes: np.ndarray) -> list[str]:
+    """The lines of a report."""
     low, high = sizes.min(0), sizes.max(0)
     counts = f"{root}: {len(labels):,} latents of {whose} in {len(class_names)} classes, "
     return [

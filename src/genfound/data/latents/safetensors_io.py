@@ -6,13 +6,12 @@ reader may be copied into forked or spawned workers. Files are written whole or 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from genfound.runtime.files import atomic_write
 
 MOST_OPEN = 512
-"""Descriptors that a reader keeps at a time."""
+"""Files that a reader keeps open."""
 
 PIECE = 2**26
 """Bytes that are read at a time; the kernel itself never reads 2 GiB or more in one call."""
@@ -129,29 +128,24 @@ def _system_error(error: SafetensorError) -> OSError:
 
 
 class Reader:
-    """Bytes of many files; their descriptors are opened when needed, in each process its own."""
+    """Bytes of many files, which are opened when needed, in each process anew."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
-        self._open: dict[int, int] = {}
+        self._open: dict[int, BinaryIO] = {}
 
     def read(self, number: int, begin: int, count: int) -> bytes:
         """`count` bytes of a file from `begin` on; fewer where it ends."""
-        descriptor = self._open.get(number)
-        return read_bytes(self._opened(number) if descriptor is None else descriptor, count, begin)
-
-    def _opened(self, number: int) -> int:
-        if len(self._open) >= MOST_OPEN:
-            os.close(self._open.pop(next(iter(self._open))))
-        descriptor = os.open(self.files[number], os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        self._open[number] = descriptor
-        return descriptor
+        if number not in self._open:
+            if len(self._open) >= MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[number] = file = open(self.files[number], "rb", buffering=0)  # noqa: SIM115  closed with self
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        return read_bytes(self._open[number].fileno(), count, begin)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"files": self.files, "_open": {}}
 
     def __del__(self) -> None:
-        for descriptor in self._open.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        for file in self._open.values():
+            file.close()

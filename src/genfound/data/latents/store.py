@@ -59,12 +59,8 @@ class ShardWriter:
     """A shard in memory, of which every entry is put in once.
 
     Args:
-        columns: `sizes`, `labels`, `images` and `rules`, see the top of this file.
-        names: of the images.
-        channels: C.
         planes: C, or 2 C with log-variance.
         variants: 2 with mirror images, else 1.
-        dtype: of the values.
 
     Attributes:
         missing: how many entries are still to be put in.
@@ -176,15 +172,13 @@ class Store(LatentSource):
     """The latents of one split of a store, as one of its views.
 
     Args:
-        root: of the store.
         views: what is shown of each image; must be among what was encoded.
         holdout: how validation images were chosen, as encoded; `None` for however that was.
-        split: `train` or `val`.
-        mirrored: whether mirror images will be asked for.
     """
 
-    def __init__(self, root: Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool) -> None:
-        self.root, self.views = root, views
+    def __init__(self, root: str | Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool) -> None:
+        self.root = root = Path(root)
+        self.views = views
         self.manifest = read_manifest(root)
         self._check(holdout, mirrored)
         lines = [line for line in self.manifest["shards"] if line["file"].startswith(f"{split}-")]
@@ -192,7 +186,12 @@ class Store(LatentSource):
         note = {"split": split, "store": store_digest(self.manifest)}
         shards = [self._opened(line, note) for line in lines]
         self._reader = Reader([root / line["file"] for line in lines])
-        columns = _joined([shard.columns for shard in shards])
+        variants = 2 if self.manifest["mirrored"] else 1
+        shapes = {"sizes": (0, 2), "labels": (0,), "images": (0,), "rules": (0,), "checks": (0, variants)}
+        columns = {
+            name: np.concatenate([np.zeros(shape, np.int32), *(shard.columns[name] for shard in shards)])
+            for name, shape in shapes.items()
+        }
         stride = self.manifest["tokenizer"]["stride"]
         entries = Entries(columns["images"], columns["rules"], columns["sizes"].astype(np.int64) * stride)
         self._items = views.items(entries, self.manifest["views"])
@@ -265,15 +264,12 @@ class Store(LatentSource):
         height, width = self._sizes[entry].tolist()
         count = self._planes * height * width * self._dtype.itemsize
         begin = int(self._begin[entry]) + mirrored * count
-        data = self._reader.read(int(self._shard[entry]), begin, count)
+        shard = int(self._shard[entry])
+        data = self._reader.read(shard, begin, count)
         if zlib.crc32(data) != int(self._checks[entry, int(mirrored)]) & 0xFFFFFFFF:
-            file = self._reader.files[int(self._shard[entry])]
-            raise ValueError(f"{file} is damaged: entry {self._place(entry)} has not its checksum; {REPAIR}")
+            file, place = self._reader.files[shard], entry - int(np.searchsorted(self._shard, shard))
+            raise ValueError(f"{file} is damaged: entry {place} has not its checksum; {REPAIR}")
         return as_tensor(data, self._dtype).view(self._planes, height, width)
-
-    def _place(self, entry: int) -> int:
-        """The number of an entry within its shard."""
-        return int(entry - np.searchsorted(self._shard, self._shard[entry]))
 
     def report(self) -> list[str]:
         """Counts, views and sizes, and the statistics of the raw latents."""
@@ -288,11 +284,3 @@ class Store(LatentSource):
             *remarks(self.class_names),
             *([f"  {self._replaced:,} show others of their class, {UNREADABLE}"] if self._replaced else []),
         ]
-
-
-def _joined(shards: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The columns of several shards one after another."""
-    shapes = {"sizes": (0, 2), "labels": (0,), "images": (0,), "rules": (0,), "checks": (0, 0)}
-    if not shards:
-        return {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in shapes}

@@ -62,9 +62,7 @@ class StoredTokenizer:
     """The tokenizer of moments that are stored.
 
     Args:
-        described: how they are normalised.
         has_variance: the moments are mean and log-variance.
-        load: the tokenizer itself, to decode with.
     """
 
     online = False
@@ -75,7 +73,8 @@ class StoredTokenizer:
         self.has_variance = has_variance
         self.stochastic = described.stochastic and has_variance
         self._load = load
-        self._whole: Tokenizer | None = None
+        self._loaded: Tokenizer | None = None
+        self._decodes = True
 
     def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, C, h, w), or (B, 2 C, h, w) with log-variance -> (B, C, h, w), drawn with the noise or the mean."""
@@ -91,40 +90,23 @@ class StoredTokenizer:
         return self._tokenizer().encode(images, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """As the tokenizer itself; three channels of the latents where its weights are not to be had."""
-        try:
-            return self._tokenizer().decode(latents)
-        except (FileNotFoundError, ValueError) as error:
-            print(f"warning: pictures show channels of the latents, which cannot be decoded: {error}", flush=True)
-            self._whole = _Channels(self.spec)
-            return self._whole.decode(latents)
-
-    def _tokenizer(self) -> Tokenizer:
-        if self._whole is None:
-            self._whole = self._load()
-        return self._whole
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_whole": None}  # data workers never decode
-
-
-class _Channels:
-    """A picture of a latent: its first three channels."""
-
-    online = False
-    stochastic = False
-
-    def __init__(self, spec: LatentSpec) -> None:
-        self.spec = spec
-
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Raise a ValueError: there are no weights to encode with."""
-        raise ValueError("there are no weights to encode with")
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, height, width), two standard deviations to white or black."""
+        """As the tokenizer itself; where its weights are not to be had, three channels, +-2 as white and black."""
+        if self._decodes:
+            try:
+                return self._tokenizer().decode(latents)
+            except (FileNotFoundError, ValueError) as error:
+                print(f"warning: pictures show channels of the latents, which cannot be decoded: {error}", flush=True)
+                self._decodes = False
         shown = latents[:, [0, 1 % self.spec.channels, 2 % self.spec.channels]] / 2
         return shown.repeat_interleave(self.spec.stride, dim=2).repeat_interleave(self.spec.stride, dim=3)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_loaded": None}  # data workers never decode
 
 
 def describe(
@@ -133,10 +115,7 @@ def describe(
     """What is known of a tokenizer without loading an autoencoder.
 
     Args:
-        options: of the configuration.
-        load: makes the tokenizer; called where it has no weights.
         look: fetch its files where they are not at hand; otherwise it is taken for the published one.
-        trust: packages beside genfound of which it may be.
     """
     kind = target("tokenizer", options, trust)
     name = kind.__module__.rpartition(".")[2]

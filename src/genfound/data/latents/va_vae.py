@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genfound.data.latents.lightningdit import _latents, shard_files
+from genfound.data.latents.lightningdit import shard_files
 from genfound.data.latents.published import checked_latents
-from genfound.data.latents.safetensors_io import read_tensors
+from genfound.data.latents.safetensors_io import read_header, read_tensors
 from genfound.runtime.files import atomic_write
-from genfound.tokenizers import LatentSpec, Tokenizer
+from genfound.tokenizers import LatentSpec, Tokenizer, Undecodable
 
 STATISTICS = "latents_stats.pt"
 SAMPLED = 10_000
@@ -46,7 +46,11 @@ def statistics(root: Path) -> tuple[Tensor, Tensor]:
 
 def _measured(root: Path) -> tuple[Tensor, Tensor]:
     """Standard deviation and mean of a sample of all latents."""
-    spans = {shard: _latents(shard) for shard in shard_files(root)}
+    headers = {shard: read_header(shard).spans for shard in shard_files(root)}
+    for shard, tensors in headers.items():
+        if "latents" not in tensors:
+            raise ValueError(f"{shard} has no latents; it is not LightningDiT's")
+    spans = {shard: tensors["latents"] for shard, tensors in headers.items()}
     every = max(1, -(-sum(span.shape[0] for span in spans.values()) // SAMPLED))
     parts, skip = [], 0
     for shard, span in spans.items():
@@ -56,7 +60,7 @@ def _measured(root: Path) -> tuple[Tensor, Tensor]:
     return torch.std_mean(torch.cat(parts), dim=(0, 2, 3), keepdim=True)
 
 
-class VAVAE(Tokenizer):
+class VAVAE(Undecodable, Tokenizer):
     """LightningDiT's autoencoder as its published latents know it: by their statistics, without its network.
 
     Latents of each channel are (h - mean) / std * multiplier. They can be trained on and drawn, not decoded.
@@ -69,17 +73,9 @@ class VAVAE(Tokenizer):
 
     published = LatentSpec(channels=32, stride=16)
     online = False
-    stochastic = False
 
     def __init__(self, *, weights: str, stride: int, multiplier: float) -> None:
         mean, std = statistics(Path(weights))
         self.shift, self.scale = mean[0], multiplier / std[0]
-        self.spec = LatentSpec(len(self.shift), stride)
-
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Raise a ValueError: its network is not here."""
-        raise ValueError("VA-VAE's network is no part of genfound: images cannot be encoded")
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Raise a ValueError: its network is not here."""
-        raise ValueError("VA-VAE's network is no part of genfound: latents cannot be decoded")
+        reason = "VA-VAE's network is no part of genfound: images cannot be encoded, nor latents be decoded"
+        super().__init__(LatentSpec(len(self.shift), stride), reason)

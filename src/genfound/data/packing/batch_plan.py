@@ -9,7 +9,6 @@ step have equal work, and the steps of a window are then shuffled, so that cost 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Batcher, in_order
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
+from genfound.runtime.files import digest
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,7 @@ class MicroBatch:
 def each_once(
     order: Order, tokens: np.ndarray, images: int, max_tokens: float, max_images: int, weight: str
 ) -> list[MicroBatch]:
-    """One step that holds the first images of an order, at most all of them, each once and in order.
-
-    Args:
-        order: position -> image.
-        tokens: (n,) tokens of each image of the data set.
-        images: how many are wanted.
-        max_tokens, max_images: of a micro-batch.
-        weight: rule of the loss weights.
-    """
+    """One step that holds the first images of an order, at most all of them, each once and in order."""
     indices = [order[k] for k in range(min(images, len(tokens)))]
     counts = [int(tokens[i]) for i in indices]
     total = float(image_weight(np.array(counts, dtype=float), weight).sum())
@@ -74,8 +66,6 @@ class Plan:
         tokens: (n,) tokens of each image of the data set.
         grouper: makes micro-batches of positions.
         per_step: micro-batches of a global step, over all ranks.
-        weight: rule of the loss weights.
-        seed: seed of the run.
     """
 
     def __init__(
@@ -87,7 +77,8 @@ class Plan:
         self.per_step = per_step
         self.weight = weight
         self._rng = Rng(seed, "plan")
-        self._grouping = _digest(tokens, seed, grouper.kind)
+        # changes with whatever decides which positions make a micro-batch
+        self._grouping = digest(tokens.astype(np.int64).tobytes(), repr((seed, grouper.kind)))
         self._start: dict[str, Any] = {"step": 0, "images_seen": 0, "micro": 0, "left": [], "grouper": grouper.state()}
         self._windows: list[dict[str, Any]] = []
 
@@ -108,21 +99,20 @@ class Plan:
             steps = self._window(step, [])
 
     def _window(self, step: int, left: list[list[int]]) -> list[list[list[int]]]:
-        """The groups of the next steps, matched by cost within a step: what is left of a window, or a new one."""
+        """The groups of the next steps: what is left of a window, or a new one.
+
+        Those of a step are matched by the pairs of tokens that attend to each other; other costs are constant.
+        """
         steps = -(-(len(left) or self.grouper.window) // self.per_step)
         groups = [*left, *(self.grouper.take() for _ in range(steps * self.per_step - len(left)))]
         if steps == 1:
             return [groups]
-        groups.sort(key=self._cost)
+        groups.sort(key=lambda group: int((self.tokens[[self.order[k] for k in group]] ** 2).sum()))
         matched = self._split(groups)
         return [matched[i] for i in self._rng.at(step).permutation("window", steps).tolist()]
 
     def _split(self, groups: list[list[int]]) -> list[list[list[int]]]:
         return [groups[i : i + self.per_step] for i in range(0, len(groups), self.per_step)]
-
-    def _cost(self, group: list[int]) -> int:
-        """Pairs of tokens that attend to each other; the rest of a pack's cost is constant."""
-        return int((self.tokens[[self.order[k] for k in group]] ** 2).sum())
 
     def _micros(self, step: int, first: int, seen: int, groups: list[list[int]]) -> list[MicroBatch]:
         indices = [tuple(self.order[k] for k in group) for group in groups]
@@ -166,10 +156,3 @@ class Plan:
         if state["grouping"] != self._grouping:
             waiting = sorted([*state["grouper"]["waiting"], *(k for group in state["left"] for k in group)])
             self._start |= {"left": [], "grouper": {**state["grouper"], "waiting": waiting}}
-
-
-def _digest(tokens: np.ndarray, seed: int, kind: str) -> str:
-    """Changes with whatever decides which positions make a micro-batch."""
-    digest = hashlib.blake2b(tokens.astype(np.int64).tobytes(), digest_size=8)
-    digest.update(repr((seed, kind)).encode())
-    return digest.hexdigest()

@@ -30,16 +30,13 @@ def micro_batches(config: Config, ranks: int) -> int:
         tokens = config["optimizer"]["tokens_per_step"]
         per_step = config["batch"]["packs"] or max(round(tokens / config["data"]["max_tokens"]), 1)
     if per_step % ranks:
+        nodes = config["trainer"]["num_nodes"]
+        devices = f"trainer.devices={ranks // nodes}" + (f" on each of trainer.num_nodes={nodes}" if nodes > 1 else "")
         raise ValueError(
-            f"a global step of {per_step} micro-batches cannot be shared by {_devices(config, ranks)}; "
+            f"a global step of {per_step} micro-batches cannot be shared by {devices}; "
             f"set batch.packs (or batch.images) to a multiple"
         )
     return per_step
-
-
-def _devices(config: Config, ranks: int) -> str:
-    nodes = config["trainer"]["num_nodes"]
-    return f"trainer.devices={ranks // nodes}" + (f" on each of trainer.num_nodes={nodes}" if nodes > 1 else "")
 
 
 def token_budget(config: Config, tokens: np.ndarray) -> int:

@@ -24,32 +24,21 @@ from genfound.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class RawImages:
-    """The images of a micro-batch before they are encoded.
+    """The images of a micro-batch as they were read.
 
     Attributes:
-        images: each (3, height, width) uint8.
+        images: each (3, height, width) uint8, or what an encoder has left of it, see `LatentSource.moments`.
         labels: (B,) int64.
+        encoded: they are moments.
     """
 
     images: list[Tensor]
     labels: Tensor
+    encoded: bool
 
     def pin_memory(self) -> RawImages:
         """The same in page-locked host memory (called by the DataLoader)."""
         return replace(self, images=[image.pin_memory() for image in self.images])
-
-
-@dataclass(frozen=True)
-class LatentMoments:
-    """The images of a micro-batch as an encoder left them.
-
-    Attributes:
-        values: each (C, h, w) or (2 C, h, w), see `LatentSource.moments`.
-        labels: (B,) int64.
-    """
-
-    values: list[Tensor]
-    labels: Tensor
 
 
 class Normaliser(Protocol):
@@ -59,42 +48,37 @@ class Normaliser(Protocol):
         """(B, ...) moments -> (B, C, h, w) latents of about unit variance."""
 
 
+@dataclass
 class Collate:
-    """Pictures or moments -> batch.
+    """Images or moments -> batch.
 
-    Args:
+    Attributes:
         tokenizer: encodes images; one for stored moments also normalises these.
-        layout: lays latents out.
         rng: noise of a stochastic tokenizer, by position of the image.
     """
 
-    def __init__(self, tokenizer: Tokenizer, layout: Layout, rng: Rng) -> None:
-        self.tokenizer = tokenizer
-        self.layout = layout
-        self.rng = rng
+    tokenizer: Tokenizer
+    layout: Layout
+    rng: Rng
 
-    def __call__(self, images: RawImages | LatentMoments, positions: Sequence[int], device: torch.device) -> Batch:
+    def __call__(self, images: RawImages, positions: Sequence[int], device: torch.device) -> Batch:
         """Encode the images at these positions on a device, or normalise their moments, and lay them out there."""
-        known = isinstance(images, LatentMoments)
-        tensors = images.values if isinstance(images, LatentMoments) else images.images
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, tensor in enumerate(tensors):
+        for place, tensor in enumerate(images.images):
             by_size[tuple(tensor.shape)].append(place)
+        stride = 1 if images.encoded else self.tokenizer.spec.stride
         latents: dict[int, Tensor] = {}
-        for places in by_size.values():
-            group = torch.stack([tensors[place] for place in places]).to(device, non_blocking=True)
-            keys = [positions[place] for place in places]
-            height, width = (side // (1 if known else self.tokenizer.spec.stride) for side in group.shape[-2:])
-            noise = self._noise((height, width), keys, device) if self.tokenizer.stochastic else None
-            encoded = self._normalise(group, noise) if known else self.tokenizer.encode(normalised(group), noise)
-            latents |= zip(places, encoded, strict=True)
+        for shape, places in by_size.items():
+            group = torch.stack([images.images[place] for place in places]).to(device, non_blocking=True)
+            noise = None
+            if self.tokenizer.stochastic:  # each image has its own
+                latent = (self.tokenizer.spec.channels, *(side // stride for side in shape[-2:]))
+                drawn = [self.rng.at(positions[place]).normal("posterior", latent, device) for place in places]
+                noise = torch.stack(drawn)
+            if images.encoded:
+                found = cast(Normaliser, self.tokenizer).normalise(group.float(), noise)
+            else:
+                found = self.tokenizer.encode(normalised(group), noise)
+            latents |= zip(places, found, strict=True)
         ordered = [latents[place] for place in range(len(latents))]
         return self.layout.to_batch(ordered, images.labels.to(device, non_blocking=True))
-
-    def _normalise(self, moments: Tensor, noise: Tensor | None) -> Tensor:
-        return cast(Normaliser, self.tokenizer).normalise(moments.float(), noise)
-
-    def _noise(self, size: tuple[int, int], positions: list[int], device: torch.device) -> Tensor:
-        """Standard normal numbers shaped like latents of this size; each image has its own."""
-        shape = (self.tokenizer.spec.channels, *size)
-        return torch.stack([self.rng.at(k).normal("posterior", shape, device) for k in positions])

@@ -15,7 +15,7 @@ from genfound.batch import Batch
 from genfound.data.images.base import ImageSource, LatentSource, PictureSource
 from genfound.data.images.pixels import to_picture
 from genfound.data.packing.batch_plan import MicroBatch, Plan
-from genfound.data.packing.collate import Collate, LatentMoments, RawImages
+from genfound.data.packing.collate import Collate, RawImages
 from genfound.data.packing.prefetch import read_ahead
 from genfound.rng import Rng
 
@@ -37,61 +37,49 @@ class HeldOut:
     noise: Tensor | None = None
 
 
+@dataclass(eq=False)
 class MicroBatches(Dataset[Item]):
     """A micro-batch of the plan -> its images, as a `Batch` unless they are still to be encoded; runs in the workers.
 
-    Args:
-        source: images, or latents that were encoded before.
+    Attributes:
         assembly: encodes and lays them out; `None` leaves that to the training device.
         flips: decides which images of a micro-batch are mirrored; `None` mirrors none.
     """
 
-    def __init__(self, source: ImageSource, assembly: Collate | None, flips: Rng | None = None) -> None:
-        self.source = source
-        self.assembly = assembly
-        self.flips = flips
+    source: ImageSource
+    assembly: Collate | None
+    flips: Rng | None = None
 
     def __getitem__(self, micro: MicroBatch) -> Item:
         count = len(micro.indices)
         coins = [False] * count
         if self.flips is not None:
             coins = (self.flips.at(micro.number).uniform("flip", (count,)) < 0.5).tolist()
-        images = self._read(list(zip(micro.indices, coins, strict=True)))
-        if self.assembly is None:
-            assert isinstance(images, RawImages)
-            return images, micro
-        return self.assembly(images, micro.positions, torch.device("cpu")), micro
+        encoded = isinstance(self.source, LatentSource)
+        read = cast(LatentSource, self.source).moments if encoded else self._picture
+        tensors = [read(index, mirrored) for index, mirrored in zip(micro.indices, coins, strict=True)]
+        images = RawImages(tensors, torch.from_numpy(self.source.labels[list(micro.indices)]), encoded)
+        return images if self.assembly is None else self.assembly(images, micro.positions, torch.device("cpu")), micro
 
-    def _read(self, wanted: list[tuple[int, bool]]) -> RawImages | LatentMoments:
-        """The images of these indices, mirrored or not."""
-        labels = torch.from_numpy(self.source.labels[[index for index, _ in wanted]])
-        if isinstance(self.source, LatentSource):
-            return LatentMoments([self.source.moments(index, mirrored) for index, mirrored in wanted], labels)
-        images = cast(PictureSource, self.source)
-        return RawImages([to_picture(images.image(index), mirrored) for index, mirrored in wanted], labels)
+    def _picture(self, index: int, mirrored: bool) -> Tensor:
+        return to_picture(cast(PictureSource, self.source).image(index), mirrored)
 
 
+@dataclass(eq=False)
 class TrainLoader(IterableDataset[Item]):
     """The micro-batches of one rank, from the recorded step on, without end.
 
-    Args:
-        batches: reads a micro-batch.
-        plan: the global steps.
-        rank, ranks: which share of each step to read.
-        workers: worker processes; 0 reads in this process.
-        pin_memory: page-locked host memory, for CUDA.
+    Attributes:
+        waited: seconds that the training process spent in here.
     """
 
-    def __init__(
-        self, batches: MicroBatches, plan: Plan, rank: int, ranks: int, workers: int, pin_memory: bool
-    ) -> None:
-        self.batches = batches
-        self.plan = plan
-        self.rank = rank
-        self.ranks = ranks
-        self.workers = workers
-        self.pin_memory = pin_memory
-        self.waited = 0.0  # seconds that the training process spent in here
+    batches: MicroBatches
+    plan: Plan
+    rank: int
+    ranks: int
+    workers: int
+    pin_memory: bool
+    waited: float = 0.0
 
     def __iter__(self) -> Iterator[Item]:
         items = read_ahead(self.batches, self.share(), self.workers, self.pin_memory)
@@ -107,20 +95,15 @@ class TrainLoader(IterableDataset[Item]):
             yield from micros[self.rank :: self.ranks]
 
 
+@dataclass
 class ValidationLoader:
-    """The micro-batches of held-out images that one rank validates on.
+    """The micro-batches of held-out images that one rank validates on."""
 
-    Args:
-        batches: reads a micro-batch.
-        micros: of all ranks.
-        workers: worker processes; 0 reads in this process.
-    """
-
-    def __init__(self, batches: MicroBatches, micros: Sequence[MicroBatch], workers: int) -> None:
-        self.batches = batches
-        self.micros = micros
-        self.workers = workers
-        self.rank, self.ranks = 0, 1
+    batches: MicroBatches
+    micros: Sequence[MicroBatch]
+    workers: int
+    rank: int = 0
+    ranks: int = 1
 
     def __len__(self) -> int:
         return len(self.micros[self.rank :: self.ranks])

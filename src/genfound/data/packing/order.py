@@ -14,12 +14,7 @@ from genfound.rng import Rng
 
 
 class Order:
-    """Position in the run -> index in the data set.
-
-    Args:
-        images: size of the data set, n.
-        seed: seed of the run.
-    """
+    """Position in the run -> index in the data set."""
 
     def __init__(self, images: int, seed: int) -> None:
         self.images = images

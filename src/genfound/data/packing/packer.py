@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 TokensAt = Callable[[int], int]
 """Tokens of the image at a position of the run."""
@@ -19,27 +19,6 @@ LOOKAHEAD = 256
 
 RESERVE = 64
 """The last 1/64 of a budget is not filled in arrival order: a gap of a few images can nearly always be closed."""
-
-
-class Batcher(Protocol):
-    """Produces micro-batches of positions, one after another.
-
-    Attributes:
-        window: how many micro-batches are matched by cost.
-        kind: changes with whatever decides, besides the tokens of each position, what a micro-batch holds.
-    """
-
-    window: int
-    kind: str
-
-    def take(self) -> list[int]:
-        """Positions of the next micro-batch."""
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to continue from here; plain numbers and lists."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a recorded state."""
 
 
 def in_order(tokens: Sequence[int], max_tokens: float, max_images: int) -> Iterator[range]:
@@ -60,8 +39,6 @@ class Packer:
     The oldest image that waits always opens a pack, so that none waits for ever.
 
     Args:
-        tokens_at: tokens of the image at a position.
-        max_tokens: budget of a pack.
         max_images: a pack that reaches this number is closed.
         lookahead: how many waiting images the gap search sees.
     """
@@ -168,14 +145,9 @@ def _sum_to(total: int, reach: list[int], candidates: list[int]) -> list[int]:
 
 
 class Repeated:
-    """The first micro-batches of another batcher, again and again, to see whether a network can learn them.
+    """The first micro-batches of another batcher, again and again, to see whether a network can learn them."""
 
-    Args:
-        batcher: at its beginning.
-        count: how many.
-    """
-
-    def __init__(self, batcher: Batcher, count: int) -> None:
+    def __init__(self, batcher: Packer | FixedBatcher, count: int) -> None:
         self.window = batcher.window
         self.kind = repr((batcher.kind, count))
         self._micros = [batcher.take() for _ in range(count)]
@@ -223,3 +195,8 @@ class FixedBatcher:
         """Continue from a recorded state."""
         self._next = state["next"]
         self._waiting = list(state["waiting"])
+
+
+Batcher = Packer | Repeated | FixedBatcher
+"""Produces micro-batches of positions. `window` of them are matched by cost; `kind` changes with whatever decides,
+besides the tokens of each position, what a micro-batch holds; `restore` continues from what `state` gave."""

@@ -59,8 +59,6 @@ def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_me
     Args:
         dataset: is sent to the workers once.
         keys: are drawn in this process.
-        workers: number of processes; 0 reads in this one.
-        pin_memory: page-locked host memory, for CUDA.
     """
     integer("data.num_workers", workers, 0)
     loader = DataLoader(
