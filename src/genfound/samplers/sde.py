@@ -97,7 +97,7 @@ def sde(
     def move(step: int, state: Batch, ends: tuple[float, float]) -> Tensor:
         t, t_next = ends
         if last == "none" or step < len(points) - 2:
-            return STEPS[method](field, state, t, t_next, w, rng.normal(step))
+            return STEPS[method](field, state, t, t_next, w, lambda: rng.normal(step))
         return LAST_STEPS[last](state.x, field.views(state, t), w(t), t - t_next)
 
     return walk(batch, pairwise(points), move, progress)
@@ -113,14 +113,18 @@ def sde_grid(times: Tensor, last_step_size: float) -> Tensor:
     return torch.cat([steps, steps.new_zeros(1)])
 
 
-def _euler(field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Tensor) -> Tensor:
+def _euler(
+    field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Callable[[], Tensor]
+) -> Tensor:
     moved = batch.x + (t - t_next) * _drift(field, batch, t, w)
-    return moved + math.sqrt(2 * w(t) * (t - t_next)) * noise.to(moved)
+    return moved + math.sqrt(2 * w(t) * (t - t_next)) * noise().to(moved)
 
 
-def _heun(field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Tensor) -> Tensor:
+def _heun(
+    field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Callable[[], Tensor]
+) -> Tensor:
     size = t - t_next
-    start = replace(batch, x=batch.x + math.sqrt(2 * w(t) * size) * noise.to(batch.x))
+    start = replace(batch, x=batch.x + math.sqrt(2 * w(t) * size) * noise().to(batch.x))
     first = _drift(field, start, t, w)
     second = _drift(field, replace(batch, x=start.x + size * first), t_next, w, decide_at=t)
     return start.x + size / 2 * (first + second)

@@ -188,7 +188,8 @@ def guided_forward(fixture: Fixture) -> Results:
         assert given["t"][n + i] == given["t"][i]
         row = {key: given[key][i : i + 1] for key in ("t", "y", "grid", "mask", "size")}
         batch = to_batch(row, x[i : i + 1])
-        first.append(guidance_of(**guidance)(TimeAdapter(net))(batch, float(row["t"])))
+        t = 1 - float(row["t"]) if net.time == "data1" else float(row["t"])
+        first.append(guidance_of(**guidance)(TimeAdapter(net, 1.0))(batch, t))
         null = net(replace(batch, y=given["y"][n : n + 1]), row["t"])
         count = 3 * net.token_spec.patch_size**2
         second.append(torch.cat([first[-1][..., :count], null[..., count:]], dim=-1))
