@@ -139,7 +139,7 @@ def pair(family: Family, config: dict[str, Any]) -> tuple[Backbone, nn.Module, B
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=rng)
+            parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.02)
     out = net.state_dict()["final_layer.linear.bias"].numel() // patch**2
     theirs = family.reference(config["model"], out).train()
     state, shapes = dit_moe.separate(net.state_dict()), theirs.state_dict()

@@ -39,7 +39,9 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Square latents (B, C, S, S)."""
 
-    def __init__(self, side: int, channels: int, patch: int, width: int, depth: int, heads: int, classes: int, out: int):
+    def __init__(
+        self, side: int, channels: int, patch: int, width: int, depth: int, heads: int, classes: int, out: int
+    ):
         super().__init__()
         self.patch, self.grid = patch, side // patch
         self.x_embedder = PatchEmbed(channels, patch, width)

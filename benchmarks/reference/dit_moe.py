@@ -92,6 +92,10 @@ def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[name] = value
             continue
         for number, matrix in enumerate(value):
-            parts = {"down_proj": matrix} if last == "down" else dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True))
+            parts = (
+                {"down_proj": matrix}
+                if last == "down"
+                else dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True))
+            )
             found |= {f"{base}.{number}.{part}.weight": weight for part, weight in parts.items()}
     return found

@@ -84,7 +84,9 @@ class FiT(nn.Module):
         """(B, N, P), (B,), (B,), rows and columns (B, 2, N), (B, N) -> (B, N, P)."""
         x = self.x_embedder.proj(x)
         c = self.t_embedder(t) + self.y_embedder(y)
-        cos, sin = (torch.cat([table[grid[:, 0]], table[grid[:, 1]]], dim=-1)[:, :, None] for table in (self.cos, self.sin))
+        cos, sin = (
+            torch.cat([table[grid[:, 0]], table[grid[:, 1]]], dim=-1)[:, :, None] for table in (self.cos, self.sin)
+        )
         shared = self.global_adaLN_modulation(c)
         for block in self.blocks:
             x = block(x, c, shared, mask, cos, sin)

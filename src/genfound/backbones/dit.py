@@ -128,8 +128,8 @@ class Block(nn.Module):
         with autocast_off(x):
             per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
-        x = x + gate_a * self.attn(norm_modulate(x, shift_a, scale_a))
-        return x + gate_m * self.mlp(norm_modulate(x, shift_m, scale_m))
+        x = x + gate_a * self.attn(norm_modulate(x, shift_a, 1 + scale_a))
+        return x + gate_m * self.mlp(norm_modulate(x, shift_m, 1 + scale_m))
 
 
 class Attention(nn.Module):
@@ -159,7 +159,7 @@ class FinalLayer(nn.Module):
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, K p p)."""
         with autocast_off(x):
             shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # (B, 1, D) each
-            return self.linear(norm_modulate(x, shift, scale))
+            return self.linear(norm_modulate(x, shift, 1 + scale))
 
 
 def position_table(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:

@@ -150,8 +150,8 @@ class Block(nn.Module):
         with autocast_off(x):
             per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
-        x = x + gate_a * self.attn(norm_modulate(x, shift_a, scale_a))
-        out, routing = self.moe(norm_modulate(x, shift_m, scale_m))
+        x = x + gate_a * self.attn(norm_modulate(x, shift_a, 1 + scale_a))
+        out, routing = self.moe(norm_modulate(x, shift_m, 1 + scale_m))
         return x + gate_m * out, balance_loss(routing, self.balance_over), expert_load(routing)
 
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, modulation, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, modulations, zero_init_
 from genfound.layers.attention import packed_attention, sdpa, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import SwiGLU, feed_forward
 from genfound.layers.norm import norm_layer
-from genfound.layers.rope import Rope, RopeTables, apply_rope, row_major
+from genfound.layers.rope import Rope, apply_rope, row_major
 from genfound.rng import Rng
 
 
@@ -137,7 +137,7 @@ class FiT(Backbone):
         with autocast_off(x):
             c = self.t_embedder(self._embedded_time(t)) + self.y_embedder(batch.y)  # (B, D)
             shared = 0.0 if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c)  # (B, 6 D)
-            rope = self._rotation(batch)  # (..., 1, d) twice
+            rope = self._rotation(batch)  # (..., 1, d / 2, 2)
         for block in self.blocks:
             x = self.run_block(block, x, c, shared, batch, rope)  # (..., D)
         out: Tensor = self.final_layer(x, c, batch)  # (..., P) or (..., 2 P)
@@ -169,7 +169,7 @@ class FiT(Backbone):
         t = s * t / (1 + (s - 1) * t)
         return t.clamp(max=1) if self.clamp_time else t
 
-    def _rotation(self, batch: Batch) -> RopeTables | None:
+    def _rotation(self, batch: Batch) -> Tensor | None:
         if self.rope is None:
             return None
         sizes = batch.sizes[:1] if batch.layout == "dense" else batch.sizes
@@ -187,14 +187,15 @@ class Block(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = adaln
 
-    def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, rope: RopeTables | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, rope: Tensor | None) -> Tensor:
         """x (..., D), condition c (B, D), the modulation that blocks share (B, 6 D) -> (..., D)."""
         with autocast_off(x):
-            per_image = (self.adaLN_modulation(c) + shared).chunk(6, dim=1)  # 6 x (B, D)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
-        mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), 1 + scale_a), batch, rope)
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(
+                self.adaLN_modulation(c) + shared, 6, batch.per_token
+            )  # (..., D) each
+        mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), factor_a), batch, rope)
         x = torch.addcmul(x, gate_a, mixed.float())
-        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), 1 + scale_m)).float())
+        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), factor_m)).float())
 
 
 class Attention(nn.Module):
@@ -212,13 +213,13 @@ class Attention(nn.Module):
         self.k_norm = norm_layer("k_norm", k_norm, width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, batch: Batch, rope: RopeTables | None) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, rope: Tensor | None) -> Tensor:
         """(..., D) -> (..., D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, d) each
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-            v = apply_rope(v, *rope).to(v.dtype) if self.rope_on_values else v
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            v = apply_rope(v, rope).to(v.dtype) if self.rope_on_values else v
         return self.proj(self._mix(q, k, v, batch).flatten(-2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -244,8 +245,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (..., D), c (B, D) -> (..., P)."""
         with autocast_off(x):
-            shift, scale = (batch.per_token(v) for v in self.adaLN_modulation(c).chunk(2, dim=1))
-            return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+            shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token)
+            return self.linear(torch.addcmul(shift, self.norm_final(x), factor))
 
 
 def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:

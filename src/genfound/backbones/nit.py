@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.layers.adaln import autocast_off, modulation, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, modulations, norm_modulate, zero_init_
 from genfound.layers.attention import packed_attention, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import Mlp
-from genfound.layers.rope import Rope, RopeTables, apply_rope, row_major
+from genfound.layers.rope import Rope, apply_rope, row_major
 from genfound.rng import Rng
 
 
@@ -110,7 +110,7 @@ class NiT(Backbone):
         with autocast_off(x):
             c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
             c = nn.functional.silu(c)
-            rope = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d) twice
+            rope = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d / 2, 2)
         for block in self.blocks:
             x = self.run_block(block, x, c, batch, rope)  # (T, D)
         return self.final_layer(x, c, batch)  # (T, P)
@@ -136,13 +136,14 @@ class Block(nn.Module):
         ranks = [] if adaln_rank is None else [adaln_rank]
         self.adaLN_modulation = modulation(width, *ranks, 6 * width, silu=False)
 
-    def forward(self, x: Tensor, c: Tensor, batch: Batch, rope: RopeTables) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, batch: Batch, rope: Tensor) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (B, D)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (batch.per_token(v) for v in per_image)
-        x = torch.addcmul(x, gate_a, self.attn(norm_modulate(x, shift_a, scale_a), batch, rope).float())
-        return torch.addcmul(x, gate_m, self.mlp(norm_modulate(x, shift_m, scale_m)).float())
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(
+                self.adaLN_modulation(c), 6, batch.per_token
+            )  # (T, D) each
+        x = torch.addcmul(x, gate_a, self.attn(norm_modulate(x, shift_a, factor_a), batch, rope).float())
+        return torch.addcmul(x, gate_m, self.mlp(norm_modulate(x, shift_m, factor_m)).float())
 
 
 class Attention(nn.Module):
@@ -157,12 +158,12 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, batch: Batch, rope: RopeTables) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, rope: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
         assert batch.cu_seqlens is not None
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (T, H, d) each
-        q = apply_rope(self.q_norm(q.float()), *rope)
-        k = apply_rope(self.k_norm(k.float()), *rope)
+        q = apply_rope(self.q_norm(q.float()), rope)
+        k = apply_rope(self.k_norm(k.float()), rope)
         mixed = packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, batch.block_mask)
         return self.proj(mixed.flatten(1))
 
@@ -178,8 +179,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, P)."""
         with autocast_off(x):
-            shift, scale = (batch.per_token(v) for v in self.adaLN_modulation(c).chunk(2, dim=1))
-            return self.linear(norm_modulate(x, shift, scale))
+            shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token)
+            return self.linear(norm_modulate(x, shift, factor))
 
 
 def coordinates(batch: Batch, order: str) -> Tensor:

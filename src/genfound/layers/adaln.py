@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine parameters (eps 1e-6), then shift and scale, which broadcast against x (..., D)."""
-    normed = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed, 1 + scale)
+def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """LayerNorm without affine parameters (eps 1e-6), then a factor and a shift that broadcast against x (..., D)."""
+    return torch.addcmul(shift, nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6), factor)
+
+
+def modulations(per_image: Tensor, count: int, per_token: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What `modulation` has made of each image (B, n D) -> shift, factor 1 + scale and gate of its tokens.
+
+    One is added for each image, not for each of its tokens.
+    """
+    parts = per_image.chunk(count, dim=1)
+    return [per_token(1 + part if number % 3 == 1 else part) for number, part in enumerate(parts)]
 
 
 def modulation(*widths: int, silu: bool) -> nn.Sequential:

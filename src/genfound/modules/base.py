@@ -196,14 +196,17 @@ class GenerativeModule(lightning.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Measure the norm, clip at `optimizer.clip`, and let the fused step skip itself if it is not finite."""
         limit = self.settings["clip"]
-        parameters = [p for p in self.net.parameters() if p.grad is not None]
-        self.grad_norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        parameters = list(self.net.parameters())
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(parameters, limit, self.grad_norm)
         optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Finish a global step: count its images, and stop when the budget has been seen."""
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *closure: Any) -> None:
+        """Finish a global step: free its gradients, count its images, and stop when the budget has been seen."""
+        super().optimizer_step(epoch, batch_idx, optimizer, *closure)
+        optimizer.zero_grad()  # Lightning's own comes after the next forward pass, which needs the memory
         assert self._micro is not None
         self.images_seen = self._micro.images_seen
         self.trainer.should_stop = self.images_seen >= self.budget

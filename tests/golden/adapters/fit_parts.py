@@ -31,11 +31,9 @@ def tables(rope: Rope, sizes: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return by_channel(rope(places, sizes, batch.per_token))
 
 
-def by_channel(turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every channel (..., d) from what `rotate` takes."""
-    turned = apply_rope(torch.tensor([1.0, 0.0]).repeat(turn[0].shape[-1] // 2), *turn).squeeze(
-        -2
-    )  # pairs of (cos, sin)
+def by_channel(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every channel (..., d) from what `apply_rope` takes."""
+    turned = apply_rope(torch.tensor([1.0, 0.0]).repeat(table.shape[-2]), table).squeeze(-2)  # pairs of (cos, sin)
     return turned[..., ::2].repeat_interleave(2, dim=-1), turned[..., 1::2].repeat_interleave(2, dim=-1)
 
 
@@ -80,7 +78,7 @@ def rope_option(fixture: Fixture) -> Results:
     turn = rule(places, torch.ones(len(places), 2), lambda v: v[:, None])
     if "x" not in given:
         return dict(zip(("cos", "sin"), by_channel(turn), strict=True))
-    return {"out": apply_rope(tensor(given["x"]).transpose(1, 2), *turn).transpose(1, 2)}
+    return {"out": apply_rope(tensor(given["x"]).transpose(1, 2), turn).transpose(1, 2)}
 
 
 def rounded_tables(fixture: Fixture, rule: Rope) -> Results:

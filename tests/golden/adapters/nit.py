@@ -241,7 +241,7 @@ def rope(fixture: Fixture) -> Results:
     places = coordinates(batch, net.rope_coords)
     rule = net.rope
     first = torch.tensor([1.0, 0.0]).repeat(len(places), 1, rule.head // 2)  # (T, 1, d), pairs of (1, 0)
-    turned = apply_rope(first, *rule(places, batch.sizes, batch.per_token)).squeeze(1)  # pairs of (cos, sin)
+    turned = apply_rope(first, rule(places, batch.sizes, batch.per_token)).squeeze(1)  # pairs of (cos, sin)
     cos, sin = (turned[:, i::2].repeat_interleave(2, dim=1) for i in (0, 1))
     rows, columns = rule.frequencies(batch.sizes)[0]
     return {
