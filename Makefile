@@ -48,6 +48,7 @@ type: install  ## types
 
 bench: install  ## speed, written to benchmarks/results/
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python -m benchmarks.official_forms
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/store.py
 

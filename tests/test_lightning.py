@@ -51,6 +51,7 @@ def test_a_plain_trainer_trains_resumes_exactly_and_validates(name: str, tmp_pat
     assert metrics["val/loss"] > 0 and metrics["val/loss"] != metrics["val/loss_ema"]
 
 
+@pytest.mark.slow
 def test_the_script_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(PAGE.read_text().split("```python\n")[1].split("```")[0], {})

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import genfound
 from tests.evaluation.runs import untrained_run
 
@@ -90,12 +92,15 @@ def test_files_and_functions_are_short() -> None:
     assert long <= LONG_FUNCTIONS
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_where_lightning_cannot_be_imported(tmp_path: Path) -> None:
     """Also from a run, and sampled."""
     untrained_run(tmp_path / "run")
     code = """
 import sys
 sys.modules["lightning"] = None
+import pytest
+
 import genfound
 loaded = genfound.load("run")
 print(genfound.sample(loaded, labels=[1], size=(16, 16)).shape)

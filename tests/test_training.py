@@ -50,7 +50,11 @@ def test_settings_of_previews_are_checked_before_the_first_step(options: str, tm
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("extra", ["batch.packs=2", "ema.decays=[0.9,0.99]", "callbacks.checkpointing.every=8"])
+KEPT = ("ema.decays=[0.9,0.99]", "callbacks.checkpointing.every=8")
+LATER = [pytest.param(extra, marks=pytest.mark.slow) for extra in KEPT]
+
+
+@pytest.mark.parametrize("extra", ["batch.packs=2", *LATER])
 def test_whatever_is_saved_continues_bit_by_bit(extra: str, tmp_path: Path) -> None:
     """Weights, averages, optimizer and the place in the data, also where several micro-batches make a step."""
     for name, ends in (("straight", [7]), ("resumed", [2, 3, 7])):

@@ -93,6 +93,7 @@ def test_a_change_that_does_not_fit_leaves_the_run_as_it_was(change: str, tmp_pa
     assert run_directory.finished(tmp_path)
 
 
+@pytest.mark.slow
 def test_another_precision_is_refused_though_auto_stands_for_it(tmp_path: Path) -> None:
     go_on(tmp_path, "trainer.max_steps=1", "trainer.precision=fp32")
     go_on(tmp_path, "trainer.max_steps=2", "trainer.precision=fp32", allow_changes=False)

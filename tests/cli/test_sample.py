@@ -145,6 +145,7 @@ def jump(field, batch, times, rng, progress=None, *, strength=1.0):
 """
 
 
+@pytest.mark.slow
 def test_a_sampler_of_the_users_is_a_function_and_an_option(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine/sampler").mkdir(parents=True)
     for module, needs in (("jumping", "velocity"), ("walking", "gaussian")):

@@ -104,6 +104,7 @@ def jobs() -> list[Path]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_names_its_jobs_and_outlives_a_failing_one(tmp_path: Path) -> None:
     sweep = ["-m", *TINY, "trainer.max_steps=2", "model.heads=1,3", "study=heads"]
     result = genfound("train", *sweep, cwd=tmp_path)

@@ -46,6 +46,7 @@ def test_a_run_moves_from_two_devices_to_one(tmp_path: Path) -> None:
     assert moved == pytest.approx(stayed, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_job_on_two_devices_ends_with_its_reason(tmp_path: Path) -> None:
     wrong = ["batch.packs=2", "trainer.devices=2", "data.max_tokens=64"]  # found by each of them
     result = genfound("train", *TINY, *wrong, "name=run", cwd=tmp_path)
@@ -86,6 +87,7 @@ def test_two_machines_of_one_device_give_the_run_of_one_with_two(tmp_path: Path)
     assert again.returncode == 0 and again.stdout.startswith("[done before]")  # nobody is waited for
 
 
+@pytest.mark.slow
 def test_another_command_does_not_join(tmp_path: Path) -> None:
     same = ["batch.packs=2", "trainer.max_steps=1", "trainer.num_nodes=2", f"rdzv=127.0.0.1:{free_port()}", "name=run"]
     first = machine(tmp_path, *same)

@@ -77,7 +77,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("first", ["killed", "written"])
+@pytest.mark.parametrize("first", [pytest.param("killed", marks=pytest.mark.slow), "written"])
 def test_a_run_that_goes_on_shows_each_step_once(run: Path, first: str) -> None:
     """Six steps, the last checkpoint after three: W&B has lost all of them, or has all of them."""
     if first == "killed":

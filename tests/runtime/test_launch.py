@@ -150,6 +150,7 @@ def test_machines_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
             machines.agree("the fact")
 
 
+@pytest.mark.slow
 def test_processes_of_a_launch_end_with_it_however_it_ends(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "request").write_text(

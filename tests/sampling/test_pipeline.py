@@ -164,6 +164,7 @@ def test_there_must_be_something_to_draw() -> None:
         make_requests([0], [(8, 8)], 0, NAMES)
 
 
+@pytest.mark.slow
 def test_the_public_function_is_not_hidden_by_the_command_of_its_name() -> None:
     code = "import genfound, genfound.training, genfound.evaluation.evaluator; assert callable(genfound.sample)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -159,8 +159,8 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # (..., H, d / 2, 2)
     if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        cos, sin = table.unbind(-1)
+        turned = pairs * cos[..., None] + pairs.flip(-1) * torch.stack([-sin, sin], dim=-1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2)

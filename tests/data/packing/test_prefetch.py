@@ -37,6 +37,7 @@ class Killed(Dataset[int]):
         return key
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_clear_error() -> None:
     with pytest.raises(
         ValueError, match=r"was ended from outside, .* memory .*: set a smaller data\.num_workers, or 0"
