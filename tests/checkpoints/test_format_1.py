@@ -12,10 +12,11 @@ import torch
 from omegaconf import OmegaConf
 
 import genfound
-from genfound.checkpoints import convert, format_1, formats
+from genfound import build
+from genfound.checkpoints import format_1
 from genfound.runtime import run_directory
 from genfound.tokenizers import PixelTokenizer
-from tests.helpers import run_dir
+from tests.helpers import composed, run_dir
 
 BEFORE = {
     r"^x_embedder\.proj\.": "x_embedder.", r"^t_embedder\.mlp\.0\.": "t_embedder.first.",
@@ -49,19 +50,12 @@ def as_before(name: str, patterns: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_of_format_1_is_read_under_todays_names(family: str, tmp_path: Path) -> None:
-    from genfound import build
-    from genfound.checkpoints.load import LoadedModel
-    from tests.helpers import composed
-
     options, patterns = FAMILIES[family]
     config = composed(f"model={family}_tiny", "model.width=32", "model.depth=2", "model.heads=2", *options)
     net = build.net(config, PixelTokenizer().spec, 3)
-    loaded = LoadedModel(net, build.objective(config), PixelTokenizer(), config, ["a", "b", "c"], [(16, 16)])
-    convert.save(loaded, tmp_path / "new.safetensors")
-    note = formats.ours(tmp_path / "new.safetensors")
-    assert note is not None and note.pop("format") == 2
-    note["config"]["tokenizer"]["_target_"] = "genfound.tokenizers.pixel.Pixel"
-    note["config"]["data"]["_target_"] = "genfound.data.shapes.Shapes"
+    config["tokenizer"]["_target_"] = "genfound.tokenizers.pixel.Pixel"
+    config["data"]["_target_"] = "genfound.data.shapes.Shapes"
+    note = {"config": config, "class_names": ["a", "b", "c"], "sizes": [(16, 16)]}
     old = {as_before(name, patterns): tensor for name, tensor in net.state_dict().items()}
     assert not old.keys() & {"x_embedder.proj.weight", "t_embedder.mlp.0.weight"}
     safetensors.torch.save_file(old, tmp_path / "old.safetensors", {"genfound": json.dumps(note)})

@@ -349,20 +349,20 @@ def test_a_run_starts_from_weights_and_says_what_is_new(tmp_path: Path, capsys: 
 
 def test_one_expert_becomes_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moe = [word.replace("dit_tiny", "dit_moe_tiny") for word in TINY]
-    fit(run_dir(tmp_path / "one", *moe, "model.experts=1", "model.top_k=1"))
+    untrained_run(tmp_path / "one", "model.experts=1", "model.top_k=1", of=moe)
     fit(run_dir(tmp_path / "many", *moe, "model.experts=4", f"init_from={tmp_path / 'one'}"))
     assert "every expert begins as a copy" in capsys.readouterr().out
     one, many = (genfound.load(tmp_path / name).net.state_dict() for name in ("one", "many"))
     name = next(key for key in one if "experts" in key)
     assert torch.equal(many[name], one[name].repeat(4, 1, 1))
-    fit(run_dir(tmp_path / "plain", *TINY))
+    untrained_run(tmp_path / "plain", of=TINY)
     with pytest.raises(ValueError, match="no experts, and a GELU MLP cannot become a SwiGLU"):
         fit(run_dir(tmp_path / "wrong", *moe, f"init_from={tmp_path / 'plain'}"))
 
 
 def test_a_weaker_network_guides(tmp_path: Path) -> None:
     for name in ("strong", "weak"):
-        fit(run_dir(tmp_path / name, *TINY, f"seed={len(name)}", "optimizer.lr=0.1", "ema.decays=[0.1]"))
+        untrained_run(tmp_path / name, of=TINY)
     loaded = genfound.load(tmp_path / "strong")
     option = composed("guidance=autoguidance")["guidance"]
     drawn = {}
@@ -374,10 +374,10 @@ def test_a_weaker_network_guides(tmp_path: Path) -> None:
 
 
 def test_only_the_named_parameters_are_trained(tmp_path: Path) -> None:
-    fit(run_dir(tmp_path / "start", *TINY))
+    untrained_run(tmp_path / "start", of=TINY)
     trained = [*TINY, "optimizer.lr=0.01", "optimizer.warmup_images=0", "optimizer.trainable=[adaLN,bias]"]
     fit(run_dir(tmp_path / "run", *trained, f"init_from={tmp_path / 'start'}"))
-    before = genfound.load(tmp_path / "start", "raw").net.state_dict()
+    before = genfound.load(tmp_path / "start").net.state_dict()
     after = genfound.load(tmp_path / "run", "raw").net.state_dict()
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert changed and all("adaLN" in key or "bias" in key for key in changed)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import genfound
 from genfound import build
 from genfound.backbones.nit import NiT
-from genfound.checkpoints import convert, initialise, load
+from genfound.checkpoints import convert, formats, initialise
 from genfound.config import compose, targets
 from genfound.config.environment import LAUNCH
 from genfound.data.latents.manifest import read_manifest
@@ -176,10 +176,8 @@ def own_model(place: Path, target: str) -> Path:
     config = composed("model=nit_tiny", "model.width=32", "model.depth=1", "model.heads=2")
     net = build.net(config, PixelTokenizer.spec, 10)
     model = {**config["model"], "_target_": target}
-    loaded = load.LoadedModel(
-        net, linear_flow(), PixelTokenizer(), {**config, "model": model}, list("0123456789"), [(16, 16)]
-    )
-    convert.save(loaded, place / "own.safetensors")
+    note = {"format": formats.FORMAT, "class_names": list("0123456789"), "sizes": [(16, 16)]}
+    formats.write(place / "own.safetensors", net.state_dict(), {**note, "config": {**config, "model": model}})
     return place / "own.safetensors"
 
 

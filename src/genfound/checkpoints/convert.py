@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genfound import build
 from genfound.checkpoints import formats
-from genfound.checkpoints.load import LoadedModel, Weights, _same, _shape, find
+from genfound.checkpoints.load import find
 from genfound.checkpoints.official.families import FAMILIES
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import check_folder
@@ -20,11 +20,7 @@ from genfound.runtime.files import check_folder
 def to_official(
     config: Mapping[str, Any], state: Mapping[str, Tensor], sizes: list[tuple[int, int]]
 ) -> dict[str, Tensor]:
-    """Our tensors in the shapes and orders of the official code.
-
-    Raises:
-        ValueError: a backbone that was never published.
-    """
+    """Our tensors in the shapes and orders of the official code."""
     package, _, family = str(config["model"]["_target_"]).rpartition(".")[0].rpartition(".")
     if package != "genfound.backbones" or family not in FAMILIES:
         raise ValueError(f"{config['model']['_target_']} has no official format")
@@ -60,31 +56,27 @@ def convert(
         raise ValueError(f"format={file_format} is unknown; choose official or genfound")
     check_folder("to", Path(to) if to.endswith("/") else Path(to).parent)
     found = find(path, weights, trust, **hints)
+    channels = found.state["x_embedder.proj.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
+    spec = build.published_spec(found.config)._replace(channels=channels)  # no tokenizer is built
     with torch.device("meta"):
-        net = build.net(found.config, _shape(found), len(found.class_names))
+        net = build.net(found.config, spec, len(found.class_names))
     checkpoint_io.compare_keys(net, found.state, path)
     chosen = file_format or ("official" if found.official is None else "genfound")
     file = _destination(path, to, chosen)
     ours_again = chosen == "genfound" and found.official is None
     theirs = {} if ours_again else to_official(found.config, found.state, found.sizes)
-    kept = found.kept if found.official is None else _differing(found.official, theirs)
+    kept = found.kept
+    if found.official is not None:  # what our network does not give back bit by bit
+        kept = {key: value for key, value in found.official.items() if not _same(theirs.get(key), value)}
     if chosen == "official":
         state = theirs | dict(kept)
         formats.write(file, state)
     else:
         state = {**found.state, **{f"{formats.KEPT}{key}": tensor for key, tensor in kept.items()}}
-        formats.write(file, state, _note(found))
+        config = {key: value for key, value in found.config.items() if key not in ("trust", "format")}
+        note = {"format": formats.FORMAT, "config": config, "class_names": found.class_names, "sizes": found.sizes}
+        formats.write(file, state, note)
     return Conversion(file, chosen, len(state), sum(tensor.numel() for tensor in state.values()))
-
-
-def save(loaded: LoadedModel, file: Path) -> None:
-    """Write a model to a .safetensors that `load` takes, whatever it was loaded from."""
-    formats.write(file, loaded.net.state_dict(), _note(loaded))
-
-
-def _note(model: Weights | LoadedModel) -> dict[str, Any]:
-    config = {key: value for key, value in model.config.items() if key not in ("trust", "format")}
-    return {"format": formats.FORMAT, "config": config, "class_names": model.class_names, "sizes": model.sizes}
 
 
 def _destination(path: Path, to: str, chosen: str) -> Path:
@@ -98,6 +90,5 @@ def _destination(path: Path, to: str, chosen: str) -> Path:
     return file
 
 
-def _differing(state: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an official state dict that our network does not give back bit by bit."""
-    return {key: value for key, value in state.items() if key not in again or not _same(again[key], value)}
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.dtype == b.dtype and torch.equal(a, b)

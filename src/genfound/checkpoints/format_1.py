@@ -67,11 +67,9 @@ def config(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights(old: Mapping[str, Tensor], model: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict under today's names.
+    """A state dict under today's names; `model` is that group of its configuration.
 
-    Args:
-        old: parameters of a backbone of genfound; those of other packages are left as they are.
-        model: that group of its configuration.
+    The parameters of other packages' backbones are left as they are.
     """
     patterns = dict(NAMES.get(str(model[TARGET]), {}))
     if str(model[TARGET]).endswith(".DiTMoE") and model.get("qk_norm") != "none":

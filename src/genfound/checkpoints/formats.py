@@ -33,39 +33,23 @@ FORMAT = run_directory.FORMAT
 
 
 class CheckpointFile(NamedTuple):
-    """What a file or folder holds.
-
-    Attributes:
-        states: state dicts by outer key; "" of a flat one, `first` and `second` of an accelerate folder.
-        args: arguments of the training script, where it saved them.
-    """
+    """State dicts by outer key ("" of a flat one, `first` and `second` of a folder), and the script's arguments."""
 
     states: Mapping[str, State]
     args: Mapping[str, Any]
 
     def choose(self, weights: str, path: Path, ema_first: bool = False) -> State:
-        """The averaged (`ema`) or live (`raw`) weights; whichever there are, if there is only one set.
-
-        Raises:
-            ValueError: unknown weights, or `raw` of a file that holds only averaged ones.
-        """
-        if weights not in ("ema", "raw"):
-            raise ValueError(f"weights={weights} is unknown; choose ema or raw")
-        order = {"ema": ["ema", "model", "state_dict", ""], "raw": ["model", "state_dict", ""]}[weights]
+        """The averaged (`ema`) or live (`raw`) weights; whichever there are, if there is only one set."""
+        in_file = ["ema", "model", "state_dict", ""] if weights == "ema" else ["model", "state_dict", ""]
         in_folder = ["first", "second"] if ema_first == (weights == "ema") else ["second", "first"]
-        for name in (*order, *in_folder):
+        for name in (*in_file, *in_folder):
             if name in self.states:
                 return self.states[name]
         raise ValueError(f"{path} holds only averaged weights; load it with weights=ema")
 
 
 def read(path: Path) -> CheckpointFile:
-    """Open a file or an accelerate folder of weights.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the file is damaged, holds code, or no state dict.
-    """
+    """Open a file or an accelerate folder of weights."""
     if path.is_dir():
         return CheckpointFile(_folder(path), {})
     if not path.is_file():
@@ -80,21 +64,9 @@ def read(path: Path) -> CheckpointFile:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The tensors of a .safetensors file."""
     try:
         return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -103,11 +75,12 @@ def ours(path: Path) -> dict[str, Any] | None:
     """What `write` noted in a file of ours; `None` for any other file."""
     if not path.is_file() or not _is_safetensors(path):
         return None
-    note = _metadata(path).get(OURS)
-    if note is None:
-        return None
     try:
-        return dict(json.loads(note))
+        with safetensors.safe_open(path, "pt") as file:
+            note = (file.metadata() or {}).get(OURS)
+        return None if note is None else dict(json.loads(note))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: what genfound has noted in it cannot be read ({error})") from None
 
@@ -123,11 +96,7 @@ def write(path: Path, state: State, note: Mapping[str, Any] | None = None) -> No
 
 
 def strip_prefixes(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """A state dict without the prefixes of compiled and distributed modules.
-
-    Raises:
-        ValueError: it does not consist of tensors.
-    """
+    """A state dict without the prefixes of compiled and distributed modules."""
     wrong = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if wrong or not state:
         raise ValueError(f"{path} holds no state dict" + (f": {wrong[0]} is not the name of a tensor" if wrong else ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from genfound.checkpoints.load import _open, _ours
+from genfound.checkpoints.load import open_official, read_ours
 from genfound.checkpoints.official.families import FAMILIES
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io
@@ -31,9 +31,9 @@ def initialise(module: GenerativeModule, path: Path, trust: Collection[str] = ()
         ValueError: the weights are not of this architecture; nothing has been copied then.
     """
     net = module.net
-    found, remarks = _ours(path, None, trust), [f"starting from the weights of {path}"]
+    found, remarks = read_ours(path, None, trust), [f"starting from the weights of {path}"]
     if found is None:
-        official = _open(path, "ema", "sit" if type(net).__module__.endswith(".sit") else "dit")
+        official = open_official(path, "ema", "sit" if type(net).__module__.endswith(".sit") else "dit")
         state = FAMILIES[official.family].ours(official.state)
     else:
         state = dict(found.state)

@@ -17,9 +17,11 @@ from genfound.checkpoints.official.families import FAMILIES, RELEASES, family_of
 from genfound.config import compose, targets
 from genfound.objectives.base import Objective
 from genfound.runtime import checkpoint_io, run_directory
-from genfound.tokenizers import LatentSpec, Tokenizer
+from genfound.tokenizers import Tokenizer
 
 Config = dict[str, Any]
+SIZE = ("width", "depth", "experts")
+"""Options that tell published sizes apart."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,9 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights in our shapes, and what they belong to.
+    """Weights in our shapes, in the dtypes of the file, and what they belong to; see `LoadedModel`.
 
     Attributes:
-        config: resolved configuration.
-        state: the tensors, in the dtypes of the file.
-        class_names: names of the labels.
-        sizes: (height, width) in pixels of its training data.
         kept: official tensors that our network does not have, or computes itself with other rounding; from a
             file of `convert`.
         official: the state dict of an official checkpoint.
@@ -97,9 +95,9 @@ def hints_of(config: Mapping[str, Any]) -> Config:
 def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) -> Weights:
     """Read weights of any origin; see `load`."""
     hints = {key: value for key, value in hints.items() if value is not None}
-    found = _ours(path, weights, trust)
+    found = read_ours(path, weights, trust)
     if found is None:
-        return _released(_open(path, weights, hints.pop("family", None)), hints, path)
+        return _released(open_official(path, weights, hints.pop("family", None)), hints, path)
     codec = hints.pop("tokenizer", None)
     if hints:
         raise ValueError(f"{next(iter(hints))}: {path} tells all options itself")
@@ -109,13 +107,10 @@ def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) ->
     return replace(found, config={**found.config, "tokenizer": tokenizer})
 
 
-def _ours(path: Path, weights: str | None, trust: Collection[str]) -> Weights | None:
-    """Weights of a run or of a file of ours; `None` if it is something else.
+def read_ours(path: Path, weights: str | None, trust: Collection[str]) -> Weights | None:
+    """Weights of a run or of a file of ours, `None` if it is something else; see `load`.
 
-    Args:
-        path: see `load`.
-        weights: `ema`, `raw`, or `None`: averaged ones where there are any.
-        trust: see `load`.
+    With `weights=None` the averaged ones where there are any.
     """
     if weights not in ("ema", "raw", None):
         raise ValueError(f"weights={weights} is unknown; choose ema or raw")
@@ -143,11 +138,7 @@ def _version(content: Mapping[str, Any], file: Path) -> int:
 
 
 def _checked(config: Any, version: int, trust: Collection[str], file: Path) -> Config:
-    """The configuration of a file of ours; which kernels attend is no part of a model, so what runs here is chosen.
-
-    Raises:
-        ValueError: it would build what it may not.
-    """
+    """The configuration of a file of ours; which kernels attend is no part of a model, so what runs here is chosen."""
     if version != formats.FORMAT and isinstance(config, Mapping):
         config = format_1.config(config)
     config = targets.from_file(config, trust, file)
@@ -156,12 +147,20 @@ def _checked(config: Any, version: int, trust: Collection[str], file: Path) -> C
     return {**config, "model": {**config["model"], **kernels}}
 
 
+def newest_checkpoint(path: Path) -> Path:
+    """Of a run, which has another one later if it is still training; else the path."""
+    if not (path / "config.yaml").is_file():
+        return path
+    file = checkpoint_io.newest(path / "checkpoints")
+    if file is None:
+        raise FileNotFoundError(f"{path} has no checkpoint yet")
+    return file
+
+
 def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str]) -> Weights:
     saved = run_directory.read_config(folder)
     config = _checked(saved, _version(saved, folder), trust, folder / "config.yaml")
-    file = path if path.is_file() else checkpoint_io.newest(folder / "checkpoints")
-    if file is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    file = newest_checkpoint(path)
     state = checkpoint_io.read(file)
     absent = [key for key in ("state_dict", "ema", "run") if key not in state]
     if absent:
@@ -178,12 +177,8 @@ def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str
     return Weights(config, tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
 
 
-class _Official(NamedTuple):
-    """A state dict of a published family, and the arguments of its training script.
-
-    Attributes:
-        release: a key of `RELEASES`, where it is known.
-    """
+class Official(NamedTuple):
+    """A state dict of a published family and release, where that is known, and the arguments of its training script."""
 
     family: str
     release: str | None
@@ -191,7 +186,7 @@ class _Official(NamedTuple):
     args: Mapping[str, Any]
 
 
-def _open(path: Path, weights: str, family: str | None) -> _Official:
+def open_official(path: Path, weights: str, family: str | None) -> Official:
     """Open an official checkpoint."""
     known = dict.fromkeys([*FAMILIES, *RELEASES])
     if family not in (None, *known):
@@ -202,10 +197,10 @@ def _open(path: Path, weights: str, family: str | None) -> _Official:
         name = family_of(next(iter(stored.states.values())), release)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return _Official(name, release, stored.choose(weights, path, FAMILIES[name].ema_first), stored.args)
+    return Official(name, release, stored.choose(weights, path, FAMILIES[name].ema_first), stored.args)
 
 
-def _released(official: _Official, hints: dict[str, Any], path: Path) -> Weights:
+def _released(official: Official, hints: dict[str, Any], path: Path) -> Weights:
     family, release, state, args = official
     codec = hints.pop("tokenizer", None)
     told = {"heads" if key == "num_heads" else key: value for key, value in hints.items()}
@@ -217,16 +212,14 @@ def _released(official: _Official, hints: dict[str, Any], path: Path) -> Weights
     for key in ("path_type", "prediction"):
         if key in args:
             config["objective"][key.removesuffix("_type")] = str(args[key]).lower()
-    return Weights(config, FAMILIES[family].ours(state), names, [_size(config, state)], {}, official=state)
+    side = _side(config, state)
+    return Weights(config, FAMILIES[family].ours(state), names, [(side, side)], {}, official=state)
 
 
 def _config(family: str, release: str | None, options: Mapping[str, Any], path: Path) -> Config:
-    """The configuration of the released model of these options, with its quirks.
-
-    Raises:
-        ValueError: a hint is no option of the model, the number of heads is unknown, or it could be of two releases.
-    """
-    presets = [name for name, size in _presets(family).items() if _is_of(size, options)]
+    """The configuration of the released model of these options, with its quirks."""
+    sizes = _presets(family).items()
+    presets = [n for n, size in sizes if all(options[key] == size[key] for key in SIZE if key in size)]
     if any("_hr_" in name for name in presets) and release not in ("fitv2", "fitv2_hr"):
         raise ValueError(
             f"{path}: these weights fit FiTv2 and its fine-tuning to 512 pixels alike; "
@@ -259,28 +252,13 @@ def _presets(family: str) -> dict[str, dict[str, Any]]:
     return {name: size for name, size in sizes.items() if "width" in size and not name.endswith("_tiny")}
 
 
-def _is_of(size: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    return all(options[key] == value for key, value in size.items() if key in ("width", "depth", "experts"))
-
-
-def _size(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(height, width) in pixels: that of a position table, otherwise that of the data."""
+def _side(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> int:
+    """Height and width in pixels: that of a position table, otherwise that of the data."""
     if "pos_embed" not in state:
-        return (config["data"]["size"],) * 2
-    return (
-        isqrt(state["pos_embed"].shape[1]) * config["model"]["patch_size"] * build.published_spec(config).stride,
-    ) * 2
-
-
-def _shape(found: Weights) -> LatentSpec:
-    """The shape of the latents that the weights are for; no tokenizer is built."""
-    channels = found.state["x_embedder.proj.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
-    return build.published_spec(found.config)._replace(channels=channels)
+        return int(config["data"]["size"])
+    unit = config["model"]["patch_size"] * build.published_spec(config).stride
+    return int(isqrt(state["pos_embed"].shape[1]) * unit)
 
 
 def _pairs(sizes: Any) -> list[tuple[int, int]]:
     return [(int(h), int(w)) for h, w in sizes]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())

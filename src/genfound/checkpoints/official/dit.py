@@ -40,9 +40,6 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The official patch projection is a convolution, its last layer orders a patch as (p, p, channels), and its table
     of positions is computed here.
-
-    Raises:
-        ValueError: it is no state dict of DiT, or its position table is not the sine-cosine one.
     """
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
         raise ValueError("this is no state dict of DiT: it has no convolution x_embedder.proj.weight")

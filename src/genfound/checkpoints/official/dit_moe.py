@@ -34,12 +34,7 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of feizc/DiT-MoE with stacked experts and the shapes of `dit`; unknown names are left as they are.
-
-    Raises:
-        ValueError: it is no state dict of DiT-MoE, an expert is missing, or its position table is not the
-            sine-cosine one.
-    """
+    """A state dict of feizc/DiT-MoE with stacked experts and the shapes of `dit`; unknown names stay as they are."""
     if "blocks.0.moe.gate.weight" not in state:
         raise ValueError("this is no state dict of DiT-MoE: it has no router blocks.0.moe.gate.weight")
     return dit.from_official(stack_experts(state))
@@ -51,11 +46,7 @@ def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, i
 
 
 def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the experts of every block stacked, the rest as it is.
-
-    Raises:
-        ValueError: the router knows an expert that is missing.
-    """
+    """A state dict with the experts of every block stacked, the rest as it is."""
     rest = dict(state)
     for i in range(block_count(state)):
         experts = range(len(state[f"blocks.{i}.moe.gate.weight"]))

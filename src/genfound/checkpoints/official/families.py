@@ -29,17 +29,13 @@ class Family(NamedTuple):
     ema_first: bool = False
 
 
+FIT = Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state))
 FAMILIES = {
     "dit": Family(dit.official_options, dit.from_official, dit.to_official),
     "sit": Family(sit.official_options, dit.from_official, dit.to_official),
-    "fit": Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state)),
-    "fitv2": Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state)),
-    "nit": Family(
-        nit.official_options,
-        nit.from_official,
-        lambda state, patch_size, grid: nit.to_official(state, patch_size),
-        ema_first=True,
-    ),
+    "fit": FIT,
+    "fitv2": FIT,
+    "nit": Family(nit.official_options, nit.from_official, lambda s, p, grid: nit.to_official(s, p), ema_first=True),
     "dit_moe": Family(dit_moe.official_options, dit_moe.from_official, dit_moe.to_official),
 }
 
@@ -64,15 +60,7 @@ def release_of(path: Path, args: Mapping[str, Any]) -> str | None:
 
 
 def family_of(state: State, release: str | None) -> str:
-    """The name of the family of an official state dict.
-
-    Args:
-        state: names and shapes tell all families but DiT from SiT, whose weights look alike.
-        release: a key of `RELEASES`, which tells these two.
-
-    Raises:
-        ValueError: it is of none of the families, or could be DiT or SiT.
-    """
+    """The name of the family of an official state dict; `release` tells DiT from SiT, whose weights look alike."""
     if "final_layer.linear.weight" not in state or "x_embedder.proj.weight" not in state:
         first = ", ".join(list(state)[:3])
         raise ValueError(f"these weights are of none of {', '.join(FAMILIES)} (their names begin with {first})")

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genfound.checkpoints.official.dit import block_count
+
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of whlzy/FiT, which is ours.
-
-    Raises:
-        ValueError: it is no state dict of FiT.
-    """
+    """A state dict of whlzy/FiT, which is ours."""
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 2:
         raise ValueError("this is no state dict of FiT: it has no matrix x_embedder.proj.weight")
     return dict(state)
@@ -26,9 +24,6 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     The last label is taken for the null label, and a weighted norm for a layer norm. Not told, and left out:
     channels and patch_size (only their product C p^2), heads, norms without weights (FiTv2 has them on queries and
     keys, FiT has none there), everything of positions and time, and the probability of label dropout.
-
-    Raises:
-        ValueError: it is no state dict of FiT.
     """
     ours = from_official(state)
     width, token = ours["x_embedder.proj.weight"].shape
@@ -38,7 +33,7 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "num_classes": len(ours["y_embedder.embedding_table.weight"]) - 1,
         "width": width,
-        "depth": len({name.split(".")[1] for name in ours if name.startswith("blocks.")}),
+        "depth": block_count(ours),
         **_ffn_options(ours, width),
         **{key: "w_layernorm" for key, name in weighted.items() if f"blocks.0.{name}.weight" in ours},
         "qkv_bias": "blocks.0.attn.qkv.bias" in ours,

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genfound.checkpoints.official import dit
+
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of WZDTHU/NiT without the projector of its alignment loss; its patch embedding is a convolution.
-
-    Raises:
-        ValueError: it is no state dict of NiT.
-    """
+    """A state dict of WZDTHU/NiT without the projector of its alignment loss; its patch embedding is a convolution."""
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
         raise ValueError("this is no state dict of NiT: it has no convolution x_embedder.proj.weight")
     ours = {name: tensor for name, tensor in state.items() if not name.startswith("projector.")}
@@ -28,21 +26,11 @@ def to_official(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Tenso
 
 
 def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Constructor options that an official state dict tells: the heads only where q and k are normalised.
-
-    A label table of n rows is taken for n - 1 classes and the null class.
-    """
-    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    """Constructor options that an official state dict tells, as of DiT: the heads only where q and k are normalised."""
     ranked = "blocks.0.adaLN_modulation.2.weight" in state
     norm = state.get("blocks.0.attn.q_norm.weight")
-    return {
-        "channels": channels,
-        "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
-        "patch_size": patch_size,
-        "width": width,
-        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+    options = dit.official_options(state) | {
         "qk_norm": norm is not None,
         "adaln_rank": len(state["blocks.0.adaLN_modulation.1.weight"]) if ranked else None,
-        "learn_sigma": len(state["final_layer.linear.weight"]) == 2 * channels * patch_size**2,
-    } | ({} if norm is None else {"heads": width // len(norm)})
+    }
+    return options if norm is None else options | {"heads": options["width"] // len(norm)}
