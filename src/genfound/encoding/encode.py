@@ -50,16 +50,7 @@ PIXELS = 2**20
 
 
 class Encoding:
-    """A store in the making.
-
-    Args:
-        config: resolved configuration of `genfound.encode`.
-        device: where the tokenizer works.
-
-    Raises:
-        FileNotFoundError: images, or the weights of the tokenizer, are missing.
-        ValueError: an unknown option, or `out` holds something else.
-    """
+    """A store in the making, of the resolved configuration of `genfound.encode`, by a tokenizer on a device."""
 
     def __init__(self, config: Mapping[str, Any], device: torch.device) -> None:
         if build.reads_latents(config):
@@ -75,15 +66,12 @@ class Encoding:
         sources = {split: build.source(like, self.codec.spec, split) for split in ("train", "val")}
         self.parts = {split: Split.of(cast(PictureSource, source)) for split, source in sources.items()}
         self.pixels = config["tokenizer"].get("pixels_per_call", PIXELS)
-        self.planes = _moments(self.codec, self._blank()).shape[1]
+        side = self.codec.spec.stride * config["patch_size"]
+        self.planes = _moments(self.codec, torch.zeros(1, 3, side, side, device=device)).shape[1]
         weight = self.variants * self.planes * self.dtype.itemsize / self.codec.spec.stride**2
         every = [part.shards(split, config["shard_images"], weight) for split, part in self.parts.items()]
         self.shards = [shard for shards in every for shard in shards]
         self.place = StoreWriter(Path(config["out"]), self._described())
-
-    def _blank(self) -> Tensor:
-        side = self.codec.spec.stride * self.config["patch_size"]
-        return torch.zeros(1, 3, side, side, device=self.device)
 
     def _described(self) -> dict[str, Any]:
         """The manifest before anything is encoded."""
@@ -118,11 +106,7 @@ class Encoding:
         }  # fmt: skip
 
     def run(self, shards: list[Shard], workers: int, encoded: Callable[[int], None]) -> None:
-        """Encode shards one after another; `encoded` is called with the number of latents so far.
-
-        Raises:
-            ValueError: latents that are not finite, or a disk that is full.
-        """
+        """Encode shards one after another; `encoded` is called with the number of latents so far."""
         if not shards:
             return
         calls = [call for shard in shards for call in self.parts[shard.split].calls(shard, self.pixels)]
@@ -130,14 +114,13 @@ class Encoding:
         count = 0
         encoded(count)
         for call, pictures, replaced in read_ahead(EncodeBatches(self.parts), calls, workers):
-            shard = call.shard
-            filling = filling or self._filling(shard)
-            filling.put([entry - shard.first for entry in call.entries], self._encoded(call, pictures))
+            filling = filling or self._filling(call.shard)
+            filling.put([entry - call.shard.first for entry in call.entries], self._encoded(call, pictures))
             filling.replaced |= replaced
             count += len(call.entries)
             encoded(count)
             if not filling.missing:
-                self._keep(shard, filling)
+                self._keep(call.shard, filling)
                 filling = None
 
     def _filling(self, shard: Shard) -> store.ShardWriter:
@@ -150,11 +133,7 @@ class Encoding:
         return store.ShardWriter({**columns, "rules": rules}, names, channels, self.planes, self.variants, self.dtype)
 
     def _encoded(self, call: EncodeBatch, pictures: Tensor) -> Tensor:
-        """(B, variants, planes, h, w) moments in the stored dtype.
-
-        Raises:
-            ValueError: some are not finite.
-        """
+        """(B, variants, planes, h, w) moments in the stored dtype."""
         images = normalised(pictures.to(self.device, non_blocking=True))
         both = torch.cat([images, images.flip(-1)]) if self.variants == 2 else images
         moments = _moments(self.codec, both).unflatten(0, (self.variants, len(images))).transpose(0, 1)
@@ -169,9 +148,10 @@ class Encoding:
 
     def _keep(self, shard: Shard, filling: store.ShardWriter) -> None:
         """Write a full shard, and before it its first image beside what is decoded of it."""
-        latent = _normalised(self.codec, filling.first().to(self.device))
+        moments, codec = filling.first().to(self.device), self.codec
+        latent = codec.normalise(moments) if isinstance(codec, Autoencoder) else moments
         image = self.parts[shard.split].read(shard.first).permute(1, 2, 0).numpy()
-        picture = Image.fromarray(np.concatenate([image, to_uint8(self.codec.decode(latent)[0])], axis=1))
+        picture = Image.fromarray(np.concatenate([image, to_uint8(codec.decode(latent)[0])], axis=1))
         file, save = self.place.file(shard), functools.partial(picture.save, format="PNG")
         beside = file.with_suffix(".png")
         self.place.write(lambda: atomic_write(beside, save), beside)
@@ -183,7 +163,7 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
 
     Raises:
         FileNotFoundError: images, or the weights of the tokenizer, are missing.
-        ValueError: see `Encoding`.
+        ValueError: an unknown option, `out` holds something else, latents that are not finite, or a full disk.
     """
     encoding = Encoding(config, device)
     place = encoding.place
@@ -191,8 +171,8 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
     if rank == 0 and place.begun:
         print(f"checking the shards that are in {place.out}", flush=True)
     missing = [shard for shard in mine if not place.finished(shard)]
-    counts = [sum(shard.end - shard.first for shard in shards) for shards in (encoding.shards, mine, missing)]
-    total, own, left = counts
+    every = (encoding.shards, mine, missing)
+    total, own, left = (sum(shard.end - shard.first for shard in shards) for shards in every)
     if rank == 0:
         lines = encoding.parts["train"].source.report()
         lines += [f"  {len(part.labels):,} of {split}" for split, part in encoding.parts.items()]
@@ -209,18 +189,12 @@ def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.devic
     encoding.run(missing, workers, encoded)
     completed = place.complete(encoding.shards)
     if completed or (completed is False and place.was_complete and (missing or rank == 0)):
-        lines = _replacements(place.replaced)
-        lines += [f"done: {total:,} latents in {len(encoding.shards)} shards, {place.out / MANIFEST}"]
-        print("\n".join(lines), flush=True)
+        done = f"done: {total:,} latents in {len(encoding.shards)} shards, {place.out / MANIFEST}"
+        print("\n".join([*_replacements(place.replaced), done]), flush=True)
 
 
 def encode_on_devices(config: Mapping[str, Any]) -> None:
-    """Encode this machine's share of a store, on all of its devices.
-
-    Raises:
-        ValueError: see `encode`; or a number of processes that makes no sense.
-        JobError: one of several processes failed, and why.
-    """
+    """Encode this machine's share of a store, on all of its devices."""
     integer("devices", config["devices"], 1, or_null=True)
     integer("num_nodes", config["num_nodes"], 1)
     integer("node_rank", config["node_rank"], 0)
@@ -253,10 +227,6 @@ def _replacements(replaced: Mapping[str, str]) -> list[str]:
 def _moments(codec: Tokenizer, images: Tensor) -> Tensor:
     """(B, 3, height, width) -> (B, planes, h, w); tokenizers that are no network do not scale."""
     return codec.moments(images) if isinstance(codec, Autoencoder) else codec.encode(images)
-
-
-def _normalised(codec: Tokenizer, moments: Tensor) -> Tensor:
-    return codec.normalise(moments) if isinstance(codec, Autoencoder) else moments
 
 
 def _worker(request: Path) -> None:

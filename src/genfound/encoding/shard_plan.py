@@ -42,13 +42,7 @@ class EncodeBatch(NamedTuple):
 
 
 class Split(NamedTuple):
-    """One split of the images.
-
-    Attributes:
-        source: reads them.
-        entries: everything that is to be encoded.
-        labels: (images,) of the images.
-    """
+    """One split of the images: what reads them, everything that is to be encoded, and the label of each image."""
 
     source: PictureSource
     entries: Entries

@@ -30,19 +30,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreWriter:
-    """The folder of a store in the making.
-
-    Args:
-        out: the folder.
-        described: the manifest before anything is encoded.
+    """The folder of a store in the making; `described` is the manifest before anything is encoded.
 
     Attributes:
         manifest: the one that is there, or was put there now.
         was_complete: all shards had been written before.
         replaced: images that could not be read -> those shown in their place; known once all shards are there.
-
-    Raises:
-        ValueError: the folder holds another store or something else, or cannot be written.
     """
 
     def __init__(self, out: Path, described: Mapping[str, Any]) -> None:
@@ -57,14 +50,12 @@ class StoreWriter:
     def _claimed(self, ours: dict[str, Any]) -> dict[str, Any]:
         """The manifest of the folder, which is this store's or is made so."""
         names = [file.name for file in visible(self.out)]
-        held = any(SHARD.fullmatch(name) for name in names)
-        try:
-            theirs = read_manifest(self.out)
-        except (FileNotFoundError, ValueError):  # nothing yet, or damaged: the shards know where they belong
-            self._refuse_strangers(names, held)
+        theirs = self._read()
+        if theirs is None:  # the shards know where they belong
+            self._refuse_strangers(names)
         else:
-            if held:
-                self._compare(theirs, ours)
+            if self.begun:
+                _compare(self.out, fixed(theirs), fixed(ours))
             if store_digest(theirs) == self.digest:
                 return theirs
             for name in filter(PICTURE.fullmatch, names):
@@ -72,9 +63,17 @@ class StoreWriter:
         self.write(lambda: write_manifest(self.out, ours), self.out / MANIFEST)
         return ours
 
-    def _refuse_strangers(self, names: list[str], held: bool) -> None:
+    def _read(self) -> dict[str, Any] | None:
+        """The manifest that is there; `None` if it is damaged."""
+        try:
+            return read_manifest(self.out)
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _refuse_strangers(self, names: list[str]) -> None:
         """Raise a ValueError about anything but shards of this store and what belongs to them."""
-        begun = held or FORMAT.rpartition(" ")[0].encode() in _bytes(self.out / MANIFEST)
+        manifest = self.out / MANIFEST
+        begun = self.begun or (manifest.is_file() and FORMAT.rpartition(" ")[0].encode() in manifest.read_bytes())
         for name in names:
             file = self.out / name
             if SHARD.fullmatch(name):
@@ -83,18 +82,6 @@ class StoreWriter:
                     raise ValueError(f"{file} belongs to another store; choose another out=...")
             elif not (begun and (name == MANIFEST or PICTURE.fullmatch(name))):
                 raise ValueError(f"out={self.out} holds {name} and is no latent store; choose another out=...")
-
-    def _compare(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-        """Raise a ValueError that lists settings which differ from those of the shards that are there."""
-        before, now = flatten(fixed(theirs)), flatten(fixed(ours))
-        changed = [key for key in now | before if now.get(key) != before.get(key)]
-        if changed:
-            listed = "; ".join(
-                f"{key}: {_short(before.get(key))} there, {_short(now.get(key))} now" for key in changed[:3]
-            )
-            raise ValueError(
-                f"out={self.out} was begun with other settings or images ({listed}); choose another out=..."
-            )
 
     @property
     def begun(self) -> bool:
@@ -106,30 +93,20 @@ class StoreWriter:
         return self.out / f"{shard.name}.safetensors"
 
     def write(self, write: Callable[[], object], file: Path) -> None:
-        """Write something of the store.
-
-        Raises:
-            ValueError: it cannot be written, because the disk is full or for another reason.
-        """
+        """Call `write`, which writes a file of the store; that it cannot, as on a full disk, is a ValueError."""
         try:
             write()
         except OSError as error:
             way = "make room" if error.errno in NO_ROOM else f"see that {self.out} can be written (or choose another)"
-            raise ValueError(
-                f"{file} cannot be written: {error.strerror or error}; complete shards are safe: {way} and give the "
-                f"same command again"
-            ) from None
+            reason = f"{file} cannot be written: {error.strerror or error}"
+            raise ValueError(f"{reason}; complete shards are safe: {way} and give the same command again") from None
 
     def note(self, shard: Shard) -> dict[str, Any]:
         """What the metadata of a shard say of it."""
         return {"split": shard.split, "number": shard.number, "store": self.digest}
 
     def finished(self, shard: Shard) -> bool:
-        """Whether a shard is there and intact, and its picture with it; what is damaged is reported and removed.
-
-        Raises:
-            ValueError: it is a shard of another store.
-        """
+        """Whether a shard is there and intact, and its picture with it; what is damaged is reported and removed."""
         file = self.file(shard)
         if not file.exists():
             return False
@@ -147,21 +124,15 @@ class StoreWriter:
         return self.note(shard).items() <= note.items()
 
     def complete(self, shards: list[Shard]) -> bool | None:
-        """Write the manifest if all shards are there.
-
-        Returns:
-            Whether this process has completed it; `None` if some shards are still to be written.
-
-        Raises:
-            ValueError: the shards do not hold what they should, or the manifest cannot be written.
-        """
+        """Write the manifest if all shards are there; whether this process has, or `None` if some are still missing."""
         try:
             indices = [store.read_index(self.file(shard)) for shard in shards]
         except (FileNotFoundError, ValueError):  # another process has still to write it, or to write it again
             return None
-        if not all(self._is_ours(index.note, shard) for index, shard in zip(indices, shards, strict=True)):
+        pairs = list(zip(shards, indices, strict=True))
+        if not all(self._is_ours(index.note, shard) for shard, index in pairs):
             return None
-        lines = [store.manifest_line(self.file(shard), index) for shard, index in zip(shards, indices, strict=True)]
+        lines = [store.manifest_line(self.file(shard), index) for shard, index in pairs]
         for split, expected in self.manifest["splits"].items():
             found = sum(line["entries"] for line in lines if line["file"].startswith(f"{split}-"))
             if found != expected["entries"]:
@@ -170,22 +141,20 @@ class StoreWriter:
         whole = {**self.manifest, "statistics": _statistics(train), "shards": lines}
         self.replaced = {name: other for index in indices for name, other in index.note["replaced"].items()}
         with lock(self.out / MANIFEST, wait=True):
-            if _current(self.out) == whole:
+            if self._read() == whole:
                 return False
             self.write(lambda: write_manifest(self.out, whole), self.out / MANIFEST)
         return True
 
 
-def _current(out: Path) -> dict[str, Any] | None:
-    """The manifest that is there, if it can be read."""
-    try:
-        return read_manifest(out)
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _bytes(file: Path) -> bytes:
-    return file.read_bytes() if file.is_file() else b""
+def _compare(out: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise a ValueError that lists settings which differ from those of the shards that are there."""
+    before, now = flatten(theirs), flatten(ours)
+    changed = [key for key in now | before if now.get(key) != before.get(key)]
+    if changed:
+        pairs = ((key, _short(before.get(key)), _short(now.get(key))) for key in changed[:3])
+        listed = "; ".join(f"{key}: {there} there, {here} now" for key, there, here in pairs)
+        raise ValueError(f"out={out} was begun with other settings or images ({listed}); choose another out=...")
 
 
 def _note(file: Path) -> dict[str, Any] | None:
