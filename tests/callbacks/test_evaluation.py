@@ -51,6 +51,11 @@ def curve(folder: Path, key: str) -> list[float]:
 
 
 def test_figures_are_logged_stored_and_do_not_disturb_the_training(tmp_path: Path) -> None:
+    """What an interrupted evaluation has left is removed, and other work is not."""
+    work = tmp_path / "watched/evaluations/work"
+    for name in ("training/left", "of a command"):
+        (work / name).mkdir(parents=True)
+        (work / name / "images-000000.npy").touch()
     watched, plain = trained(tmp_path / "watched", True), trained(tmp_path / "plain", False)
     for key, tensor in plain["state_dict"].items():
         assert torch.equal(watched["state_dict"][key], tensor), key
@@ -65,7 +70,7 @@ def test_figures_are_logged_stored_and_do_not_disturb_the_training(tmp_path: Pat
     assert (protocol.name, protocol.count, protocol.size, protocol.drawing.weights) == ("quick", 70, "data", "ema")
     assert results[0].subject["images_seen"] < results[1].subject["images_seen"]
     assert results[0].subject["hash"] != results[1].subject["hash"]
-    assert not (tmp_path / "watched/evaluations/work").exists()
+    assert [file.name for file in work.iterdir()] == ["of a command"]
 
 
 def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,15 +114,6 @@ def test_wrong_settings_stop_the_run_before_it_trains(settings: dict[str, Any], 
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         trained(tmp_path / "run", True, **settings)
     assert not curve(tmp_path / "run", "train/loss") and not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_what_an_interrupted_evaluation_has_left_is_removed_and_other_work_is_not(tmp_path: Path) -> None:
-    work = tmp_path / "run/evaluations/work"
-    for name in ("training/left", "of a command"):
-        (work / name).mkdir(parents=True)
-        (work / name / "images-000000.npy").touch()
-    trained(tmp_path / "run", True)
-    assert [file.name for file in work.iterdir()] == ["of a command"]
 
 
 def test_the_work_of_another_protocol_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,7 +294,7 @@ def test_the_weaker_network_and_the_positions_are_in_the_protocol(
 ) -> None:
     drawn_by: list[Any] = []
     draw = SampleStore.draw
-    monkeypatch.setattr(SampleStore, "draw", lambda self, net, *rest: (drawn_by.append(net), draw(self, net, *rest))[1])
+    monkeypatch.setattr(SampleStore, "draw", lambda self, *rest: (drawn_by.append(self.net), draw(self, *rest))[1])
     weak = tmp_path / "weak"
     shutil.copytree(run, weak)
     options = {"sizes": [16, 16], "out": str(tmp_path / "out")}

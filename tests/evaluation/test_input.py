@@ -76,7 +76,6 @@ def wrong(folder: Path, run: Path, references: Path) -> dict[str, tuple[Path, di
 
 
 def test_wrong_input_is_one_line_before_anything_is_drawn(run: Path, references: Path, tmp_path: Path) -> None:
-    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "first"))
     for name, (source, given, message) in wrong(tmp_path, run, references).items():
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             evaluated(source, references, out=str(tmp_path / "out"), **given)
@@ -99,7 +98,6 @@ def test_a_probe_is_trained_when_nothing_else_is_wrong(run: Path, tmp_path: Path
 
 
 def test_a_making_that_is_not_told_whole_is_unknown(run: Path, references: Path, tmp_path: Path) -> None:
-    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "first"))
     tool = {"extractor_weights": probe(references), "reference": of_probe(references)}
     for name, note in (("a", "[1]"), ("b", '{"drawing": {"seed": 0}, "subject": 3}'), ("c", "5")):
         np.savez(tmp_path / f"{name}.npz", np.stack(Pictures([(16, 16)] * 80).images), protocol=np.array(note))
@@ -121,7 +119,6 @@ def test_foreign_images_are_measured_and_their_making_is_unknown(
 
 
 def test_mixed_sizes_are_measured_and_labelled(references: Path, tmp_path: Path, run: Path) -> None:
-    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "out"))
     folder = save_pngs(tmp_path / "mixed", Pictures([(16, 16), (12, 20)] * 40))
     reference = str(next(references.glob("*.npz")))
     result = evaluated(folder, references, extractor_weights=probe(references), reference=reference)[0]
@@ -131,7 +128,6 @@ def test_mixed_sizes_are_measured_and_labelled(references: Path, tmp_path: Path,
 def test_the_folder_of_a_run_may_be_where_one_is(
     run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "first"))
     given = save_pngs(tmp_path / "given", Pictures([(16, 16)] * 80))
     monkeypatch.chdir(given)
     tool = {"extractor_weights": probe(references), "reference": of_probe(references)}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from genfound.evaluation.protocol import (
+    LIBRARIES,
     RESULTS,
     Protocol,
     Result,
@@ -13,8 +14,8 @@ from genfound.evaluation.protocol import (
     differences,
     read_results,
     table,
-    versions,
 )
+from genfound.loggers.provenance import versions
 
 DRAWING = SamplingRecord(
     weights="ema",
@@ -120,7 +121,7 @@ def test_the_table_says_which_field_differs() -> None:
 
 
 def test_the_libraries_that_change_figures_are_recorded() -> None:
-    assert {"torch", "numpy", "pillow", "genfound"} <= versions().keys()
+    assert {"torch", "numpy", "pillow", "genfound"} <= versions(*LIBRARIES, "no such package").keys()
 
 
 def test_of_a_weaker_network_the_hash_counts_and_not_its_place() -> None:

@@ -6,8 +6,9 @@ import pytest
 from torch import nn
 
 from genfound import build
+from genfound.checkpoints.load import newest_checkpoint
 from genfound.evaluation.protocol import SamplingRecord
-from genfound.evaluation.provenance import checkpoint_of, network_hash, pin_guide_checkpoint, sampling_record
+from genfound.evaluation.provenance import network_hash, sampling_record
 from genfound.runtime import checkpoint_io
 from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed
@@ -23,13 +24,10 @@ def run_of(folder: Path, *steps: int) -> Path:
 
 def test_a_run_is_one_checkpoint_of_it(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", 3, 20)
-    assert checkpoint_of(run) == run / "checkpoints/20.ckpt"
-    assert checkpoint_of(run / "checkpoints/3.ckpt") == run / "checkpoints/3.ckpt"
-    assert pin_guide_checkpoint({"guidance": {"name": "autoguidance", "weights": str(run)}})["guidance"][
-        "weights"
-    ].endswith("20.ckpt")
+    assert newest_checkpoint(run) == run / "checkpoints/20.ckpt"
+    assert newest_checkpoint(run / "checkpoints/3.ckpt") == run / "checkpoints/3.ckpt"
     with pytest.raises(FileNotFoundError, match="new has no checkpoint yet"):
-        checkpoint_of(run_of(tmp_path / "new"))
+        newest_checkpoint(run_of(tmp_path / "new"))
 
 
 def drawing(*overrides: str, guided: bool = False) -> SamplingRecord:

@@ -57,15 +57,18 @@ def test_wrong_rules_are_refused() -> None:
 def test_any_number_of_processes_and_an_interruption_give_the_same_images(tmp_path: Path) -> None:
     sizes = [(4, 6), (2, 2), (4, 6), (6, 4)] * 80
     asked = [SampleRequest(k % 10, size, k) for k, size in enumerate(sizes)]
-    alone, shared = SampleStore(tmp_path / "alone", asked), SampleStore(tmp_path / "shared", asked)
-    alone.draw(None, Sampler(), seed=3)  # type: ignore[arg-type]
-    shared.draw(None, Sampler(), 3, rank=1, ranks=2)  # type: ignore[arg-type]
+    sampler: Any = Sampler()
+    net: Any = None
+    alone, shared, again = (
+        SampleStore(tmp_path / name, asked, net, sampler, 3) for name in ("alone", "shared", "shared")
+    )
+    alone.draw()
+    shared.draw(rank=1, ranks=2)
     assert 0 < shared.missing < len(asked)
-    rest, first = Sampler(), shared.missing
+    sampler.drawn, first = 0, shared.missing
     for rank in range(3):
-        shared.draw(None, rest, 3, rank, ranks=3)  # type: ignore[arg-type]
-    assert rest.drawn == first and shared.missing == 0
-    again = SampleStore(tmp_path / "shared", asked)
+        shared.draw(rank, ranks=3)
+    assert sampler.drawn == first and shared.missing == 0
     for k, request in enumerate(asked):
         assert np.array_equal(alone[k], again[k]) and again[k].shape == (*request.size, 3)
         assert again[k][0, 0, 0] == (k + request.label + 3) % 256

@@ -12,7 +12,6 @@ from genfound import build
 from genfound.callbacks.ema import averaged
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.throughput import paused
-from genfound.checkpoints.load import LoadedModel
 from genfound.config import compose
 from genfound.config.checks import one_of
 from genfound.evaluation.dataset import RunDataset
@@ -24,7 +23,6 @@ from genfound.evaluation.samples import new_samples
 from genfound.loggers.base import log, note
 from genfound.modules.base import GenerativeModule
 from genfound.runtime.files import remove
-from genfound.tokenizers import Tokenizer
 
 
 class Evaluation(EveryNImages):
@@ -41,29 +39,24 @@ class Evaluation(EveryNImages):
         ValueError: a protocol that does not fit the run.
     """
 
-    def __init__(
-        self,
-        every: int,
-        protocol: str,
-        extractor: str | None,
-        extractor_weights: str | None,
-    ) -> None:
+    def __init__(self, every: int, protocol: str, extractor: str | None, extractor_weights: str | None) -> None:
         super().__init__(every)
         self.options = protocol, extractor, extractor_weights
 
     def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """What is asked for, in the run directory, which every rank must see."""
-        folder, parts = Path(trainer.default_root_dir), trainer.datamodule.parts  # type: ignore[attr-defined]
-        self.folder = folder
-        self.request = training_request(folder, parts.config, *self.options)
+        self.folder = folder = Path(trainer.default_root_dir)
+        parts: build.RunComponents = trainer.datamodule.parts  # type: ignore[attr-defined]
+        config, spec, device = parts.config, parts.tokenizer.spec, parts.device
+        self.request = _request(folder, config, *self.options)
         self.request.check()
         out = folder / "evaluations"
-        self.workspace = Workspace(out, out / "work/training", Path(parts.config["runs"]) / ".references", parts.device)
-        names, unit = parts.images.class_names, parts.tokenizer.spec.stride * parts.config["model"]["patch_size"]
-        self.dataset = RunDataset(parts.config, parts.tokenizer.spec, len(names))
-        model = LoadedModel(parts.net, parts.objective, _decoder(parts), dict(parts.config), names, sizes=[])
+        self.workspace = Workspace(out, out / "work/training", Path(config["runs"]) / ".references", device)
+        self.dataset = RunDataset(config, spec, len(parts.images.class_names))
+        codec = build.tokenizer(config) if build.reads_latents(config) else parts.tokenizer
+        unit = spec.stride * config["model"]["patch_size"]
         sizes = self.request.sizes((unit, unit), unit)
-        self.plans = [new_samples(self.request, model, size, self.dataset, parts.device) for size in sizes]
+        self.plans = [new_samples(self.request, parts.net, codec, size, self.dataset, device) for size in sizes]
         self.evaluators: list[Evaluator] = []
 
     def on_train_start(self, trainer: Trainer, module: GenerativeModule) -> None:
@@ -77,18 +70,18 @@ class Evaluation(EveryNImages):
         """Evaluate at every size."""
         figures: dict[str, float] = {}
         subject = {"from": str(self.folder), "images_seen": module.images_seen}
+        place = trainer.global_rank, trainer.world_size, trainer.strategy.barrier
         module.eval()
         with averaged(trainer, module):
             for evaluator in self.evaluators:
                 prefix = "eval" if len(self.evaluators) == 1 else f"eval/{size_text(evaluator.samples.size)}"
-                place = trainer.global_rank, trainer.world_size, trainer.strategy.barrier
                 try:
                     result = evaluator.run(module.net, *place, subject)
                 except FloatingPointError as error:
                     note(trainer, f"no evaluation: {error}")
-                    continue
-                if result is not None:
-                    figures |= {f"{prefix}/{name}": value for name, value in result.figures.items()}
+                else:
+                    found = {} if result is None else result.figures
+                    figures |= {f"{prefix}/{name}": value for name, value in found.items()}
         module.train()
         if trainer.is_global_zero:
             remove(self.workspace.work)  # with what interrupted evaluations have left
@@ -96,14 +89,10 @@ class Evaluation(EveryNImages):
             log(trainer, {"images_seen": module.images_seen, **figures})
 
 
-def training_request(
+def _request(
     folder: Path, run: Mapping[str, Any], protocol: str, extractor: str | None, extractor_weights: str | None
 ) -> EvaluationRequest:
-    """What conf/evaluate.yaml asks for under a protocol.
-
-    Raises:
-        ValueError: there is no such protocol.
-    """
+    """What conf/evaluate.yaml asks for under a protocol."""
     one_of("callbacks.evaluation.protocol", protocol, compose.option_names("protocol"))
     config = compose.compose("evaluate", [f"protocol={protocol}"])
     own = {
@@ -117,8 +106,3 @@ def training_request(
         "max_pixels": run["data"].get("max_pixels"),
     }
     return EvaluationRequest({**config, **own}, [], protocol)
-
-
-def _decoder(parts: build.RunComponents) -> Tokenizer:
-    """What decodes: also of a run on stored latents the tokenizer itself."""
-    return build.tokenizer(parts.config) if build.reads_latents(parts.config) else parts.tokenizer

@@ -28,13 +28,7 @@ STORE = "genfound.data.latents.store.Store"
 
 @dataclass(frozen=True)
 class RunDataset:
-    """The data set of a run.
-
-    Attributes:
-        config: of the run.
-        spec: shape of its latents.
-        classes: number of labels.
-    """
+    """The data set of a run: its configuration, the shape of its latents, and the number of its classes."""
 
     config: Mapping[str, Any]
     spec: LatentSpec
@@ -46,11 +40,7 @@ class RunDataset:
         return build.reads_latents(self.config)
 
     def images(self, split: str, device: torch.device | str = "cpu") -> ImageSet:
-        """Its images; `split` is `train` or `val`, and the device decodes stored latents.
-
-        Raises:
-            ValueError: there are more or fewer classes than the run was trained on.
-        """
+        """Its images; `split` is `train` or `val`, and the device decodes stored latents."""
         source = build.source(self.config, self.spec, split)
         found = len(source.class_names)
         if found != self.classes:
@@ -61,35 +51,22 @@ class RunDataset:
         return Sourced(cast(PictureSource, source))
 
     def of_store(self, root: Path) -> RunDataset:
-        """The latents of a store in the place of its own images.
-
-        Raises:
-            ValueError: they are of another tokenizer.
-        """
+        """The latents of a store in the place of its own images."""
         manifest, spec = read_manifest(root), self.spec
         made = manifest["tokenizer"]
         if (made["channels"], made["stride"]) != (spec.channels, spec.stride):
+            theirs = f"{made['channels']} channels at stride {made['stride']}"
+            ours = f"{spec.channels} at {spec.stride}"
             raise ValueError(
-                f"reference={root} holds latents of another tokenizer ({made['channels']} channels at stride "
-                f"{made['stride']}, the run's have {spec.channels} at {spec.stride}); give images"
+                f"reference={root} holds latents of another tokenizer ({theirs}, the run's have {ours}); give images"
             )
-        own = {"max_image_tokens": None, **self.config["data"]}
-        holdout = manifest["source"]["holdout"]
-        data = {**own, TARGET: STORE, "root": str(root), "holdout": holdout, "flip": False}
+        store = {TARGET: STORE, "root": str(root), "holdout": manifest["source"]["holdout"], "flip": False}
+        data = {"max_image_tokens": None, **self.config["data"], **store}
         return replace(self, config={**self.config, "data": data}, classes=len(manifest["classes"]))
 
 
 class DecodedLatents:
-    """Stored latents as images: the decoded means.
-
-    Args:
-        source: the latents.
-        config: of the run, whose tokenizer decodes and whose rule makes bytes.
-        device: decodes.
-
-    Raises:
-        FileNotFoundError: the tokenizer's weights are not there.
-    """
+    """Stored latents as images: the means, decoded by the tokenizer of a run and made bytes by its rule."""
 
     def __init__(self, source: LatentSource, config: Mapping[str, Any], device: torch.device) -> None:
         self.source = source

@@ -23,17 +23,17 @@ import torch
 from torch import distributed
 
 from genfound.backbones.base import Backbone
-from genfound.checkpoints.load import LoadedModel, hints_of, load
+from genfound.checkpoints.load import hints_of, load, newest_checkpoint
 from genfound.config.command_line import explain_oom
 from genfound.evaluation import protocol
 from genfound.evaluation.dataset import RunDataset
 from genfound.evaluation.export import check_target, export
-from genfound.evaluation.protocol import UNKNOWN, Protocol, Result, Size, size_text
-from genfound.evaluation.provenance import checkpoint_of, is_images, model_identity
+from genfound.evaluation.protocol import LIBRARIES, UNKNOWN, Protocol, Result, size_text
+from genfound.evaluation.provenance import is_images, model_identity
 from genfound.evaluation.references import DECODED, GIVEN, Workspace, prepare_extractor, prepare_reference
 from genfound.evaluation.request import EvaluationRequest
-from genfound.evaluation.samples import EvaluationSamples, SamplingPlan, existing_samples, new_samples
-from genfound.loggers.provenance import provenance
+from genfound.evaluation.samples import EvaluationSamples, SampleStore, SamplingPlan, existing_samples, new_samples
+from genfound.loggers.provenance import provenance, versions
 from genfound.metrics.compute import check_count, check_reference, compute, convention_of
 from genfound.metrics.extractor import Extractor
 from genfound.metrics.features import FeatureStore
@@ -45,22 +45,13 @@ from genfound.runtime.progress import no_progress, shared_progress
 from genfound.tokenizers import Undecodable
 
 Config = Mapping[str, Any]
-FOREVER = timedelta(days=1000)
-"""How long a process of the command waits for the others."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Measures samples of one size: those that are there, or those of a network, also again and again as it trains.
 
-    Attributes:
-        request: what is asked for.
-        workspace: where.
-        samples: which, or what a network is to make.
-        extractor: computes features.
-        reference: what they are compared with.
-        facts: what the protocol says of it.
-        quiet: without a word on the way.
+    `facts` is what the protocol says of the reference; a quiet one says nothing on the way.
     """
 
     request: EvaluationRequest
@@ -91,15 +82,17 @@ class Evaluator:
 
         Raises:
             FloatingPointError: on all processes, if a sample of one is not finite.
-            ValueError: another command is at work on these samples.
         """
-        samples = self.samples.of(net, subject or {}, self.workspace.work)
+        samples = self.samples
+        if isinstance(samples, SamplingPlan):
+            assert net is not None
+            samples = samples.of(net, subject or {}, self.workspace.work)
         with lock(samples.work) if rank == 0 else contextlib.nullcontext():
             barrier()
             try:
-                if samples.make is not None:
+                if isinstance(samples.images, SampleStore):
                     title = "" if self.quiet else f"{size_text(samples.size)}, {samples.record.summary()}"
-                    samples.make(rank, ranks, title)
+                    samples.images.make(rank, ranks, title)
             except FloatingPointError:
                 barrier()
                 if rank == 0:
@@ -124,7 +117,9 @@ class Evaluator:
             print(f"samples: {export(images, target, note)}", flush=True)
         device = self.workspace.device
         figures = compute(features, self.reference, self.extractor, config["convention"], images.labels, device)
-        result = Result(figures, self._protocol(samples), samples.subject, {**provenance(), **_machine(device)})
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+        machine = {"device": name or platform.machine(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        result = Result(figures, self._protocol(samples), samples.subject, {**provenance(), **machine})
         result.append_to(self.workspace.out)
         if not self.quiet:
             print("\n".join(result.lines()), flush=True)
@@ -146,7 +141,7 @@ class Evaluator:
             extractor={"name": self.extractor.name, "hash": self.extractor.hash},
             convention=convention_of(request.config["convention"], self.extractor.name),
             reference=self.facts,
-            versions=protocol.versions(),
+            versions=versions(*LIBRARIES),
             order=samples.order,
         )
 
@@ -160,12 +155,7 @@ def prepare(
     ranks: int = 1,
     quiet: bool = False,
 ) -> list[Evaluator]:
-    """An evaluator for each size: with its reference, which all processes make together unless it is there.
-
-    Raises:
-        FileNotFoundError: weights or a reference that are not there.
-        ValueError: they do not fit, or there are too few samples.
-    """
+    """An evaluator for each size: with its reference, which all processes make together unless it is there."""
     extractor = prepare_extractor(request.config, dataset, workspace)
     evaluators = []
     for each in samples:
@@ -177,14 +167,10 @@ def prepare(
 
 
 def evaluate(request: EvaluationRequest, place: processes.RankInfo = processes.SINGLE_PROCESS) -> list[Result]:
-    """Evaluate at each size; prints and stores each result, and a table of several.
-
-    Args:
-        request: what is asked for.
-        place: which of the processes this is that share the work, and all call this.
+    """Evaluate at each size, as every process that shares the work does; prints and stores the results.
 
     Returns:
-        The results on the first process.
+        The results, on the first process.
 
     Raises:
         FileNotFoundError, ValueError: wrong input, in one line.
@@ -198,19 +184,17 @@ def evaluate(request: EvaluationRequest, place: processes.RankInfo = processes.S
     samples: Sequence[EvaluationSamples | SamplingPlan]
     if is_images(source):
         request = replace(request, overrides=[])  # their sampler and guidance are what they were
-        samples = [existing_samples(request, source, workspace.work)]
+        samples = [existing_samples(config, source, workspace.work)]
     else:
-        source = checkpoint_of(source)
-        model, subject = _load(config, source), model_identity(source)
-        net = model.net.to(workspace.device)
-        dataset = RunDataset(model.config, model.tokenizer.spec, len(model.class_names))
-        samples = [new_samples(request, model, size, dataset, workspace.device) for size in _sizes(request, model)]
-    if ranks > 1:
-        _check_agreement([str(each.of(net, subject, workspace.work).work) for each in samples])
+        source = newest_checkpoint(source)
+        net, dataset, plans = _load(request, source, workspace.device)
+        samples, subject = plans, model_identity(source)
+        if ranks > 1:
+            _check_agreement([str(plan.of(net, subject, workspace.work).work) for plan in plans])
     targets = _targets(config["export"], samples)
-    evaluators = prepare(request, workspace, samples, dataset, rank, ranks)
-    pairs = zip(evaluators, targets, strict=True)
-    made = [evaluator.run(net, rank, ranks, _barrier, subject, target) for evaluator, target in pairs]
+    pairs = zip(prepare(request, workspace, samples, dataset, rank, ranks), targets, strict=True)
+    barrier: Callable[[], object] = distributed.barrier if ranks > 1 else lambda: None
+    made = [evaluator.run(net, rank, ranks, barrier, subject, target) for evaluator, target in pairs]
     results = [result for result in made if result is not None]
     if len(results) + len(earlier) > 1:
         print("\n".join(["", *protocol.table([*results, *earlier])]), flush=True)
@@ -218,12 +202,7 @@ def evaluate(request: EvaluationRequest, place: processes.RankInfo = processes.S
 
 
 def evaluate_on_devices(request: EvaluationRequest) -> None:
-    """Evaluate in this process, or in `devices` of them.
-
-    Raises:
-        FileNotFoundError, ValueError: wrong input, in one line.
-        JobError: one of several processes failed, and why.
-    """
+    """Evaluate in this process, or in `devices` of them."""
     request.check()
     config, source = request.config, Path(request.config["from"])
     device = devices.device(config["accelerator"])
@@ -232,7 +211,7 @@ def evaluate_on_devices(request: EvaluationRequest) -> None:
         evaluate(request)
         return
     if not is_images(source):
-        request = replace(request, config={**config, "from": str(checkpoint_of(source))})
+        request = replace(request, config={**config, "from": str(newest_checkpoint(source))})
     environment = {}
     if device.type == "cpu":  # kernels may sum in another order with other numbers of threads
         environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
@@ -254,15 +233,11 @@ def _workspace(config: Config, source: Path, local_rank: int | None) -> Workspac
     return Workspace(out, out / "work", references, devices.device(config["accelerator"], local_rank))
 
 
-def _sizes(request: EvaluationRequest, model: LoadedModel) -> list[Size | str]:
-    sizes = request.sizes(model.sizes[0], model.tokenizer.spec.stride * model.config["model"]["patch_size"])
-    if len(sizes) > 1:
-        print(f"{len(sizes)} sizes, {request.config['n']:,} samples of each; sizes=... chooses", flush=True)
-    return sizes
-
-
-def _load(config: Config, source: Path) -> LoadedModel:
-    """The model, with its data where they are now."""
+def _load(
+    request: EvaluationRequest, source: Path, device: torch.device
+) -> tuple[Backbone, RunDataset, list[SamplingPlan]]:
+    """A network, its data where they are now, and what it is to sample at each size."""
+    config = request.config
     model = load(source, weights=config["weights"], trust=config["trust"], **hints_of(config))
     if isinstance(model.tokenizer, Undecodable):
         raise ValueError(model.tokenizer.reason)
@@ -271,8 +246,13 @@ def _load(config: Config, source: Path) -> LoadedModel:
     foreign = sorted(moved.keys() - model.config["data"].keys())
     if foreign:
         raise ValueError(f"data.{foreign[0]} is not an option of the data of {config['from']}")
-    data = {**model.config["data"], **moved}
-    return replace(model, config={**model.config, "data": data})
+    run = {**model.config, "data": {**model.config["data"], **moved}}
+    dataset = RunDataset(run, model.tokenizer.spec, len(model.class_names))
+    sizes = request.sizes(model.sizes[0], model.tokenizer.spec.stride * run["model"]["patch_size"])
+    if len(sizes) > 1:
+        print(f"{len(sizes)} sizes, {config['n']:,} samples of each; sizes=... chooses", flush=True)
+    net = model.net.to(device)
+    return net, dataset, [new_samples(request, net, model.tokenizer, size, dataset, device) for size in sizes]
 
 
 def _earlier_results(config: Config, workspace: Workspace) -> list[Result]:
@@ -298,18 +278,6 @@ def _targets(export_to: str | None, samples: Sequence[EvaluationSamples | Sampli
     return list(targets)
 
 
-def _machine(device: torch.device) -> dict[str, str]:
-    """Where and when a result was made."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-
-
-def _barrier() -> None:
-    """Wait for the other processes of the command, if there are any."""
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
 def _check_agreement(work: list[str]) -> None:
     """Raise a ValueError unless all processes are about to make the same samples."""
     found: list[Any] = [None] * distributed.get_world_size()
@@ -323,7 +291,7 @@ def _worker(file: Path) -> None:
     place = processes.rank_info()
     processes.tune_malloc()
     request = EvaluationRequest(**json.loads(file.read_text()))
-    distributed.init_process_group("gloo", timeout=FOREVER)
+    distributed.init_process_group("gloo", timeout=timedelta(days=1000))  # they wait for each other's whole work
     with contextlib.ExitStack() as stack:
         if place.rank:
             nowhere = stack.enter_context(open(os.devnull, "w"))

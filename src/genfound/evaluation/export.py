@@ -17,20 +17,13 @@ from genfound.runtime.files import check_folder, visible
 
 
 def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:
-    """Write images with their labels and how they were made; whole or not at all.
-
-    Args:
-        images: what to write.
-        to: a file ending in .npz, for images of one size, or a folder.
-        note: how they were made.
-
-    Raises:
-        ValueError: see `check_target`.
-    """
+    """Write images with their labels and a note of how they were made, whole or not at all; see `check_target`."""
     check_target(to, one_size=len(np.unique(images.sizes, axis=0)) == 1)
     path, text = Path(to), json.dumps(dict(note))
     if path.suffix == ".npz":
-        _write_npz(path, images, text)
+        stack = ImageStack((len(images), *images.sizes[0].tolist(), 3), (images[k] for k in range(len(images))))
+        labels = {} if images.labels is None else {"arr_1": images.labels}
+        write_npz(path, {"arr_0": stack, **labels, "protocol": np.array(text)})
         return path
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed command has left
@@ -55,14 +48,6 @@ def check_target(to: str, one_size: bool) -> None:
             raise ValueError(f"export={to} is a folder; give a file ending in .npz, or a folder of another name")
     elif path.is_file() or (path.is_dir() and visible(path)):
         raise ValueError(f"export={to} exists; give an empty folder, or a file ending in .npz")
-
-
-def _write_npz(file: Path, images: ImageSet, note: str) -> None:
-    """`arr_0`, `arr_1` with labels, `protocol` with the note."""
-    height, width = (int(side) for side in images.sizes[0])
-    pictures = ImageStack((len(images), height, width, 3), (images[number] for number in range(len(images))))
-    labels = {} if images.labels is None else {"arr_1": images.labels}
-    write_npz(file, {"arr_0": pictures, **labels, "protocol": np.array(note)})
 
 
 def _write_folder(folder: Path, images: ImageSet, note: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ UNKNOWN = "unknown"
 
 RESULTS = "results.jsonl"
 LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "torchdiffeq", "genfound")
+"""Those that can change a figure."""
 NOT_COMPARED = ("name", "altered", "reference.from", "reference.rule", "reference.ignored", "drawing.guidance.weights")
 """What a protocol is called, where things lie, and by which rule they were found; hashes say what they are."""
 
@@ -28,16 +28,10 @@ class SamplingRecord:
     """How samples were made; every field is needed, and is `unknown` for images that do not say.
 
     Attributes:
-        weights: ema or raw.
-        sampler: its name and all its options, steps among them.
-        guidance: its name and all its options, scale, channels and interval among them; of autoguidance also the
-            hash of the weaker network.
+        sampler, guidance: name and all options; of autoguidance also the hash of the weaker network.
         rope: what was changed of the network's rotary positions; `None` if nothing was.
         batch: images per network call, where the sampler's steps couple them; `None` where they do not.
-        labels: the rule of the labels.
-        seed: of noise and labels.
-        precision: of the network.
-        decoder: the tokenizer's name, and the hash of its weights.
+        decoder: the tokenizer's name, precision, and the hash of its weights.
         uint8: how decoded values became bytes.
         versions: of the libraries that drew.
     """
@@ -75,12 +69,10 @@ class Protocol:
     """All that two figures must share to be compared; what differs besides the trained weights.
 
     Attributes:
-        name: a named protocol.
-        altered: its keys that were set otherwise.
-        count: number of samples.
-        order: of the samples; see `metrics.compute.depends_on_order`.
+        name: a named protocol; `altered` are its keys that were set otherwise.
+        count, order: of the samples; see `metrics.compute.depends_on_order`.
         size: [height, width], `data` for those of the data set, or `mixed`.
-        drawing: see `SamplingRecord`.
+        drawing: how they were made.
         extractor: name and hash.
         convention: see `metrics.compute.CONVENTIONS`; `probe` of a probe.
         reference: hash, rule, view, and what is known of its images.
@@ -106,20 +98,21 @@ class Protocol:
 
     def lines(self) -> list[str]:
         """For the user."""
-        d, reference = self.drawing, self.reference
+        d = self.drawing
+        rope = "" if d.rope in (None, UNKNOWN) else f", rope {_text(d.rope)}"
+        batch = "" if d.batch in (None, UNKNOWN) else f", {d.batch} images together"
+        others = "" if d.versions in (self.versions, UNKNOWN) else f", drawn with {_text(d.versions)}"
         title = self.name + (f", but for {', '.join(self.altered)}" if self.altered else "")
         return [
             f"protocol {title}",
             f"  {self.count:,} samples of {size_text(self.size)}, labels {d.labels}, seed {d.seed}, order {self.order}",
-            f"  weights {d.weights}, in {d.precision}"
-            + ("" if d.rope in (None, UNKNOWN) else f", rope {_text(d.rope)}"),
-            f"  sampler {_text(d.sampler)}" + ("" if d.batch in (None, UNKNOWN) else f", {d.batch} images together"),
+            f"  weights {d.weights}, in {d.precision}{rope}",
+            f"  sampler {_text(d.sampler)}{batch}",
             f"  guidance {_text(d.guidance)}",
             f"  decoder {_text(d.decoder)}, uint8 {d.uint8}",
             f"  extractor {_text(self.extractor)}, convention {self.convention}",
-            f"  reference {_text(reference)}",
-            f"  versions {_text(self.versions)}"
-            + ("" if d.versions in (self.versions, UNKNOWN) else f", drawn with {_text(d.versions)}"),
+            f"  reference {_text(self.reference)}",
+            f"  versions {_text(self.versions)}{others}",
         ]
 
 
@@ -128,8 +121,6 @@ class Result:
     """Figures, and what they are worth; figures leave this package in no other form.
 
     Attributes:
-        figures: by name.
-        protocol: what they share with figures that they may be compared with.
         subject: whose figures they are: `from`, and the hash of the weights or images.
         provenance: code, machine and time.
     """
@@ -143,6 +134,12 @@ class Result:
         wrong = [name for name, value in self.figures.items() if not isinstance(value, float)]
         if wrong or not self.figures:
             raise TypeError(f"a result needs figures, each a number: {wrong}")
+
+    @classmethod
+    def from_stored(cls, line: Mapping[str, Any]) -> Result:
+        """Of a line of results.jsonl."""
+        drawing = SamplingRecord(**line["protocol"]["drawing"])
+        return cls(**{**line, "protocol": Protocol(**{**line["protocol"], "drawing": drawing})})
 
     def lines(self) -> list[str]:
         """For the user: the figures, whose they are, and the protocol."""
@@ -170,11 +167,10 @@ def read_results(path: Path) -> list[Result]:
     places = [path] if path.is_file() else [path / RESULTS, path / "evaluations" / RESULTS]
     lines = (line for place in places if place.is_file() for line in place.read_text().splitlines())
     try:
-        return [_result(json.loads(line)) for line in lines]
+        return [Result.from_stored(json.loads(line)) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds a line that is not a result; remove it, or move the file away: {error}"
-        ) from None
+        way = "remove it, or move the file away"
+        raise ValueError(f"{path} holds a line that is not a result; {way}: {error}") from None
 
 
 def differences(a: Protocol, b: Protocol) -> list[str]:
@@ -197,7 +193,8 @@ def table(results: Sequence[Result]) -> list[str]:
         values = [f"{result.figures[name]:.6g}" if name in result.figures else "-" for name in names]
         differing = differences(results[0].protocol, result.protocol)
         verdict = f"differs: {', '.join(differing)}" if differing else result.protocol.name if not place else "the same"
-        rows.append([_subject(result), *values, verdict])
+        subject = [result.subject["from"], result.subject.get("checkpoint"), result.subject["hash"][:8]]
+        rows.append([" ".join(str(part) for part in subject if part), *values, verdict])
     widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
     return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
 
@@ -207,34 +204,10 @@ def size_text(size: Any) -> str:
     return size if isinstance(size, str) else "x".join(map(str, size))
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that can change a figure."""
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _subject(result: Result) -> str:
-    parts = [result.subject["from"], result.subject.get("checkpoint"), result.subject["hash"][:8]]
-    return " ".join(str(part) for part in parts if part)
-
-
-def _result(line: Mapping[str, Any]) -> Result:
-    stored = dict(line["protocol"])
-    protocol = Protocol(**{**stored, "drawing": SamplingRecord(**stored["drawing"])})
-    return Result(**{**line, "protocol": protocol})
-
-
 def _text(value: Any) -> str:
     """A mapping in words."""
     if not isinstance(value, Mapping):
         return str(value)
     first = [str(value[key]) for key in ("from", "name") if key in value]
-    rest = [
-        f"{key} {_text(inner)}" for key, inner in value.items() if key not in ("from", "name") and inner is not None
-    ]
-    return ", ".join([*first, *rest])
+    rest = {key: inner for key, inner in value.items() if key not in ("from", "name") and inner is not None}
+    return ", ".join([*first, *(f"{key} {_text(inner)}" for key, inner in rest.items())])

@@ -11,7 +11,8 @@ from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.config.compose import PARTIAL, TARGET
 from genfound.data.images.sets import image_files, read_note
-from genfound.evaluation.protocol import SamplingRecord, versions
+from genfound.evaluation.protocol import LIBRARIES, SamplingRecord
+from genfound.loggers.provenance import versions
 from genfound.metrics.extractor import tensors_hash
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import digest, visible
@@ -24,11 +25,7 @@ NO_CHANGE = ("attention", "activation_checkpointing")
 
 
 def is_images(path: Path) -> bool:
-    """Whether a path is an npz file or a folder of images, not a model.
-
-    Raises:
-        FileNotFoundError: an empty folder.
-    """
+    """Whether a path is an npz file or a folder of images, not a model."""
     if not path.is_dir():
         return path.suffix == ".npz"
     if (path / "config.yaml").is_file() or visible(path, "*.safetensors") or visible(path, "*.bin"):
@@ -36,28 +33,6 @@ def is_images(path: Path) -> bool:
     if not visible(path):
         raise FileNotFoundError(f"from={path} is an empty folder")
     return bool(image_files(path)[0])
-
-
-def checkpoint_of(source: Path) -> Path:
-    """The newest checkpoint of a run, since a run that is still training has another one later; else the path.
-
-    Raises:
-        FileNotFoundError: the run has none yet.
-    """
-    if not (source / "config.yaml").is_file():
-        return source
-    file = checkpoint_io.newest(source / "checkpoints")
-    if file is None:
-        raise FileNotFoundError(f"{source} has no checkpoint yet")
-    return file
-
-
-def pin_guide_checkpoint(config: Config) -> dict[str, Any]:
-    """A configuration with one checkpoint of the run that is the guide of autoguidance."""
-    guidance = dict(config["guidance"])
-    if "weights" in guidance:
-        guidance["weights"] = str(checkpoint_of(Path(guidance["weights"])))
-    return {**config, "guidance": guidance}
 
 
 def model_identity(source: Path) -> dict[str, Any]:
@@ -85,11 +60,7 @@ def decoder_identity(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
 
 
 def read_provenance(source: Path, images_hash: str) -> tuple[dict[str, Any], SamplingRecord, Any]:
-    """Whose the images of an npz file or a folder are, how they were made, and of which size, if their note is whole.
-
-    Raises:
-        ValueError: the note is damaged.
-    """
+    """Whose the images of a file or folder are, how they were made, and of which size, if their note is whole."""
     note = read_note(source) or {}
     record, subject = SamplingRecord.from_note(note.get("drawing")), note.get("subject")
     if not isinstance(subject, dict) or not {"from", "hash"} <= subject.keys() or record == SamplingRecord.unknown():
@@ -100,13 +71,7 @@ def read_provenance(source: Path, images_hash: str) -> tuple[dict[str, Any], Sam
 
 
 def sampling_record(request: Config, config: Config, pipeline: Pipeline) -> SamplingRecord:
-    """How samples are made, in the words of the protocol.
-
-    Args:
-        request: conf/evaluate.yaml.
-        config: the run's configuration with the sampler, guidance, byte rule and precision to use.
-        pipeline: of this configuration.
-    """
+    """How samples are made, in the words of the protocol; the pipeline is that of the run's `config`."""
     sampler, guide = pipeline.sampler, pipeline.guide
     guidance = {key: value for key, value in config["guidance"].items() if key not in (TARGET, PARTIAL)}
     return SamplingRecord(
@@ -120,5 +85,5 @@ def sampling_record(request: Config, config: Config, pipeline: Pipeline) -> Samp
         precision=pipeline.precision,
         decoder=decoder_identity(pipeline.tokenizer, config),
         uint8=pipeline.uint8,
-        versions=versions(),
+        versions=versions(*LIBRARIES),
     )

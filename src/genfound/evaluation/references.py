@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ class Workspace:
 
     Attributes:
         out: of results.jsonl.
-        work: folders of samples and features until they are measured.
-        references: statistics and probes that other evaluations can use too.
+        work: of samples and features until they are measured.
+        references: of statistics and probes, which other evaluations can use too.
         device: of this process.
     """
 
@@ -66,12 +66,7 @@ class Workspace:
 
 
 def prepare_extractor(config: Config, dataset: RunDataset | None, workspace: Workspace) -> Extractor:
-    """The extractor of a configuration; a probe is trained on the data set unless there is one already.
-
-    Raises:
-        FileNotFoundError: weights that are not there.
-        ValueError: an unknown extractor, or a probe without a data set.
-    """
+    """The extractor of a configuration; a probe is trained on the data set unless there is one already."""
     weights = config["extractor_weights"]
     if one_of("extractor", config["extractor"], ("inception", "probe")) == "inception":
         return Inception(weights or WEIGHTS, workspace.device)
@@ -81,17 +76,22 @@ def prepare_extractor(config: Config, dataset: RunDataset | None, workspace: Wor
         raise ValueError("extractor=probe: images alone tell no data set; give extractor_weights=probe-*.safetensors")
     images = dataset.images("train")
     file = workspace.references / f"probe-{probe_key(images.key, dataset.classes)}.safetensors"
-    if not file.is_file():
-        with lock(file, wait=True):
-            if not file.is_file():
-                _train_probe(images, dataset, file, workspace.device)
+    _make_once(file, lambda: _train_probe(images, dataset, file))
     return Probe.load(file, workspace.device)
 
 
-def _train_probe(images: ImageSet, dataset: RunDataset, file: Path, device: torch.device) -> None:
+def _make_once(file: Path, make: Callable[[], object]) -> None:
+    """Make a file, by one process at a time, unless it is there."""
+    if not file.is_file():
+        with lock(file, wait=True):
+            if not file.is_file():
+                make()
+
+
+def _train_probe(images: ImageSet, dataset: RunDataset, file: Path) -> None:
     print("training a probe on the data set", flush=True)
     held_out = dataset.images("val")
-    probe = train_probe(images, held_out, dataset.classes, device)
+    probe = train_probe(images, held_out, dataset.classes)
     probe.save(file)
     share = "" if probe.accuracy is None else f"; it recognises {probe.accuracy:.1%} of held-out images"
     print(f"probe: {file}{share}", flush=True)
@@ -117,28 +117,28 @@ def prepare_reference(
         extractor: computes features.
         workspace: where statistics are kept.
         rank, ranks: which of the processes this is that compute them together.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it does not fit the samples or the extractor.
     """
-    name, path = str(config["reference"]), Path(config["reference"])
-    statistics = functools.partial(_statistics, extractor=extractor, workspace=workspace, rank=rank, ranks=ranks)
+    name, path, rule = str(config["reference"]), Path(config["reference"]), GIVEN
+    ignored: dict[str, str] = {}
     if name.partition(":")[0] == "data" or (path.is_dir() and not visible(path, "*.npz")):
         images, view, ignored = _images_in_view(config, name, size, dataset, workspace)
-        reference = read_reference(statistics(images, view), extractor)
-        return reference, {**_facts(reference, name, GIVEN), **ignored}
-    rule = GIVEN
-    if path.is_dir():
-        if isinstance(size, str):
-            raise ValueError(f"reference={name} holds one file for each size, and these samples have several")
-        path, rule = choose_reference(path, size)
-    if reference_note(path) is not None or read_member(path, "arr_0") is None:
-        return (reference := read_reference(path, extractor)), _facts(reference, str(path), rule)
-    hashed = file_hash(path)  # first, because that compares the checksums of the images
-    own = statistics(NpzImages(path), GIVEN, given_statistics(path) or None)
-    reference = replace(read_reference(own, extractor), hash=hashed)
-    return reference, _facts(reference, str(path), rule)
+        reference = read_reference(_statistics(images, view, None, extractor, workspace, rank, ranks), extractor)
+    else:
+        if path.is_dir():
+            if isinstance(size, str):
+                raise ValueError(f"reference={name} holds one file for each size, and these samples have several")
+            path, rule = choose_reference(path, size)
+        name = str(path)
+        if reference_note(path) is not None or read_member(path, "arr_0") is None:
+            reference = read_reference(path, extractor)
+        else:
+            hashed = file_hash(path)  # first, because that compares the checksums of the images
+            given = given_statistics(path) or None
+            file = _statistics(NpzImages(path), GIVEN, given, extractor, workspace, rank, ranks)
+            reference = replace(read_reference(file, extractor), hash=hashed)
+    note, points = reference.note, 0 if reference.points is None else len(reference.points)
+    known = {"view": note.get("view", GIVEN), "size": note.get("size", "unknown"), "images": note.get("images")}
+    return reference, {"from": name, "hash": reference.hash, "rule": rule, **known, "points": points, **ignored}
 
 
 def _images_in_view(
@@ -154,8 +154,7 @@ def _images_in_view(
         images = FolderImages(folder, config["max_pixels"])
         ignored, title = ignored_files(images), view
         images = _fitting(Subset(images, _order(images, workspace)), view, size)
-        if limit is not None:
-            images = Subset(images, np.arange(len(images))[:limit])
+        images = images if limit is None else Subset(images, np.arange(len(images))[:limit])
     else:
         data, split = _dataset(name, folder, dataset)
         ignored, title = {}, view + (DECODED if data.stored else "")
@@ -189,19 +188,19 @@ def _fitting(images: ImageSet, view: str, size: Size | str) -> ImageSet:
 def _order(images: FolderImages, workspace: Workspace) -> np.ndarray:
     """The order of these images by content, kept because all of them are read for it."""
     file = workspace.references / f"{images.key}.order.npy"
-    if not file.is_file():
-        with lock(file, wait=True):
-            if not file.is_file():
-                print(f"reference: reading {len(images):,} files, once, for their order by content", flush=True)
-                atomic_write(file, functools.partial(np.save, arr=content(images)[1]))
+
+    def make() -> None:
+        print(f"reference: reading {len(images):,} files, once, for their order by content", flush=True)
+        atomic_write(file, functools.partial(np.save, arr=content(images)[1]))
+
+    _make_once(file, make)
     return np.asarray(np.load(file))
 
 
 def _statistics(
     images: ImageSet,
     view: str,
-    given: Mapping[str, Gaussian] | None = None,
-    *,
+    given: Mapping[str, Gaussian] | None,
     extractor: Extractor,
     workspace: Workspace,
     rank: int,
@@ -214,36 +213,22 @@ def _statistics(
     if given is None:
         check_count("reference", len(images), extractor)
     features = FeatureStore(file.with_suffix(".parts"), len(images))
-    if rank:
+
+    def make() -> None:
+        print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
+        features.extract(images, extractor, rank, ranks, shared_progress("features", rank, ranks))
+        wait_until(lambda: features.complete)
+        write_reference(file, features, images, extractor, {"view": view}, given, workspace.device)
+        shutil.rmtree(features.folder)
+
+    def stop_if_there(done: float, total: int) -> None:
+        if file.is_file():  # another command has made it meanwhile
+            raise FileExistsError(file)
+
+    if rank == 0:
+        _make_once(file, make)
+    else:
         with contextlib.suppress(FileExistsError):
-            features.extract(images, extractor, rank, ranks, functools.partial(_stop_if_there, file))
+            features.extract(images, extractor, rank, ranks, stop_if_there)
         wait_until(file.is_file)
-        return file
-    with lock(file, wait=True):
-        if not file.is_file():
-            print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
-            features.extract(images, extractor, rank, ranks, shared_progress("features", rank, ranks))
-            wait_until(lambda: features.complete)
-            write_reference(file, features, images, extractor, {"view": view}, given, workspace.device)
-            shutil.rmtree(features.folder)
     return file
-
-
-def _stop_if_there(file: Path, done: float, total: int) -> None:
-    """Progress of a process other than the first, which another command may make needless."""
-    if file.is_file():
-        raise FileExistsError(file)
-
-
-def _facts(reference: Reference, origin: str, rule: str) -> dict[str, Any]:
-    """What the protocol says of a reference."""
-    points = reference.points
-    return {
-        "from": origin,
-        "hash": reference.hash,
-        "rule": rule,
-        "view": reference.note.get("view", GIVEN),
-        "size": reference.note.get("size", "unknown"),
-        "images": reference.note.get("images"),
-        "points": 0 if points is None else len(points),
-    }

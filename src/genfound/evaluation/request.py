@@ -22,13 +22,7 @@ COUNTS = ("n", "batch", "devices", "reference_images", "max_pixels")
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What is asked for.
-
-    Attributes:
-        config: conf/evaluate.yaml, resolved.
-        overrides: of the command line.
-        protocol: its name.
-    """
+    """The resolved conf/evaluate.yaml, the overrides of the command line, and the name of the protocol."""
 
     config: Mapping[str, Any]
     overrides: Sequence[str]
@@ -49,11 +43,7 @@ class EvaluationRequest:
                     raise ValueError(f"table: the row of {size_text(row['size'])} must have a {group} with its name")
 
     def sizes(self, typical: Size, unit: int) -> list[Size | str]:
-        """The sizes asked for, those of the protocol's table, or the typical one of the data.
-
-        Raises:
-            ValueError: not a size, or sides that are no multiples of `unit`.
-        """
+        """The sizes asked for, those of the protocol's table, or the typical one of the data."""
         wanted = self.config["sizes"]
         if wanted == DATA:
             return [DATA]
@@ -65,11 +55,7 @@ class EvaluationRequest:
         return list(sizes)
 
     def sampling_config(self, run: Mapping[str, Any], size: Size | str) -> dict[str, Any]:
-        """The run's configuration with sampler, guidance, byte rule and precision: its own, the table's, or those set.
-
-        Raises:
-            ValueError: the protocol's table has no row for the size.
-        """
+        """The run's configuration; sampler, guidance, byte rule and precision are its own, the table's or those set."""
         config, base = self.config, dict(run)
         if config["table"]:
             rows = [row for row in config["table"] if row["size"] == list(size)]
@@ -83,9 +69,7 @@ class EvaluationRequest:
     def changed_keys(self, record: SamplingRecord, used: Mapping[str, Any]) -> list[str]:
         """The keys of the named protocol that were set otherwise, then the options of sampler, guidance and positions.
 
-        Args:
-            record: how the samples were made.
-            used: values that are not those of `config`.
+        They are those of `config`, but for what the record of the samples says, and for those in `used`.
         """
         named = compose.compose("evaluate", [f"protocol={self.protocol}"])
         keys = compose.read_option("protocol", "adm_50k") | compose.read_option("protocol", self.protocol)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ import torch
 
 from genfound import build
 from genfound.backbones.base import Backbone
-from genfound.checkpoints.load import LoadedModel
+from genfound.checkpoints.load import newest_checkpoint
 from genfound.config import checks
 from genfound.data.images.npz import file_hash
 from genfound.data.images.sets import FolderImages, ImageSet, Subset, by_content, ignored_files, open_images
 from genfound.evaluation.dataset import RunDataset
 from genfound.evaluation.protocol import SamplingRecord, Size, size_text
-from genfound.evaluation.provenance import network_hash, pin_guide_checkpoint, read_provenance, sampling_record
+from genfound.evaluation.provenance import network_hash, read_provenance, sampling_record
 from genfound.evaluation.request import DATA, LABEL_RULES, EvaluationRequest
 from genfound.metrics.compute import CONTENT, STORED
 from genfound.metrics.reference_stats import common_size
@@ -35,6 +36,7 @@ from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import Progress, ProgressCounter, no_progress, shared_progress
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import SampleRequest
+from genfound.tokenizers import Tokenizer
 
 PART = 64
 
@@ -44,13 +46,12 @@ class EvaluationSamples:
     """What is measured.
 
     Attributes:
-        images: the set; of a network's, where they are or will be.
+        images: the set; a `SampleStore` of those that a network is still to make.
         size: (height, width), `data`, or `mixed`.
         record: how they are made.
         subject: whose they are.
         work: folder for what takes long.
         order: `as stored` or `by content`.
-        make: makes a process's share of them; see `SampleStore.make`. `None` where they are there.
     """
 
     images: ImageSet
@@ -59,28 +60,14 @@ class EvaluationSamples:
     subject: Mapping[str, Any]
     work: Path
     order: str = STORED
-    make: Callable[[int, int, str], None] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def of(self, net: Backbone | None, subject: Mapping[str, Any], folder: Path) -> EvaluationSamples:
-        """These, which no network is to make."""
-        return self
-
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What a network is to sample at a size.
-
-    Attributes:
-        requests: the images.
-        size: (height, width), or `data`.
-        pipeline: how.
-        seed: of the noise.
-        record: the same in the words of the protocol.
-        config: the run's, with the sampler and guidance of the pipeline.
-    """
+    """What a network is to sample at a size; `config` is the run's, with the sampler and guidance of the pipeline."""
 
     requests: Sequence[SampleRequest]
     size: Size | str
@@ -92,41 +79,33 @@ class SamplingPlan:
     def __len__(self) -> int:
         return len(self.requests)
 
-    def of(self, net: Backbone | None, subject: Mapping[str, Any], folder: Path) -> EvaluationSamples:
+    def of(self, net: Backbone, subject: Mapping[str, Any], folder: Path) -> EvaluationSamples:
         """Those of a network, in a folder of their own that follows from all that could change one."""
-        assert net is not None
         weights, config = network_hash(net, self.config), self.config
         facts = [asdict(self.record), weights, size_text(self.size), self.pipeline.micro_batch, config["objective"]]
-        images = SampleStore(folder / digest(json.dumps([*facts, config["layout"], len(self)])), self.requests)
-        make = functools.partial(images.make, net, self.pipeline, self.seed)
-        return EvaluationSamples(images, self.size, self.record, {**subject, "hash": weights}, images.folder, make=make)
+        work = folder / digest(json.dumps([*facts, config["layout"], len(self)]))
+        images = SampleStore(work, self.requests, net, self.pipeline, self.seed)
+        return EvaluationSamples(images, self.size, self.record, {**subject, "hash": weights}, work)
 
 
 def new_samples(
-    request: EvaluationRequest, model: LoadedModel, size: Size | str, dataset: RunDataset, device: torch.device
-) -> SamplingPlan:
-    """Samples that a model is to make.
-
-    Raises:
-        ValueError: a sampler, guidance or label rule that does not fit.
-    """
-    settings = request.config
-    config = pin_guide_checkpoint(request.sampling_config(model.config, size))
+    request: EvaluationRequest, net: Backbone, tokenizer: Tokenizer, size: Size | str, dataset: RunDataset,
+    device: torch.device,
+) -> SamplingPlan:  # fmt: skip
+    """Samples that a network is to make."""
+    settings, config = request.config, request.sampling_config(dataset.config, size)
+    if "weights" in config["guidance"]:  # of a run that is still training, the checkpoint of now
+        config["guidance"]["weights"] = str(newest_checkpoint(Path(config["guidance"]["weights"])))
     objective = build.objective(config)  # refuses a sampler that does not fit
-    pipeline = Pipeline.from_config(config, objective, model.tokenizer, device, settings["batch"])
-    pipeline.check(model.net)
+    pipeline = Pipeline.from_config(config, objective, tokenizer, device, settings["batch"])
+    pipeline.check(net)
     data = dataset.images("train") if DATA in (size, settings["labels"]) else None
     requests = requests_by_rule(settings["n"], settings["labels"], size, dataset.classes, settings["seed"], data)
     return SamplingPlan(requests, size, pipeline, settings["seed"], sampling_record(settings, config, pipeline), config)
 
 
-def existing_samples(request: EvaluationRequest, source: Path, folder: Path) -> EvaluationSamples:
-    """Samples that are there: an npz file or a folder of images; `folder` is for the work on them.
-
-    Raises:
-        ValueError: images of another size than asked for.
-    """
-    config = request.config
+def existing_samples(config: Mapping[str, Any], source: Path, folder: Path) -> EvaluationSamples:
+    """Samples that are there: an npz file or a folder of images; `folder` is for the work on them."""
     moved = [key for key, value in config["data"].items() if value is not None]
     if moved:
         raise ValueError(f"data.{moved[0]}: images alone have no data set; from=RUN has one")
@@ -137,21 +116,15 @@ def existing_samples(request: EvaluationRequest, source: Path, folder: Path) -> 
         if wanted != [size]:
             texts = " and ".join(map(size_text, wanted))
             raise ValueError(f"from={source} holds images of {size_text(size or 'mixed')} pixels, not {texts}")
-    count, order = min(config["n"], len(images)), np.arange(len(images))
     if isinstance(images, FolderImages):
-        images_hash, order = content(images)
+        (images_hash, numbers), order = content(images), CONTENT
     else:
-        images_hash = file_hash(source)
+        images_hash, numbers, order = file_hash(source), np.arange(len(images)), STORED
     subject, record, noted = read_provenance(source, images_hash)
-    chosen = Subset(images, order[:count])
-    return EvaluationSamples(
-        images=chosen,
-        size=DATA if noted == DATA else size or "mixed",
-        record=record,
-        subject=subject | ignored_files(images),
-        work=folder / f"{chosen.key}-{count}",
-        order=CONTENT if isinstance(images, FolderImages) else STORED,
-    )
+    chosen = Subset(images, numbers[: config["n"]])
+    size_or_rule = DATA if noted == DATA else size or "mixed"
+    work = folder / f"{chosen.key}-{len(chosen)}"
+    return EvaluationSamples(chosen, size_or_rule, record, subject | ignored_files(images), work, order)
 
 
 def content(images: FolderImages) -> tuple[str, np.ndarray]:
@@ -173,105 +146,79 @@ def requests_by_rule(
         size: (height, width) in pixels, or `data`, those of the same images.
         classes: number of labels.
         seed: of labels and order.
-        data: the data set; needed for `data`.
-
-    Raises:
-        ValueError: an unknown rule, no image, or no data set.
+        data: the data set, which `data` needs.
     """
     checks.one_of("labels", labels, LABEL_RULES)
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
     rng = Rng(seed, "evaluate")
-    rows = np.zeros(0, dtype=np.int64)
+    numbers: np.ndarray
+    sizes: np.ndarray
     if DATA in (labels, size):
         if data is None or data.labels is None:
             raise ValueError("sizes=data and labels=data need the data set of the run")
-        order = rng.permutation("data", len(data)).numpy()
-        rows = order[np.arange(n) % len(order)]
-    if labels == DATA and data is not None and data.labels is not None:
-        numbers = data.labels[rows]
+        rows = np.resize(rng.permutation("data", len(data)).numpy(), n)
+        numbers, sizes = data.labels[rows], data.sizes[rows]
+    if labels == "random":
+        numbers = np.array([rng.at(k).integer("label") % classes for k in range(n)])
     elif labels == "balanced":
         numbers = rng.permutation("labels", n).numpy() % classes
-    else:
-        numbers = np.array([rng.at(k).integer("label") % classes for k in range(n)])
-    sizes = data.sizes[rows] if size == DATA and data is not None else np.tile(np.array(size), (n, 1))
+    if size != DATA:
+        sizes = np.tile(np.array(size), (n, 1))
     pairs = zip(numbers, sizes, strict=True)
     return [SampleRequest(int(label), (int(h), int(w)), k) for k, (label, (h, w)) in enumerate(pairs)]
 
 
 class SampleStore:
-    """The images of requests in a folder, as far as they are there; an `ImageSet`.
+    """The images that a network, in eval mode, makes of requests; an `ImageSet` as far as they are in its folder.
 
-    Args:
-        folder: where they lie.
-        requests: numbered from 0.
+    Attributes:
+        files: {file: the numbers of its images, which are of one size}.
+        failure: holds the reason why a process cannot make its share.
     """
 
-    def __init__(self, folder: Path, requests: Sequence[SampleRequest]) -> None:
-        self.folder = folder
-        self.requests = list(requests)
+    def __init__(
+        self, folder: Path, requests: Sequence[SampleRequest], net: Backbone, pipeline: Pipeline, seed: int
+    ) -> None:
+        self.net, self.pipeline, self.seed, self.requests = net, pipeline, seed, requests
         self.sizes = np.array([request.size for request in requests], dtype=np.int64)
         self.labels = np.array([request.label for request in requests], dtype=np.int64)
         self.key = digest(str(folder.resolve()), self.sizes.tobytes(), self.labels.tobytes())
         self.failure = folder / "failure"
-        order = np.lexsort((np.arange(len(requests)), self.sizes[:, 1], self.sizes[:, 0]))
-        bounds = np.flatnonzero(np.any(np.diff(self.sizes[order], axis=0) != 0, axis=1)) + 1
-        self.parts = [group[i : i + PART] for group in np.split(order, bounds) for i in range(0, len(group), PART)]
-        self._place = np.empty((len(requests), 2), dtype=np.int64)
-        for part, numbers in enumerate(self.parts):
-            self._place[numbers, 0], self._place[numbers, 1] = part, np.arange(len(numbers))
-        self._opened = functools.lru_cache(maxsize=PART)(lambda part: np.load(self._file(part), mmap_mode="r"))
+        by_size = sorted(range(len(requests)), key=lambda k: requests[k].size)
+        groups = [list(same) for _, same in itertools.groupby(by_size, key=lambda k: requests[k].size)]
+        parts = [group[i : i + PART] for group in groups for i in range(0, len(group), PART)]
+        self.files = {folder / f"images-{place:06d}.npy": numbers for place, numbers in enumerate(parts)}
+        self._rows = {k: (file, row) for file, numbers in self.files.items() for row, k in enumerate(numbers)}
+        self._opened = functools.lru_cache(maxsize=PART)(functools.partial(np.load, mmap_mode="r"))
 
     @property
     def missing(self) -> int:
         """How many images are not there yet."""
-        return sum(len(numbers) for part, numbers in enumerate(self.parts) if not self._file(part).is_file())
+        return sum(len(numbers) for file, numbers in self.files.items() if not file.is_file())
 
-    def draw(
-        self,
-        net: Backbone,
-        pipeline: Pipeline,
-        seed: int,
-        rank: int = 0,
-        ranks: int = 1,
-        progress: Progress = no_progress,
-    ) -> None:
-        """Sample the files of this process that are not there yet.
-
-        Args:
-            net: backbone in eval mode, on the device of the pipeline.
-            pipeline: how to sample.
-            seed: of the noise.
-            rank, ranks: which share of the files.
-            progress: see `runtime.progress`.
-
-        Raises:
-            FloatingPointError: an image of this process, or of another one, is not finite.
-        """
-        mine = list(range(len(self.parts)))[rank::ranks]
-        total = sum(len(self.parts[part]) for part in mine)
-        missing = [part for part in mine if not self._file(part).is_file()]
-        done = total - sum(len(self.parts[part]) for part in missing)
+    def draw(self, rank: int = 0, ranks: int = 1, progress: Progress = no_progress) -> None:
+        """Sample this process's share of the files, as far as they are not there yet."""
+        mine = dict(list(self.files.items())[rank::ranks])
+        missing = {file: numbers for file, numbers in mine.items() if not file.is_file()}
+        total = sum(map(len, mine.values()))
+        done = total - sum(map(len, missing.values()))
 
         def within(drawn: float, _: int) -> None:
             progress(done + drawn, total)
 
-        for part in missing:
+        for file, numbers in missing.items():
             self._check()
             try:
-                images = pipeline(net, [self.requests[k] for k in self.parts[part]], seed, within)
+                images = self.pipeline(self.net, [self.requests[k] for k in numbers], self.seed, within)
             except FloatingPointError as error:
                 atomic_write(self.failure, functools.partial(Path.write_text, data=str(error)))
                 raise
-            atomic_write(self._file(part), functools.partial(np.save, arr=np.stack(images)))
+            atomic_write(file, functools.partial(np.save, arr=np.stack(images)))
             done += len(images)
 
-    def make(self, net: Backbone, pipeline: Pipeline, seed: int, rank: int, ranks: int, title: str = "") -> None:
-        """`draw` this process's share, and wait for the others'; with a title, the first one says how far it is.
-
-        Raises:
-            FloatingPointError: an image of some process is not finite.
-        """
+    def make(self, rank: int, ranks: int, title: str = "") -> None:
+        """`draw` this process's share, and wait for the others'; with a title, the first one says how far it is."""
         missing = self.missing
         progress: Progress = no_progress
         if title and rank == 0:
@@ -280,7 +227,7 @@ class SampleStore:
             if missing:
                 print(f"drawing {title}", flush=True)
                 progress = shared_progress("samples", rank, ranks)
-        self.draw(net, pipeline, seed, rank, ranks, progress)
+        self.draw(rank, ranks, progress)
         wait_until(lambda: self.failure.is_file() or not self.missing)
         self._check()
 
@@ -294,8 +241,5 @@ class SampleStore:
 
     def __getitem__(self, number: int) -> np.ndarray:
         """(height, width, 3) uint8."""
-        part, row = self._place[number]
-        return np.array(self._opened(int(part))[row])
-
-    def _file(self, part: int) -> Path:
-        return self.folder / f"images-{part:06d}.npy"
+        file, row = self._rows[number]
+        return np.array(self._opened(file)[row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -15,15 +16,19 @@ SECONDS = 20
 
 def provenance() -> dict[str, str]:
     """Versions of genfound, Python and the main libraries; with the commit, where genfound runs from its checkout."""
-    facts = {"python": platform.python_version()}
-    for package in ("genfound", "torch", "lightning", "diffusers"):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    facts = {"python": platform.python_version(), **versions("genfound", "torch", "lightning", "diffusers")}
     root = Path(__file__).resolve().parents[3]
     found = commit(root) if is_checkout(root) else None
     return facts if found is None else {**facts, "commit": found}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def is_checkout(root: Path) -> bool:

@@ -66,9 +66,9 @@ class Inception:
         state = checkpoint_io.read(file)
         with torch.random.fork_rng(devices=[]):  # training goes on with the numbers it would have drawn
             net = InceptionV3()
-        own = {key: value for key, value in net.state_dict().items() if key.endswith(COUNTED)}
-        checkpoint_io.load_strict(net, {**own, **{k: v for k, v in state.items() if not k.endswith(COUNTED)}}, file)
-        self.hash = tensors_hash({k: v for k, v in net.state_dict().items() if not k.endswith(COUNTED)})
+        counters = {key: value for key, value in net.state_dict().items() if key.endswith(COUNTED)}
+        checkpoint_io.load_strict(net, {**state, **counters}, file)  # not all files have them
+        self.hash = tensors_hash({k: v for k, v in net.state_dict().items() if k not in counters})
         self.net = net.to(device)
         self.device = device
 

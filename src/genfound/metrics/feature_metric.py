@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -16,6 +17,17 @@ Values = Tensor | np.ndarray | Sequence[np.ndarray]
 """Features (N, D) of any floating dtype, or images (height, width, 3) uint8."""
 
 GIVEN = "real=True: this metric was given its reference; leave reference out to collect real images"
+
+
+class MeanStd(NamedTuple):
+    """Mean and population standard deviation over parts of a set."""
+
+    mean: float
+    std: float
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Float64."""
+        return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
 
 
 class FeatureMetric(Metric):

@@ -25,36 +25,37 @@ READERS = 4
 
 
 class FeatureStore:
-    """The features of `count` images in a folder."""
+    """The features of `count` images in a folder; `files` are {file: the numbers of its images}."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self.folder = folder
-        self.count = count
-
-    @property
-    def files(self) -> list[Path]:
-        """One for every 64 images."""
-        return [self.folder / f"{start // BATCH:06d}.npz" for start in range(0, self.count, BATCH)]
+        self.folder, self.count = folder, count
+        images = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+        self.files = {folder / f"{place:06d}.npz": numbers for place, numbers in enumerate(images)}
 
     @property
     def complete(self) -> bool:
         """Whether every file is there, with the rows that it must have."""
-        return all(self._is_there(place) for place in range(len(self.files)))
+        return all(_is_there(file, len(numbers)) for file, numbers in self.files.items())
 
     def extract(
         self, images: ImageSet, extractor: Extractor, rank: int = 0, ranks: int = 1, progress: Progress = no_progress
     ) -> None:
         """Compute the files of this process that are not there yet."""
-        files = list(enumerate(self.files))[rank::ranks]
-        sizes = [len(self._numbers(place)) for place, _ in files]
+        files = list(self.files.items())[rank::ranks]
+        done, total = 0, sum(len(numbers) for _, numbers in files)
         with ThreadPoolExecutor(READERS) as pool:
-            for number, (place, file) in enumerate(files):
-                progress(sum(sizes[:number]), sum(sizes))
-                if not self._is_there(place):
-                    columns = extractor(list(pool.map(images.__getitem__, self._numbers(place))))
-                    _check(columns, place)
+            for file, numbers in files:
+                progress(done, total)
+                if not _is_there(file, len(numbers)):
+                    columns = extractor(list(pool.map(images.__getitem__, numbers)))
+                    for name, column in columns.items():
+                        if not column.isfinite().all():
+                            raise ValueError(
+                                f"features {name} of the images from number {numbers.start:,} on are not finite"
+                            )
                     write_npz(file, {name: column.numpy() for name, column in columns.items()})
-        progress(sum(sizes), sum(sizes))
+                done += len(numbers)
+        progress(done, total)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """A column in blocks of `ROWS` rows."""
@@ -70,24 +71,20 @@ class FeatureStore:
 
     def width(self, name: str) -> int:
         """Numbers of a column; 0 where the extractor has none of the name."""
-        with np.load(self.files[0]) as arrays:
+        with np.load(next(iter(self.files))) as arrays:
             return int(arrays[name].shape[1]) if name in arrays else 0
 
     def column(self, name: str, limit: int | None = None) -> Tensor:
         """(count, D) float32, or only the first `limit` rows."""
         rows = self.count if limit is None else min(limit, self.count)
-        out: Tensor | None = None
-        place = 0
+        out, place = torch.empty(rows, self.width(name)), 0
         for block in self.blocks(name):
-            out = block.new_empty(rows, block.shape[1]) if out is None else out
             taken = block[: rows - place]
             out[place : place + len(taken)] = taken
             place += len(taken)
             if place == rows:
-                break
-        if out is None or place != rows:
-            raise ValueError(f"{self.folder} holds features of {place:,} images, not of {rows:,}; remove it")
-        return out
+                return out
+        raise ValueError(f"{self.folder} holds features of {place:,} images, not of {rows:,}; remove it")
 
     def gaussian(self, name: str, device: torch.device) -> Gaussian:
         """Mean and covariance of a column."""
@@ -96,21 +93,11 @@ class FeatureStore:
             moments.add(block)
         return moments.gaussian()
 
-    def _numbers(self, place: int) -> range:
-        """The images of a file."""
-        return range(place * BATCH, min((place + 1) * BATCH, self.count))
 
-    def _is_there(self, place: int) -> bool:
-        """Whether a file is whole; one of other images, or a damaged one, is written anew."""
-        file, rows = self.files[place], len(self._numbers(place))
-        try:
-            found = [shape for shape, _ in headers(file).values()]
-        except (FileNotFoundError, ValueError):
-            return False
-        return bool(found) and all(shape[:1] == (rows,) for shape in found)
-
-
-def _check(columns: dict[str, Tensor], place: int) -> None:
-    for name, column in columns.items():
-        if not column.isfinite().all():
-            raise ValueError(f"features {name} of the images from number {place * BATCH:,} on are not finite")
+def _is_there(file: Path, rows: int) -> bool:
+    """Whether a file is whole; one of other images, or a damaged one, is written anew."""
+    try:
+        found = [shape for shape, _ in headers(file).values()]
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(found) and all(shape[:1] == (rows,) for shape in found)

@@ -20,11 +20,7 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (D,) and covariance (D, D) of features, float64.
-
-    Raises:
-        ValueError: the shapes do not fit, or a number is not finite.
-    """
+    """Mean (D,) and covariance (D, D) of features, float64."""
 
     mean: Tensor
     covariance: Tensor
@@ -32,10 +28,8 @@ class Gaussian:
     def __post_init__(self) -> None:
         width = len(self.mean)
         if self.mean.shape != (width,) or self.covariance.shape != (width, width):
-            raise ValueError(
-                f"statistics of shapes {tuple(self.mean.shape)} and {tuple(self.covariance.shape)}: they must be "
-                "a mean (D,) and a covariance (D, D)"
-            )
+            shapes = f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
+            raise ValueError(f"statistics of shapes {shapes}: they must be a mean (D,) and a covariance (D, D)")
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
             raise ValueError("the statistics hold numbers that are not finite")
 
@@ -71,11 +65,7 @@ class Moments:
             self.products.addmm_(rows.T, rows)
 
     def gaussian(self) -> Gaussian:
-        """Mean, and covariance with the divisor N - 1.
-
-        Raises:
-            ValueError: fewer than two rows, or a feature that is not finite.
-        """
+        """Mean, and covariance with the divisor N - 1."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two images, not {int(self.count)}")
         mean = self.total / self.count
@@ -133,15 +123,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features of {len(a.mean):,} and of {len(b.mean):,} numbers are of different extractors")
-    root = _root(a.covariance)
+    values, vectors = torch.linalg.eigh((a.covariance + a.covariance.T) / 2)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ b.covariance.to(root.device) @ root
     mixed = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     shift = (a.mean - b.mean.to(a.mean.device)).square().sum()
     distance = shift + a.covariance.trace() + b.covariance.trace().to(shift.device) - 2 * mixed
     return float(distance.clamp(min=0))
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of a positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
 
     Attributes:
         pool: (B, 2048) after the global average.
-        spatial: (B, 2023), the first 7 channels of mixed_6/conv in (h, w, c) order, as ADM's sFID.
+        spatial: (B, 2023), the first 7 channels of Mixed_6d in (h, w, c) order, as ADM's sFID.
         logits: (B, 1008) without the bias, as ADM's Inception Score.
     """
 
@@ -113,14 +113,10 @@ class BlockC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 768, 17, 17) -> the same shape."""
-        return torch.cat([self.branch1x1(x), self.rest(x)], dim=1)
-
-    def rest(self, x: Tensor) -> Tensor:
-        """All branches but the first."""
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([seven, double, self.branch_pool(_average(x))], dim=1)
+        return torch.cat([self.branch1x1(x), seven, double, self.branch_pool(_average(x))], dim=1)
 
 
 class BlockD(nn.Module):
@@ -163,15 +159,9 @@ class BlockE(nn.Module):
         three = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = _average(x) if self.pool == "average" else max_pool2d(x, 3, stride=1, padding=1)
-        branches = [
-            self.branch1x1(x),
-            self.branch3x3_2a(three),
-            self.branch3x3_2b(three),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-            self.branch_pool(pooled),
-        ]
-        return torch.cat(branches, dim=1)
+        threes = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
+        doubles = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        return torch.cat([self.branch1x1(x), *threes, *doubles, self.branch_pool(pooled)], dim=1)
 
 
 class InceptionV3(nn.Module):
@@ -199,23 +189,12 @@ class InceptionV3(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """(B, 3, h, w) uint8 -> features."""
-        x = self.middle(self.stem((tf1_resize(images, SIDE, SIDE) - 128) / 128))
-        spatial = self.Mixed_6d.branch1x1(x)
-        x = torch.cat([spatial, self.Mixed_6d.rest(x)], dim=1)
-        pool = self.top(self.Mixed_6e(x)).mean(dim=(2, 3))
-        flat = spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return Outputs(pool, flat, pool @ self.fc.weight.T)
-
-    def stem(self, x: Tensor) -> Tensor:
-        """(B, 3, 299, 299) in about [-1, 1] -> (B, 192, 35, 35)."""
+        x = (tf1_resize(images, SIDE, SIDE) - 128) / 128
         x = max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, stride=2)
-        return max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
-
-    def middle(self, x: Tensor) -> Tensor:
-        """The stem's output -> what enters Mixed_6d, (B, 768, 17, 17)."""
+        x = max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        return self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-
-    def top(self, x: Tensor) -> Tensor:
-        """Mixed_6e's output -> (B, 2048, 8, 8)."""
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+        pool = x.mean(dim=(2, 3))
+        return Outputs(pool, spatial, pool @ self.fc.weight.T)

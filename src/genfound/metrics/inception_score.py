@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from genfound.metrics.feature_metric import FeatureMetric, Values
+from genfound.metrics.feature_metric import FeatureMetric, MeanStd, Values
 
 ROWS = 512
 """Rows per call of the softmax, as ADM."""
 
 SPLITS, SHUFFLE_SEED = 10, 2020
-
-
-class Score(NamedTuple):
-    """Mean and population standard deviation over splits."""
-
-    mean: float
-    std: float
 
 
 class InceptionScore(FeatureMetric):
@@ -53,7 +47,7 @@ class InceptionScore(FeatureMetric):
         """
         logits = dim_zero_cat(self.logits)
         found = torch_fidelity_score(logits) if self.split_size is None else adm_score(logits, self.split_size)
-        return torch.tensor(found.mean, dtype=torch.float64), torch.tensor(found.std, dtype=torch.float64)
+        return found.tensors()
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -61,7 +55,7 @@ def probabilities(logits: Tensor) -> Tensor:
     return torch.cat([block.softmax(dim=1) for block in logits.split(ROWS)])
 
 
-def adm_score(logits: Tensor, split_size: int) -> Score:
+def adm_score(logits: Tensor, split_size: int) -> MeanStd:
     """ADM's score of float32 logits (N, K): consecutive splits of `split_size` images.
 
     A shorter last split weighs as much as the others. The score depends on the order of the images, which must be
@@ -70,12 +64,8 @@ def adm_score(logits: Tensor, split_size: int) -> Score:
     return _over_splits(probabilities(logits).split(split_size))
 
 
-def torch_fidelity_score(logits: Tensor, splits: int = SPLITS, shuffle: bool = True) -> Score:
-    """torch-fidelity's score of logits (N, K): float64, rows shuffled by a fixed seed, `splits` splits.
-
-    Raises:
-        ValueError: fewer images than splits.
-    """
+def torch_fidelity_score(logits: Tensor, splits: int = SPLITS, shuffle: bool = True) -> MeanStd:
+    """torch-fidelity's score of logits (N, K): float64, rows shuffled by a fixed seed, `splits` splits."""
     count = len(logits)
     if count < splits:
         raise ValueError(f"inception_score: {count} images cannot be divided into {splits} splits")
@@ -85,12 +75,7 @@ def torch_fidelity_score(logits: Tensor, splits: int = SPLITS, shuffle: bool = T
     return _over_splits([p[start:stop] for start, stop in pairwise(bounds)])
 
 
-def _over_splits(parts: tuple[Tensor, ...] | list[Tensor]) -> Score:
-    scores = torch.stack([_score(part) for part in parts]).double()
-    return Score(float(scores.mean()), float(scores.std(correction=0)))
-
-
-def _score(p: Tensor) -> Tensor:
-    """exp of the mean over rows of sum p (log p - log mean p)."""
-    divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(dim=0))
-    return divergence.sum(dim=1).mean().exp()
+def _over_splits(parts: Sequence[Tensor]) -> MeanStd:
+    """Of each part (N, K) of probabilities exp of the mean over rows of sum p (log p - log mean p)."""
+    scores = [(torch.xlogy(p, p) - torch.xlogy(p, p.mean(dim=0))).sum(dim=1).mean().exp().double() for p in parts]
+    return MeanStd(float(torch.stack(scores).mean()), float(torch.stack(scores).std(correction=0)))

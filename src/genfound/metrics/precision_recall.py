@@ -58,18 +58,22 @@ class PrecisionRecall(PairMetric):
         Raises:
             ValueError: fewer images than neighbours, or a feature that is not finite.
         """
-        block = ADM_BLOCK if self.half_distances else BLOCK
-        real, samples = (manifold(points, [self.k], self.half_distances, block, block) for points in self.both())
-        found = precision_recall(real, samples, self.half_distances, block, block)
-        return {name: torch.tensor(found._asdict()[name][0], dtype=torch.float64) for name in Shares._fields}
+        shares = torch.tensor(shares_of_one_radius(*self.both(), self.k, self.half_distances), dtype=torch.float64)
+        return dict(zip(Shares._fields, shares, strict=True))
+
+
+def shares_of_one_radius(reference: Tensor, samples: Tensor, k: int, half: bool) -> tuple[float, float]:
+    """Precision and recall of features (M, D) and (N, D); float16 distances in the blocks of ADM's evaluator."""
+    block = ADM_BLOCK if half else BLOCK
+    real, drawn = (manifold(points, [k], half, block, block) for points in (reference, samples))
+    (precision,), (recall,) = precision_recall(real, drawn, half, block, block)
+    return precision, recall
 
 
 def squared_distances(u: Tensor, v: Tensor, half: bool = False) -> Tensor:
     """|u|^2 - 2 u.v + |v|^2 of rows (N, D) and (M, D) -> (N, M), not below 0.
 
-    Args:
-        u, v: features.
-        half: in float16 as ADM, unless a number overflows; otherwise in the dtype of the features.
+    `half` is in float16 as ADM, unless a number overflows; otherwise it is in the dtype of the features.
     """
     if half:
         distances = _expanded(u.half(), v.half())
@@ -82,11 +86,7 @@ def squared_distances(u: Tensor, v: Tensor, half: bool = False) -> Tensor:
 def manifold(
     features: Tensor, k: Sequence[int], half: bool = False, rows: int = BLOCK, columns: int = BLOCK
 ) -> Manifold:
-    """The balls around features (N, D); `rows` and `columns` bound a block.
-
-    Raises:
-        ValueError: fewer points than neighbours, or a feature that is not finite.
-    """
+    """The balls around features (N, D); `rows` and `columns` bound a block."""
     deepest = max(k)
     if len(features) <= deepest:
         raise ValueError(f"{len(features)} images are too few for {deepest} nearest neighbours of each")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, relu
 
-from genfound.data.images.sets import ImageSet, Subset
+from genfound.data.images.sets import ImageSet
 from genfound.metrics.extractor import full_precision, tensors_hash, to_tensor
 from genfound.runtime.files import atomic_write, digest
 
@@ -51,12 +51,7 @@ class ProbeNet(nn.Module):
 
 
 class Probe:
-    """A trained probe.
-
-    Attributes:
-        name, hash, width: see `Extractor`.
-        accuracy: share of held-out images that it recognises; `None` where none were held out.
-    """
+    """A trained probe; `accuracy` is the share of held-out images that it recognises, `None` where there are none."""
 
     name = "probe"
     width = WIDTH
@@ -107,29 +102,23 @@ def probe_key(fingerprint: str, classes: int) -> str:
     return digest(repr((fingerprint, classes, RECIPE)))
 
 
-def train_probe(images: ImageSet, held_out: ImageSet, classes: int, device: torch.device) -> Probe:
+def train_probe(images: ImageSet, held_out: ImageSet, classes: int) -> Probe:
     """Train on the first 4,096 images of a fixed random order; under a minute on a CPU.
 
-    Args:
-        images: labelled, to train on.
-        held_out: labelled, to measure the accuracy on; may be empty.
-        classes: number of labels.
-        device: where to use the probe; it is trained on one thread of the CPU, so that it is the same everywhere.
-
-    Raises:
-        ValueError: the images have no labels.
+    One thread of the CPU does it, so that the probe is the same everywhere. The images are labelled, and the accuracy
+    is measured on `held_out`, which may be empty.
     """
     if images.labels is None:
         raise ValueError("extractor=probe needs labelled images to learn from")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:IMAGES].numpy()
-    inputs, labels = _data(Subset(images, order))
+    inputs, labels = _data(images, IMAGES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         net = ProbeNet(classes)
-    with torch.enable_grad(), full_precision(torch.device("cpu")), _one_thread():
+    cpu = torch.device("cpu")
+    with torch.enable_grad(), full_precision(cpu), _one_thread():
         _fit(net, inputs, labels)
         accuracy = _accuracy(net.eval(), held_out)
-    return Probe(net, accuracy, device)
+    return Probe(net, accuracy, cpu)
 
 
 def is_guessing(accuracy: float, labels: np.ndarray) -> bool:
@@ -173,15 +162,15 @@ def _fit(net: ProbeNet, inputs: Tensor, labels: Tensor) -> None:
 def _accuracy(net: ProbeNet, held_out: ImageSet) -> float | None:
     if not len(held_out):
         return None
-    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(SEED))[:HELD_OUT].numpy()
-    inputs, labels = _data(Subset(held_out, order))
+    inputs, labels = _data(held_out, HELD_OUT)
     return float((net(inputs)[1].argmax(dim=1) == labels).double().mean())
 
 
-def _data(images: ImageSet) -> tuple[Tensor, Tensor]:
+def _data(images: ImageSet, most: int) -> tuple[Tensor, Tensor]:
+    """What the network sees of the first images of a fixed random order, and their labels."""
     assert images.labels is not None
-    inputs = torch.cat([_inputs([images[number]]) for number in range(len(images))])
-    return inputs, torch.from_numpy(images.labels)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:most].tolist()
+    return torch.cat([_inputs([images[number]]) for number in order]), torch.from_numpy(images.labels[order])
 
 
 def _inputs(images: Sequence[np.ndarray]) -> Tensor:

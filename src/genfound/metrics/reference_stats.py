@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Reference:
 
 
 def read_reference(file: Path, extractor: Extractor) -> Reference:
-    """A file that holds all it needs; see `is_complete`.
+    """Statistics of the features of an extractor, and what else the file holds.
 
     Raises:
         ValueError: damaged statistics, or those of another extractor.
@@ -90,13 +91,10 @@ def write_reference(
         file: what to write, ending in .npz.
         features: of the images, complete.
         images: the set.
-        extractor: what computed the features.
+        extractor: has computed them.
         note: how the images were taken; not where they lie, so that the file's hash is that of its content.
         given: statistics of a larger set that the images stand for, as in ADM's files.
         device: where to sum.
-
-    Raises:
-        ValueError: fewer than two images, or features that are not finite.
     """
     chosen = features.count if isinstance(images, NpzImages) else min(POINTS, features.count)
     columns = [name for name in STATISTICS if features.width(name)]
@@ -118,11 +116,7 @@ def write_reference(
 
 
 def reference_note(file: Path) -> dict[str, Any] | None:
-    """What a reference of ours says of itself; `None` for other files, also those with a note of their own.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_member`.
-    """
+    """What a reference of ours says of itself; `None` for other files, also those with a note of their own."""
     if headers(file).get("note", ((), np.dtype(float)))[1].kind != "U":
         return None
     try:
@@ -134,11 +128,7 @@ def reference_note(file: Path) -> dict[str, Any] | None:
 
 
 def given_statistics(file: Path) -> dict[str, Gaussian]:
-    """Statistics that a file holds, ADM's besides its images.
-
-    Raises:
-        ValueError: they are damaged, or are no numbers.
-    """
+    """Statistics that a file holds, ADM's besides its images."""
     found = {}
     for column, names in STATISTICS.items():
         mean, covariance = (read_member(file, name) for name in names)
@@ -155,40 +145,30 @@ def choose_reference(folder: Path, size: tuple[int, int]) -> tuple[Path, str]:
 
     The one of images of exactly this size; otherwise the square one whose area is nearest, in ratio, the smaller one
     of two that are equally near.
-
-    Raises:
-        FileNotFoundError: the folder holds neither.
-        ValueError: two files are of the size, or a file does not tell its size.
     """
-    sizes = {file: reference_size(file) for file in visible(folder, "*.npz")}
-    if size in sizes.values():
-        return _only(sizes, size, folder), "of this size"
-    square = {found[0] ** 2: found for found in sizes.values() if found and found[0] == found[1]}
-    if not square:
-        raise FileNotFoundError(f"reference={folder} holds no .npz of {size[0]}x{size[1]} and none of square images")
-    wanted = size[0] * size[1]
-    nearest = min(square, key=lambda area: (round(abs(math.log(area / wanted)), 9), area))
-    return _only(sizes, square[nearest], folder), "square, of the nearest area"
-
-
-def _only(sizes: Mapping[Path, tuple[int, int] | None], size: tuple[int, int], folder: Path) -> Path:
-    """The one file of a size."""
-    files = [file for file, found in sizes.items() if found == size]
-    if len(files) > 1:
+    files: dict[tuple[int, int] | None, list[Path]] = defaultdict(list)
+    for file in visible(folder, "*.npz"):
+        files[reference_size(file)].append(file)
+    height, width, rule = *size, "of this size"
+    if size not in files:
+        sides = [found[0] for found in files if found and found[0] == found[1]]
+        if not sides:
+            raise FileNotFoundError(f"reference={folder} holds no .npz of {height}x{width} and none of square images")
+        side = min(sides, key=lambda side: (round(abs(math.log(side**2 / (height * width))), 9), side))
+        height, width, rule = side, side, "square, of the nearest area"
+    first, *others = files[height, width]
+    if others:
         raise ValueError(
-            f"reference={folder} holds two files of {size[0]}x{size[1]}, {files[0].name} and {files[1].name}; "
+            f"reference={folder} holds two files of {height}x{width}, {first.name} and {others[0].name}; "
             "give the path of one of them"
         )
-    return files[0]
+    return first, rule
 
 
 def reference_size(file: Path) -> tuple[int, int] | None:
     """(height, width) of the images of a reference; `None` where they are of several sizes.
 
     By its note, otherwise by its `arr_0`, otherwise by its name: 256x128, or the last number of at least 32.
-
-    Raises:
-        ValueError: it does not tell.
     """
     said = (reference_note(file) or {}).get("size")
     if said is not None:
