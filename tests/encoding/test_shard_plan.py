@@ -11,7 +11,7 @@ from genfound.data.images.base import PictureSource
 from genfound.data.images.imagenet import ImageTree
 from genfound.data.images.views import Entries
 from genfound.encoding import shard_plan
-from genfound.encoding.shard_plan import EncodeBatches, Split
+from genfound.encoding.shard_plan import EncodeDataset, Split
 from tests.stores import native, tree
 
 
@@ -48,9 +48,9 @@ def test_reading_says_which_images_are_shown_by_others(tmp_path: Path) -> None:
     options = {"views": native(), "holdout": None, "max_pixels": None, "check": "header", "split": "train"}
     source = ImageTree(root=str(root), index=str(tmp_path / "index"), **options)  # type: ignore[arg-type]
     whole = Split.of(source)
-    calls = [call for shard in whole.shards("train", 100, 1.0) for call in whole.calls(shard, 10**6)]
-    read = [EncodeBatches({"train": whole})[call] for call in calls]
-    replaced = {name: other for found in read for name, other in found.replaced.items()}
+    batches = [batch for shard in whole.shards("train", 100, 1.0) for batch in whole.batches(shard, 10**6)]
+    read = [EncodeDataset({"train": whole})[batch] for batch in batches]
+    replaced = {name: other for _, _, found in read for name, other in found.items()}
     assert replaced == {"n01/004.png": "n01/007.png"}
-    assert sum(len(found.pictures) for found in read) == 9
+    assert sum(len(pictures) for _, pictures, _ in read) == 9
     assert torch.equal(whole.read(4), whole.read(4))

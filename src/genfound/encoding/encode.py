@@ -34,7 +34,7 @@ from genfound.data.latents import store
 from genfound.data.latents.manifest import FORMAT, MANIFEST
 from genfound.data.latents.stored_tokenizer import describe, encoder_digest
 from genfound.data.packing.prefetch import read_ahead
-from genfound.encoding.shard_plan import EncodeBatch, EncodeBatches, Shard, Split
+from genfound.encoding.shard_plan import EncodeBatch, EncodeDataset, Shard, Split
 from genfound.encoding.store_writer import StoreWriter
 from genfound.runtime import devices, launch, processes
 from genfound.runtime.files import atomic_write, check_folder
@@ -109,18 +109,19 @@ class Encoding:
         """Encode shards one after another; `encoded` is called with the number of latents so far."""
         if not shards:
             return
-        calls = [call for shard in shards for call in self.parts[shard.split].calls(shard, self.pixels)]
+        batches = [batch for shard in shards for batch in self.parts[shard.split].batches(shard, self.pixels)]
         filling: store.ShardWriter | None = None
         count = 0
         encoded(count)
-        for call, pictures, replaced in read_ahead(EncodeBatches(self.parts), calls, workers):
-            filling = filling or self._filling(call.shard)
-            filling.put([entry - call.shard.first for entry in call.entries], self._encoded(call, pictures))
+        for batch, pictures, replaced in read_ahead(EncodeDataset(self.parts), batches, workers):
+            shard, entries = batch
+            filling = filling or self._filling(shard)
+            filling.put([entry - shard.first for entry in entries], self._encoded(batch, pictures))
             filling.replaced |= replaced
-            count += len(call.entries)
+            count += len(entries)
             encoded(count)
             if not filling.missing:
-                self._keep(call.shard, filling)
+                self._keep(shard, filling)
                 filling = None
 
     def _filling(self, shard: Shard) -> store.ShardWriter:
@@ -132,7 +133,7 @@ class Encoding:
         channels = self.codec.spec.channels
         return store.ShardWriter({**columns, "rules": rules}, names, channels, self.planes, self.variants, self.dtype)
 
-    def _encoded(self, call: EncodeBatch, pictures: Tensor) -> Tensor:
+    def _encoded(self, batch: EncodeBatch, pictures: Tensor) -> Tensor:
         """(B, variants, planes, h, w) moments in the stored dtype."""
         images = normalised(pictures.to(self.device, non_blocking=True))
         both = torch.cat([images, images.flip(-1)]) if self.variants == 2 else images
@@ -140,8 +141,8 @@ class Encoding:
         values = moments.to(self.dtype).cpu()
         bad = (~values.isfinite()).flatten(1).any(dim=1).nonzero()
         if len(bad):
-            part = self.parts[call.shard.split]
-            name = shown(part.name(int(part.entries.images[call.entries[int(bad[0])]])))
+            part = self.parts[batch.shard.split]
+            name = shown(part.name(int(part.entries.images[batch.entries[int(bad[0])]])))
             way = "try another dtype=" + (" and another out=" if self.place.begun else "")
             raise ValueError(f"{name}: its latents are not finite in dtype={self.config['dtype']}; {way}")
         return values

@@ -85,7 +85,7 @@ class Split(NamedTuple):
         images = (int(self.entries.images[entry]) for entry in entries)
         return {self.name(image): self.name(stand_ins[image]) for image in images if image in stand_ins}
 
-    def calls(self, shard: Shard, pixels: int) -> Iterator[EncodeBatch]:
+    def batches(self, shard: Shard, pixels: int) -> Iterator[EncodeBatch]:
         """The entries of a shard by size, at most so many pixels at a time, but at least one image."""
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for entry, (height, width) in enumerate(self.entries.sizes[shard.first : shard.end].tolist(), shard.first):
@@ -96,21 +96,13 @@ class Split(NamedTuple):
                 yield EncodeBatch(shard, entries[begin : begin + rows])
 
 
-class EncodeDataset(NamedTuple):
-    """The images (B, 3, height, width) uint8 of a call, and which of them are shown by another one."""
-
-    call: EncodeBatch
-    pictures: Tensor
-    replaced: dict[str, str]
-
-
-class EncodeBatches(Dataset[EncodeDataset]):
-    """A call -> its images; runs in the workers."""
+class EncodeDataset(Dataset[tuple[EncodeBatch, Tensor, dict[str, str]]]):
+    """A batch -> it, its images (B, 3, height, width) uint8, and which are shown by others; runs in the workers."""
 
     def __init__(self, parts: Mapping[str, Split]) -> None:
         self.parts = parts
 
-    def __getitem__(self, call: EncodeBatch) -> EncodeDataset:
-        part = self.parts[call.shard.split]
-        pictures = torch.stack([part.read(entry) for entry in call.entries])
-        return EncodeDataset(call, pictures, part.replaced(call.entries))
+    def __getitem__(self, batch: EncodeBatch) -> tuple[EncodeBatch, Tensor, dict[str, str]]:
+        part = self.parts[batch.shard.split]
+        pictures = torch.stack([part.read(entry) for entry in batch.entries])
+        return batch, pictures, part.replaced(batch.entries)

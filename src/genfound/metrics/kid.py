@@ -17,9 +17,8 @@ class KernelDistance(PairMetric):
     """KID, as torch-fidelity's; state is the features, those of rank 0 first.
 
     Args:
-        reference: features (M, D) of the real images; `None`: `update(..., real=True)` collects them.
         subsets, size: how many random subsets, and of how many images each.
-        options: see `PairMetric`.
+        reference, options: see `PairMetric`.
     """
 
     higher_is_better = False

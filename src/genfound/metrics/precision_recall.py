@@ -38,10 +38,9 @@ class PrecisionRecall(PairMetric):
     """Precision and recall; state is the features, and images may come in any order.
 
     Args:
-        reference: features (M, D) of the real images; `None`: `update(..., real=True)` collects them.
         k: which nearest neighbour is the radius of a point.
         half: float16 distances, as ADM's evaluator.
-        options: see `PairMetric`.
+        reference, options: see `PairMetric`.
     """
 
     higher_is_better = True
