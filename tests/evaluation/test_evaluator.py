@@ -32,6 +32,8 @@ def test_run_npz_and_folder_of_the_same_images_have_the_same_figures(
     drawn = [evaluated(run, references, **size, export=str(file), out=str(tmp_path / file.suffix))[0] for file in files]
     images = [open_images(file) for file in files]
     assert all(np.array_equal(images[0][k], images[1][k]) for k in range(96))
+    note = json.loads((tmp_path / "x/protocol.json").read_text())
+    assert note["drawing"]["sampler"]["name"] == "euler" and note["subject"]["checkpoint"] == "step-00000003.ckpt"
     reference = max(references.glob("*.npz"), key=lambda file: file.stat().st_mtime)
     options = {"extractor_weights": probe(references), "reference": str(reference), "reference_view": "crop"}
     given = [evaluated(file, references, **options)[0] for file in files]
@@ -195,12 +197,6 @@ def test_a_table_gives_each_size_its_sampler_and_guidance_and_the_command_line_w
         evaluated(run, references, **options, sizes=[12, 16])
 
 
-def test_the_note_of_an_export_is_its_protocol(run: Path, references: Path, tmp_path: Path) -> None:
-    evaluated(run, references, sizes=[16, 16], export=str(tmp_path / "x"), out=str(tmp_path / "out"))
-    note = json.loads((tmp_path / "x/protocol.json").read_text())
-    assert note["drawing"]["sampler"]["name"] == "euler" and note["subject"]["checkpoint"] == "step-00000003.ckpt"
-
-
 def test_adms_own_file_gives_its_statistics_for_the_distances_and_its_images_for_the_shares(
     run: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +247,6 @@ def test_named_protocols_set_known_keys_only(name: str) -> None:
 
 
 def test_what_was_kept_of_another_number_of_images_is_not_taken(run: Path, references: Path, tmp_path: Path) -> None:
-    evaluated(run, references, sizes=[16, 16], out=str(tmp_path / "first"))
     folder = save_pngs(tmp_path / "given", Pictures([(16, 16)] * 100))
     options = {"extractor_weights": probe(references), "reference": of_probe(references)}
     alone = {n: evaluated(folder, references, n=n, out=str(tmp_path / f"{n}"), **options)[0] for n in (70, 100)}

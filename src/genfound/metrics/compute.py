@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from genfound.config.checks import one_of
 from genfound.metrics.extractor import Extractor
@@ -51,8 +52,7 @@ def compute(
         device: where to compute.
 
     Raises:
-        ValueError: a convention that is unknown or does not fit, fewer images than features, or features that are
-            not finite.
+        ValueError: a convention or a number of images that does not fit, or features that are not finite.
     """
     check_convention(convention, extractor.name)
     check_count("n", samples.count, extractor)
@@ -62,9 +62,7 @@ def compute(
         if column in reference.gaussians and samples.width(column) and not (fidelity and name == "sfid"):
             figures[name] = frechet_distance(samples.gaussian(column, device), reference.gaussians[column])
     if extractor.name != PROBE:
-        logits = samples.column("logits").to(device)
-        score = torch_fidelity_score(logits) if fidelity else adm_score(logits, SPLIT)
-        figures |= {"inception_score": score.mean} | ({"inception_score_std": score.std} if fidelity else {})
+        figures |= _inception_score(samples.column("logits").to(device), fidelity)
     elif labels is not None:
         right = samples.column("logits").argmax(dim=1) == torch.from_numpy(labels)
         figures["accuracy"] = float(right.double().mean())
@@ -75,6 +73,12 @@ def compute(
         both, half = (reference.points.to(device), points.to(device)), convention == "adm_half"
         figures["precision"], figures["recall"] = shares_of_one_radius(*both, NEIGHBOURS, half)
     return {metric_name(name, samples.count, extractor.name): value for name, value in figures.items()}
+
+
+def _inception_score(logits: Tensor, fidelity: bool) -> dict[str, float]:
+    if not fidelity:
+        return {"inception_score": adm_score(logits, SPLIT).mean}
+    return dict(zip(("inception_score", "inception_score_std"), torch_fidelity_score(logits), strict=True))
 
 
 def check_convention(convention: str, extractor: str) -> None:
