@@ -362,7 +362,7 @@ def test_one_expert_becomes_several(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_weaker_network_guides(tmp_path: Path) -> None:
     for name in ("strong", "weak"):
-        untrained_run(tmp_path / name, of=TINY)
+        fit(run_dir(tmp_path / name, *TINY, f"seed={len(name)}", "optimizer.lr=0.1", "ema.decays=[0.1]"))
     loaded = genfound.load(tmp_path / "strong")
     option = composed("guidance=autoguidance")["guidance"]
     drawn = {}
