@@ -69,6 +69,7 @@ def test_a_run_is_compiled_once(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.slow
 def test_every_family_trains_compiled_as_it_does_uncompiled(model: str, tmp_path: Path) -> None:
     options = [f"model={model}", *SHORT, *FAMILIES[model], "trainer.max_steps=4", "callbacks.validation.every=8"]
     for name, more in (("compiled", []), ("eager", ["compile=false"])):

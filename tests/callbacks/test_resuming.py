@@ -109,6 +109,7 @@ def test_another_precision_is_refused_though_auto_stands_for_it(tmp_path: Path) 
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_that_gained_an_image_continues_when_that_is_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

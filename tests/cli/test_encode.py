@@ -126,6 +126,7 @@ def test_a_killed_process_of_several_is_named_and_made_good(folder: Path, straig
     assert contents(folder / "one_killed") == contents(straight)
 
 
+@pytest.mark.slow
 def test_a_wrong_command_does_not_keep_the_folder(folder: Path, straight: Path) -> None:
     wrong = [*COMMON, *PIXEL, "out=wrong", "data.flip=false"]
     command = [sys.executable, "-m", "genfound.encode", *wrong]
@@ -142,6 +143,7 @@ def test_a_wrong_command_does_not_keep_the_folder(folder: Path, straight: Path) 
     assert contents(folder / "wrong") == contents(straight)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(folder: Path, straight: Path) -> None:
     options = [*COMMON, *PIXEL]
     largest = 300_000  # bytes of a file; the first shards are larger

@@ -32,6 +32,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_options_callbacks_and_loggers_of_lightning_and_of_the_user(place: Path) -> None:
     own = ["--config-dir", "mine", "model=mine", "callbacks=[default,lr,count]", "logger=[tensorboard,csv]"]
     options = [*own, *(option for option in QUIET if not option.startswith("model.depth")), "name=run"]

@@ -17,6 +17,7 @@ def curve(run: Path, key: str = "train/loss") -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     for devices in (1, 2):
         arguments = [*TINY, "batch.packs=2", "trainer.max_steps=6", f"trainer.devices={devices}", f"name=on_{devices}"]

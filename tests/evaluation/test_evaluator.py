@@ -24,6 +24,7 @@ from tests.helpers import composed
 from tests.image_sets import Averages, Pictures, save_pngs
 
 
+@pytest.mark.slow
 def test_run_npz_and_folder_of_the_same_images_have_the_same_figures(
     run: Path, references: Path, tmp_path: Path
 ) -> None:

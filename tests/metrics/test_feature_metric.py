@@ -104,6 +104,7 @@ def share(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     mp.spawn(share, (tmp_path,), nprocs=2)
     expected = []
