@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from genfound import build
+from genfound.config import compose
 from genfound.config.compose import TARGET
 from genfound.data.images.base import LatentSource, PictureSource
 from genfound.data.images.pixels import to_uint8
@@ -61,7 +62,9 @@ class RunDataset:
                 f"reference={root} holds latents of another tokenizer ({theirs}, the run's have {ours}); give images"
             )
         store = {TARGET: STORE, "root": str(root), "holdout": manifest["source"]["holdout"], "flip": False}
-        data = {"max_image_tokens": None, **self.config["data"], **store}
+        known = compose.read_option("data", "latent_store").keys()
+        own = {key: value for key, value in self.config["data"].items() if key in known}
+        data = {"max_image_tokens": None, **own, **store}
         return replace(self, config={**self.config, "data": data}, classes=len(manifest["classes"]))
 
 
