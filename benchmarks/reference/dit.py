@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reference.parts import (
-    Attention,
-    FinalLayer,
-    LabelEmbedder,
-    Mlp,
-    PatchEmbed,
-    TimestepEmbedder,
-    modulate,
-)
+from benchmarks.reference.parts import Attention, FinalLayer, PatchEmbed, modulate
 from genfound.backbones.dit import position_table
+from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
+from genfound.layers.mlp import Mlp
 
 
 class Block(nn.Module):
@@ -46,7 +40,7 @@ class DiT(nn.Module):
         self.patch, self.grid = patch, side // patch
         self.x_embedder = PatchEmbed(channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(classes, width)
+        self.y_embedder = LabelEmbedder(classes, width, null_class=True)
         table = position_table(self.grid, self.grid, width)
         self.register_buffer("pos_embed", table[None], persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, self.feed_forward(width)) for _ in range(depth))

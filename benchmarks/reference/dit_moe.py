@@ -6,23 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from benchmarks.reference.dit import DiT
-
-
-class Expert(nn.Module):
-    """down(SiLU(gate(x)) * up(x))."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+from genfound.layers.moe import Expert
 
 
 class Gate(nn.Module):

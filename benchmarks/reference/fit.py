@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.reference.parts import FinalLayer, LabelEmbedder, TimestepEmbedder, modulate, turn
-
-
-class SwiGLU(nn.Module):
-    """fc2(SiLU(fc1_g x) * fc1_x x)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1_g, self.fc1_x = nn.Linear(width, hidden), nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.fc2(silu(self.fc1_g(x)) * self.fc1_x(x))
+from benchmarks.reference.parts import FinalLayer, modulate, turn
+from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
+from genfound.layers.mlp import SwiGLU
 
 
 class Attention(nn.Module):
@@ -51,7 +40,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = SwiGLU(width, hidden)
+        self.mlp = SwiGLU(width, hidden, width, bias=True)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, rank), nn.Linear(rank, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, shared: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -70,7 +59,7 @@ class FiT(nn.Module):
         self.x_embedder = nn.Module()
         self.x_embedder.proj = nn.Linear(token, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(classes, width)
+        self.y_embedder = LabelEmbedder(classes, width, null_class=True)
         self.global_adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         axis = width // heads // 2
         frequencies = 1 / 10000 ** (torch.arange(0, axis, 2).float() / axis)

@@ -6,15 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.reference.parts import (
-    FinalLayer,
-    LabelEmbedder,
-    Mlp,
-    PatchEmbed,
-    TimestepEmbedder,
-    modulate,
-    turn,
-)
+from benchmarks.reference.parts import FinalLayer, PatchEmbed, modulate, turn
+from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
+from genfound.layers.mlp import Mlp
 
 
 class Rope:
@@ -81,7 +75,7 @@ class NiT(nn.Module):
         super().__init__()
         self.x_embedder = PatchEmbed(channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(classes, width)
+        self.y_embedder = LabelEmbedder(classes, width, null_class=True)
         self.rope = Rope(width // heads, theta)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch**2 * channels)

@@ -1,39 +1,12 @@
-"""What the published networks share."""
+"""What the published networks share, where it is not what ours do."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoids of a time (B,), then two layers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, D)."""
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128).to(t.device)
-        angles = t[:, None].float() * frequencies[None]
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))
-
-
-class LabelEmbedder(nn.Module):
-    """A table of classes and the null class."""
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
-
-    def forward(self, y: Tensor) -> Tensor:
-        """(B,) -> (B, D)."""
-        return self.embedding_table(y)
 
 
 class PatchEmbed(nn.Module):
@@ -46,20 +19,6 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, N, D)."""
         return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class Attention(nn.Module):

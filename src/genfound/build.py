@@ -138,8 +138,11 @@ def check(config: Config, ranks: int) -> None:
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(f"data.root={root} is not a folder")
     with torch.device("meta"):
-        net(config, _expected_spec(config), num_classes=1)
-    objective(config)
+        backbone = net(config, _expected_spec(config), num_classes=1)
+    goal, preview = objective(config), config["callbacks"].get("preview") or {}
+    if preview.get("every") and config["guidance"].get("weights") is None:  # a guiding network would have to be read
+        sampler(config).times(goal)
+        goal.field(backbone, guidance(config))
 
 
 def _expected_spec(config: Config) -> LatentSpec:

@@ -251,9 +251,15 @@ def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
 
 
 def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> None:
-    """Refuse what `build.check` finds before a process starts; a new run has that in its FAILED."""
+    """Refuse what can be known before a process or a logger starts; a new run has that in its FAILED."""
+    evaluation = config["callbacks"].get("evaluation") or {}
     try:
         build.check(config, _ranks(config))
+        if evaluation.get("every") and evaluation.get("protocol"):
+            from genfound.callbacks.evaluation import training_request
+
+            own = (evaluation.get(key) for key in ("extractor", "extractor_weights"))
+            training_request(folder, config, evaluation["protocol"], *own).check()
     except USER_ERRORS:
         if not (folder / "config.yaml").exists():
             run_directory.write_config(folder, config, allow_changes=False)

@@ -164,6 +164,19 @@ WRONG = {
 }
 
 
+WATCHERS = {
+    "callbacks.evaluation.every=8 callbacks.evaluation.protocol=fast": "callbacks.evaluation.protocol=fast is unknown",
+    "model.label_drop=0": "guidance needs a null label",
+}
+
+
+@pytest.mark.parametrize("options", WATCHERS)
+def test_what_stops_a_preview_or_an_evaluation_is_found_before_a_logger_begins(options: str, tmp_path: Path) -> None:
+    result = genfound("train", *TINY, *options.split(), "name=x", cwd=tmp_path)
+    assert WATCHERS[options] in one_error(result)
+    assert {file.name for file in (tmp_path / "runs/default/x").glob("[!.]*")} == {"config.yaml", "FAILED"}
+
+
 @pytest.mark.parametrize("override", WRONG)
 def test_wrong_input_is_one_clear_line(override: str, tmp_path: Path) -> None:
     result = genfound("train", *TINY, "trainer.max_steps=1", override, cwd=tmp_path)

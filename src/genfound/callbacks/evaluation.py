@@ -48,7 +48,7 @@ class Evaluation(EveryNImages):
         self.folder = folder = Path(trainer.default_root_dir)
         parts: build.RunComponents = trainer.datamodule.parts  # type: ignore[attr-defined]
         config, spec, device = parts.config, parts.tokenizer.spec, parts.device
-        self.request = _request(folder, config, *self.options)
+        self.request = training_request(folder, config, *self.options)
         self.request.check()
         out = folder / "evaluations"
         self.workspace = Workspace(out, out / "work/training", Path(config["runs"]) / ".references", device)
@@ -89,7 +89,7 @@ class Evaluation(EveryNImages):
             log(trainer, {"images_seen": module.images_seen, **figures})
 
 
-def _request(
+def training_request(
     folder: Path, run: Mapping[str, Any], protocol: str, extractor: str | None, extractor_weights: str | None
 ) -> EvaluationRequest:
     """What conf/evaluate.yaml asks for under a protocol."""

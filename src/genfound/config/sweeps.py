@@ -40,6 +40,7 @@ class Swept(Callback):
         parsed = OverridesParser.create().parse_overrides(given)
         keys = sorted({f"'{one.get_key_element().lstrip('+~')}'" for one in parsed if one.is_sweep_override()})
         self.failures = str(Path(config.hydra.sweep.dir).absolute() / f".failures-{os.getpid()}")
+        Path(self.failures).unlink(missing_ok=True)  # of a command of before, with the same number, that was killed
         quoted = QuotedString(self.failures, Quote.single).with_quotes()
         with read_write(config.hydra):
             config.hydra.overrides.hydra += [f"{KEY}.keys=[{','.join(keys)}]", f"{KEY}.failures={quoted}"]
