@@ -3,7 +3,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,25 @@ def test_few_files_are_open_at_a_time(made: Path, monkeypatch: pytest.MonkeyPatc
     assert len(os.listdir("/proc/self/fd")) == before + 1  # noqa: PTH208
     del store
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize("most_open", [1, 512])
+def test_threads_share_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_open: int) -> None:
+    """Two open the same file at once, and one closes what another reads from."""
+    monkeypatch.setattr(safetensors_io, "MOST_OPEN", most_open)
+    files = [tmp_path / str(number) for number in range(4)]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number] * 64))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(50):
+                reader = safetensors_io.Reader(files)
+                read = pool.map(reader.read, [0, 1, 2, 3] * 8, [32] * 32, [8] * 32)
+                assert list(read) == [bytes([number] * 8) for number in [0, 1, 2, 3] * 8]
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def _system_error(error: SafetensorError) -> OSError:
 
 
 class Reader:
-    """Bytes of many files, which are opened when needed, in each process anew."""
+    """Bytes of many files, which are opened when needed, in each process anew; several threads may read at once."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
@@ -136,16 +136,16 @@ class Reader:
 
     def read(self, number: int, begin: int, count: int) -> bytes:
         """`count` bytes of a file from `begin` on; fewer where it ends."""
-        if number not in self._open:
-            if len(self._open) >= MOST_OPEN:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[number] = file = open(self.files[number], "rb", buffering=0)  # noqa: SIM115  closed with self
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        return read_bytes(self._open[number].fileno(), count, begin)
+        file = self._open.get(number) or self._opened(number)
+        return read_bytes(file.fileno(), count, begin)
+
+    def _opened(self, number: int) -> BinaryIO:
+        file = open(self.files[number], "rb", buffering=0)  # noqa: SIM115  closes with the last thread that reads it
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for oldest in list(self._open)[: max(0, len(self._open) + 1 - MOST_OPEN)]:
+            self._open.pop(oldest, None)
+        self._open[number] = file
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {"files": self.files, "_open": {}}
-
-    def __del__(self) -> None:
-        for file in self._open.values():
-            file.close()
