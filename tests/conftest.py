@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
+
+from genfound.config import compose
 
 settings.register_profile("same_everywhere", deadline=None, derandomize=True, database=None)
 settings.load_profile("same_everywhere")
@@ -44,6 +50,22 @@ def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _composed_once() -> Iterator[None]:
+    """Hydra takes 0.3 s for a composition, and tests ask for the same ones again and again."""
+    plain = compose.compose
+    known = functools.cache(lambda folder, name, overrides: plain(name, overrides))
+
+    def composed(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+        if GlobalHydra.instance().is_initialized():
+            return plain(name, overrides)
+        return copy.deepcopy(known(compose.config_dir(), name, tuple(overrides)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "compose", composed)
+        yield
 
 
 @pytest.fixture

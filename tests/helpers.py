@@ -146,9 +146,9 @@ def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
         return hydra.compose(name, overrides=list(overrides))
 
 
-def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
-    """A resolved configuration, as the command line would compose it."""
-    return compose.to_dict(_composed(name, overrides))
+def composed(*overrides: str, name: str = "train", resolve: bool = True) -> dict[str, Any]:
+    """A configuration as the command line would compose it."""
+    return compose.to_dict(_composed(name, overrides), resolve)
 
 
 def run_dir(folder: Path, *overrides: str) -> Path:

@@ -11,7 +11,7 @@ from genfound.metrics.probe import HELD_OUT, Probe, _data, is_guessing, probe_ke
 CPU = torch.device("cpu")
 
 
-def shapes(split: str, images: int = 1500) -> Sourced:
+def shapes(split: str, images: int = 800) -> Sourced:
     options = {"images": images, "holdout": 100, "sides": [12, 16, 20], "view": "native", "size": 16, "max_tokens": 256}
     return Sourced(Shapes(**options, unit=2, split=split, seed=0))  # type: ignore[arg-type]
 
