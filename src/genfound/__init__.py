@@ -1,7 +1,5 @@
 """genfound: train, ablate, sample and evaluate latent diffusion transformers."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """`python -m genfound.convert from=DiT-XL-2-256x256.pt to=out/`: official checkpoints to ours, and back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import DictConfig

@@ -1,7 +1,5 @@
 """`python -m genfound.evaluate from=RUN|CHECKPOINT|NPZ|FOLDER reference=...`: figures with their protocol."""
 
-from __future__ import annotations
-
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 

@@ -1,7 +1,5 @@
 """Training one run, from its directory: `config.yaml` in, checkpoints, curves and pictures out."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

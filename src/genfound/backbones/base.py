@@ -1,7 +1,5 @@
 """What a backbone tells about itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain

@@ -8,8 +8,6 @@ Legend: B images, N tokens per image, D width, H heads, d = D / H, C latent chan
 K = 2 C where the variance is learned, else C.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

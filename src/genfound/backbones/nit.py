@@ -11,8 +11,6 @@ every token, a third of its arithmetic, with the same result.
 Legend: B images, T packed tokens, D width, H heads, d = D / H, P = patch_size^2 * channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Two things differ from DiT. Time runs from 0 (noise) to 1 (data) and enters the 
 released networks make 2 C output channels, of which only the first C are ever used (models.py:SiT.forward).
 """
 
-from __future__ import annotations
-
 from genfound.backbones.dit import DiT
 
 

@@ -1,7 +1,5 @@
 """Checkpoints every so many images, and at the end."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Exponential moving averages of the weights, in float32, beside the live ones."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Figures of the averaged weights every so many images, each with its protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

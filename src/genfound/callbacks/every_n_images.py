@@ -1,7 +1,5 @@
 """A callback that acts every so many images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning

@@ -1,7 +1,5 @@
 """Steps whose gradient is not finite: skipped by the optimizer, counted, written down, and limited."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

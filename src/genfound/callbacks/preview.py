@@ -1,7 +1,5 @@
 """A labelled grid of samples every so many images, from the averaged weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lightning import Trainer

@@ -1,7 +1,5 @@
 """A run that goes on: whether its checkpoint fits its configuration, and the record of what was changed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How fast a run is: images, tokens and arithmetic per second, padding, and time spent waiting for data."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Training curves: loss, loss by time, gradient norm, speed; nothing waits for the device between two lines."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Validation during training, every so many images."""
 
-from __future__ import annotations
-
 import torch
 from lightning import Trainer
 

@@ -1,7 +1,5 @@
 """A checkpoint between the released format of its family and genfound's."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple

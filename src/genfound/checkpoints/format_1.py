@@ -1,7 +1,5 @@
 """What files of format 1 call differently: class paths in configurations, and names of parameters."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -6,8 +6,6 @@ flat                       DiT-XL-2-256x256.pt, SiT-XL-2-256.pt, NiT's and FiT's
 folder                     accelerate: two sets of weights, in an order that depends on the repository
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping

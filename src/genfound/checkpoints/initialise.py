@@ -1,7 +1,5 @@
 """A new run from the weights of another model."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Trained models, wherever they come from: a run, a file that `genfound.convert` wrote, or an official checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt

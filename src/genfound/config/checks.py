@@ -1,7 +1,5 @@
 """Values that a user has set: each is what it should be, or a ValueError names its key and what it may be."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The command line: composed by Hydra, checked, and answered in one line where something is wrong."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import os

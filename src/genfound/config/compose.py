@@ -1,7 +1,5 @@
 """The configuration as conf/ and overrides compose it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What launchers leave in the environment of a command."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, MutableMapping
 
 LAUNCH = "GENFOUND_LAUNCH"

@@ -1,7 +1,5 @@
 """What a user can mend, and how it is said: in one line, with the file and the way out."""
 
-from __future__ import annotations
-
 import errno
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)

@@ -1,7 +1,5 @@
 """What Hydra builds of the options of a group: checked first, and with complaints in a line."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import pkgutil

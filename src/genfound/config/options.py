@@ -1,7 +1,5 @@
 """Which settings of a run make sense, and where keys have gone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Standard output and error of a command: what cannot be shown, or is read by nobody any more, never stops the work."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

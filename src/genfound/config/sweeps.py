@@ -4,8 +4,6 @@ Jobs may run in other processes or on other machines: what they are told is a ke
 write their failures to a file in the folder of the sweep.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A configuration out of a file chooses among the classes of genfound and of packa
 the command line itself composes is trusted as it is; see `paths.with_own_targets`.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Collection, Mapping, Sequence

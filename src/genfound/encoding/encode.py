@@ -6,8 +6,6 @@ moment, shards may be shared out over any number of them, and the store is the s
 `ranks`-th shard from r on; whoever finds all of them complete writes the manifest. Nobody waits for anybody.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

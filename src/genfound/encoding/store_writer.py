@@ -4,8 +4,6 @@ A folder is claimed by the manifest of the first command. Until it holds a shard
 after that, only what makes the same shards may go on. Whoever finds all shards completes the manifest.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import re

@@ -4,8 +4,6 @@ One program on every process: each makes its share of the files of samples, wait
 of the files of features; the first one measures. What is in files goes on there after an interruption.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Writing sets of images: ADM's npz file, or a folder of PNGs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

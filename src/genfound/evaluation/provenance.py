@@ -1,7 +1,5 @@
 """What is evaluated, the weights of a model or images that are there, and how their samples were made."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

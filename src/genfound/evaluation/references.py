@@ -1,7 +1,5 @@
 """What samples are measured with and against, made once and kept: probes, and statistics of real images."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import shutil

@@ -1,7 +1,5 @@
 """What an evaluation is asked for: conf/evaluate.yaml under a named protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

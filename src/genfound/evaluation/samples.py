@@ -4,8 +4,6 @@ Images are files of up to 64 of one size. A file is a function of the request al
 all, so the number of processes and an interruption change no pixel.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """Adaptive layer norm: the parts that every backbone shares, in float32."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 

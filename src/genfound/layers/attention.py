@@ -6,8 +6,6 @@ the tokens of its own row. `loop` is the reference that all others are tested ag
 Legend: T packed tokens, H heads, d head size.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import itertools

@@ -1,7 +1,5 @@
 """Embeddings of patches, and of the conditions: time and class label."""
 
-from __future__ import annotations
-
 import math
 
 import torch

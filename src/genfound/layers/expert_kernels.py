@@ -1,7 +1,5 @@
 """Forms of the experts' arithmetic: grouped matmul, and one matmul for each expert."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Initial values of parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

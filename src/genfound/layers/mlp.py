@@ -1,7 +1,5 @@
 """Feed-forward networks of a transformer block."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 

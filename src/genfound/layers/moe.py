@@ -8,8 +8,6 @@ Legend: B images, N tokens per image, D width, E experts, k choices per token, I
 S = B N k rows.
 """
 
-from __future__ import annotations
-
 from math import sqrt
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Normalisation over the last axis, by name; eps is 1e-6 everywhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn

@@ -1,7 +1,5 @@
 """What a layout is, and the one order in which a latent becomes tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Dense: images of one size, stacked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

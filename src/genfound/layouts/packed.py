@@ -1,7 +1,5 @@
 """Packed: tokens of all images one after another, no padding between them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

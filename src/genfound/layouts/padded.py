@@ -1,7 +1,5 @@
 """Padded: rows of tokens, filled up to one length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

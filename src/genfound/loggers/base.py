@@ -4,8 +4,6 @@
 `images_seen` beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

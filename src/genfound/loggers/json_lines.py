@@ -1,7 +1,5 @@
 """metrics.jsonl, which is always written."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

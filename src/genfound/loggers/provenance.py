@@ -1,7 +1,5 @@
 """What code produced a result."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """The terminal: a progress bar for a person, plain lines for a log file."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 One process computes them, of features that all of them have made, by the functions that the metrics are made of.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What turns images into features: one interface, two extractors."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

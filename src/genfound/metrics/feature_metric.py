@@ -1,7 +1,5 @@
 """Metrics of images as `torchmetrics.Metric`: `update`, `compute`, and state that is shared over ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Files are the units that processes share out. A file depends on its images only,
 all; so neither the number of processes nor an interruption changes a number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Inception Score: exp of the mean divergence of each image's class probabilities from those of all."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """Kernel distance (KID): squared maximum mean discrepancy under a cubic kernel, as torch-fidelity computes it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,8 +4,6 @@ Distances are squared. The radius of a point is its distance to its k-th nearest
 a point at exactly the radius is inside. Sets are compared in blocks, so that memory does not grow with them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ images for precision and recall. Files that are written here also hold `points`,
 `note`, of what they were made. ADM's evaluator reads them, and ADM's files are read here.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """TensorFlow 1's bilinear resize, which torch cannot express: no half-pixel centres, no antialiasing."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

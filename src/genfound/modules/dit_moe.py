@@ -1,7 +1,5 @@
 """DiT-MoE: a loss that keeps the experts balanced, their loads, and a start from a model of one expert."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import cast
 

@@ -5,8 +5,6 @@ over images at times uniform on `TIMES`, without any weight. Noise and times of 
 held-out images alone, so both are the same for any packing, layout and number of ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What an objective is, and what it gives to samplers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Terms of the variational bound, element by element, in bits."""
 
-from __future__ import annotations
-
 import math
 
 import torch

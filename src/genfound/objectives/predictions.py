@@ -5,8 +5,6 @@ formula divides only by what must not vanish: a velocity gives noise and data at
 alpha is 0, and data give no noise where sigma is 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -4,8 +4,6 @@ Inside the framework flows run from t = 0 (data) to t = end (noise). A network t
 (SiT, FiTv2) counts from noise to data, and its velocity points the other way.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Times of training and of sampling, in float64, as parts of the way from data (0) to noise (1)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The variational bound on the likelihood of data under a Gaussian diffusion."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 

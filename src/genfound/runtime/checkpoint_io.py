@@ -1,7 +1,5 @@
 """Checkpoint files: written whole or not at all, read without running code."""
 
-from __future__ import annotations
-
 import pickle
 import warnings
 import zipfile

@@ -1,7 +1,5 @@
 """Folders that several processes share, on one machine or several: files are written whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

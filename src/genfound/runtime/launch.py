@@ -8,8 +8,6 @@ On several machines the same command is given on each. They meet at a store at H
 and so do the agents of torchrun on them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

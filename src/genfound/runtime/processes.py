@@ -1,7 +1,5 @@
 """Which process of a group this is, and processes that end with the one that started them."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import math

@@ -1,7 +1,5 @@
 """How far long work on many images is: a line that moves for a person, one every few seconds for a log file."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ DONE or FAILED. Its name is made of the overrides that identify the run, so the 
 A run that is continued under another configuration has that one in config.next.yaml until everything fits.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """How long a part of the work takes, without waiting for the device."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Samplers of discrete diffusion, step by step; the state is float32, as in the official code."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ over all images, so that an image depends a little on the others (the released b
 largest of the images' own.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Acts on the output before the objective interprets it, as every official code of
 schedules are given in noise levels, 0 at data and 1 at noise.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

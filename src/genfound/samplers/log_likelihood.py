@@ -1,7 +1,5 @@
 """Log-density of data by the instantaneous change of variables along the ODE (Chen et al. 2018; Song et al. 2021)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

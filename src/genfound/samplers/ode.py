@@ -3,8 +3,6 @@
 The state is kept in float64, as the official NiT sampler does; the network sees float32.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 

@@ -5,8 +5,6 @@ The last step begins at `last_step_size` (0: is as long as the others) and has n
 `euler` along the ODE, `tweedie` to the predicted data; `none` takes it like the others.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Pictures of many samples: columns are labels, rows are sizes and repetitions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which images are wanted: class, size and number."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral

@@ -1,7 +1,5 @@
 """What tokenizers that are a network have in common: a frozen autoencoder of diffusers."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar

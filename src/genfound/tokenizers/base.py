@@ -1,7 +1,5 @@
 """What a tokenizer is."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, Protocol
 
 from torch import Tensor

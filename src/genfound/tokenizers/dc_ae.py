@@ -1,7 +1,5 @@
 """The deep compression autoencoder (DC-AE, arXiv 2410.10733), deterministic."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder

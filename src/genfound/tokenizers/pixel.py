@@ -1,7 +1,5 @@
 """The identity: latents are pixels."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from genfound.tokenizers.base import LatentSpec, Tokenizer

@@ -1,7 +1,5 @@
 """Stable Diffusion's autoencoder with a Gaussian posterior (LDM, arXiv 2112.10752), and others of its class."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What stands in for a tokenizer whose weights are not to be had: latents can be drawn, but not decoded."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from genfound.tokenizers.base import LatentSpec

@@ -1,7 +1,5 @@
 """LDM's autoencoder with a codebook (arXiv 2112.10752): latents before the codebook, which acts when decoding."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder

@@ -1,7 +1,5 @@
 """Weights of diffusers' autoencoders: from the hub, from a folder, or random."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """DiT's released checkpoints: shapes and options (github.com/facebookresearch/DiT, models.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any

@@ -1,7 +1,5 @@
 """DiT-MoE's released checkpoints: experts and options (github.com/feizc/DiT-MoE, models.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

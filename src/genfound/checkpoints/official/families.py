@@ -1,7 +1,5 @@
 """Which published family a state dict is of, and how it becomes ours and theirs again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple

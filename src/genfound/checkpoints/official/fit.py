@@ -1,7 +1,5 @@
 """FiT's and FiTv2's released checkpoints: options (github.com/whlzy/FiT, fit/model)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """NiT's released checkpoints: shapes and options (github.com/WZDTHU/NiT, nit/models/c2i/nit_model.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

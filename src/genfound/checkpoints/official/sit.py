@@ -1,7 +1,5 @@
 """SiT's released checkpoints: their options (github.com/willisma/SiT, models.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

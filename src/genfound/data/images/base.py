@@ -1,7 +1,5 @@
 """What a source of training data is: labelled images, or latents that were encoded before."""
 
-from __future__ import annotations
-
 from typing import Protocol, runtime_checkable
 
 import numpy as np

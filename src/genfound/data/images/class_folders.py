@@ -1,7 +1,5 @@
 """The class folders of a root, and the layouts that look like class folders and are something else."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ that cannot be read is reported before training and never met during it; the res
 runs, keyed by path, size and time of change, and later starts look only at new files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from pathlib import Path

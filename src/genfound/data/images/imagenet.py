@@ -8,8 +8,6 @@ the next readable file of its class in the order of names, at the size that was 
 reported once, and counted in the report of later starts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

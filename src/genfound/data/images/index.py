@@ -5,8 +5,6 @@ later starts look only into files that are new or have changed. One process of a
 others wait for its index.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Names of files, of which there may be millions and which may hold anything but a byte 0."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

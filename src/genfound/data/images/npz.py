@@ -1,7 +1,5 @@
 """Npz files: arrays that are mapped into memory where they can be, and images that are written one at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import struct
 import tokenize

@@ -6,8 +6,6 @@ nearly black. Metadata never decide whether a file is an image: text and colour 
 that cannot be read rotate nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Pixels as bytes and as numbers in [-1, 1]."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Sets of uint8 images: ADM's npz files, folders, and views of other sets."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -4,8 +4,6 @@ An image is a pure function of (seed, index): one anti-aliased object that fills
 off the middle of the longer side, in a palette of object and background colours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """LightningDiT's published latents, in shards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

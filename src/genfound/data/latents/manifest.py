@@ -4,8 +4,6 @@
 change unnoticed.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Mapping

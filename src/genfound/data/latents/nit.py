@@ -1,7 +1,5 @@
 """NiT's published latents: a file for each image."""
 
-from __future__ import annotations
-
 import json
 from array import array
 from collections.abc import Iterator

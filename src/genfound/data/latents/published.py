@@ -1,7 +1,5 @@
 """What latents that others have published have in common."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

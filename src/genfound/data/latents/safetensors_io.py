@@ -4,8 +4,6 @@ The header of a file is read once and values are then fetched with `pread`, whic
 reader may be copied into forked or spawned workers. Files are written whole or not at all.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -20,8 +20,6 @@ one of the values when they are read. The metadata say which shard of which stor
 others because their own files could not be read.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Nothing here loads the weights of an autoencoder. Only decoding does, for the pictures of a run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

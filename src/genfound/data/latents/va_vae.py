@@ -1,7 +1,5 @@
 """LightningDiT's autoencoder by the statistics of its latents alone."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

@@ -7,8 +7,6 @@ Micro-batches are planned in windows; within one they are sorted by attention co
 step have equal work, and the steps of a window are then shuffled, so that cost does not drift over a window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Tokens of images and packs, and how many micro-batches a global step has."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """From the plan to batches on the host: reading, tokenizing and laying out images in worker processes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

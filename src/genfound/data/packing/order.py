@@ -4,8 +4,6 @@ Position k of a run is image `k mod n` of a permutation drawn from (seed, k div 
 looked up directly; a resumed run and any number of ranks see the same sequence.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

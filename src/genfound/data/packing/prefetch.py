@@ -1,7 +1,5 @@
 """Reading ahead in worker processes, whose errors arrive in their own words."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Iterable, Iterator
