@@ -12,6 +12,7 @@ import genfound
 from genfound import build, training
 from genfound.callbacks import preview
 from genfound.config import compose, environment, options
+from genfound.metrics.extractor import full_precision
 from genfound.runtime import devices, run_directory
 from genfound.sampling.requests import typical_sizes
 from genfound.training import fit
@@ -137,6 +138,7 @@ SENSELESS = {
     "batch.packs=null batch.images=4": "batch.images counts nothing in layout=packed; set batch.packs",
     "optimizer.clip=0": "optimizer.clip=0 must be a finite number above 0",
     "model.label_drop=2": "model.label_drop=2 must be",
+    "model.activation_checkpointing=-2": "model.activation_checkpointing=-2 must be a whole number of at least 1",
     "data.num_workers=null": "data.num_workers=null must be",
 }
 
@@ -254,7 +256,8 @@ def test_strategies_have_options(tmp_path: Path) -> None:
     parts = build.build_run(composed(*TINY, "strategy=ddp", "strategy.static_graph=true", "batch.packs=2"), 2)
     strategy = training._strategy(parts)
     assert type(strategy).__name__ == "DDPStrategy" and strategy._ddp_kwargs["static_graph"] is True
-    assert training._strategy(build.build_run(composed(*TINY, "batch.packs=2"), 2)) == "ddp"
+    usual = training._strategy(build.build_run(composed(*TINY, "batch.packs=2"), 2))
+    assert type(usual).__name__ == "DDPStrategy" and usual._ddp_kwargs["gradient_as_bucket_view"] is True
 
 
 def test_blocks_are_compiled_where_auto_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,3 +265,20 @@ def test_blocks_are_compiled_where_auto_says_so(monkeypatch: pytest.MonkeyPatch)
     assert [devices.compiled(wanted, place) for wanted in ("auto", True, False) for place in (cpu, cuda)] == [
         False, True, True, True, False, False,
     ]  # fmt: skip
+
+
+def test_float32_islands_of_bf16_training_are_multiplied_in_tf32_on_cuda_alone() -> None:
+    try:
+        for wanted, place, expected in (
+            ("bf16", "cuda", "high"),
+            ("fp32", "cuda", "highest"),
+            ("bf16", "cpu", "highest"),
+        ):
+            devices.allow_tf32(wanted, torch.device(place))
+            assert torch.get_float32_matmul_precision() == expected
+        devices.allow_tf32("bf16", torch.device("cuda"))
+        with full_precision(torch.device("cpu")):  # figures of an evaluation within training
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -67,6 +67,7 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     config = run_directory.claimed(folder)
     devices.device(config["trainer"]["accelerator"], local_rank)
     parts = build.build_run(config, ranks)
+    devices.allow_tf32(config["trainer"]["precision"], parts.device)
     newest = checkpoint_io.newest(folder / "checkpoints")
     start: dict[str, Any] = {"global_step": 0, "images_seen": 0} if newest is None else checkpoint_io.read(newest)
     module = module_of(parts)
@@ -136,8 +137,7 @@ def _trainer(
 
 
 def _strategy(parts: build.RunComponents) -> Any:
-    options = parts.config["strategy"]
-    return instantiate_own("strategy", options) if options else "ddp"
+    return instantiate_own("strategy", parts.config["strategy"] or compose.read_option("strategy", "ddp"))
 
 
 def _loggers(

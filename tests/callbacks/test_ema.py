@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
-from tests.helpers import training_module
+from tests.helpers import composed, training_module
 
 
 class Toy(Backbone):
@@ -62,6 +62,25 @@ def test_the_official_convention() -> None:
         training.micro_batch(value)
         for average in training.ema.averages[0.9].values():
             torch.testing.assert_close(average, torch.full((2,), expected))
+
+
+def test_warm_up_lets_go_of_the_first_weights() -> None:
+    """Decays of 2/11, 3/12 and, where that would be more than its own, 0.28."""
+    training = Training(0.28)
+    training.ema.warmup = True
+    for value, expected in ((0.0, 2 / 11), (4.0, 2 / 11 / 4 + 3), (1.0, 0.28 * (2 / 11 / 4 + 3) + 0.72)):
+        training.micro_batch(value)
+        torch.testing.assert_close(training.ema.averages[0.28]["weights.a"], torch.full((2,), expected))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "warmup"), [([], True), (["ema.warmup=false"], False), (["optimizer=adamw_nit"], False)]
+)
+def test_warm_up_is_that_of_the_recipe_unless_it_is_set(wanted: list[str], warmup: bool) -> None:
+    ema = Ema()
+    parts = SimpleNamespace(config=composed(*wanted))
+    ema.setup(SimpleNamespace(datamodule=SimpleNamespace(parts=parts)), training_module(Toy()), "fit")  # type: ignore[arg-type]
+    assert ema.warmup is warmup and len(ema.decays or ()) == 1
 
 
 def test_it_starts_as_a_copy_of_the_initial_weights() -> None:

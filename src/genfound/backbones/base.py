@@ -53,14 +53,16 @@ class Backbone(nn.Module):
         time: `data0`, t from 0 (data) to 1 (noise); `data1`, reversed; or `index`, integer steps.
         token_spec: what its tokens are made of.
         null_label: the label that means "no label", or None.
-        activation_checkpointing: recompute each block in the backward pass.
+        blocks: in their order.
+        activation_checkpointing: recompute each block, or every k-th, in the backward pass.
     """
 
     layouts: tuple[str, ...]
     time: str
     token_spec: TokenSpec
     null_label: int | None
-    activation_checkpointing = False
+    blocks: nn.ModuleList
+    activation_checkpointing: bool | int = False
     _compiled: Callable[..., Any] | None = None
 
     @classmethod
@@ -149,7 +151,8 @@ class Backbone(nn.Module):
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """A block's output; with activation checkpointing nothing else of it is kept for the backward pass."""
         call = self._compiled if self._compiled is not None and self.training else _call
-        if self.activation_checkpointing and self.training:
+        every = int(self.activation_checkpointing)
+        if every and self.training and [*self.blocks].index(block) % every == 0:
             return checkpoint(call, block, *inputs, use_reentrant=False)
         return call(block, *inputs)
 

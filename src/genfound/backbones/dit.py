@@ -41,7 +41,7 @@ class DiT(Backbone):
         learn_sigma: predict 2 C channels, the second half for the variance.
         unused_half: make 2 C channels and drop the second half, as released flows do (SiT, DiT-MoE); its rows never
             get a gradient. Without effect where `learn_sigma` uses them.
-        activation_checkpointing: recompute each block in the backward pass.
+        activation_checkpointing: recompute each block, or every k-th, in the backward pass.
         make_block: from width, heads and mlp_ratio to a block, for relatives of DiT; `None` is its own.
 
     Raises:
@@ -64,7 +64,7 @@ class DiT(Backbone):
         label_drop: float,
         learn_sigma: bool,
         unused_half: bool,
-        activation_checkpointing: bool,
+        activation_checkpointing: bool | int,
         make_block: Callable[[int, int, float], nn.Module] | None = None,
     ) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ class FiT(Backbone):
         label_drop: probability with which training replaces a label by the null label; 0 has no null label.
         learn_sigma: predict 2 C channels, the second half for the variance.
         attention: backend of `packed_attention`, for the packed layout.
-        activation_checkpointing: recompute each block in the backward pass.
+        activation_checkpointing: recompute each block, or every k-th, in the backward pass.
 
     Raises:
         ValueError: a head size that rotary positions cannot split, or an unknown option.
@@ -97,7 +97,7 @@ class FiT(Backbone):
         label_drop: float,
         learn_sigma: bool,
         attention: str,
-        activation_checkpointing: bool,
+        activation_checkpointing: bool | int,
     ) -> None:
         super().__init__()
         head = _head_size(width, heads)

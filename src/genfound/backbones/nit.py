@@ -48,7 +48,7 @@ class NiT(Backbone):
         rope_scaling: {rule, trained, target, decouple} of `Rope`.
         learn_sigma: also predict a variance, in channels C .. 2C of the output; never in the paper.
         attention: backend of `packed_attention`.
-        activation_checkpointing: recompute each block in the backward pass.
+        activation_checkpointing: recompute each block, or every k-th, in the backward pass.
 
     Raises:
         ValueError: a head size that rotary embedding cannot split, or an unknown option.
@@ -75,7 +75,7 @@ class NiT(Backbone):
         rope_scaling: Mapping[str, Any],
         learn_sigma: bool,
         attention: str,
-        activation_checkpointing: bool,
+        activation_checkpointing: bool | int,
     ) -> None:
         super().__init__()
         if width % (4 * heads):

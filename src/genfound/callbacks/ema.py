@@ -19,21 +19,25 @@ class Ema(lightning.Callback):
     {decay: {parameter: tensor}}.
 
     Args:
-        decays: e.g. [0.9999]; the first is the one that previews and samples use. `None`: those of the run.
+        decays: e.g. [0.9999]; the first is the one that previews and samples use. `None`: all of the run's own.
+        warmup: after n steps no decay is above (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage, so that
+            the average of a short run does not hold its first weights.
     """
 
-    def __init__(self, decays: Sequence[float] | None = None) -> None:
+    def __init__(self, decays: Sequence[float] | None = None, warmup: bool = False) -> None:
         self.decays = decays
+        self.warmup = warmup
         self.averages: dict[float, dict[str, Tensor]] = {}
         self._saved: Mapping[str, Mapping[str, Tensor]] | None = None
         self._steps = 0
 
     def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
-        """The decays of the run, where no others were given."""
+        """Decays and warm-up of the run, where none were given."""
         if self.decays is None:
             config = trainer.datamodule.parts.config  # type: ignore[attr-defined]
-            chosen = config["ema"]["decays"]
-            self.decays = [config["optimizer"]["ema_decay"]] if chosen is None else chosen
+            own, recipe = config["ema"], config["optimizer"]
+            self.decays = [recipe["ema_decay"]] if own["decays"] is None else own["decays"]
+            self.warmup = recipe["ema_warmup"] if own["warmup"] is None else own["warmup"]
 
     def on_load_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
         """Keep the averages of the checkpoint until training starts."""
@@ -69,8 +73,9 @@ class Ema(lightning.Callback):
             return
         self._steps = trainer.global_step
         live = [p.detach().float() for _, p in _trained(module)]
+        most = (1 + self._steps) / (10 + self._steps) if self.warmup else 1.0
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), live, 1 - decay)
+            torch._foreach_lerp_(list(average.values()), live, 1 - min(decay, most))
 
     def on_validation_epoch_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """The metrics of the first average, with the suffix `_ema`, beside those of the live weights."""

@@ -26,8 +26,8 @@ from genfound.config.errors import USER_ERRORS, sentence
 from genfound.config.streams import make_lasting
 
 SEVERAL_TYPES = (
-    "compile", "model.learn_sigma", "objective.time_shift", "sampler.shift", "sampler.steps",
-    "labels", "size", "sizes", "rope.target",
+    "compile", "model.learn_sigma", "model.activation_checkpointing", "objective.time_shift", "sampler.shift",
+    "sampler.steps", "labels", "size", "sizes", "rope.target",
 )  # fmt: skip
 """Keys whose values may be of another type than their default."""
 

@@ -94,6 +94,8 @@ def check(config: Mapping[str, Any]) -> None:
             number(key, decay, 0, 1)
     for key in SIZES & model.keys():
         integer(f"model.{key}", model[key], 1)
+    if not isinstance(every := model.get("activation_checkpointing", False), bool):
+        integer("model.activation_checkpointing", every, 1)
     number("model.label_drop", model["label_drop"], 0, 1)
     number("optimizer.ema_decay", optimizer["ema_decay"], 0, 1)
     for key in ("lr", "weight_decay"):

@@ -27,15 +27,28 @@ def _has_grouped_kernel() -> bool:
 
 
 def grouped(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """All experts in one kernel per product, without a synchronisation.
-
-    On some devices (capability 10.0) the kernel leaves the gradient of an expert without rows undefined; the
-    selection by `used` makes it zero.
-    """
+    """All experts in one kernel per product, without a synchronisation."""
     used = ends.diff(prepend=ends.new_zeros(1))[:, None, None] > 0  # (E, 1, 1)
-    gate_up, down = (torch.where(used, weight, 0) for weight in (gate_up, down))
+    gate_up, down = (_OfUsed.apply(weight, used) for weight in (gate_up, down))  # type: ignore[no-untyped-call]
     gate, up = grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, dim=1)
     return grouped_mm(silu(gate) * up, down.mT, offs=ends)
+
+
+class _OfUsed(torch.autograd.Function):
+    """A stack as it is, with gradients of zero for experts without rows.
+
+    On some devices (capability 10.0) the kernel leaves these undefined.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, used: Tensor) -> Tensor:
+        ctx.save_for_backward(used)
+        return stack.view_as(stack)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (used,) = ctx.saved_tensors
+        return torch.where(used, grad, 0), None
 
 
 def sliced(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -172,9 +172,10 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         order = routing.choices.flatten().argsort(stable=True)  # (S,) choices sorted by expert
         token = order // routing.choices.shape[-1]  # (S,)
-        place = order.argsort().view(-1, routing.choices.shape[-1])  # (B N, k) the rows of a token
+        row = torch.arange(len(order), device=order.device)
+        place = torch.empty_like(order).scatter_(0, order, row).view(-1, routing.choices.shape[-1])  # (B N, k) its rows
         ends = routing.counts.sum(dim=0).cumsum(dim=0, dtype=torch.int32)  # (E,)
-        rows = _Dispatch.apply(x.flatten(0, 1), token, place).to(dtype)  # type: ignore[no-untyped-call]
+        rows = _Dispatch.apply(x.flatten(0, 1), token, place, dtype)  # type: ignore[no-untyped-call]
         kernel = KERNELS[choose_kernel(device, dtype, *self.down.shape[1:])]
         out = kernel(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
         weighted = out * routing.weights.flatten()[order, None]
@@ -183,16 +184,20 @@ class Experts(nn.Module):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Tokens -> a row for each of their choices. Its gradient is `_Combine`: no scatter, no random order of sums."""
+    """Tokens -> a row for each of their choices, in the dtype of the arithmetic.
+
+    Its gradient is `_Combine`: no scatter, no random order of sums, and these in float32.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, token: Tensor, place: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, token: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(place)
-        return tokens.index_select(0, token)
+        ctx.dtype = tokens.dtype
+        return tokens.to(dtype).index_select(0, token)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_of_rows(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum_of_rows(grad, *ctx.saved_tensors, dtype=ctx.dtype), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -209,5 +214,5 @@ class _Combine(torch.autograd.Function):
         return grad.index_select(0, token), None, None
 
 
-def _sum_of_rows(rows: Tensor, place: Tensor) -> Tensor:
-    return rows.index_select(0, place.flatten()).unflatten(0, place.shape).sum(dim=1)
+def _sum_of_rows(rows: Tensor, place: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return rows.index_select(0, place.flatten()).unflatten(0, place.shape).sum(dim=1, dtype=dtype)

@@ -83,8 +83,13 @@ class Inception:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 as it says, also where training has switched to less."""
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with exact, torch.autocast(device.type, enabled=False):
-        yield
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with exact, torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

@@ -15,6 +15,12 @@ def precision(wanted: str, device: torch.device) -> str:
     return names[wanted]
 
 
+def allow_tf32(wanted: str, device: torch.device) -> None:
+    """Of bf16 training on CUDA also what stays in float32 (conditioning, router, final layer) is multiplied in TF32."""
+    low = device.type == "cuda" and precision(wanted, device) == "bf16-mixed"
+    torch.set_float32_matmul_precision("high" if low else "highest")
+
+
 def compiled(wanted: bool | str, device: torch.device) -> bool:
     """`auto`, True or False -> whether blocks are compiled; auto does so on CUDA."""
     return device.type == "cuda" if wanted == "auto" else bool(wanted)
