@@ -101,3 +101,29 @@ def test_unknown_presets_and_keys_name_the_known_ones() -> None:
         FiT.from_preset("3b")
     with pytest.raises(ValueError, match=r"^layers is no key of model=tiny; its keys: channels, patch_size, width"):
         NiT.from_preset("tiny", layers=2)
+
+
+OPERATIONS = {
+    "dit_s": (6.056, 0), "dit_b": (23.005, 0), "dit_l": (80.698, 0), "dit_xl": (118.621, 4.23),
+    "sit_xl": (118.621, 4.23),
+    "fit_xl": (156.67, 4.23), "fitv2_xl": (152.31, 5.44), "fitv2_3b": (664.82, 12.08), "fit_b": (30.25, 1.21),
+    "dit_moe_s_8e2a": (16.031, 0.604), "dit_moe_xl_8e2a": (327.967, 4.228), "dit_moe_g_16e2a": (698.327, 7.382),
+    "nit_s": (6.06, 0), "nit_b": (23.0, 0), "nit_l": (80.7, 0), "nit_xl": (118.6, 0), "nit_xxl": (298.2, 0),
+}  # fmt: skip
+"""10^9 multiply-adds of 256 tokens, as published or counted on the official code, and those of attention among them.
+
+DiT, SiT: paper table 4 and README; DiT-MoE: paper table 1, and FiT, FiTv2: README, both with attention added.
+NiT: its advertised number has the modulation of every token, ours that of the image.
+"""
+
+
+@pytest.mark.parametrize("model", OPERATIONS)
+def test_operations_are_those_that_are_published(model: str) -> None:
+    config = composed(f"model={model}")
+    with torch.device("meta"):
+        net = build.net(config, build.published_spec(config), 1000)
+    every, attention = OPERATIONS[model]
+    counted = net.flops()
+    assert counted.total(1, 256, 256**2) / 2e9 == pytest.approx(every, rel=2e-3)
+    if attention:
+        assert (counted.total(1, 256, 256**2) - counted.total(1, 256, 0)) / 2e9 == pytest.approx(attention, abs=5e-3)
