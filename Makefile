@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install demo test test-all test-gpu test-lowest lint type bench clean
+.PHONY: help install demo test test-all test-gpu test-lowest lint type bench bench-gpu clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -47,10 +47,14 @@ type: install  ## types
 	$(BIN)/mypy
 
 bench: install  ## speed, written to benchmarks/results/
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.official_forms
+	$(BIN)/python -m benchmarks.framework_tax
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/store.py
+
+bench-gpu: install  ## what a graphics card must show, in eight minutes
+	PYTHON=$(BIN)/python bash benchmarks/gpu.sh
 
 clean:  ## remove what the tasks made, but not the runs
 	rm -rf $(VENV) $(VENV)-lowest dist .pytest_cache .mypy_cache .ruff_cache

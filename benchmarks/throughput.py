@@ -1,141 +1,286 @@
-"""Speed of this machine: attention backends, training steps, packing. Writes results/<device>_<date>.md.
+"""Speed of this machine at the shapes of training, each beside its rate of plain matrix products.
 
-python benchmarks/throughput.py [--models nit_tiny,nit_s] [--tokens 4096]
+python -m benchmarks.throughput [--models nit_tiny,nit_s] [--tokens 4096] [--repeats 3] [--sections steps,layouts]
+
+Writes results/throughput_<machine>_<date>.md.
 """
 
-from __future__ import annotations
-
 import argparse
-import datetime
-import functools
-import platform
-import time
+import itertools
+import math
 from collections.abc import Callable
-from pathlib import Path
 
-import hydra
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.image_sizes import image_sizes
+from benchmarks.report import facts, write
+from benchmarks.timing import Call, interleaved, medians, ratio
 from genfound import build
+from genfound.backbones.base import Backbone
+from genfound.batch import Batch
 from genfound.callbacks.throughput import matmul_rate
 from genfound.config import compose
+from genfound.data.images.views import flexible_size, native_size
 from genfound.layers.attention import available_backends, packed_attention
-from genfound.layouts import Packed
-from genfound.loggers.provenance import provenance
+from genfound.layers.expert_kernels import KERNELS
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.runtime import devices
-from genfound.tokenizers import LatentSpec
 
-REPEATS = 5
+CLASSES = 1000
+Size = tuple[int, int]
 
 
 def main() -> None:
-    """Run all benchmarks and write the report."""
+    """Measure, print and write the sections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="nit_tiny,nit_s")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4096, help="of a step, at most")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
     arguments = parser.parse_args()
     device = devices.device("auto")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    facts = {"device": name, "threads": str(torch.get_num_threads()), **provenance()}
-    sections = [
-        "# Throughput\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()),
-        attention_table(device),
-        training_table(device, arguments.models.split(","), arguments.tokens),
-    ]
-    report = "\n\n".join(sections) + "\n"
-    date = datetime.datetime.now(datetime.UTC).date()
-    file = Path(__file__).parent / "results" / f"{name.replace(' ', '_').replace('/', '_')}_{date}.md"
-    file.write_text(report)
-    print(report, file, sep="\n")
+    devices.allow_tf32("bf16" if device.type == "cuda" else "fp32", device)
+    report = [facts()]
+    for name in arguments.sections.split(","):
+        report.append("\n".join(SECTIONS[name](device, arguments)))
+        print(report[-1], flush=True)
+    print(write("throughput", report))
 
 
-def attention_table(device: torch.device) -> str:
-    """Forward and backward of every backend on two packs, against the reference loop."""
-    lines = ["## Attention, forward and backward, ms", "", "| pack | " + " | ".join(_backends(device)) + " |"]
-    lines.append("|---" * (1 + len(_backends(device))) + "|")
-    for name, lengths in {"4 rows of 64..1024": [64, 256, 512, 1024], "24 rows of 64..324": [64, 144, 324] * 8}.items():
+def table(title: str, columns: list[str]) -> list[str]:
+    """The head of a table."""
+    return [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def rates(device: torch.device, _: argparse.Namespace) -> list[str]:
+    """Plain products, as `perf/mfu` measures them, and at the shapes of the models."""
+    lines = table("Matrix products, 10^9 operations a second", ["precision", "square", "D = 384", "D = 1152"])
+    for precision in precisions(device):
+        with autocast(device, precision):
+            found = [matmul_rate(device), *(_rate_at(device, width) for width in (384, 1152))]
+        lines.append(f"| {precision} | " + " | ".join(f"{rate / 1e9:,.0f}" for rate in found) + " |")
+    return lines
+
+
+def _rate_at(device: torch.device, width: int) -> float:
+    """Of 4,096 tokens through the first layer of an MLP."""
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    x, weight = (torch.randn(n, width, device=device, dtype=dtype) for n in (4096, 4 * width))
+    (took,) = medians(interleaved([lambda: linear(x, weight)], 5))
+    return 2 * 4096 * 4 * width**2 / took
+
+
+def attention(device: torch.device, arguments: argparse.Namespace) -> list[str]:
+    """Every backend on two packs, forward and backward, and how far its output is from that of the loop."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = available_backends(device.type, dtype)
+    lines = table("Attention, forward and backward, ms (largest difference from loop)", ["pack", *names])
+    for title, lengths in {
+        "4 rows of 64..1024": [64, 256, 512, 1024],
+        "24 rows of 64..324": [64, 144, 324] * 8,
+    }.items():
         bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         q, k, v = torch.randn(3, sum(lengths), 6, 64, device=device, dtype=dtype).requires_grad_().unbind()
-        steps = [functools.partial(_attend, q, k, v, bounds, max(lengths), backend) for backend in _backends(device)]
-        cells = [f"{1e3 * best(step, device):.1f}" for step in steps]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        outputs = [packed_attention(q, k, v, bounds, max(lengths), name).float() for name in names]
+        apart = [float((out - outputs[names.index("loop")]).detach().abs().max()) for out in outputs]
+        calls = [_attend(q, k, v, bounds, max(lengths), name) for name in names]
+        took = medians(interleaved(calls, arguments.repeats))
+        cells = [f"{1e3 * each:.1f} ({off:.0e})" for each, off in zip(took, apart, strict=True)]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, backend: str) -> None:
-    out = packed_attention(q, k, v, bounds, longest, backend)
-    torch.autograd.grad(out.float().sum(), (q, k, v))
+def _attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, backend: str) -> Call:
+    return lambda: torch.autograd.grad(
+        packed_attention(q, k, v, bounds, longest, backend).float().sum(), (q, k, v), retain_graph=True
+    )
 
 
-def _backends(device: torch.device) -> list[str]:
-    return available_backends(device.type, torch.bfloat16)
+def experts(device: torch.device, arguments: argparse.Namespace) -> list[str]:
+    """Eight experts of DiT-MoE, two of them for each token: each kernel and the published loop."""
+    title = f"Eight experts, {arguments.tokens:,} tokens, forward and backward, ms"
+    lines, count = table(title, ["D", *KERNELS, "loop of the published code"]), 2 * arguments.tokens
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for width in (384, 1152):
+        draw = torch.Generator(device).manual_seed(0)
+        rows = torch.randn(count, width, device=device, dtype=dtype, generator=draw).requires_grad_()
+        expert = torch.randint(8, (count,), device=device, generator=draw).sort().values
+        ends = torch.bincount(expert, minlength=8).cumsum(0, dtype=torch.int32)
+        shapes = (8, 8 * width, width), (8, width, 4 * width)
+        stacks = [
+            (torch.randn(shape, device=device, generator=draw) / 50).to(dtype).requires_grad_() for shape in shapes
+        ]
+
+        def loop(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, expert: Tensor = expert) -> Tensor:
+            out = torch.zeros_like(rows)
+            for number in range(8):
+                mine = expert == number
+                gate, up = (rows[mine] @ gate_up[number].T).chunk(2, dim=1)
+                out[mine] = (silu(gate) * up) @ down[number].T
+            return out
+
+        def call(form: Callable[..., Tensor], given: list[Tensor] = [rows, ends, *stacks]) -> Call:  # noqa: B006
+            inputs = [tensor for tensor in given if tensor.requires_grad]
+            return lambda: torch.autograd.grad(form(*given).float().square().sum(), inputs)
+
+        took = medians(interleaved([call(form) for form in (*KERNELS.values(), loop)], arguments.repeats))
+        lines.append(f"| {width} | " + " | ".join(f"{1e3 * each:.1f}" for each in took) + " |")
+    return lines
 
 
-def training_table(device: torch.device, models: list[str], tokens: int) -> str:
-    """One full training step (loss, backward, AdamW) on one pack of mixed sizes."""
-    lines = [
-        f"## Training step, one pack of {tokens:,} tokens", "",
-        "| model | parameters | precision | ms | tokens/s | of the matmul rate |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for model in models:
-        for precision in ("fp32", "bf16"):
-            lines.append(training_row(device, model, tokens, precision))
-    return "\n".join(lines)
+def steps(device: torch.device, arguments: argparse.Namespace) -> list[str]:
+    """A training step of each model, eager and compiled."""
+    columns = [
+        "model",
+        "parameters",
+        "precision",
+        "blocks",
+        "ms",
+        "images/s",
+        "tokens/s",
+        "of the matmul rate",
+        "peak GB",
+    ]
+    lines = table(f"Training step of at most {arguments.tokens:,} tokens", columns)
+    for name, precision in itertools.product(arguments.models.split(","), precisions(device)):
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            net, batch, step = training(device, name, arguments.tokens, precision)
+            if compiled:
+                net.compile_blocks()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            (took,) = medians(interleaved([step], arguments.repeats))
+            with torch.no_grad(), autocast(device, precision):
+                rate = matmul_rate(device)
+            real = batch.tokens[batch.real].double()
+            share = 3 * net.flops().total(len(real), float(real.sum()), float((real**2).sum())) / took / rate
+            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else "-"
+            cells = [name, f"{sum(p.numel() for p in net.parameters()):,}", precision, ("eager", "compiled")[compiled]]
+            cells += [f"{1e3 * took:.0f}", f"{len(real) / took:,.1f}", f"{float(real.sum()) / took:,.0f}"]
+            cells += [f"{share:.0%}", peak]
+            lines.append(f"| {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    return lines
 
 
-def training_row(device: torch.device, model: str, tokens: int, precision: str) -> str:
-    """A line of `training_table`."""
-    with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose("train", [f"model={model}"]), resolve=True)
-    assert isinstance(config, dict)
-    spec = LatentSpec(config["model"]["channels"] or 32, 32)
-    net = build.net({**config, "layout": {"name": "packed"}}, spec, 1000).to(device)
-    objective = build.objective(config)
-    patch = config["model"]["patch_size"]
-    sides = [8, 11, 15, 16]
-    latents = [torch.randn(spec.channels, a * patch, b * patch) for a in sides for b in sides]
-    counts = np.cumsum([a * b for a in sides for b in sides])
-    latents = (latents * (tokens // int(counts[-1]) + 1))[: max(int(np.searchsorted(counts, tokens)), 1)]
-    layout = Packed(patch, max(tokens, sum(z[0].numel() // patch**2 for z in latents)), len(latents))
-    batch = layout.to_batch(latents, torch.zeros(len(latents), dtype=torch.long)).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def layouts(device: torch.device, arguments: argparse.Namespace) -> list[str]:
+    """The same images padded and packed; and packs of native sizes beside packs of equal ones."""
+    columns = ["model, images", "fill when padded", "padded / packed, tokens", "padded / packed, time"]
+    lines = table("Layouts, one training step of each in turn", columns)
+    model = "fitv2_tiny" if device.type == "cpu" else "fitv2_xl"
+    precision = precisions(device)[-1] if device.type == "cuda" else "fp32"
+    for side in (256, 512):
+        count = max(arguments.tokens // (side // 16) ** 2, 2)
+        sizes = [flexible_size(h, w, 16, side) for h, w in image_sizes(count).tolist()]
+        grids = [(h // 8, w // 8) for h, w in sizes]
+        budgets = {"padded": (side // 16) ** 2, "packed": sum(h * w for h, w in grids) // 4}
+        both = [training(device, model, most, precision, grids, layout) for layout, most in budgets.items()]
+        fill = float(both[0][1].tokens.sum()) / both[0][1].slots
+        rounds = interleaved([step for *_, step in both], arguments.repeats)
+        lines.append(f"| {model}, {side} pixels | {fill:.2f} | {1 / fill:.2f} | {ratio(rounds, 0, 1):.2f} |")
+    return [*lines, "", _native_beside_equal(device, arguments, precision)]
+
+
+def _native_beside_equal(device: torch.device, arguments: argparse.Namespace, precision: str) -> str:
+    """Tokens a second of a pack of native sizes, over those of one of equal squares."""
+    model = next((name for name in reversed(arguments.models.split(",")) if name.startswith("nit")), "nit_s")
+    patch = compose.compose("train", [f"model={model}"])["model"]["patch_size"]
+    native = default_grids("packed", arguments.tokens, 32, patch)
+    side = max(math.isqrt(arguments.tokens // len(native)), 1)
+    equal = [(side * patch, side * patch)] * (arguments.tokens // side**2)
+    both = [training(device, model, arguments.tokens, precision, grids) for grids in (native, equal)]
+    counts = [float(batch.tokens[batch.real].sum()) for _, batch, _ in both]
+    rounds = interleaved([step for *_, step in both], arguments.repeats)
+    share = counts[0] / counts[1] / ratio(rounds, 0, 1)
+    return f"{model}: packs of native sizes have {share:.0%} of the tokens a second of packs of {side} x {side} tokens."
+
+
+def kernels(device: torch.device, arguments: argparse.Namespace) -> list[str]:
+    """What one step of the last model spends its time with."""
+    name = arguments.models.split(",")[-1]
+    net, _, step = training(device, name, arguments.tokens, precisions(device)[-1])
+    if device.type == "cuda":
+        net.compile_blocks()
+    for _ in range(2):
+        step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as found:
+        step()
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    printed = found.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60)
+    return [f"## One step of {name}", "", "```", printed, "```"]
+
+
+SECTIONS = {
+    "rates": rates, "attention": attention, "experts": experts, "steps": steps, "layouts": layouts, "kernels": kernels,
+}  # fmt: skip
+
+
+def precisions(device: torch.device) -> list[str]:
+    """CUDA trains in bf16, the CPU in fp32, and in bf16 where it has the arithmetic."""
+    return ["bf16"] if device.type == "cuda" else ["fp32", *["bf16"] * torch.cpu._is_avx512_bf16_supported()]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Of a precision of `trainer.precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def training(
+    device: torch.device,
+    model: str,
+    tokens: int,
+    precision: str,
+    grids: list[Size] | None = None,
+    layout: str | None = None,
+) -> tuple[Backbone, Batch, Call]:
+    """A network, a batch of latents of these sizes, and a step of training: loss, backward, clip, AdamW, average.
+
+    Without sizes they are those of the model's data: native ones up to the tokens, or squares.
+    """
+    config = compose.compose("train", [f"model={model}", *([f"layout={layout}"] if layout else [])])
+    spec, patch, name = build.published_spec(config), config["model"]["patch_size"], config["layout"]["name"]
+    grids = grids or default_grids(name, tokens, spec.stride, patch, config["data"]["size"])
+    net = build.net(config, spec, CLASSES).to(device).train()
+    draw = torch.Generator().manual_seed(0)
+    latents = [torch.randn(spec.channels, height, width, generator=draw) for height, width in grids]
+    static = {"packed": {"max_tokens": tokens, "max_images": len(latents)}, "padded": {"max_tokens": tokens}}
+    made = build.sampling_layout(config, **static.get(name, {})).to_batch(latents, torch.arange(len(latents)) % CLASSES)
+    batch, objective = made.to(device), build.objective(config)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    average = [p.detach().clone() for p in net.parameters()]
 
     def step() -> None:
-        with autocast:
+        with autocast(device, precision):
             losses = objective.loss(net, batch, Rng(0, "bench"))
-        weights = image_weight(batch.tokens, "token") * batch.real
+        weights = image_weight(batch.tokens, objective.weight) * batch.real
         ((weights * losses.total).sum() / weights.sum()).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1e-4)
 
-    seconds = best(step, device)
-    parameters = sum(p.numel() for p in net.parameters())
-    with torch.no_grad(), autocast:
-        rate = matmul_rate(device)
-    images = batch.tokens[batch.real].double()
-    flops = net.flops().total(len(images), float(images.sum()), float((images**2).sum()))
-    share = 3 * flops / seconds / rate
-    size = int(batch.slots)
-    return f"| {model} | {parameters:,} | {precision} | {1e3 * seconds:.0f} | {size / seconds:,.0f} | {share:.0%} |"
+    return net, batch, step
 
 
-def best(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several calls, after one that is not counted."""
-    times = []
-    for _ in range(1 + REPEATS):
-        begin = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+def default_grids(layout: str, tokens: int, stride: int, patch: int, pixels: int = 256) -> list[Size]:
+    """Sizes of the latents of a step of at most so many tokens; squares of `pixels` a side in the dense layout."""
+    if layout == "dense":
+        side = pixels // stride
+        return [(side, side)] * max(tokens // (side // patch) ** 2, 1)
+    unit, grids, left = stride * patch, [], tokens
+    for height, width in image_sizes(1000).tolist():
+        h, w = (length // unit for length in native_size(height, width, unit, tokens if layout == "packed" else 256))
+        if h * w <= left:
+            grids.append((h * patch, w * patch))
+            left -= h * w
+    return grids
 
 
 if __name__ == "__main__":
