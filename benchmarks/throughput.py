@@ -22,7 +22,6 @@ from benchmarks.timing import Call, interleaved, medians, ratio
 from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
-from genfound.callbacks.throughput import matmul_rate
 from genfound.config import compose
 from genfound.data.images.views import flexible_size, native_size
 from genfound.layers.attention import available_backends, packed_attention
@@ -44,6 +43,8 @@ def main() -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS))
     arguments = parser.parse_args()
     device = devices.device("auto")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # whose processor time is counted
     devices.allow_tf32("bf16" if device.type == "cuda" else "fp32", device)
     report = [facts()]
     for name in arguments.sections.split(","):
@@ -58,21 +59,28 @@ def table(title: str, columns: list[str]) -> list[str]:
 
 
 def rates(device: torch.device, _: argparse.Namespace) -> list[str]:
-    """Plain products, as `perf/mfu` measures them, and at the shapes of the models."""
+    """Plain products: a large square, as for `perf/mfu`, and 4,096 tokens through the first layer of an MLP."""
     lines = table("Matrix products, 10^9 operations a second", ["precision", "square", "D = 384", "D = 1152"])
     for precision in precisions(device):
         with autocast(device, precision):
-            found = [matmul_rate(device), *(_rate_at(device, width) for width in (384, 1152))]
+            found = [square_rate(device), *(product_rate(device, 4096, width, 4 * width) for width in (384, 1152))]
         lines.append(f"| {precision} | " + " | ".join(f"{rate / 1e9:,.0f}" for rate in found) + " |")
     return lines
 
 
-def _rate_at(device: torch.device, width: int) -> float:
-    """Of 4,096 tokens through the first layer of an MLP."""
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    x, weight = (torch.randn(n, width, device=device, dtype=dtype) for n in (4096, 4 * width))
+def square_rate(device: torch.device) -> float:
+    """Operations a second of a product whose size hides everything else."""
+    side = 8192 if device.type == "cuda" else 1024
+    return product_rate(device, side, side, side)
+
+
+def product_rate(device: torch.device, rows: int, inner: int, outer: int) -> float:
+    """Operations a second of (rows, inner) times (inner, outer) under the current autocast."""
+    low = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if low else torch.float32
+    x, weight = (torch.randn(n, inner, device=device, dtype=dtype) for n in (rows, outer))
     (took,) = medians(interleaved([lambda: linear(x, weight)], 5))
-    return 2 * 4096 * 4 * width**2 / took
+    return 2 * rows * inner * outer / took
 
 
 def attention(device: torch.device, arguments: argparse.Namespace) -> list[str]:
@@ -157,7 +165,7 @@ def steps(device: torch.device, arguments: argparse.Namespace) -> list[str]:
                 torch.cuda.reset_peak_memory_stats()
             (took,) = medians(interleaved([step], arguments.repeats))
             with torch.no_grad(), autocast(device, precision):
-                rate = matmul_rate(device)
+                rate = square_rate(device)
             real = batch.tokens[batch.real].double()
             share = 3 * net.flops().total(len(real), float(real.sum()), float((real**2).sum())) / took / rate
             peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else "-"
