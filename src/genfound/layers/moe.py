@@ -197,7 +197,8 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _sum_of_rows(grad, *ctx.saved_tensors, dtype=ctx.dtype), None, None, None
+        (place,) = ctx.saved_tensors
+        return _sum_of_rows(grad, place, ctx.dtype), None, None, None
 
 
 class _Combine(torch.autograd.Function):
