@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genfound.tokenizers.base import LatentSpec, Tokenizer
-from genfound.tokenizers.weights import Architecture, load
+from genfound.tokenizers.weights import Architecture, latent_spec, load, scaling
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,9 +34,8 @@ class Autoencoder(Tokenizer, ABC):
     published: ClassVar[LatentSpec]
     online = True
     stochastic = False
-    spec: LatentSpec
 
-    def __init__(self, weights: str, precision: str, pixels_per_call: int) -> None:
+    def __init__(self, *, weights: str, precision: str, pixels_per_call: int) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"tokenizer.precision={precision} is unknown; choose fp32 or bf16")
         self.pixels_per_call = pixels_per_call
@@ -45,8 +44,8 @@ class Autoencoder(Tokenizer, ABC):
         config = self.model.config
         if config.get("latents_mean") is not None:
             raise ValueError(f"tokenizer.weights={weights} normalises each channel (latents_mean): not supported")
-        self.scale = float(config["scaling_factor"])
-        self.shift = float(config.get("shift_factor") or 0)
+        self.spec = latent_spec(config)
+        self.scale, self.shift = scaling(config)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, height, width) in [-1, 1] -> (B, C, h, w) normalised; see `Tokenizer.encode`."""
@@ -57,17 +56,7 @@ class Autoencoder(Tokenizer, ABC):
         return self._in_groups(self._decode, latents / self.scale + self.shift, self.spec.stride)
 
     def moments(self, images: Tensor) -> Tensor:
-        """What the encoder says of images, not scaled: what is stored of them.
-
-        Args:
-            images: (B, 3, height, width) in [-1, 1].
-
-        Returns:
-            (B, C, h, w), or (B, 2 C, h, w) with mean and log-variance.
-
-        Raises:
-            ValueError: a side is not a multiple of the stride.
-        """
+        """Images -> what is stored of them, not scaled: (B, C, h, w), or (B, 2 C, h, w) mean and log-variance."""
         height, width = images.shape[-2:]
         if height % self.spec.stride or width % self.spec.stride:
             raise ValueError(f"an image of {height} x {width} pixels does not divide by {self.spec.stride}")
@@ -81,9 +70,9 @@ class Autoencoder(Tokenizer, ABC):
     def _moments(self, images: Tensor) -> Tensor:
         """Call the encoder."""
 
-    @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
         """Call the decoder on latents that are not scaled."""
+        return self.model.decode(latents).sample
 
     def _in_groups(self, call: Callable[[Tensor], Tensor], x: Tensor, stride: int) -> Tensor:
         """Apply the network to (B, ...), whose last two sides are `stride` pixels each, a few rows at a time."""

@@ -13,26 +13,14 @@ class LatentSpec(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """Images (B, 3, height, width) in [-1, 1] <-> latents (B, C, h, w) of about unit variance.
-
-    Attributes:
-        spec: shape of the latents.
-        online: encoding is a network's work and belongs on the training device, not into data workers.
-        stochastic: training encodes with noise.
-    """
+    """Images (B, 3, height, width) in [-1, 1] <-> latents (B, C, h, w) of about unit variance."""
 
     spec: LatentSpec
-    online: bool
-    stochastic: bool
+    online: bool  # encoding is a network's work and belongs on the training device, not into data workers
+    stochastic: bool  # training encodes with noise
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images of one size -> latents.
-
-        Args:
-            images: (B, 3, height, width).
-            noise: standard normal numbers shaped like the latents, for a tokenizer that is `stochastic`; `None`
-                gives the most likely latents.
-        """
+        """Images of one size -> latents: drawn with noise of their shape, if `stochastic`, or the most likely ones."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents of one size -> images."""

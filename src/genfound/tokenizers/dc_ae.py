@@ -1,20 +1,17 @@
 """The deep compression autoencoder (DC-AE, arXiv 2410.10733), deterministic."""
 
+from typing import Any
+
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.tokenizers.base import LatentSpec
 from genfound.tokenizers.weights import Architecture
 
-STAGES = {
-    f"{part}_{key}": value
-    for part in ("encoder", "decoder")
-    for key, value in {
-        "block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-        "block_out_channels": [128, 256, 512, 512, 1024, 1024],
-        "qkv_multiscales": [[], [], [], [5], [5], [5]],
-    }.items()
-}
+
+def both(**stages: Any) -> dict[str, Any]:
+    """The options of the stages of the encoder, and the same ones of the decoder."""
+    return {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in stages.items()}
 
 
 class DCAE(Autoencoder):
@@ -24,7 +21,11 @@ class DCAE(Autoencoder):
     kind = Architecture(
         "AutoencoderDC",
         official={
-            **STAGES,
+            **both(
+                block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+                block_out_channels=[128, 256, 512, 512, 1024, 1024],
+                qkv_multiscales=[[], [], [], [5], [5], [5]],
+            ),
             "latent_channels": 32,
             "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
             "decoder_layers_per_block": [3] * 6,
@@ -34,19 +35,8 @@ class DCAE(Autoencoder):
             "decoder_act_fns": "silu",
             "scaling_factor": 0.41407,
         },
-        tiny={
-            f"{part}_{key}": value
-            for part in ("encoder", "decoder")
-            for key, value in {"block_out_channels": [8, 16, 16, 32, 32, 32], "layers_per_block": [1] * 6}.items()
-        },
+        tiny=both(block_out_channels=[8, 16, 16, 32, 32, 32], layers_per_block=[1] * 6),
     )
-
-    def __init__(self, *, weights: str, precision: str, pixels_per_call: int) -> None:
-        super().__init__(weights, precision, pixels_per_call)
-        self.spec = LatentSpec(self.model.config["latent_channels"], self.model.spatial_compression_ratio)
 
     def _moments(self, images: Tensor) -> Tensor:
         return self.model.encode(images).latent
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.model.decode(latents).sample

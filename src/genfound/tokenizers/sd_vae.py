@@ -34,21 +34,19 @@ class SDVAE(Autoencoder):
     def __init__(self, *, weights: str, posterior: str, precision: str, pixels_per_call: int) -> None:
         if posterior not in ("sample", "mode"):
             raise ValueError(f"tokenizer.posterior={posterior} is unknown; choose sample or mode")
-        super().__init__(weights, precision, pixels_per_call)
-        config = self.model.config
+        super().__init__(weights=weights, precision=precision, pixels_per_call=pixels_per_call)
         self.stochastic = posterior == "sample"
-        self.spec = LatentSpec(config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1))
 
     def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 2 C, h, w) mean and log-variance -> (B, C, h, w), drawn with the noise or the mean."""
-        mean, logvar = moments.chunk(2, dim=1)
-        if noise is not None:
-            mean = mean + torch.exp(0.5 * logvar) * noise
-        return super().normalise(mean)
+        return super().normalise(drawn(moments, noise))
 
     def _moments(self, images: Tensor) -> Tensor:
         posterior = self.model.encode(images).latent_dist  # clamps the log-variance to [-30, 20]
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.model.decode(latents).sample
+
+def drawn(moments: Tensor, noise: Tensor | None) -> Tensor:
+    """(B, 2 C, h, w) mean and log-variance -> (B, C, h, w) of this posterior: drawn with the noise, or the mean."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean if noise is None else mean + torch.exp(0.5 * logvar) * noise

@@ -25,22 +25,8 @@ class VQF4(Autoencoder):
             "sample_size": 256,
             "scaling_factor": 1.0,
         },
-        tiny={
-            "block_out_channels": [16, 32, 32],
-            "layers_per_block": 1,
-            "num_vq_embeddings": 64,
-            "norm_num_groups": 8,
-        },
+        tiny={"block_out_channels": [16, 32, 32], "layers_per_block": 1, "num_vq_embeddings": 64, "norm_num_groups": 8},
     )
-
-    def __init__(self, *, weights: str, precision: str, pixels_per_call: int) -> None:
-        super().__init__(weights, precision, pixels_per_call)
-        config = self.model.config
-        channels = config["vq_embed_dim"] or config["latent_channels"]
-        self.spec = LatentSpec(channels, 2 ** (len(config["block_out_channels"]) - 1))
 
     def _moments(self, images: Tensor) -> Tensor:
         return self.model.encode(images).latents
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.model.decode(latents).sample

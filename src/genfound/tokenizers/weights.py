@@ -8,44 +8,42 @@ from typing import Any, NamedTuple
 
 import torch
 
+from genfound.tokenizers.base import LatentSpec
+
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 OPTIONS = {"AutoencoderKL": "sd_vae", "AutoencoderDC": "dc_ae", "VQModel": "vq_f4"}
 """Class of diffusers -> the tokenizer that takes it."""
 
 
 class Architecture(NamedTuple):
-    """An architecture.
-
-    Attributes:
-        name: its class in diffusers.
-        official: constructor arguments of the published one.
-        tiny: arguments that shrink it to something for tests, of the same channels and stride.
-    """
+    """A class of diffusers, and the constructor arguments of one of its models."""
 
     name: str
-    official: Mapping[str, Any]
-    tiny: Mapping[str, Any]
+    official: Mapping[str, Any]  # of the published model
+    tiny: Mapping[str, Any]  # what shrinks it to something for tests, of the same channels and stride
+
+
+def latent_spec(config: Mapping[str, Any]) -> LatentSpec:
+    """The shape of the latents of an autoencoder, by its config."""
+    blocks = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return LatentSpec(config.get("vq_embed_dim") or config["latent_channels"], 2 ** (len(blocks) - 1))
+
+
+def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Scale and shift of an autoencoder by its config: latent = (h - shift) * scale."""
+    return float(config["scaling_factor"]), float(config.get("shift_factor") or 0)
 
 
 def load(kind: Architecture, weights: str) -> Any:
-    """A frozen model of diffusers in eval mode, float32.
-
-    Args:
-        kind: what it must be.
-        weights: name on the Hugging Face hub, a folder, `random`, or `random_tiny`.
-
-    Raises:
-        FileNotFoundError: a file is absent and cannot be downloaded.
-        ValueError: another architecture, or a damaged file.
-    """
+    """A frozen model of diffusers in eval mode, float32; for `weights` see `Autoencoder`."""
     diffusers = importlib.import_module("diffusers")
     diffusers.utils.logging.set_verbosity_error()
     model_class = getattr(diffusers, kind.name)
     if weights in ("random", "random_tiny"):
-        arguments = {**kind.official, **(kind.tiny if weights == "random_tiny" else {})}
+        smaller = kind.tiny if weights == "random_tiny" else {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = model_class(**arguments)
+            model = model_class(**{**kind.official, **smaller})
     else:
         folder = locate(weights)
         check_class(folder / CONFIG, kind.name)
@@ -54,11 +52,7 @@ def load(kind: Architecture, weights: str) -> Any:
 
 
 def locate(weights: str) -> Path:
-    """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it.
-
-    Raises:
-        FileNotFoundError: a file is nowhere to be had.
-    """
+    """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it."""
     folder = Path(weights).expanduser()
     if folder.is_dir():
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -70,8 +64,7 @@ def locate(weights: str) -> Path:
             f"tokenizer.weights={weights} is not a folder; give one with {CONFIG} and {WEIGHTS}, a name on the "
             "Hugging Face hub, or random"
         )
-    cached = _snapshot(weights, local_files_only=True)
-    return cached or _download(weights)
+    return _snapshot(weights, local_files_only=True) or _download(weights)
 
 
 def _snapshot(name: str, local_files_only: bool) -> Path | None:
@@ -125,27 +118,18 @@ def option_of(folder: Path) -> str | None:
         return None
 
 
-def _check_readable(file: Path) -> None:
-    """Raise a ValueError if a file of weights is damaged."""
+def _from_folder(model_class: Any, folder: Path) -> Any:
+    """Load a folder, and no other way than completely."""
+    file = folder / WEIGHTS
     safetensors = importlib.import_module("safetensors")
     try:
         with safetensors.safe_open(file, "pt"):
             pass
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-
-
-def _from_folder(model_class: Any, folder: Path) -> Any:
-    """Load a folder, and no other way than completely."""
-    file = folder / WEIGHTS
-    _check_readable(file)
     try:
         model, info = model_class.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
+            folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]

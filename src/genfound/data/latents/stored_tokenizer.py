@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,7 +19,8 @@ from genfound.data.latents.nit import NiTLatents
 from genfound.data.latents.store import Store
 from genfound.tokenizers import LatentSpec, Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.weights import CONFIG, WEIGHTS, check_class, locate
+from genfound.tokenizers.sd_vae import drawn
+from genfound.tokenizers.weights import CONFIG, WEIGHTS, check_class, latent_spec, locate, scaling
 
 RANDOM = ("random", "random_tiny")
 
@@ -31,24 +31,15 @@ Options = Mapping[str, Any]
 
 
 class TokenizerInfo(NamedTuple):
-    """What is known of a tokenizer without its weights.
+    """What is known of a tokenizer without its weights."""
 
-    Attributes:
-        name: of the file of its class, e.g. `dc_ae`.
-        weights: as the configuration names them; empty where it has none.
-        folder: where they lie; `None` where it has none, or they are not to be had.
-        spec: shape of its latents.
-        scale, shift: latent = (mean - shift) * scale, numbers or (C, 1, 1).
-        stochastic: training draws from the posterior.
-    """
-
-    name: str
-    weights: str
-    folder: Path | None
+    name: str  # of the file of its class, e.g. `dc_ae`
+    weights: str  # as the configuration names them; empty where it has none
+    folder: Path | None  # where they lie; `None` where it has none, or they are not to be had
     spec: LatentSpec
-    scale: float | Tensor
+    scale: float | Tensor  # latent = (mean - shift) * scale, numbers or (C, 1, 1)
     shift: float | Tensor
-    stochastic: bool
+    stochastic: bool  # training draws from the posterior
 
     @property
     def absent(self) -> bool:
@@ -57,11 +48,7 @@ class TokenizerInfo(NamedTuple):
 
 
 class StoredTokenizer:
-    """The tokenizer of moments that are stored.
-
-    Args:
-        has_variance: the moments are mean and log-variance.
-    """
+    """The tokenizer of moments that are stored: means, or means and log-variances."""
 
     online = False
 
@@ -76,12 +63,8 @@ class StoredTokenizer:
 
     def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, C, h, w), or (B, 2 C, h, w) with log-variance -> (B, C, h, w), drawn with the noise or the mean."""
-        mean = moments
-        if self.has_variance:
-            mean, logvar = moments.chunk(2, dim=1)
-            if noise is not None:
-                mean = mean + torch.exp(0.5 * logvar) * noise
-        return (mean - self.described.shift) * self.described.scale
+        latents = drawn(moments, noise) if self.has_variance else moments
+        return (latents - self.described.shift) * self.described.scale
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """As the tokenizer itself."""
@@ -112,8 +95,7 @@ def describe(
 ) -> TokenizerInfo:
     """What is known of a tokenizer without loading an autoencoder.
 
-    Args:
-        look: fetch its files where they are not at hand; otherwise it is taken for the published one.
+    With `look` its files are fetched if they are not at hand; otherwise it is then taken for the published one.
     """
     kind = target("tokenizer", options, trust)
     name = kind.__module__.rpartition(".")[2]
@@ -127,10 +109,8 @@ def describe(
             folder = locate(weights)
             check_class(folder / CONFIG, kind.kind.name)
             config |= json.loads((folder / CONFIG).read_text())
-    blocks = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    spec = LatentSpec(config.get("vq_embed_dim") or config["latent_channels"], 2 ** (len(blocks) - 1))
-    scale, shift = float(config["scaling_factor"]), float(config.get("shift_factor") or 0)
-    return TokenizerInfo(name, weights, folder, spec, scale, shift, options.get("posterior") == "sample")
+    stochastic = options.get("posterior") == "sample"
+    return TokenizerInfo(name, weights, folder, latent_spec(config), *scaling(config), stochastic)
 
 
 def encoder_digest(described: TokenizerInfo) -> str:
