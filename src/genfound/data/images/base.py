@@ -7,19 +7,12 @@ from torch import Tensor
 
 
 class ImageSource(Protocol):
-    """Labelled images of known sizes, addressed by index.
+    """Labelled images of known sizes, addressed by index."""
 
-    Attributes:
-        class_names: one name per class; the label is the position in this list.
-        labels: (n,) int64.
-        sizes: (n, 2) int64, height and width in pixels.
-        fingerprint: changes whenever the images or their order change.
-    """
-
-    class_names: list[str]
-    labels: np.ndarray
-    sizes: np.ndarray
-    fingerprint: str
+    class_names: list[str]  # the label of a class is its position
+    labels: np.ndarray  # (n,) int64
+    sizes: np.ndarray  # (n, 2) int64, height and width in pixels
+    fingerprint: str  # changes whenever the images or their order change
 
     def report(self) -> list[str]:
         """Lines for the user: what was found, skipped or converted."""

@@ -27,9 +27,9 @@ def class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={root} is not a folder")
     seen = visible(root)
-    lost = [path for path in seen if path.is_symlink() and not path.exists()]
-    if lost:
-        raise FileNotFoundError(f"{lost[0]} is a link that leads nowhere, perhaps of a class; mend or remove it")
+    for path in seen:
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(f"{path} is a link that leads nowhere, perhaps of a class; mend or remove it")
     names = [path.name for path in seen if path.is_dir()]
     if not names:
         raise FileNotFoundError(f"data.root={root} has no class folders; put the images into {root}/<class>/")
@@ -53,8 +53,8 @@ def remarks(class_names: Sequence[str]) -> list[str]:
 def _refuse_splits(root: Path, names: Sequence[str]) -> None:
     """Raise a ValueError for folders train, val, test, ...: all of them, or of training and another beside others."""
     train, other = ([name for name in names if split.fullmatch(name)] for split in (TRAIN, OTHER))
-    if len(train) + len(other) == len(names) or (train and other):
-        splits = train + other
+    splits = train + other
+    if len(splits) == len(names) or (train and other):
         raise ValueError(
             f"data.root={root}: {' and '.join(splits[:3])} by name are splits and no classes; "
             f"give data.root={root / splits[0]}, or another name to a class that is called so"

@@ -36,11 +36,11 @@ class ImageFolder(ImageFiles):
         self, *, root: str, views: ImageViews, holdout: int | None, max_pixels: int | None, split: str, index: str
     ) -> None:
         integer("data.max_pixels", max_pixels, 1, or_null=True)
-        self.max_pixels = max_pixels
-        class_names = class_folders(Path(root))
-        cache = index_file(Path(index), Path(root), f"image_folder {max_pixels}")
-        found = known(Path(root), class_names, cache, functools.partial(_examine, max_pixels=max_pixels))
-        super().__init__(Path(root), class_names, found, views, holdout, split)
+        self.max_pixels, folder = max_pixels, Path(root)
+        class_names = class_folders(folder)
+        cache = index_file(Path(index), folder, f"image_folder {max_pixels}")
+        found = known(folder, class_names, cache, functools.partial(_examine, max_pixels=max_pixels))
+        super().__init__(folder, class_names, found, views, holdout, split)
 
     def picture(self, number: int) -> Image.Image:
         """One of the images, RGB."""
@@ -62,15 +62,10 @@ def _examine(file: Path, max_pixels: int | None) -> FileInfo:
     """Decode a file once."""
     picture = open_rgb(file, max_pixels)
     with opened(file, max_pixels) as original:
-        return FileInfo(picture.height, picture.width, _notes(original, file))
-
-
-def _notes(original: Image.Image, file: Path) -> list[str]:
-    """What is unusual about a file, in the words of the report."""
-    notes = format_notes(original, file)
-    with contextlib.suppress(Exception):  # the parser of EXIF data raises SyntaxError, struct.error and more
-        if original.getexif().get(ORIENTATION, 1) != 1:
-            notes.append("rotated upright by their EXIF tag")
-    if getattr(original, "n_frames", 1) > 1:
-        notes.append("animated, of which the first frame is used")
-    return notes
+        notes = format_notes(original, file)
+        with contextlib.suppress(Exception):  # the parser of EXIF data raises SyntaxError, struct.error and more
+            if original.getexif().get(ORIENTATION, 1) != 1:
+                notes.append("rotated upright by their EXIF tag")
+        if getattr(original, "n_frames", 1) > 1:
+            notes.append("animated, of which the first frame is used")
+    return FileInfo(picture.height, picture.width, notes)

@@ -43,22 +43,14 @@ class ImageTree(ImageFiles):
     """
 
     def __init__(
-        self,
-        *,
-        root: str,
-        views: ImageViews,
-        holdout: int | None,
-        max_pixels: int | None,
-        check: str,
-        split: str,
+        self, *, root: str, views: ImageViews, holdout: int | None, max_pixels: int | None, check: str, split: str,
         index: str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if check not in ("header", "full"):
             raise ValueError(f"data.check={check} is unknown; choose header or full")
         integer("data.max_pixels", max_pixels, 1, or_null=True)
         self.max_pixels = max_pixels
-        class_names = _train_classes(Path(root))
-        val_classes = _val_classes(Path(root), class_names)
+        class_names, val_classes = _classes(Path(root))
         apart = split == "val" and bool(val_classes)
         folder = Path(root) / ("val" if apart else "train")
         cache = index_file(Path(index), folder, f"image_tree {check} {max_pixels}")
@@ -80,19 +72,20 @@ class ImageTree(ImageFiles):
             if place != number:
                 self.stand_ins[number] = place
             return picture
-        raise ValueError(
-            f"{self.root / self.files[number]} and the files after it could be read when training began and cannot now"
-        )
+        first = self.root / self.files[number]
+        raise ValueError(f"{first} and the files after it could be read when training began and cannot now")
 
     def report(self) -> list[str]:
         """Counts of classes, sizes, and what was skipped, converted, reduced or replaced."""
         lines = super().report()
-        remarked = self._unreadable.read_text().splitlines() if self._unreadable.is_file() else []
-        rows = zip(self.found.names, self.found.stamps, strict=True) if remarked else ()
-        known = {(shown(name), str(stamp)) for name, stamp in rows}
-        count = sum(tuple(line.split("\t")[:2]) in known for line in remarked)
-        if count:
-            lines.append(f"  {count:,} replaced by others of their class when they were read; see {self._unreadable}")
+        if self._unreadable.is_file():
+            known = {(shown(n), str(stamp)) for n, stamp in zip(self.found.names, self.found.stamps, strict=True)}
+            remarked = self._unreadable.read_text().splitlines()
+            count = sum(tuple(line.split("\t")[:2]) in known for line in remarked)
+            if count:
+                lines.append(
+                    f"  {count:,} replaced by others of their class when they were read; see {self._unreadable}"
+                )
         return lines
 
     def _class_from(self, number: int) -> Iterator[int]:
@@ -120,30 +113,27 @@ def decode(file: Path, max_pixels: int | None = None) -> Image.Image:
         return as_stored(picture)
 
 
-def _train_classes(root: Path) -> list[str]:
+def _classes(root: Path) -> tuple[list[str], list[str]]:
+    """Sorted class folders for training and validation; none of `val` if it has none (ImageNet's comes flat)."""
+    train, val = root / "train", root / "val"
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={root} is not a folder")
-    if not (root / "train").is_dir():
+    if not train.is_dir():
         raise FileNotFoundError(f"data.root={root} has no folder train; put the images into {root}/train/<class>/")
-    return class_folders(root / "train")
-
-
-def _val_classes(root: Path, train: list[str]) -> list[str]:
-    """Sorted class folders for validation, none if there are none (ImageNet's validation images come flat)."""
-    val = root / "val"
-    if not val.is_dir() or not any(path.is_dir() for path in visible(val)):
-        return []
-    names = class_folders(val)
-    unknown = sorted(set(names) - set(train))
+    names = class_folders(train)
+    if not any(path.is_dir() for path in visible(val)):
+        return names, []
+    val_names = class_folders(val)
+    unknown = sorted(set(val_names) - set(names))
     if unknown:
-        raise ValueError(f"{val} has {len(unknown)} class folders that {root / 'train'} has not, such as {unknown[0]}")
-    return names
+        raise ValueError(f"{val} has {len(unknown)} class folders that {train} has not, such as {unknown[0]}")
+    return names, val_names
 
 
 def _examine(file: Path, whole: bool, max_pixels: int | None) -> FileInfo:
     """Read the header of a file, or all of it; wider numbers than 8 bits are looked at in any case."""
     with opened(file, max_pixels) as picture:
-        look = FileInfo(picture.height, picture.width, format_notes(picture, file))
+        found = FileInfo(picture.height, picture.width, format_notes(picture, file))
         if whole or picture.mode.startswith(WIDE):
             as_stored(picture)
-        return look
+        return found

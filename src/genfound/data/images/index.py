@@ -49,26 +49,16 @@ Examine = Callable[[Path], FileInfo]
 
 @dataclass(frozen=True)
 class FileIndex:
-    """All files of some class folders, in columns; also the contents of an index.
+    """All files of some class folders, in columns; also the contents of an index."""
 
-    Attributes:
-        names: sorted, `class/file`.
-        bytes: size of each.
-        stamps: time of change of each, in ns.
-        heights, widths: in pixels; 0 where a file cannot be read.
-        notes: of unusual files.
-        errors: of files that cannot be read, why not.
-        ignored: how many files were passed over because of their suffix, by suffix.
-    """
-
-    names: list[str]
+    names: list[str]  # sorted, `class/file`
     bytes: list[int]
-    stamps: list[int]
-    heights: list[int]
+    stamps: list[int]  # times of change, in ns
+    heights: list[int]  # in pixels; 0 where a file cannot be read
     widths: list[int]
-    notes: dict[str, list[str]]
-    errors: dict[str, str]
-    ignored: dict[str, int]
+    notes: dict[str, list[str]]  # of unusual files
+    errors: dict[str, str]  # of files that cannot be read, why not
+    ignored: dict[str, int]  # how many files were passed over because of their suffix, by suffix
 
     @property
     def good(self) -> list[int]:
@@ -98,39 +88,21 @@ class FileIndex:
 
 
 class ImageFiles(PictureSource, ABC):
-    """Image files in the views that are wanted of them: what image sources have in common.
-
-    Attributes:
-        files: names of the taken images, `class/file`.
-        stamps: (images,) int64, the times of change that are known of them, in ns.
-        stand_ins: images that this process could not read -> those that it showed in their place.
-        classes: (images,) int64, their labels.
-        entries: everything that is shown of them.
-        items: (n,) int64, the entries of a pass; `labels`, `sizes` and `image` go by items.
-    """
+    """Image files in the views that are wanted of them: what image sources have in common."""
 
     def __init__(
-        self,
-        root: Path,
-        class_names: list[str],
-        found: FileIndex,
-        views: ImageViews,
-        holdout: int | None,
-        split: str,
+        self, root: Path, class_names: list[str], found: FileIndex, views: ImageViews, holdout: int | None, split: str
     ) -> None:
         places = found.split(holdout, split)
-        self.root = root
-        self.found = found
-        self.class_names = class_names
-        self.views = views
-        self.holdout = holdout
-        self.files = [found.names[i] for i in places]
+        self.root, self.found, self.class_names = root, found, class_names
+        self.views, self.holdout = views, holdout
+        self.files = [found.names[i] for i in places]  # of the taken images
         self.stamps = np.array([found.stamps[i] for i in places], dtype=np.int64)
-        self.stand_ins: dict[int, int] = {}
+        self.stand_ins: dict[int, int] = {}  # images that this process could not read -> those shown in their place
         numbers = {name: number for number, name in enumerate(class_names)}
         self.classes = np.array([numbers[file.split("/", 1)[0]] for file in self.files], dtype=np.int64)
         self.entries = views.entries([found.heights[i] for i in places], [found.widths[i] for i in places])
-        self.items = views.items(self.entries)
+        self.items = views.items(self.entries)  # of a pass; `labels`, `sizes` and `image` go by these
         self.labels = self.classes[self.entries.images[self.items]]
         self.sizes = self.entries.sizes[self.items]
         self.fingerprint = found.fingerprint
@@ -182,18 +154,13 @@ class ImageFiles(PictureSource, ABC):
 
 def index_file(index: Path, root: Path, purpose: str) -> Path:
     """Where it is remembered what was found below a root for a purpose, by the present rules."""
-    key = os.fsencode(f"{root.resolve()} {purpose} {RULES}")
-    return index / f"{digest(key)}.json"
+    return index / f"{digest(os.fsencode(f'{root.resolve()} {purpose} {RULES}'))}.json"
 
 
 def known(
     root: Path, class_names: list[str], cache: Path, examine: Examine, suffixes: tuple[str, ...] = ()
 ) -> FileIndex:
-    """Every file in the class folders with what is known of it.
-
-    Args:
-        suffixes: only files that end so, in any case; none: all files.
-    """
+    """Every file in the class folders, if any suffixes are given of these, with what is known of it."""
     listed, ignored = _listed(root, class_names, suffixes)
     found = _remembered(cache, listed, ignored)
     if found is None:
@@ -255,14 +222,9 @@ def _read(cache: Path) -> FileIndex | None:
 def _remembered(cache: Path, listed: Listed, ignored: dict[str, int]) -> FileIndex | None:
     """The index, if it is true of these very files."""
     found = _read(cache)
-    if (
-        found
-        and found.ignored == ignored
-        and found.names == list(listed)
-        and list(zip(found.bytes, found.stamps, strict=True)) == [*listed.values()]
-    ):
-        return found
-    return None
+    if found is None or found.ignored != ignored or found.names != list(listed):
+        return None
+    return found if [*zip(found.bytes, found.stamps, strict=True)] == [*listed.values()] else None
 
 
 def _look(root: Path, listed: Listed, ignored: dict[str, int], old: FileIndex | None, examine: Examine) -> FileIndex:
@@ -295,7 +257,7 @@ def _look(root: Path, listed: Listed, ignored: dict[str, int], old: FileIndex | 
 
 
 def _unfit(file: Path) -> str | None:
-    """Why something in a folder can be no image, if that is plain without opening it."""
+    """Why it can be no image, if that is plain without opening it."""
     if not file.exists():
         return "a link that leads nowhere"
     if file.is_dir():

@@ -7,15 +7,11 @@ import numpy as np
 
 
 class Names:
-    """Strings in one piece of memory, which is small and quickly sent to another process.
-
-    Attributes:
-        table: the names as the file system has them, with a byte 0 between two.
-    """
+    """Strings in one piece of memory, which is small and quickly sent to another process."""
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self.table = b"\0".join(encoded)
+        self.table = b"\0".join(encoded)  # as the file system has them
         self._ends = np.cumsum([len(name) + 1 for name in encoded], dtype=np.int64)
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -22,14 +22,10 @@ DAMAGE = (
 
 
 class ImageStack(NamedTuple):
-    """Images (H, W, 3) uint8 that become one array.
+    """Images that become one array."""
 
-    Attributes:
-        shape: (N, H, W, 3).
-    """
-
-    shape: tuple[int, int, int, int]
-    images: Iterator[np.ndarray]
+    shape: tuple[int, int, int, int]  # (N, H, W, 3)
+    images: Iterator[np.ndarray]  # (H, W, 3) uint8
 
 
 def write_npz(file: Path, arrays: Mapping[str, np.ndarray | ImageStack]) -> None:
@@ -90,27 +86,15 @@ def file_hash(file: Path) -> str:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
+    """All that zipfile, zlib and numpy raise on damaged bytes becomes one ValueError that names the file."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    with _damage_named(file), zipfile.ZipFile(file) as archive:
-        yield archive
-
-
-@contextmanager
-def _damage_named(file: Path) -> Iterator[None]:
-    """All that zipfile, zlib and numpy raise on damaged bytes, as one ValueError that names the file."""
     try:
-        yield
+        with zipfile.ZipFile(file) as archive:
+            yield archive
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise ValueError(f"{file} is damaged or is not an npz file of arrays: {reason}") from None
-
-
-def _data(stream: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member begin."""
-    stream.seek(member.header_offset + 26)
-    name, extra = (int.from_bytes(stream.read(2), "little") for _ in range(2))
-    return member.header_offset + 30 + name + extra
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -123,8 +107,9 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 def _mapped(file: Path, member: zipfile.ZipInfo) -> np.ndarray:
     """An array that lies uncompressed within a zip file."""
     with open(file, "rb") as stream:
-        begin = _data(stream, member)
-        stream.seek(begin)
+        stream.seek(member.header_offset + 26)
+        name, extra = (int.from_bytes(stream.read(2), "little") for _ in range(2))
+        begin = stream.seek(member.header_offset + 30 + name + extra)
         shape, fortran, dtype = _read_header(stream)
         if dtype.hasobject or fortran or 0 in shape or not shape:
             stream.seek(begin)

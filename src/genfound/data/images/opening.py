@@ -45,16 +45,10 @@ def decoding() -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(file: Path, max_pixels: int | None = None, key: str = "data.max_pixels") -> Iterator[Image.Image]:
-    """An image file whose header has been read; everything that fails within is an OSError.
+    """An image file, judged by its content, whose header has been read; everything that fails within is an OSError.
 
-    Args:
-        file: judged by its content, not by its name.
-        max_pixels: larger images are refused; `None`: those that Pillow takes for decompression bombs, which are
-            above 178,956,970 pixels.
-        key: what the user sets the limit with.
-
-    Raises:
-        OSError: it is not an image, is damaged, has too many pixels, or wide numbers whose white is 0.
+    Images of more than `max_pixels`, which the user sets by a key, are refused; `None`: those that Pillow takes for
+    decompression bombs, which are above 178,956,970 pixels.
     """
     if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # Pillow has one limit for all threads

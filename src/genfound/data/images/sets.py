@@ -39,13 +39,9 @@ LABELS, NOTE = "labels.txt", "protocol.json"
 
 
 class ImageSet(Protocol):
-    """Images in a fixed order.
+    """Images in a fixed order."""
 
-    Attributes:
-        key: changes when the images do; a hexadecimal number.
-    """
-
-    key: str
+    key: str  # changes when the images do; a hexadecimal number
 
     @property
     def sizes(self) -> np.ndarray:
@@ -93,19 +89,10 @@ class NpzImages:
 
 
 class FolderImages:
-    """All images below a folder, in the order of their paths, which `labels.txt` follows.
-
-    Args:
-        folder: hidden files in it are left out.
-        max_pixels: see `data.opening.opened`.
-
-    Attributes:
-        ignored: how many files are no images by their suffix, or are hidden; by kind.
-    """
+    """All images below a folder, in the order of their paths, which `labels.txt` follows; hidden ones are left out."""
 
     def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
-        self.folder = folder
-        self.max_pixels = max_pixels
+        self.folder, self.max_pixels = folder, max_pixels
         self.files, self.ignored = image_files(folder)
         if not self.files:
             raise FileNotFoundError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
@@ -115,11 +102,11 @@ class FolderImages:
     @functools.cached_property
     def sizes(self) -> np.ndarray:
         """(n, 2) int64, from the headers of the files."""
-        found = np.empty((len(self.files), 2), dtype=np.int64)
-        for number, file in enumerate(self.files):
+        found = []
+        for file in self.files:
             with self._opened(file) as picture:
-                found[number] = picture.height, picture.width
-        return found
+                found.append((picture.height, picture.width))
+        return np.array(found, dtype=np.int64)
 
     def digests(self, progress: Progress = no_progress) -> np.ndarray:
         """(n, 4) uint64, the SHA-256 of each file, which is read for it."""
@@ -172,8 +159,7 @@ class Subset:
     """Some images of a set, in a given order."""
 
     def __init__(self, images: ImageSet, numbers: Sequence[int] | np.ndarray) -> None:
-        self.images = images
-        self.numbers = np.asarray(numbers, dtype=np.int64)
+        self.images, self.numbers = images, np.asarray(numbers, dtype=np.int64)
         self.sizes = images.sizes[self.numbers]
         self.labels = None if images.labels is None else images.labels[self.numbers]
         self.key = digest(images.key, self.numbers.tobytes())
@@ -190,15 +176,10 @@ class Cropped:
     """A set brought to one size: as small as covers it, bicubic, then its centre."""
 
     def __init__(self, images: ImageSet, size: tuple[int, int]) -> None:
-        self.images = images
-        self.size = size
+        self.images, self.size = images, size
         self.labels = images.labels
+        self.sizes = np.tile(np.array(size, dtype=np.int64), (len(images), 1))
         self.key = digest(images.key, f"crop {size[0]} {size[1]}")
-
-    @functools.cached_property
-    def sizes(self) -> np.ndarray:
-        """(n, 2) int64, all the same."""
-        return np.tile(np.array(self.size, dtype=np.int64), (len(self), 1))
 
     def __len__(self) -> int:
         return len(self.images)
