@@ -217,7 +217,7 @@ def _replacements(replaced: Mapping[str, str]) -> list[str]:
     """What is said of images that could not be read."""
     if not replaced:
         return []
-    listed = [f"  {shown(name)}: {shown(other)} is in its place" for name, other in list(replaced.items())[:MOST_NAMED]]
+    listed = [f"  {shown(name)}: {shown(other)} is in its place" for name, other in [*replaced.items()][:MOST_NAMED]]
     more = [f"  and {len(replaced) - MOST_NAMED:,} more"] if len(replaced) > MOST_NAMED else []
     head = f"warning: {len(replaced):,} images could not be read, and the store has others of their class instead"
     return [f"{head} (data.check=full leaves them out):", *listed, *more]

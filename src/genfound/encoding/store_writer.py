@@ -28,21 +28,15 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreWriter:
-    """The folder of a store in the making; `described` is the manifest before anything is encoded.
-
-    Attributes:
-        manifest: the one that is there, or was put there now.
-        was_complete: all shards had been written before.
-        replaced: images that could not be read -> those shown in their place; known once all shards are there.
-    """
+    """The folder of a store in the making; `described` is the manifest before anything is encoded."""
 
     def __init__(self, out: Path, described: Mapping[str, Any]) -> None:
         self.out = out
         self.digest = store_digest(described)
-        self.replaced: dict[str, str] = {}
+        self.replaced: dict[str, str] = {}  # unreadable images -> those shown in their place, once all shards are there
         self.write(lambda: out.mkdir(parents=True, exist_ok=True), out)
         with lock(out / MANIFEST, wait=True):
-            self.manifest = self._claimed(dict(described))
+            self.manifest = self._claimed(dict(described))  # the one that is there, or was put there now
         self.was_complete = self.manifest["shards"] is not None
 
     def _claimed(self, ours: dict[str, Any]) -> dict[str, Any]:
@@ -127,10 +121,9 @@ class StoreWriter:
             indices = [store.read_index(self.file(shard)) for shard in shards]
         except (FileNotFoundError, ValueError):  # another process has still to write it, or to write it again
             return None
-        pairs = list(zip(shards, indices, strict=True))
-        if not all(self._is_ours(index.note, shard) for shard, index in pairs):
+        if not all(self._is_ours(index.note, shard) for shard, index in zip(shards, indices, strict=True)):
             return None
-        lines = [store.manifest_line(self.file(shard), index) for shard, index in pairs]
+        lines = [store.manifest_line(self.file(s), index) for s, index in zip(shards, indices, strict=True)]
         for split, expected in self.manifest["splits"].items():
             found = sum(line["entries"] for line in lines if line["file"].startswith(f"{split}-"))
             if found != expected["entries"]:

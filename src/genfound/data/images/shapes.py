@@ -96,28 +96,19 @@ class Shapes(PictureSource):
     """
 
     def __init__(
-        self,
-        *,
-        images: int,
-        holdout: int,
-        sides: Sequence[int],
-        view: str,
-        size: int,
-        max_tokens: int,
-        unit: int,
-        split: str,
-        seed: int,
-    ) -> None:
+        self, *, images: int, holdout: int, sides: Sequence[int], view: str, size: int, max_tokens: int, unit: int,
+        split: str, seed: int,
+    ) -> None:  # fmt: skip
         if view not in ("native", "square"):
             raise ValueError(f"data.view={view} is unknown; choose native or square")
         integer("data.holdout", holdout, 0)
-        least_one = {"images": images, "size": size, "max_tokens": max_tokens, "sides": min(sides, default=0)}
-        for key, value in least_one.items():
-            integer(f"data.{key}", value, 1)
+        integer("data.images", images, 1)
+        integer("data.size", size, 1)
+        integer("data.max_tokens", max_tokens, 1)
+        integer("data.sides", min(sides, default=0), 1)
         sides = list(sides) if view == "native" else [size]
         _check_sides(sides, unit, max_tokens)
-        count = images if split == "train" else holdout
-        self.first = 0 if split == "train" else images
+        self.first, count = (0, images) if split == "train" else (images, holdout)
         self.seed = seed
         self.class_names = list(CLASSES)
         numbers = np.random.Generator(np.random.Philox(key=[seed, 0])).integers(0, 2**31, size=(images + holdout, 3))
@@ -150,10 +141,10 @@ def _check_sides(sides: Sequence[int], unit: int, max_tokens: int) -> None:
                 f"data: a side of {side} pixels does not divide into tokens of {unit} pixels; "
                 f"the nearest legal sides are {max(low, unit)} and {low + unit}"
             )
-    largest = (max(sides) // unit) ** 2
+    side, largest = max(sides), (max(sides) // unit) ** 2
     if largest > max_tokens:
         raise ValueError(
-            f"data: a side of {max(sides)} pixels makes {largest} tokens, more than data.max_tokens={max_tokens}"
+            f"data: a side of {side} pixels makes {largest} tokens, more than data.max_tokens={max_tokens}"
         )
 
 

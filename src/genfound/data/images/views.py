@@ -24,12 +24,7 @@ FEWEST_TOKENS = 16
 
 
 class ViewRule(NamedTuple):
-    """One way to bring an image to a size.
-
-    Attributes:
-        size: (height, width) of an image -> those of what is shown of it, in pixels; `None`: it is not shown this way.
-        render: the image at a planned (height, width).
-    """
+    """One way to bring an image to a size: (height, width) -> those of what is shown of it, if anything; and that."""
 
     size: Callable[[int, int], tuple[int, int] | None]
     render: Callable[[Image.Image, int, int], Image.Image]
@@ -66,17 +61,11 @@ def _flexible_size(height: int, width: int, unit: int, side: int) -> tuple[int, 
 
 
 class Entries(NamedTuple):
-    """Everything that is shown of a number of images, image by image.
+    """Everything that is shown of a number of images, image by image."""
 
-    Attributes:
-        images: (e,) int64, number of the image.
-        rules: (e,) int64, which of the rules shows it.
-        sizes: (e, 2) int64, height and width in pixels.
-    """
-
-    images: np.ndarray
-    rules: np.ndarray
-    sizes: np.ndarray
+    images: np.ndarray  # (e,) int64, number of the image
+    rules: np.ndarray  # (e,) int64, which of the rules shows it
+    sizes: np.ndarray  # (e, 2) int64, height and width in pixels
 
 
 class ImageViews:
@@ -124,10 +113,10 @@ class ImageViews:
     @classmethod
     def of(cls, data: Mapping[str, Any], unit: int) -> ImageViews:
         """The views that the options of `data` ask for."""
-        for key, least in (("size", 1), ("max_tokens", 1)):
-            integer(f"data.{key}", data[key], least)
-        for key, least in (("max_image_tokens", 1), ("holdout", 2)):
-            integer(f"data.{key}", data[key], least, or_null=True)
+        integer("data.size", data["size"], 1)
+        integer("data.max_tokens", data["max_tokens"], 1)
+        integer("data.max_image_tokens", data["max_image_tokens"], 1, or_null=True)
+        integer("data.holdout", data["holdout"], 2, or_null=True)
         limit = min(data["max_image_tokens"] or data["max_tokens"], data["max_tokens"])
         return cls(data["view"], data["size"], unit, limit)
 
@@ -142,12 +131,7 @@ class ImageViews:
         return Entries(images, rules, sizes[images, rules])
 
     def items(self, entries: Entries, names: Sequence[str] | None = None) -> np.ndarray:
-        """(m,) int64, the entries of one pass.
-
-        Args:
-            entries: what there is.
-            names: of the rules that `entries.rules` counts; `None`: the own ones.
-        """
+        """(m,) int64, those of one pass; `names` are of the rules that `entries.rules` counts, if not the own ones."""
         names = list(self.rules) if names is None else names
         number = np.full((len(names), int(entries.images.max(initial=-1)) + 1), -1, dtype=np.int64)
         number[entries.rules, entries.images] = np.arange(len(entries.images))

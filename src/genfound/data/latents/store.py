@@ -54,16 +54,7 @@ class ShardIndex(NamedTuple):
 
 
 class ShardWriter:
-    """A shard in memory, of which every entry is put in once.
-
-    Args:
-        planes: C, or 2 C with log-variance.
-        variants: 2 with mirror images, else 1.
-
-    Attributes:
-        missing: how many entries are still to be put in.
-        replaced: images that cannot be read -> the one that is shown in the place of each.
-    """
+    """A shard in memory, of which every entry is put in once; planes are C or, with log-variance, 2 C."""
 
     def __init__(
         self, columns: Mapping[str, np.ndarray], names: list[str], channels: int, planes: int, variants: int,
@@ -71,13 +62,13 @@ class ShardWriter:
     ) -> None:  # fmt: skip
         self.columns = {name: np.ascontiguousarray(column, dtype=np.int32) for name, column in columns.items()}
         self.names = names
-        self.variants, self.planes = variants, planes
+        self.variants, self.planes = variants, planes  # variants: 2 with mirror images, else 1
         lengths = variants * planes * self.columns["sizes"].astype(np.int64).prod(axis=1)
         self.offsets = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
         self.values = torch.empty(int(self.offsets[-1]), dtype=dtype)
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
-        self.missing = len(lengths)
-        self.replaced: dict[str, str] = {}
+        self.missing = len(lengths)  # entries that are still to be put in
+        self.replaced: dict[str, str] = {}  # images that cannot be read -> those that are shown in their place
 
     def put(self, entries: list[int], moments: Tensor) -> None:
         """Put in entries of one size, by their numbers in the shard: (B, variants, planes, h, w)."""
@@ -147,9 +138,8 @@ def verify(file: Path) -> ShardIndex:
         stream.seek(index.values.begin)
         for entry, length in enumerate(lengths.tolist()):
             if [zlib.crc32(stream.read(length)) for _ in expected[entry]] != expected[entry].tolist():
-                raise ValueError(
-                    f"{file} is damaged: entry {entry} has not the checksum that was written with it; {REPAIR}"
-                )
+                reason = f"entry {entry} has not the checksum that was written with it"
+                raise ValueError(f"{file} is damaged: {reason}; {REPAIR}")
     return index
 
 
@@ -209,7 +199,7 @@ class Store(LatentSource):
         manifest, root = self.manifest, self.root
         if manifest["shards"] is None:
             raise ValueError(f"data.root={root} is not complete; give the command that encodes it again")
-        missing = sorted(set(self.views.rules) - set(manifest["views"]))
+        missing, encoded = sorted(set(self.views.rules) - set(manifest["views"])), manifest["source"]["holdout"]
         if missing:
             held = ", ".join(manifest["views"])
             raise ValueError(
@@ -220,10 +210,8 @@ class Store(LatentSource):
             raise ValueError(
                 f"data.root={root} holds no mirrored latents; encode with data.flip=true, or data.flip=false"
             )
-        if holdout not in (None, manifest["source"]["holdout"]):
-            raise ValueError(
-                f"data.root={root} was encoded with data.holdout={manifest['source']['holdout']}, not {holdout}"
-            )
+        if holdout not in (None, encoded):
+            raise ValueError(f"data.root={root} was encoded with data.holdout={encoded}, not {holdout}")
 
     def _opened(self, line: Mapping[str, Any], note: Mapping[str, str]) -> ShardIndex:
         """The index of a shard, as the manifest has it; its own note says that it belongs there."""

@@ -22,25 +22,15 @@ from genfound.runtime.files import digest
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of one rank.
+    """One micro-batch of one rank."""
 
-    Attributes:
-        number: of the micro-batch in the run; the key of its random draws.
-        positions: of its images in the run.
-        indices: of its images in the data set.
-        tokens: of its images together.
-        step: number of its global step.
-        weight_sum: sum of the loss weights of all images of that step.
-        images_seen: images of the run up to the end of that step.
-    """
-
-    number: int
-    positions: tuple[int, ...]
-    indices: tuple[int, ...]
-    tokens: int
-    step: int
-    weight_sum: float
-    images_seen: int
+    number: int  # of the micro-batch in the run; the key of its random draws
+    positions: tuple[int, ...]  # of its images in the run
+    indices: tuple[int, ...]  # of its images in the data set
+    tokens: int  # of its images together
+    step: int  # number of its global step
+    weight_sum: float  # sum of the loss weights of all images of that step
+    images_seen: int  # images of the run up to the end of that step
 
 
 def each_once(
@@ -57,22 +47,15 @@ def each_once(
 
 
 class Plan:
-    """All global steps of a run, from any recorded step on.
-
-    Args:
-        order: position -> image.
-        tokens: (n,) tokens of each image of the data set.
-        grouper: makes micro-batches of positions.
-        per_step: micro-batches of a global step, over all ranks.
-    """
+    """All global steps of a run, from any recorded step on."""
 
     def __init__(
         self, order: Order, tokens: np.ndarray, grouper: Batcher, per_step: int, weight: str, seed: int
     ) -> None:
         self.order = order
-        self.tokens = tokens
+        self.tokens = tokens  # (n,) of each image of the data set
         self.grouper = grouper
-        self.per_step = per_step
+        self.per_step = per_step  # micro-batches of a global step, over all ranks
         self.weight = weight
         self._rng = Rng(seed, "plan")
         # changes with whatever decides which positions make a micro-batch

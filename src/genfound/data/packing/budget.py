@@ -40,10 +40,9 @@ def micro_batches(config: Config, ranks: int) -> int:
 def token_budget(config: Config, tokens: np.ndarray) -> int:
     """Tokens of a pack."""
     budget: int = config["data"]["max_tokens"]
-    if int(tokens.max()) > budget:
-        raise ValueError(
-            f"an image has {int(tokens.max())} tokens, more than data.max_tokens={budget}; raise data.max_tokens"
-        )
+    most = int(tokens.max())
+    if most > budget:
+        raise ValueError(f"an image has {most} tokens, more than data.max_tokens={budget}; raise data.max_tokens")
     return budget
 
 

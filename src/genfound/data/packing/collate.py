@@ -24,17 +24,11 @@ from genfound.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class RawImages:
-    """The images of a micro-batch as they were read.
+    """The images of a micro-batch as they were read."""
 
-    Attributes:
-        images: each (3, height, width) uint8, or what an encoder has left of it, see `LatentSource.moments`.
-        labels: (B,) int64.
-        encoded: they are moments.
-    """
-
-    images: list[Tensor]
-    labels: Tensor
-    encoded: bool
+    images: list[Tensor]  # each (3, height, width) uint8, or moments, see `LatentSource.moments`
+    labels: Tensor  # (B,) int64
+    encoded: bool  # they are moments
 
     def pin_memory(self) -> RawImages:
         """The same in page-locked host memory (called by the DataLoader)."""
@@ -50,16 +44,11 @@ class Normaliser(Protocol):
 
 @dataclass
 class Collate:
-    """Images or moments -> batch.
+    """Images or moments -> batch."""
 
-    Attributes:
-        tokenizer: encodes images; one for stored moments also normalises these.
-        rng: noise of a stochastic tokenizer, by position of the image.
-    """
-
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # encodes images; one for stored moments also normalises these
     layout: Layout
-    rng: Rng
+    rng: Rng  # noise of a stochastic tokenizer, by position of the image
 
     def __call__(self, images: RawImages, positions: Sequence[int], device: torch.device) -> Batch:
         """Encode the images at these positions on a device, or normalise their moments, and lay them out there."""

@@ -22,31 +22,20 @@ Item = tuple[Batch | RawImages, MicroBatch]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A micro-batch of validation.
+    """A micro-batch of validation."""
 
-    Attributes:
-        images: a `Batch`, unless they are still to be encoded.
-        micro: which they are.
-        noise: shaped like the batch, once that is laid out; each image has its own, whatever it is packed with.
-    """
-
-    images: Batch | RawImages
+    images: Batch | RawImages  # raw ones are still to be encoded
     micro: MicroBatch
-    noise: Tensor | None = None
+    noise: Tensor | None = None  # shaped like the batch; each image has its own, whatever it is packed with
 
 
 @dataclass(eq=False)
 class MicroBatches(Dataset[Item]):
-    """A micro-batch of the plan -> its images, as a `Batch` unless they are still to be encoded; runs in the workers.
-
-    Attributes:
-        assembly: encodes and lays them out; `None` leaves that to the training device.
-        flips: decides which images of a micro-batch are mirrored; `None` mirrors none.
-    """
+    """A micro-batch of the plan -> its images, as a `Batch` if they are encoded; runs in the workers."""
 
     source: ImageSource
-    assembly: Collate | None
-    flips: Rng | None = None
+    assembly: Collate | None  # encodes and lays them out; `None` leaves that to the training device
+    flips: Rng | None = None  # decides which images of a micro-batch are mirrored; `None` mirrors none
 
     def __getitem__(self, micro: MicroBatch) -> Item:
         count = len(micro.indices)
@@ -65,11 +54,7 @@ class MicroBatches(Dataset[Item]):
 
 @dataclass(eq=False)
 class TrainLoader(IterableDataset[Item]):
-    """The micro-batches of one rank, from the recorded step on, without end.
-
-    Attributes:
-        waited: seconds that the training process spent in here.
-    """
+    """The micro-batches of one rank, from the recorded step on, without end."""
 
     batches: MicroBatches
     plan: Plan
@@ -77,7 +62,7 @@ class TrainLoader(IterableDataset[Item]):
     ranks: int
     workers: int
     pin_memory: bool
-    waited: float = 0.0
+    waited: float = 0.0  # seconds that the training process spent in here
 
     def __iter__(self) -> Iterator[Item]:
         items = read_ahead(self.batches, self.share(), self.workers, self.pin_memory)

@@ -36,11 +36,8 @@ def in_order(tokens: Sequence[int], max_tokens: float, max_images: int) -> Itera
 class Packer:
     """Arrival order with gaps that are closed as far as possible.
 
-    The oldest image that waits always opens a pack, so that none waits for ever.
-
-    Args:
-        max_images: a pack that reaches this number is closed.
-        lookahead: how many waiting images the gap search sees.
+    The oldest image that waits always opens a pack, so that none waits for ever. A pack that reaches `max_images` is
+    closed; the gap search sees `lookahead` waiting images.
     """
 
     window = 64

@@ -52,12 +52,7 @@ class _Sharing(pickle.Pickler):
 
 
 def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[Item]:
-    """The items of a data set, in the order of the keys.
-
-    Args:
-        dataset: is sent to the workers once.
-        keys: are drawn in this process.
-    """
+    """The items of a data set, which is sent to the workers once, in the order of keys that are drawn here."""
     integer("data.num_workers", workers, 0)
     loader = DataLoader(
         _Caught(dataset),
