@@ -7,7 +7,7 @@ after that, only what makes the same shards may go on. Whoever finds all shards 
 import errno
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,8 @@ def _compare(out: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
     before, now = flatten(theirs), flatten(ours)
     changed = [key for key in now | before if now.get(key) != before.get(key)]
     if changed:
-        pairs = ((key, _short(before.get(key)), _short(now.get(key))) for key in changed[:3])
-        listed = "; ".join(f"{key}: {there} there, {here} now" for key, there, here in pairs)
+        pairs = (f"{key}: {_short(before.get(key))} there, {_short(now.get(key))} now" for key in changed[:3])
+        listed = "; ".join(pairs)
         raise ValueError(f"out={out} was begun with other settings or images ({listed}); choose another out=...")
 
 
@@ -156,9 +156,8 @@ def _note(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _statistics(shards: Iterable[Mapping[str, np.ndarray]]) -> dict[str, list[float]]:
+def _statistics(shards: Sequence[Mapping[str, np.ndarray]]) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel of the unscaled means."""
-    shards = list(shards)
     sums = sum((shard["sums"] for shard in shards), start=np.zeros_like(shards[0]["sums"]))
     count = sum(int(shard["sizes"].astype(np.int64).prod(axis=1).sum()) for shard in shards)
     mean, square = sums / count

@@ -27,9 +27,8 @@ class LightningDiTLatents(LatentSource):
             shards = zip(self._files, headers, strict=True)
             labels = [read_tensors(file, {"labels": header.spans["labels"]})["labels"] for file, header in shards]
         except KeyError as error:
-            raise ValueError(
-                f"data.root={root} has a shard without {error.args[0]}; it is not LightningDiT's"
-            ) from None
+            missing = error.args[0]
+            raise ValueError(f"data.root={root} has a shard without {missing}; it is not LightningDiT's") from None
         self._reader = Reader(self._files)
         self._shape = self._spans[0][0].shape[1:]
         every = self._labels(labels)
@@ -39,8 +38,7 @@ class LightningDiTLatents(LatentSource):
         self.class_names = [str(number) for number in range(int(every.max()) + 1)]
         self.sizes = np.full((len(self._rows), 2), views.size, dtype=np.int64)
         self._check(views, spec)
-        facts = ([file.name for file in self._files], self._shape, every.tobytes())
-        self.fingerprint = digest(repr(facts))
+        self.fingerprint = digest(repr(([file.name for file in self._files], self._shape, every.tobytes())))
 
     def _labels(self, labels: list[np.ndarray]) -> np.ndarray:
         """(n,) int64, of all shards, each of which has as many as latents and mirrored latents."""
@@ -50,32 +48,28 @@ class LightningDiTLatents(LatentSource):
                     f"{file} holds latents {plain.shape}, latents_flip {mirrored.shape} and labels {list(own.shape)}, "
                     f"which do not agree"
                 )
-        images = sum(map(len, labels))
-        every = [checked_labels(file, own, images) for file, own in zip(self._files, labels, strict=True)]
-        return np.concatenate(every)
+        images, pairs = sum(map(len, labels)), zip(self._files, labels, strict=True)
+        return np.concatenate([checked_labels(file, own, images) for file, own in pairs])
 
     def _check(self, views: ImageViews, spec: LatentSpec) -> None:
-        if len(self._shape) != 3 or any(span.shape[1:] != self._shape for pair in self._spans for span in pair):
-            raise ValueError(f"data.root={self.root} has latents of several sizes")
-        side = self._shape[1] * spec.stride
-        if self._shape[0] != spec.channels:
-            raise ValueError(
-                f"data.root={self.root} holds {self._shape[0]} channels, and the tokenizer has {spec.channels}"
-            )
+        root, shape = f"data.root={self.root}", self._shape
+        if len(shape) != 3 or any(span.shape[1:] != shape for pair in self._spans for span in pair):
+            raise ValueError(f"{root} has latents of several sizes")
+        side = shape[1] * spec.stride
+        if shape[0] != spec.channels:
+            raise ValueError(f"{root} holds {shape[0]} channels, and the tokenizer has {spec.channels}")
         if views.name != "square" or views.size != side:
-            raise ValueError(
-                f"data.root={self.root} holds squares of {side} pixels; choose data.view=square data.size={side}"
-            )
+            raise ValueError(f"{root} holds squares of {side} pixels; choose data.view=square data.size={side}")
 
     def moments(self, index: int, mirrored: bool) -> Tensor:
         """(C, h, w) float32, as stored."""
-        row = int(self._rows[index])
-        shard = int(np.searchsorted(self._first, row, side="right")) - 1
-        span = self._spans[shard][int(mirrored)]
+        place = int(self._rows[index])
+        shard = int(np.searchsorted(self._first, place, side="right")) - 1
+        row, span = place - int(self._first[shard]), self._spans[shard][int(mirrored)]
         count = int(np.prod(self._shape)) * span.dtype.itemsize
-        data = self._reader.read(shard, span.begin + (row - int(self._first[shard])) * count, count)
+        data = self._reader.read(shard, span.begin + row * count, count)
         latents = as_tensor(data, span.dtype).view(self._shape).float()
-        return checked_latents(self._files[shard], latents, f" in row {row - int(self._first[shard])}")
+        return checked_latents(self._files[shard], latents, f" in row {row}")
 
     def report(self) -> list[str]:
         """Counts and sizes."""

@@ -54,8 +54,7 @@ class NiTLatents(LatentSource):
             column[kept] for column in (self._rules, self.sizes, self._files, self.labels)
         )
         self._check(views, spec)
-        facts = (rules, self.class_names, entries.sizes.tobytes(), names)
-        self.fingerprint = digest(repr(facts))
+        self.fingerprint = digest(repr((rules, self.class_names, entries.sizes.tobytes(), names)))
 
     def _classes(self) -> tuple[np.ndarray, list[str]]:
         """(n,) labels, which the first file of each class folder tells, and the names of all classes."""

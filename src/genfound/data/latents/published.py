@@ -39,8 +39,5 @@ def checked_latents(file: Path, latents: Tensor, place: str) -> Tensor:
 def summary(root: Path, whose: str, labels: np.ndarray, class_names: list[str], sizes: np.ndarray) -> list[str]:
     """The lines of a report."""
     low, high = sizes.min(0), sizes.max(0)
-    counts = f"{root}: {len(labels):,} latents of {whose} in {len(class_names)} classes, "
-    return [
-        f"{counts}{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels (height x width)",
-        *remarks(class_names),
-    ]
+    counts = f"{root}: {len(labels):,} latents of {whose} in {len(class_names)} classes"
+    return [f"{counts}, {low[0]} x {low[1]} to {high[0]} x {high[1]} pixels (height x width)", *remarks(class_names)]
