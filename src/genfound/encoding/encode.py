@@ -6,7 +6,6 @@ moment, shards may be shared out over any number of them, and the store is the s
 `ranks`-th shard from r on; whoever finds all of them complete writes the manifest. Nobody waits for anybody.
 """
 
-import functools
 import json
 import os
 import sys
@@ -124,12 +123,11 @@ class Encoding:
 
     def _filling(self, shard: Shard) -> store.ShardWriter:
         """An empty shard."""
-        part = self.parts[shard.split]
+        part, (channels, stride) = self.parts[shard.split], self.codec.spec
         images, rules, sizes = (column[shard.first : shard.end] for column in part.entries)
-        columns = {"sizes": sizes // self.codec.spec.stride, "labels": part.labels[images], "images": images}
+        columns = {"sizes": sizes // stride, "labels": part.labels[images], "images": images, "rules": rules}
         names = [part.name(image) for image in np.unique(images).tolist()]
-        channels = self.codec.spec.channels
-        return store.ShardWriter({**columns, "rules": rules}, names, channels, self.planes, self.variants, self.dtype)
+        return store.ShardWriter(columns, names, channels, self.planes, self.variants, self.dtype)
 
     def _encoded(self, batch: EncodeBatch, pictures: Tensor) -> Tensor:
         """(B, variants, planes, h, w) moments in the stored dtype."""
@@ -151,27 +149,21 @@ class Encoding:
         latent = codec.normalise(moments) if isinstance(codec, Autoencoder) else moments
         image = self.parts[shard.split].read(shard.first).permute(1, 2, 0).numpy()
         picture = Image.fromarray(np.concatenate([image, to_uint8(codec.decode(latent)[0])], axis=1))
-        file, save = self.place.file(shard), functools.partial(picture.save, format="PNG")
+        file = self.place.file(shard)
         beside = file.with_suffix(".png")
-        self.place.write(lambda: atomic_write(beside, save), beside)
+        self.place.write(lambda: atomic_write(beside, lambda temporary: picture.save(temporary, format="PNG")), beside)
         self.place.write(lambda: filling.write(file, self.place.note(shard)), file)
 
 
 def encode(config: Mapping[str, Any], rank: int, ranks: int, device: torch.device) -> None:
-    """Encode this process's share of a store; the last one to finish writes the manifest.
-
-    Raises:
-        FileNotFoundError: images, or the weights of the tokenizer, are missing.
-        ValueError: an unknown option, `out` holds something else, latents that are not finite, or a full disk.
-    """
+    """Encode this process's share of a store; the last one to finish writes the manifest."""
     encoding = Encoding(config, device)
     place = encoding.place
     mine = encoding.shards[rank::ranks]
     if rank == 0 and place.begun:
         print(f"checking the shards that are in {place.out}", flush=True)
     missing = [shard for shard in mine if not place.finished(shard)]
-    every = (encoding.shards, mine, missing)
-    total, own, left = (sum(shard.end - shard.first for shard in shards) for shards in every)
+    total, own, left = (sum(s.end - s.first for s in shards) for shards in (encoding.shards, mine, missing))
     if rank == 0:
         lines = encoding.parts["train"].source.report()
         lines += [f"  {len(part.labels):,} of {split}" for split, part in encoding.parts.items()]

@@ -99,9 +99,8 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether in Fortran's order, and dtype."""
-    version = np.lib.format.read_magic(stream)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return reader(stream)
+    one = np.lib.format.read_magic(stream) == (1, 0)
+    return (np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0)(stream)
 
 
 def _mapped(file: Path, member: zipfile.ZipInfo) -> np.ndarray:

@@ -142,9 +142,7 @@ class Sourced:
     """The images of a data set, as a model is trained on them."""
 
     def __init__(self, source: PictureSource) -> None:
-        self.source = source
-        self.sizes = source.sizes
-        self.labels = source.labels
+        self.source, self.sizes, self.labels = source, source.sizes, source.labels
         self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes())
 
     def __len__(self) -> int:

@@ -21,21 +21,14 @@ OBJECTS = np.array(
 BACKGROUNDS = np.array([[24, 26, 36], [38, 52, 66], [66, 44, 58], [40, 60, 46]], dtype=np.float64)
 
 
-def circle(p: np.ndarray) -> np.ndarray:
-    """A disc."""
-    return np.hypot(p[..., 0], p[..., 1]) - 0.92
-
-
-def ring(p: np.ndarray) -> np.ndarray:
-    """An annulus."""
-    return np.abs(np.hypot(p[..., 0], p[..., 1]) - 0.68) - 0.25
+def disc(radius: float, x: float = 0.0, y: float = 0.0) -> Distance:
+    """A disc around a point."""
+    return lambda p: np.hypot(p[..., 0] - x, p[..., 1] - y) - radius
 
 
 def moon(p: np.ndarray) -> np.ndarray:
     """A crescent, open to the right."""
-    integer = np.hypot(p[..., 0], p[..., 1]) - 0.95
-    bite = np.hypot(p[..., 0] - 0.55, p[..., 1] + 0.1) - 0.75
-    return np.maximum(integer, -bite)
+    return np.maximum(disc(0.95)(p), -disc(0.75, 0.55, -0.1)(p))
 
 
 def polygon(corners: Sequence[tuple[float, float]]) -> Distance:
@@ -72,12 +65,12 @@ _CROSS = [
 ]  # fmt: skip
 
 CLASSES: dict[str, Distance] = {
-    "circle": circle,
+    "circle": disc(0.92),
     "square": polygon([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]),
     "triangle": polygon([(0.0, -0.92), (0.98, 0.8), (-0.98, 0.8)]),
     "diamond": polygon([(0.0, -0.98), (0.66, 0.0), (0.0, 0.98), (-0.66, 0.0)]),
     "cross": polygon(_CROSS),
-    "ring": ring,
+    "ring": lambda p: np.abs(disc(0.68)(p)) - 0.25,
     "heart": polygon(_heart_corners()),
     "arrow": polygon(_ARROW),
     "moon": moon,
@@ -89,7 +82,7 @@ class Shapes(PictureSource):
     """The embedded data set.
 
     Args:
-        images: how many images there are.
+        images: how many there are.
         sides: pixel sides that occur, e.g. [12, 14, ..., 24]; height and width are drawn independently.
         holdout: how many more there are for validation.
         size: side of the square view in pixels.

@@ -96,10 +96,7 @@ class ImageViews:
                 f"data.size={size} must be a multiple of {unit} pixels (tokenizer stride x patch); "
                 f"the nearest legal sizes are {' and '.join(legal)}"
             )
-        self.name = view
-        self.size = size
-        self.unit = unit
-        self.max_tokens = max_tokens
+        self.name, self.size, self.unit, self.max_tokens = view, size, unit, max_tokens
         one, two = f"{size}", f"{2 * size}"
         self.rules: dict[str, ViewRule] = {
             "native": {"native": native(unit, max_tokens)},

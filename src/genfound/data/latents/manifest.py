@@ -49,8 +49,7 @@ def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _text(manifest: Mapping[str, Any]) -> str:
-    crc = zlib.crc32(json.dumps(manifest).encode())
-    return json.dumps({**manifest, "crc32": crc}, indent=1)
+    return json.dumps({**manifest, "crc32": zlib.crc32(json.dumps(manifest).encode())}, indent=1)
 
 
 def fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,13 +63,9 @@ def fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def store_digest(manifest: Mapping[str, Any]) -> str:
     """What the shards of a store have in common; each names it."""
-    return _digest(fixed(manifest))
+    return digest(json.dumps(fixed(manifest), sort_keys=True))
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
     """What a complete store holds: the same shards are the same data, wherever they were made."""
-    return _digest([fixed(manifest), manifest["shards"]])
-
-
-def _digest(facts: Any) -> str:
-    return digest(json.dumps(facts, sort_keys=True))
+    return digest(json.dumps([fixed(manifest), manifest["shards"]], sort_keys=True))

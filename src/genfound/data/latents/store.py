@@ -85,13 +85,9 @@ class ShardWriter:
 
     def write(self, file: Path, note: Mapping[str, Any]) -> None:
         """Write the shard, whole or not at all; the note becomes part of its metadata."""
-        index = {
-            **self.columns,
-            "offsets": self.offsets,
-            "checks": checks(self.values, self.offsets, self.variants),
-            "sums": self.sums.numpy(),
-            "names": np.frombuffer(Names(self.names).table, dtype=np.uint8).copy(),
-        }
+        names = np.frombuffer(Names(self.names).table, dtype=np.uint8).copy()
+        found = checks(self.values, self.offsets, self.variants)
+        index = {**self.columns, "offsets": self.offsets, "checks": found, "sums": self.sums.numpy(), "names": names}
         note = {**note, "replaced": self.replaced}
         remark = json.dumps({**note, "crc32": _crc(index, note)}, sort_keys=True)
         write_tensors(file, {"values": self.values, **{key: torch.from_numpy(index[key]) for key in INDEX}}, remark)

@@ -132,8 +132,7 @@ class Plan:
                 "the checkpoint records its place in the data as earlier versions of genfound did, which this one "
                 "cannot continue; start a new run with init_from=..."
             )
-        self._start = dict(state)
-        self._windows = []
+        self._start, self._windows = dict(state), []
         if state["grouping"] != self._grouping:
             waiting = sorted([*state["grouper"]["waiting"], *(k for group in state["left"] for k in group)])
             self._start |= {"left": [], "grouper": {**state["grouper"], "waiting": waiting}}

@@ -20,8 +20,7 @@ class Order:
         self._permutation = functools.lru_cache(maxsize=2)(self._draw)
 
     def _draw(self, number: int) -> np.ndarray:
-        drawn: np.ndarray = self._rng.at(number).permutation("pass", self.images).numpy()
-        return drawn
+        return self._rng.at(number).permutation("pass", self.images).numpy()
 
     def __getitem__(self, position: int) -> int:
         number, within = divmod(position, self.images)

@@ -43,10 +43,8 @@ class Packer:
     window = 64
 
     def __init__(self, tokens_at: TokensAt, max_tokens: int, max_images: int, lookahead: int = LOOKAHEAD) -> None:
-        self.tokens_at = tokens_at
-        self.max_tokens = max_tokens
-        self.max_images = max_images
-        self.lookahead = lookahead
+        self.tokens_at, self.lookahead = tokens_at, lookahead
+        self.max_tokens, self.max_images = max_tokens, max_images
         self.reserve = max_tokens // RESERVE
         self.kind = repr(("packs", max_tokens, max_images, lookahead))
         self._clear()
