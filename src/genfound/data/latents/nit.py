@@ -26,10 +26,7 @@ class NiTLatents(LatentSource):
 
     A line of a meta file names `latent_file`, `latent_h`, `latent_w` and `type`: `native-resolution`, or
     `fixed-256x256`. The folder of a type ends in `native-resolution` or `256x256`. A file holds `latent`
-    (2, C, h, w), the image and its mirror image, and its `label`.
-
-    Args:
-        views: native, square or mixed, of the types that there are.
+    (2, C, h, w), the image and its mirror image, and its `label`. Views are native, square or mixed, of these types.
     """
 
     def __init__(
@@ -50,9 +47,8 @@ class NiTLatents(LatentSource):
         classes = np.full(len(names), -1)
         classes[images] = self.labels
         kept = (held_out(classes, holdout) == (split == "val"))[images]
-        self._rules, self.sizes, self._files, self.labels = (
-            column[kept] for column in (self._rules, self.sizes, self._files, self.labels)
-        )
+        self._rules, self.sizes = self._rules[kept], self.sizes[kept]
+        self._files, self.labels = self._files[kept], self.labels[kept]
         self._check(views, spec)
         self.fingerprint = digest(repr((rules, self.class_names, entries.sizes.tobytes(), names)))
 

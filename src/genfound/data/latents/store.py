@@ -153,12 +153,7 @@ def _crc(columns: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> int:
 
 
 class Store(LatentSource):
-    """The latents of one split of a store, as one of its views.
-
-    Args:
-        views: what is shown of each image; must be among what was encoded.
-        holdout: how validation images were chosen, as encoded; `None` for however that was.
-    """
+    """The latents of one split of a store, as `views` that were encoded; `holdout` is as encoded, or `None`."""
 
     def __init__(self, root: str | Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool) -> None:
         self.root = root = Path(root)
@@ -228,7 +223,7 @@ class Store(LatentSource):
         slots, images = len(self.views.slots), self.manifest["splits"][split]["images"]
         if self.views.name != "flexible" and len(self._items) != slots * images:
             raise ValueError(f"data.root={self.root} was encoded for data.view=flexible; not every image has this view")
-        if len(sizes) and (sizes % unit).any():
+        if (sizes % unit).any():
             raise ValueError(
                 f"data.root={self.root} has sides that do not divide into tokens of {unit} pixels; encode with "
                 f"patch_size={unit // self.manifest['tokenizer']['stride']}"

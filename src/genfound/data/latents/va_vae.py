@@ -61,12 +61,9 @@ def _measured(root: Path) -> tuple[Tensor, Tensor]:
 class VAVAE(Undecodable, Tokenizer):
     """LightningDiT's autoencoder as its published latents know it: by their statistics, without its network.
 
-    Latents of each channel are (h - mean) / std * multiplier. They can be trained on and drawn, not decoded.
-
-    Args:
-        weights: folder with `latents_stats.pt`, or with the shards that it is made of.
-        stride: pixels per latent.
-        multiplier: `latent_multiplier` of the official configuration.
+    Latents of each channel are (h - mean) / std * multiplier, which is `latent_multiplier` of the official
+    configuration. They can be trained on and drawn, not decoded. `weights` is a folder with `latents_stats.pt`, or with
+    the shards that it is made of; `stride` are pixels per latent.
     """
 
     published = LatentSpec(channels=32, stride=16)
