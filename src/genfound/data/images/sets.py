@@ -83,7 +83,6 @@ class NpzImages:
         return len(self.sizes)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """(H, W, 3) uint8."""
         assert self.array is not None
         return np.asarray(self.array[number])
 
@@ -149,7 +148,6 @@ class Sourced:
         return len(self.labels)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """(height, width, 3) uint8."""
         return self.source.image(number)
 
 
@@ -166,7 +164,6 @@ class Subset:
         return len(self.numbers)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """(height, width, 3) uint8."""
         return self.images[int(self.numbers[number])]
 
 
@@ -183,7 +180,6 @@ class Cropped:
         return len(self.images)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """(height, width, 3) uint8."""
         return np.array(center_crop(Image.fromarray(self.images[number]), *self.size))
 
 

@@ -30,10 +30,8 @@ def micro_batches(config: Config, ranks: int) -> int:
     if per_step % ranks:
         nodes = config["trainer"]["num_nodes"]
         devices = f"trainer.devices={ranks // nodes}" + (f" on each of trainer.num_nodes={nodes}" if nodes > 1 else "")
-        raise ValueError(
-            f"a global step of {per_step} micro-batches cannot be shared by {devices}; "
-            f"set batch.packs (or batch.images) to a multiple"
-        )
+        step = f"a global step of {per_step} micro-batches cannot be shared by {devices}"
+        raise ValueError(f"{step}; set batch.packs (or batch.images) to a multiple")
     return per_step
 
 
@@ -53,8 +51,7 @@ def max_images(tokens: np.ndarray, budget: int) -> int:
 
 def token_counts(images: ImageSource, spec: LatentSpec, patch_size: int) -> np.ndarray:
     """(n,) tokens of each image."""
-    counts: np.ndarray = (images.sizes // (spec.stride * patch_size)).prod(axis=1)
-    return counts
+    return (images.sizes // (spec.stride * patch_size)).prod(axis=1)
 
 
 def held_out_batches(config: Config, tokens: np.ndarray, layout: Layout, images: int, weight: str) -> list[MicroBatch]:
