@@ -25,28 +25,17 @@ class Batch:
     """Latents of B images in one memory layout.
 
     A row that is not `real` is filler of a static shape: it has no loss and its values are never read.
-
-    Attributes:
-        x: dense (B, C, H, W) | padded (B, N, D) | packed (T, D); float.
-        y: (B,) conditions, one per image; for class-conditional training the label.
-        sizes: (B, 2) int, token rows and token columns of each image.
-        real: (B,) bool, False on filler rows.
-        mask: padded only, (B, N) bool, True on real tokens.
-        image_of: packed only, (T,) int, the row each token belongs to.
-        cu_seqlens: packed only, (B + 1,) int32, where each row begins and ends.
-        max_seqlen: packed only, a bound on the tokens of one row, known on the host.
-        block_mask: packed only, which blocks of tokens meet, during a forward pass whose attention needs it.
     """
 
-    x: Tensor
-    y: Tensor
-    sizes: Tensor
-    real: Tensor
-    mask: Tensor | None = None
-    image_of: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    max_seqlen: int = 0
-    block_mask: BlockMask | None = None
+    x: Tensor  # dense (B, C, H, W) | padded (B, N, D) | packed (T, D); float
+    y: Tensor  # (B,) conditions, one per image; for class-conditional training the label
+    sizes: Tensor  # (B, 2) int, token rows and token columns of each image
+    real: Tensor  # (B,) bool, False on filler rows
+    mask: Tensor | None = None  # padded only, (B, N) bool, True on real tokens
+    image_of: Tensor | None = None  # packed only, (T,) int, the row each token belongs to
+    cu_seqlens: Tensor | None = None  # packed only, (B + 1,) int32, where each row begins and ends
+    max_seqlen: int = 0  # packed only, a bound on the tokens of one row, known on the host
+    block_mask: BlockMask | None = None  # packed only, which blocks of tokens meet, where attention needs it
 
     @property
     def layout(self) -> str:
@@ -113,8 +102,7 @@ class Batch:
         if self.image_of is not None and self.cu_seqlens is not None:
             assert other.image_of is not None and other.cu_seqlens is not None
             joined["image_of"] = torch.cat([self.image_of, other.image_of + len(self.y)])
-            shifted = other.cu_seqlens[1:] + self.cu_seqlens[-1]
-            joined["cu_seqlens"] = torch.cat([self.cu_seqlens, shifted])
+            joined["cu_seqlens"] = torch.cat([self.cu_seqlens, other.cu_seqlens[1:] + self.cu_seqlens[-1]])
         longest = max(self.max_seqlen, other.max_seqlen)
         return replace(self, max_seqlen=longest, **joined)  # type: ignore[arg-type]
 

@@ -1,9 +1,4 @@
-"""From a resolved configuration to objects, with every cross-check in plain words.
-
-Nothing here trains or samples; `fit` and `sampling` use what is built here. Lightning is not imported.
-"""
-
-from __future__ import annotations
+"""From a resolved configuration to objects, with every cross-check in plain words; Lightning is not imported."""
 
 import functools
 import inspect
@@ -12,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +15,7 @@ import torch
 from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
 from genfound.config.compose import TARGET
-from genfound.config.instantiate import instantiate, partial
-from genfound.config.targets import trusted
+from genfound.config.targets import instantiate, partial, trusted
 from genfound.data.images.base import ImageSource, LatentSource
 from genfound.data.images.views import VIEW_KEYS, ImageViews
 from genfound.data.latents import stored_tokenizer
@@ -39,9 +33,6 @@ from genfound.runtime.devices import device, precision
 from genfound.samplers import Sampler
 from genfound.tokenizers import LatentSpec, Tokenizer, Undecodable
 from genfound.tokenizers.weights import option_of
-
-if TYPE_CHECKING:
-    from genfound.data.datamodule import GenerativeDataModule
 
 Config = Mapping[str, Any]
 
@@ -99,12 +90,6 @@ class RunComponents:
         batches = self.batches(self.images, self.assembly, flips)
         return TrainLoader(batches, self.plan, rank, self.ranks, self.workers, self.device.type == "cuda")
 
-    def data_module(self) -> GenerativeDataModule:
-        """What Lightning reads the data from."""
-        from genfound.data.datamodule import GenerativeDataModule
-
-        return GenerativeDataModule(self)
-
     def report(self) -> list[str]:
         """What is about to be trained, in lines for the user."""
         parameters = sum(p.numel() for p in self.net.parameters())
@@ -122,12 +107,7 @@ class RunComponents:
 
 
 def check(config: Config, ranks: int) -> None:
-    """Look for what is wrong with a training run and can be known at once, without reading weights or images.
-
-    Raises:
-        FileNotFoundError: `data.root` is not there.
-        ValueError: something does not fit together, or the machine has not so many devices.
-    """
+    """Look for what is wrong with a training run and can be known at once, without reading weights or images."""
     place = device(config["trainer"]["accelerator"])
     wanted, there = config["trainer"]["devices"], torch.cuda.device_count()
     if place.type == "cuda" and wanted > there:
@@ -154,11 +134,7 @@ def _expected_spec(config: Config) -> LatentSpec:
 
 
 def build_run(config: Config, ranks: int, with_values: bool = True) -> RunComponents:
-    """Build a training run; its network without values, on `meta`, where only the data are wanted.
-
-    Raises:
-        ValueError: something does not fit together.
-    """
+    """Build a training run; its network without values, on `meta`, where only the data are wanted."""
     check(config, ranks)
     codec = training_tokenizer(config)
     images, held_out = (source(config, codec.spec, split) for split in ("train", "val"))
@@ -181,16 +157,11 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
 
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a configuration."""
-    built: Tokenizer = instantiate("tokenizer", config["tokenizer"], trusted(config))
-    return built
+    return instantiate("tokenizer", config["tokenizer"], trusted(config))
 
 
 def hinted_tokenizer(options: Mapping[str, Any], codec: str) -> dict[str, Any]:
-    """The options of a tokenizer that is named: an option of the group, or weights, whose folder tells their class.
-
-    Raises:
-        ValueError: an option that needs weights.
-    """
+    """The options of a tokenizer that is named: an option of the group, or weights, whose folder tells their class."""
     if codec in compose.option_names("tokenizer"):
         chosen = compose.read_option("tokenizer", codec)
         if "???" in chosen.values():
@@ -256,11 +227,7 @@ def source(config: Config, spec: LatentSpec, split: str) -> ImageSource:
 
 
 def net(config: Config, spec: LatentSpec, num_classes: int) -> Backbone:
-    """The backbone for a tokenizer and a number of classes, initialised from the seed; on `meta` without values.
-
-    Raises:
-        ValueError: channels of model and tokenizer differ, or the layout is not one of the backbone's.
-    """
+    """The backbone for a tokenizer and a number of classes, initialised from the seed; on `meta` without values."""
     options = dict(config["model"])
     channels = options.pop("channels")
     if channels not in (None, spec.channels):
@@ -272,26 +239,19 @@ def net(config: Config, spec: LatentSpec, num_classes: int) -> Backbone:
     if options.get("learn_sigma") == "auto":
         with torch.device("cpu"):  # also where the network itself is built without memory, on meta
             options["learn_sigma"] = objective(config).learned_variance
+    known = {"channels": spec.channels, "num_classes": num_classes}
     with torch.device("meta"):
-        built: Backbone = instantiate(
-            "model", options, trusted(config), channels=spec.channels, num_classes=num_classes
-        )
-    if config["layout"]["name"] not in built.layouts:
-        raise ValueError(
-            f"layout={config['layout']['name']} does not fit {type(built).__name__}; "
-            f"choose layout={' or '.join(built.layouts)}"
-        )
+        built: Backbone = instantiate("model", options, trusted(config), **known)
+    if (name := config["layout"]["name"]) not in built.layouts:
+        fitting = " or ".join(built.layouts)
+        raise ValueError(f"layout={name} does not fit {type(built).__name__}; choose layout={fitting}")
     if torch.get_default_device().type != "meta":
         built.materialise(Rng(config["seed"], "initialise"))
     return built
 
 
 def objective(config: Config) -> Objective:
-    """The objective of a configuration, checked against its sampler.
-
-    Raises:
-        ValueError: the sampler needs what the objective does not give.
-    """
+    """The objective of a configuration, checked against its sampler."""
     built: Objective = instantiate("objective", config["objective"], trusted(config))
     chosen = sampler(config)
     if chosen.needs not in built.gives:
@@ -302,11 +262,7 @@ def objective(config: Config) -> Objective:
 
 
 def sampler(config: Config) -> Sampler:
-    """The sampler of a configuration.
-
-    Raises:
-        ValueError: it is none, or does not take these options.
-    """
+    """The sampler of a configuration."""
     options = compose.fill_option("sampler", config["sampler"])
     name, steps = options.pop("name", None), options.pop("steps", None)
     bound = partial("sampler", options, trusted(config))
@@ -316,11 +272,7 @@ def sampler(config: Config) -> Sampler:
 
 
 def guidance(config: Config, **nets: Any) -> GuidanceOf | None:
-    """The guidance of a configuration, for `Objective.field`; its other network, if it has one, is given.
-
-    Raises:
-        ValueError: it is none, or does not take these options.
-    """
+    """The guidance of a configuration, for `Objective.field`; its other network, if it has one, is given."""
     filled = compose.fill_option("guidance", config["guidance"])
     if TARGET not in filled:
         return None
@@ -329,11 +281,7 @@ def guidance(config: Config, **nets: Any) -> GuidanceOf | None:
 
 
 def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], spec: LatentSpec) -> Layout:
-    """The layout of training and held-out images, of static shape.
-
-    Raises:
-        ValueError: the images do not have one size, which a dense layout needs.
-    """
+    """The layout of training and held-out images, of static shape."""
     patch, static, null = config["model"]["patch_size"], dict[str, Any](), backbone.null_label or 0
     name, budget = config["layout"]["name"], config["data"]["max_tokens"]
     if name == "dense":
@@ -354,16 +302,11 @@ def sampling_layout(config: Config, **static: int) -> Layout:
     name = options.pop("name", None)
     if TARGET not in options:  # as in configurations of before
         options[TARGET] = compose.read_option("layout", name)[TARGET]
-    built: Layout = instantiate("layout", options, trusted(config), patch_size=config["model"]["patch_size"], **static)
-    return built
+    return instantiate("layout", options, trusted(config), patch_size=config["model"]["patch_size"], **static)
 
 
 def plan(config: Config, images: ImageSource, spec: LatentSpec, weight: str, ranks: int, seed: int) -> Plan:
-    """The global steps over a source; a pack has at most twice as many images as it holds on average.
-
-    Raises:
-        ValueError: the global step does not divide into micro-batches of the ranks.
-    """
+    """The global steps over a source; a pack has at most twice as many images as it holds on average."""
     tokens = token_counts(images, spec, config["model"]["patch_size"])
     order = Order(len(tokens), seed)
     grouper: Batcher
@@ -379,8 +322,7 @@ def plan(config: Config, images: ImageSource, spec: LatentSpec, weight: str, ran
 
 def published_spec(config: Config) -> LatentSpec:
     """The shape of the latents of a configuration's tokenizer, as published; its weights are not needed."""
-    spec: LatentSpec = targets.target("tokenizer", config["tokenizer"], trusted(config)).published
-    return spec
+    return targets.target("tokenizer", config["tokenizer"], trusted(config)).published
 
 
 def name_of(options: Mapping[str, Any]) -> str:

@@ -30,9 +30,10 @@ from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, targets
 from genfound.config.command_line import explain_oom
 from genfound.config.errors import USER_ERRORS, JobError
-from genfound.config.instantiate import instantiate_own
 from genfound.config.options import check, one_step
 from genfound.config.sweeps import swept_keys
+from genfound.config.targets import instantiate_own
+from genfound.data.datamodule import GenerativeDataModule
 from genfound.loggers.json_lines import JsonLines, lines_of
 from genfound.loggers.provenance import provenance
 from genfound.loggers.terminal import Terminal
@@ -89,7 +90,7 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     callbacks = [*_callbacks(config), resuming.Continuation(folder, changes)]
     loggers = [DummyLogger()] if rank else _loggers(folder, config, module.budget, start, changes)
     trainer = _trainer(folder, parts, callbacks, loggers)
-    trainer.fit(module, datamodule=parts.data_module(), ckpt_path=newest, weights_only=True)
+    trainer.fit(module, datamodule=GenerativeDataModule(parts), ckpt_path=newest, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if rank == 0:
@@ -99,9 +100,8 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
 
 def _callbacks(config: Mapping[str, Any]) -> list[lightning.Callback]:
     """Those of the group `callbacks`: averages first, and last checkpoints, which hold what the others have done."""
-    options = {
-        name: own for name, own in config["callbacks"].items() if own is not None and own.get("every", 1) is not None
-    }
+    groups = config["callbacks"].items()
+    options = {name: own for name, own in groups if own is not None and own.get("every", 1) is not None}
     names = sorted(options, key=lambda name: {"ema": 0, "checkpointing": 2}.get(name, 1))
     return [instantiate_own(f"callbacks.{name}", options[name]) for name in names]
 
@@ -169,8 +169,8 @@ def _mark_done(folder: Path, images: int, steps: int, fingerprint: str) -> None:
 
 def _quiet_lightning() -> None:
     """Lightning's hints speak of its own loops and loaders, which this project replaces."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="lightning")
 
@@ -183,12 +183,7 @@ SHARED_WITHIN = 60
 
 
 def train(cfg: DictConfig) -> None:
-    """Launch one job of `genfound.train`.
-
-    Raises:
-        ValueError: the run directory belongs to another configuration, or another process trains there.
-        JobError: the job ran in processes of its own and failed.
-    """
+    """Launch one job of `genfound.train`."""
     hydra_cfg = HydraConfig.get()
     folder = run_directory.run_dir(cfg, list(hydra_cfg.overrides.task), swept_keys())
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
@@ -232,8 +227,7 @@ def _start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: la
 def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> None:
     """Train the run of a directory in this process; leave DONE or FAILED there.
 
-    Raises:
-        JobError: it failed as another of its processes did, which has said why.
+    A JobError is raised where another of its processes has failed before, and has said why.
     """
     tune_malloc()
     if place.rank == 0:

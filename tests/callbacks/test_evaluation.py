@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from genfound import build, training
 from genfound.callbacks.evaluation import Evaluation
 from genfound.config import compose
+from genfound.data.datamodule import GenerativeDataModule
 from genfound.evaluation.protocol import read_results
 from genfound.evaluation.samples import SampleStore
 from genfound.loggers.json_lines import JsonLines
@@ -40,7 +41,7 @@ def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     parts = build.build_run(config, 1)
     loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", 0)]
     trainer = training._trainer(folder, parts, training._callbacks(config), loggers)
-    trainer.fit(module_of(parts), datamodule=parts.data_module())
+    trainer.fit(module_of(parts), datamodule=GenerativeDataModule(parts))
     return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
 
 

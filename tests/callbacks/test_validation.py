@@ -10,10 +10,10 @@ from torch import Tensor
 
 from genfound import build
 from genfound.callbacks.ema import Ema
+from genfound.data.datamodule import GenerativeDataModule
 from genfound.data.packing import budget
 from genfound.data.packing.order import Order
-from genfound.modules.base import GenerativeModule
-from genfound.modules.validation import TIMES, uniform_times, validation_metrics
+from genfound.modules.base import TIMES, GenerativeModule, uniform_times, validation_metrics
 from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed, randomise, training_module
 
@@ -46,7 +46,7 @@ def module_of(parts: build.RunComponents) -> tuple[GenerativeModule, Ema]:
 
 
 def sums(parts: build.RunComponents, module: GenerativeModule, rank: int, ranks: int) -> Tensor:
-    data = parts.data_module()
+    data = GenerativeDataModule(parts)
     data.validate_on(25)
     data.val.rank, data.val.ranks = rank, ranks
     total = torch.zeros(4, dtype=torch.float64)
@@ -120,11 +120,11 @@ class Counting(Noisy):
 
 def test_a_held_out_image_is_encoded_once_for_all_weights_and_all_validations() -> None:
     parts = built(*NIT)
-    data, device = replace(parts, tokenizer=Counting()).data_module(), torch.device("cpu")
+    data, device = GenerativeDataModule(replace(parts, tokenizer=Counting())), torch.device("cpu")
     data.validate_on(25)
     first, second = ([data.transfer_batch_to_device(item, device, 0) for item in data.val] for _ in range(2))
     assert Counting.encoded == 25
-    plain = parts.data_module()
+    plain = GenerativeDataModule(parts)
     plain.validate_on(25)
     for item, again, straight in zip(first, second, plain.val, strict=True):
         expected = plain.transfer_batch_to_device(straight, device, 0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from genfound.config import command_line
 from genfound.config.errors import USER_ERRORS, sentence
@@ -59,7 +60,7 @@ def test_the_run_behind_a_quoted_path_is_found(tmp_path: Path) -> None:
 def test_several_copies_of_a_command_are_refused_with_the_way_to_several_devices() -> None:
     expected = r"WORLD_SIZE=4: a launcher has started 4 copies of this command.*start it once with trainer\.devices=N"
     with pytest.raises(ValueError, match=expected):
-        command_line._refuse_copies("WORLD_SIZE", 4, "train")
+        command_line._check_copies(OmegaConf.create({}), "WORLD_SIZE", 4, "train")
 
 
 SYSTEM = {

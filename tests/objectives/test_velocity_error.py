@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.modules.validation import TIMES
+from genfound.modules.base import TIMES
 from genfound.objectives.base import Net, Objective
 from genfound.objectives.gaussian import Gaussian
 from genfound.objectives.interpolants import INTERPOLANTS

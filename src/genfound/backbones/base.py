@@ -27,16 +27,11 @@ class TokenSpec(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Additions and multiplications of the matrix products in one forward pass over images of n tokens each.
-
-    Attributes:
-        per_image, per_token: of the layers that see each image, or each of its tokens, once.
-        per_pair: of attention, for each of the n^2 pairs of an image's tokens.
-    """
+    """Additions and multiplications of the matrix products in one forward pass over images of n tokens each."""
 
     per_image: int
     per_token: int
-    per_pair: int
+    per_pair: int  # of attention, for each of the n^2 pairs of an image's tokens
 
     def total(self, images: float, tokens: float, pairs: float) -> float:
         """Of several images together: how many, their tokens, and their pairs of tokens."""
@@ -47,22 +42,14 @@ class Backbone(nn.Module):
     """A network of (batch, t) -> tensor shaped like `batch.x`.
 
     It knows no objective, noise, guidance or tokenizer, and holds no frozen network.
-
-    Attributes:
-        layouts: names of the memory layouts it takes.
-        time: `data0`, t from 0 (data) to 1 (noise); `data1`, reversed; or `index`, integer steps.
-        token_spec: what its tokens are made of.
-        null_label: the label that means "no label", or None.
-        blocks: in their order.
-        activation_checkpointing: recompute each block, or every k-th, in the backward pass.
     """
 
-    layouts: tuple[str, ...]
-    time: str
+    layouts: tuple[str, ...]  # names of the memory layouts it takes
+    time: str  # `data0`, t from 0 (data) to 1 (noise); `data1`, reversed; or `index`, integer steps
     token_spec: TokenSpec
-    null_label: int | None
-    blocks: nn.ModuleList
-    activation_checkpointing: bool | int = False
+    null_label: int | None  # the label that means "no label"
+    blocks: nn.ModuleList  # in their order
+    activation_checkpointing: bool | int = False  # recompute each block, or every k-th, in the backward pass
     _compiled: Callable[..., Any] | None = None
 
     @classmethod
@@ -104,9 +91,6 @@ class Backbone(nn.Module):
         """Set all parameters: Xavier-uniform matrices, normal(0.02) embeddings, biases 0, norms 1.
 
         A backbone with buffers, other parameters or other laws, e.g. zeros where blocks start as identity, extends it.
-
-        Args:
-            rng: of the draws, see `Draw`.
         """
         draw = Draw(self, rng)
         for module in self.modules():
@@ -120,11 +104,9 @@ class Backbone(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, (Experts, Router)):
                 module.initialise(draw)
-        for module in self.modules():
-            if isinstance(module, TimestepEmbedder):
-                for parameter in module.parameters():
-                    if parameter.ndim == 2:
-                        draw(nn.init.normal_, parameter, std=0.02)
+        embedders = [module for module in self.modules() if isinstance(module, TimestepEmbedder)]
+        for matrix in (p for embedder in embedders for p in embedder.parameters() if p.ndim == 2):
+            draw(nn.init.normal_, matrix, std=0.02)
 
     @torch.no_grad()
     def materialise(self, rng: Rng) -> None:

@@ -43,9 +43,6 @@ class DiT(Backbone):
             get a gradient. Without effect where `learn_sigma` uses them.
         activation_checkpointing: recompute each block, or every k-th, in the backward pass.
         make_block: from width, heads and mlp_ratio to a block, for relatives of DiT; `None` is its own.
-
-    Raises:
-        ValueError: a width that does not divide, or `learn_sigma` that is neither true nor false.
     """
 
     layouts = ("dense",)
@@ -92,8 +89,7 @@ class DiT(Backbone):
         tokens = rearrange(batch.x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, N, C p p)
         x = self.x_embedder(tokens).float() + position_table(rows, columns, self.width, tokens.device)  # (B, N, D)
         with autocast_off(x):
-            c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
-            c = nn.functional.silu(c)
+            c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(batch.y))  # (B, D)
         out = self.final_layer(self.run_blocks(x, c), c)  # (B, N, K p p)
         out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, K, h, w)
         return out[:, : self.token_spec.channels] if self.unused_half else out

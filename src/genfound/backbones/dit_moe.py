@@ -10,7 +10,7 @@ Legend: as in `dit`, and E experts, k choices per token, I hidden size of an exp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from genfound.backbones.base import Flops
 from genfound.backbones.dit import Attention, DiT
 from genfound.batch import Batch
+from genfound.config.checks import one_of
 from genfound.layers.adaln import autocast_off, modulation, norm_modulate
 from genfound.layers.attention import sdpa
 from genfound.layers.moe import MixtureOfExperts, Routing, balance_loss, expert_load
 
 ROUTER_STD = 0.02
 """Of a router's weights after upcycling (upcycle.py)."""
-
 
 QK_NORMS = ("none", "layernorm", "layernorm_half")
 
@@ -45,9 +45,6 @@ class DiTMoE(DiT):
         balance_over: what is balanced: `tokens`, all tokens of the batch; or `sequence`, those of each image.
         eval_gradients: in evaluation mode, let gradients through the routed experts; the released code does not.
         options: all others of `DiT`.
-
-    Raises:
-        ValueError: as `DiT`; an unknown name; or more choices than experts.
     """
 
     def __init__(
@@ -63,21 +60,18 @@ class DiTMoE(DiT):
         eval_gradients: bool,
         **options: Any,
     ) -> None:
-        if qk_norm not in QK_NORMS:
-            raise ValueError(f"model.qk_norm={qk_norm} is unknown; choose one of {', '.join(QK_NORMS)}")
+        one_of("model.qk_norm", qk_norm, QK_NORMS)
         if balance_over not in ("tokens", "sequence"):
             raise ValueError(f"model.balance_over={balance_over} is unknown; choose tokens or sequence")
-        make_block = partial(
-            Block,
-            qk_norm=qk_norm,
-            experts=experts,
-            top_k=top_k,
-            norm_topk=norm_topk,
-            shared_experts=shared_experts,
-            balance_over=balance_over,
-            eval_gradients=eval_gradients,
-        )
-        super().__init__(make_block=make_block, **options)
+
+        def block(width: int, heads: int, mlp_ratio: float) -> Block:
+            half = qk_norm == "layernorm_half"
+            attn = Attention(width, heads) if qk_norm == "none" else NormedAttention(width, heads, half)
+            hidden, shared = int(width * mlp_ratio), shared_experts * width
+            moe = MixtureOfExperts(width, hidden, experts, top_k, norm_topk, shared, eval_gradients)
+            return Block(width, attn, moe, balance_over)
+
+        super().__init__(make_block=block, **options)
         self.balance = balance
         self.balances: Tensor | None = None  # (L,) weighted balance loss of each block in the last training forward
         self.loads: Tensor | None = None  # (L, E) fraction of choices in the last forward
@@ -91,9 +85,9 @@ class DiTMoE(DiT):
         """As in `DiT`; keeps the balance and the load of every block."""
         balances, loads = [], []
         for block in self.blocks:
-            x, balance, fractions = self.run_block(block, x, c)
+            x, balance, load = self.run_block(block, x, c)
             balances.append(balance)
-            loads.append(fractions)
+            loads.append(load)
         keep = self.training and self.balance != 0 and bool(balances)
         self.balances = self.balance * torch.stack(balances) if keep else None
         self.loads = torch.stack(loads) if loads else None
@@ -114,34 +108,12 @@ class DiTMoE(DiT):
 
 
 class Block(nn.Module):
-    """x + gate * attention(modulated x), then x + gate * experts(modulated x); arguments as of `DiTMoE`."""
+    """x + gate * attention(modulated x), then x + gate * experts(modulated x)."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        *,
-        qk_norm: str,
-        experts: int,
-        top_k: int,
-        norm_topk: bool,
-        shared_experts: int,
-        balance_over: str,
-        eval_gradients: bool,
-    ) -> None:
+    def __init__(self, width: int, attn: nn.Module, moe: MixtureOfExperts, balance_over: str) -> None:
         super().__init__()
-        half = qk_norm == "layernorm_half"
-        self.attn = Attention(width, heads) if qk_norm == "none" else NormedAttention(width, heads, half)
-        self.moe = MixtureOfExperts(
-            width=width,
-            hidden=int(width * mlp_ratio),
-            experts=experts,
-            top_k=top_k,
-            normalise=norm_topk,
-            shared_hidden=shared_experts * width,
-            eval_gradients=eval_gradients,
-        )
+        self.attn = attn
+        self.moe = moe
         self.adaLN_modulation = modulation(width, 6 * width, silu=False)
         self.balance_over = balance_over
 
@@ -196,11 +168,6 @@ class RoutingCounts:
         net: the network whose routers are watched.
         times: the times that count apart, usually those of the sampler in its order; a call counts for the nearest.
         num_classes: classes of the data.
-
-    Attributes:
-        per_class: (classes, L, E) int64.
-        per_time: (L, times, E) int64.
-        per_token: (L, N, E) int64, tokens row-major.
     """
 
     def __init__(self, net: DiTMoE, times: Tensor, num_classes: int) -> None:
@@ -210,19 +177,16 @@ class RoutingCounts:
         self.times = times.to(device, torch.float32)
         self.per_class = torch.zeros(num_classes, layers, experts, dtype=torch.int64, device=device)
         self.per_time = torch.zeros(layers, len(times), experts, dtype=torch.int64, device=device)
-        self.per_token = torch.zeros(layers, 0, experts, dtype=torch.int64, device=device)
+        self.per_token = torch.zeros(layers, 0, experts, dtype=torch.int64, device=device)  # N, row-major
 
     @contextmanager
     def counting(self) -> Iterator[RoutingCounts]:
         """Within this context every forward pass of the network is counted."""
-        handles = [self.net.register_forward_pre_hook(self._begin)]
-        for layer, mixture in enumerate(self.net.mixtures):
-            handles.append(mixture.gate.register_forward_hook(partial(self._count, layer)))
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(self.net.register_forward_pre_hook(self._begin))
+            for layer, mixture in enumerate(self.net.mixtures):
+                stack.enter_context(mixture.gate.register_forward_hook(partial(self._count, layer)))
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin(self, net: nn.Module, inputs: tuple[Batch, Tensor]) -> None:
         batch, t = inputs
@@ -248,7 +212,6 @@ def active_parameters(net: DiTMoE) -> int:
     """Parameters that one token passes: all but those of the experts it does not choose."""
     idle = 0
     for mixture in net.mixtures:
-        experts = len(mixture.gate.weight)
-        stacked = sum(p.numel() for p in mixture.experts.parameters())
-        idle += stacked // experts * (experts - mixture.gate.top_k)
+        one = sum(p[0].numel() for p in mixture.experts.parameters())
+        idle += one * (len(mixture.gate.weight) - mixture.gate.top_k)
     return sum(p.numel() for p in net.parameters()) - idle

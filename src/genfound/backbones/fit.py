@@ -28,7 +28,7 @@ from genfound.layers.attention import packed_attention, sdpa, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import SwiGLU, feed_forward
 from genfound.layers.norm import norm_layer
-from genfound.layers.rope import Rope, apply_rope, row_major
+from genfound.layers.rope import Rope, apply_rope, head_size, row_major
 from genfound.rng import Rng
 
 
@@ -36,12 +36,8 @@ class FiT(Backbone):
     """FiT or FiTv2, as its options say.
 
     Args:
-        channels: channels of a latent, C.
-        num_classes: classes of the data.
-        patch_size: side of a patch in latent pixels, p.
-        width: D.
-        depth: number of blocks.
-        heads: H; D / H must be divisible by four.
+        channels, num_classes, patch_size, depth, label_drop, learn_sigma, activation_checkpointing: as of `DiT`.
+        width, heads: D and H; D / H must be divisible by four.
         mlp_ratio: hidden size of the feed-forward network over D.
         ffn: `mlp`, `swiglu` or `swiglu_large`; see `feed_forward`.
         norm: of the tokens, a name of `NORMS`.
@@ -58,13 +54,7 @@ class FiT(Backbone):
         time_shifting: s of t -> s t / (1 + (s - 1) t), applied to every t.
         clamp_time: embed times above 1 as 1 (fit_model.py of the released code, which so takes all steps of FiT v1
             but the first for one).
-        label_drop: probability with which training replaces a label by the null label; 0 has no null label.
-        learn_sigma: predict 2 C channels, the second half for the variance.
         attention: backend of `packed_attention`, for the packed layout.
-        activation_checkpointing: recompute each block, or every k-th, in the backward pass.
-
-    Raises:
-        ValueError: a head size that rotary positions cannot split, or an unknown option.
     """
 
     layouts = ("padded", "packed", "dense")
@@ -100,7 +90,7 @@ class FiT(Backbone):
         activation_checkpointing: bool | int,
     ) -> None:
         super().__init__()
-        head = _head_size(width, heads)
+        head = head_size(width, heads)
         self.time = one_of("model.time", time, ("index", "data1"))
         self.null_label = num_classes if label_drop > 0 else None
         self.token_spec = TokenSpec(channels, patch_size)
@@ -250,11 +240,7 @@ class FinalLayer(nn.Module):
 
 
 def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:
-    """The network from an image's condition (B, D) to the six modulations of a block (B, 6 D).
-
-    Raises:
-        ValueError: an unknown kind, or a rank that the kind does not take.
-    """
+    """The network from an image's condition (B, D) to the six modulations of a block (B, 6 D)."""
     one_of("model.adaln", kind, ("normal", "lora", "swiglu"))
     if (rank is None) == (kind == "lora"):
         raise ValueError(f"model.adaln={kind} with model.adaln_rank={rank}: lora needs a rank, the others take null")
@@ -271,9 +257,3 @@ def coordinates(batch: Batch, patch_size: int) -> Tensor:
         return row_major(torch.arange(batch.mask.shape[1], device=batch.x.device), batch.sizes[:, 1:])
     rows, columns = (side // patch_size for side in batch.x.shape[2:])
     return row_major(torch.arange(rows * columns, device=batch.x.device), columns)[None]
-
-
-def _head_size(width: int, heads: int) -> int:
-    if width % (4 * heads):
-        raise ValueError(f"model.width={width} over model.heads={heads} must be a multiple of 4 for rotary positions")
-    return width // heads

@@ -23,7 +23,7 @@ from genfound.layers.adaln import autocast_off, modulation, modulations, norm_mo
 from genfound.layers.attention import packed_attention, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import Mlp
-from genfound.layers.rope import Rope, apply_rope, row_major
+from genfound.layers.rope import Rope, apply_rope, head_size, row_major
 from genfound.rng import Rng
 
 
@@ -31,16 +31,10 @@ class NiT(Backbone):
     """The velocity of every token, given the time and the class of its image.
 
     Args:
-        channels: channels of a latent, C.
-        num_classes: classes of the data.
-        patch_size: side of a patch in latent pixels.
-        width: D.
-        depth: number of blocks.
-        heads: H; D / H must be divisible by four.
-        mlp_ratio: hidden size of the MLP over D.
+        channels, num_classes, patch_size, depth, mlp_ratio, label_drop, activation_checkpointing: as of `DiT`.
+        width, heads: D and H; D / H must be divisible by four.
         qk_norm: LayerNorm on each head's queries and keys.
         adaln_rank: rank of the modulation's projection; `None` is a full matrix. The paper's XXL uses 512.
-        label_drop: probability with which training replaces a label by the null label; 0 has no null label.
         rope_theta: base of the rotary frequencies.
         rope_coords: `row_major` gives a token its row and column. `official` is the grid of
             nit_model.py:NiT.get_rope, (n mod rows, n div rows) for token n, on which released weights were
@@ -48,10 +42,6 @@ class NiT(Backbone):
         rope_scaling: {rule, trained, target, decouple} of `Rope`.
         learn_sigma: also predict a variance, in channels C .. 2C of the output; never in the paper.
         attention: backend of `packed_attention`.
-        activation_checkpointing: recompute each block, or every k-th, in the backward pass.
-
-    Raises:
-        ValueError: a head size that rotary embedding cannot split, or an unknown option.
     """
 
     layouts = ("packed",)
@@ -78,16 +68,12 @@ class NiT(Backbone):
         activation_checkpointing: bool | int,
     ) -> None:
         super().__init__()
-        if width % (4 * heads):
-            raise ValueError(
-                f"model.width={width} over model.heads={heads} must be a multiple of 4 for rotary positions"
-            )
         if rope_coords not in ("row_major", "official"):
             raise ValueError(f"model.rope_coords={rope_coords} is unknown; choose row_major or official")
         self.null_label = num_classes if label_drop > 0 else None
         self.token_spec = TokenSpec(channels, patch_size)
         self.rope_coords = rope_coords
-        self.rope = Rope.of(width // heads, rope_theta, rope_scaling)
+        self.rope = Rope.of(head_size(width, heads), rope_theta, rope_scaling)
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         token = channels * patch_size**2
@@ -106,8 +92,7 @@ class NiT(Backbone):
         batch = with_block_mask(batch, x, self.attention)
         x = x.float()
         with autocast_off(x):
-            c = self.t_embedder(t) + self.y_embedder(batch.y)  # (B, D)
-            c = nn.functional.silu(c)
+            c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(batch.y))  # (B, D)
             rope = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d / 2, 2)
         for block in self.blocks:
             x = self.run_block(block, x, c, batch, rope)  # (T, D)
@@ -131,8 +116,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads, qk_norm, attention)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        ranks = [] if adaln_rank is None else [adaln_rank]
-        self.adaLN_modulation = modulation(width, *ranks, 6 * width, silu=False)
+        self.adaLN_modulation = modulation(width, *([] if adaln_rank is None else [adaln_rank]), 6 * width, silu=False)
 
     def forward(self, x: Tensor, c: Tensor, batch: Batch, rope: Tensor) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
@@ -160,8 +144,7 @@ class Attention(nn.Module):
         """(T, D) -> (T, D)."""
         assert batch.cu_seqlens is not None
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (T, H, d) each
-        q = apply_rope(self.q_norm(q.float()), rope)
-        k = apply_rope(self.k_norm(k.float()), rope)
+        q, k = apply_rope(self.q_norm(q.float()), rope), apply_rope(self.k_norm(k.float()), rope)
         mixed = packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, batch.block_mask)
         return self.proj(mixed.flatten(1))
 

@@ -6,22 +6,14 @@ from typing import Any
 
 
 def one_of(key: str, value: str, names: Collection[str]) -> str:
-    """The value, if it is one of the names.
-
-    Raises:
-        ValueError: it is not; the message lists them.
-    """
+    """The value, if it is one of the names."""
     if value not in names:
         raise ValueError(f"{key}={value} is unknown; choose one of {', '.join(names)}")
     return value
 
 
 def integer(key: str, value: Any, least: int, or_null: bool = False) -> None:
-    """Nothing, if the value is a whole number of at least `least`, or `None` where that is allowed.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Nothing, if the value is a whole number of at least `least`, or `None` where that is allowed."""
     if (value is None and or_null) or (type(value) is int and value >= least):
         return
     given, allowed = "null" if value is None else value, ", or null" if or_null else ""
@@ -29,11 +21,7 @@ def integer(key: str, value: Any, least: int, or_null: bool = False) -> None:
 
 
 def number(key: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
-    """The value, if it is a finite number in [low, high], and above `low` where it has to be.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """The value, if it is a finite number in [low, high], and above `low` where it has to be."""
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if numeric and math.isfinite(value) and low <= value <= high and not (above and value == low):
         return float(value)
@@ -43,11 +31,7 @@ def number(key: str, value: Any, low: float = -math.inf, high: float = math.inf,
 
 
 def interval(key: str, value: Any) -> tuple[float, float]:
-    """The value, if it is [low, high] with low <= high.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """The value, if it is [low, high] with low <= high."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
         low, high = number(key, value[0]), number(key, value[1])
         if low <= high:
@@ -56,11 +40,7 @@ def interval(key: str, value: Any) -> tuple[float, float]:
 
 
 def image_sizes(key: str, value: Any) -> list[tuple[int, int]]:
-    """[height, width], or a list of such, as pairs of pixels.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """[height, width], or a list of such, as pairs of pixels."""
     rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     if not all(isinstance(row, list) and len(row) == 2 and all(type(side) is int for side in row) for row in rows):
         raise ValueError(f"{key}={value} must be [height,width] or a list of such pairs, in pixels")

@@ -52,11 +52,7 @@ OOM_ADVICE = {
 
 @contextlib.contextmanager
 def explain_oom(command: str) -> Iterator[None]:
-    """Name the way out where a device has no more memory.
-
-    Raises:
-        ValueError: that was so.
-    """
+    """Name the way out, in a ValueError, where a device has no more memory."""
     try:
         yield
     except RuntimeError as error:
@@ -72,7 +68,6 @@ def hydra_main(
     """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
 
     With `read_run`, the configuration of a run directory, sampler and guidance are those of the run in `from=`.
-
     Exits with 1, after one line on standard error for each, if the configuration or a job is wrong.
     """
     errors: list[str] = []
@@ -81,8 +76,7 @@ def hydra_main(
 
     def job(cfg: DictConfig) -> None:
         try:
-            if copies not in (1, _machines(cfg)):
-                _refuse_copies(size, copies, config_name)
+            _check_copies(cfg, size, copies, config_name)
             _check(cfg, config_name)
             with explain_oom(config_name):
                 task(cfg)
@@ -142,27 +136,19 @@ SEVERAL_DEVICES = {
 """How a command is given more than one device."""
 
 
-def _machines(cfg: DictConfig) -> int:
-    """On how many machines the command is given."""
-    return int(OmegaConf.select(cfg, "trainer.num_nodes", default=OmegaConf.select(cfg, "num_nodes", default=1)))
-
-
-def _refuse_copies(size: str, copies: int, config_name: str) -> None:
-    """Raise a ValueError in each of several processes that would all do the same."""
-    raise ValueError(
-        f"{size}={copies}: a launcher has started {copies} copies of this command, which would all do the same; start "
-        f"it once{SEVERAL_DEVICES.get(config_name, '')}, or unset {size} if each of them is another command"
-    )
+def _check_copies(cfg: DictConfig, size: str, copies: int, config_name: str) -> None:
+    """Raise a ValueError in each of several processes that would all do the same; one on each machine may be."""
+    machines = OmegaConf.select(cfg, "trainer.num_nodes", default=OmegaConf.select(cfg, "num_nodes", default=1))
+    if copies not in (1, machines):
+        raise ValueError(
+            f"{size}={copies}: a launcher has started {copies} copies of this command, which would all do the same; "
+            f"start it once{SEVERAL_DEVICES.get(config_name, '')}, or unset {size} if each of them is another command"
+        )
 
 
 def _check(cfg: DictConfig, config_name: str) -> None:
-    """Refuse values that are missing, or of another type than the default.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
+    """Refuse values that are missing, or of another type than the default."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
     choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
     default, given = (
@@ -192,10 +178,7 @@ _added: list[str] = []
 
 
 def _choices_of_the_run(read_run: Callable[[Path], Mapping[str, Any]], arguments: list[str]) -> list[str]:
-    """`sampler=NAME guidance=NAME` of the run in `from=`, so that single keys of them can be set.
-
-    With what such an option must be told, the weaker network of autoguidance.
-    """
+    """`sampler=NAME guidance=NAME` of the run in `from=`, with what these must be told; single keys can then be set."""
     given = {override.key_or_group: override.value() for override in _parsed(arguments)}
     origin = Path(str(given.get("from", "")))
     folder = origin.parent.parent if origin.suffix == ".ckpt" else origin
@@ -213,18 +196,13 @@ def _choices_of_the_run(read_run: Callable[[Path], Mapping[str, Any]], arguments
 
 
 def _parsed(arguments: list[str]) -> list[Override]:
-    """The overrides among the arguments of a command, as Hydra reads them.
-
-    Raises:
-        ValueError: its grammar refuses one; the message says what to write instead.
-    """
+    """The overrides among the arguments of a command, as Hydra reads them."""
     parser, found = OverridesParser.create(), []
     for argument in arguments:
         if "=" in argument and not argument.startswith("-"):
-            try:
-                found.append(parser.parse_override(argument))
-            except HydraException:
-                raise ValueError(_rewritten(argument, parser)) from None
+            if (override := _parse(argument, parser)) is None:
+                raise ValueError(_rewritten(argument, parser))
+            found.append(override)
     return found
 
 
@@ -236,23 +214,19 @@ def _rewritten(argument: str, parser: OverridesParser) -> str:
     if value.startswith("~"):
         return f"{argument}: ~ stands for no folder after =; write {key}=$HOME{value[1:]}"
     items = [item.strip() for item in value.strip("[]").split(",")]
-    items = [item if _parses(f"{key}={item}", parser) else _quoted(item) for item in items]
+    items = [item if _parse(f"{key}={item}", parser) else _quoted(item) for item in items]
     attempts = [f"[{','.join(items)}]"] if value.startswith("[") and value.endswith("]") else []
     for attempt in (*attempts, _quoted(value)):
-        if _parses(written := f"{key}={attempt}", parser):
-            return (
-                f"{argument} cannot be read; quote texts with spaces, brackets, = or unusual letters: "
-                f"{shlex.quote(written)}"
-            )
+        if _parse(written := f"{key}={attempt}", parser):
+            way_out = f"quote texts with spaces, brackets, = or unusual letters: {shlex.quote(written)}"
+            return f"{argument} cannot be read; {way_out}"
     return f"{argument} cannot be read; write key=value, with texts in quotes: 'key=\"a text\"'"
 
 
-def _parses(override: str, parser: OverridesParser) -> bool:
-    try:
-        parser.parse_override(override)
-    except HydraException:
-        return False
-    return True
+def _parse(override: str, parser: OverridesParser) -> Override | None:
+    with contextlib.suppress(HydraException):
+        return parser.parse_override(override)
+    return None
 
 
 def _quoted(text: str) -> str:
@@ -267,11 +241,9 @@ def user_overrides() -> list[str]:
 def _refuse_new_keys(arguments: list[str]) -> None:
     """`+key=value` would add a key that nothing reads, but for a callback or logger; `~key` take one that is read."""
     for argument in arguments:
-        match = re.match(r"(\+{1,2})(?!hydra|callbacks\.|logger\.)([^=]+)=", argument)
-        if match:
-            raise ValueError(
-                f"{argument} would add the unknown key {match[2]}, which nothing reads; drop the {match[1]}"
-            )
+        if match := re.match(r"(\+{1,2})(?!hydra|callbacks\.|logger\.)([^=]+)=", argument):
+            key, added = match[2], match[1]
+            raise ValueError(f"{argument} would add the unknown key {key}, which nothing reads; drop the {added}")
         if argument.startswith("~"):
             raise ValueError(f"{argument} would take away a key that is read; set {argument[1:]}=... instead")
 
@@ -290,8 +262,9 @@ def _composition_error(error: Exception, config_name: str) -> str:
         foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
         near = difflib.get_close_matches(key[1], _known_keys(config_name, sys.argv[1:]), 1, 0.85 if foreign else 0.6)
         return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-    experiment = re.search(r"Could not find 'experiment/([^']+)'", text)
-    if experiment:  # Hydra lists nothing where the default is null
+    if experiment := re.search(
+        r"Could not find 'experiment/([^']+)'", text
+    ):  # Hydra lists nothing where the default is null
         folder = Path(compose.config_dir()) / "experiment"
         names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
         return f"experiment={experiment[1]} is unknown; choose one of {', '.join(names)}"

@@ -1,12 +1,15 @@
 """The configuration as conf/ and overrides compose it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from genfound.config.checks import one_of
 
 TARGET = "_target_"
 """The key that names a class to build."""
@@ -55,24 +58,13 @@ def option_names(group: str) -> list[str]:
 
 
 def read_option(group: str, name: str) -> dict[str, Any]:
-    """conf/<group>/<name>.yaml, without what it inherits.
-
-    Raises:
-        ValueError: there is no such option; the message lists them.
-    """
-    known = option_names(group)
-    if name not in known:
-        raise ValueError(f"{group}={name} is unknown; choose one of {', '.join(known)}")
-    file = Path(config_dir()) / group / f"{name}.yaml"
+    """conf/<group>/<name>.yaml, without what it inherits."""
+    file = Path(config_dir()) / group / f"{one_of(group, name, option_names(group))}.yaml"
     return {key: value for key, value in read_yaml(file).items() if key != "defaults"}
 
 
 def fill_option(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A sampler or guidance, what it does not say filled in from the option of its name; others' as they are.
-
-    Raises:
-        ValueError: an unknown name, or a key that the option does not have.
-    """
+    """A sampler or guidance, what it does not say filled in from the option of its name; others' as they are."""
     name = given.get("name", "null")
     if TARGET in given and name not in option_names(group):
         return dict(given)
@@ -87,12 +79,9 @@ def fill_option(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """conf/<name>.yaml with overrides, as the command line would compose it; missing values stay `???`."""
-    if GlobalHydra.instance().is_initialized():
-        composed = hydra.compose(name, list(overrides))
-    else:
-        with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
-            composed = hydra.compose(name, list(overrides))
-    return to_dict(composed)
+    begun = GlobalHydra.instance().is_initialized()
+    with nullcontext() if begun else hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        return to_dict(hydra.compose(name, list(overrides)))
 
 
 def to_dict(cfg: DictConfig | ListConfig, resolve: bool = True) -> dict[str, Any]:

@@ -109,9 +109,8 @@ def check(config: Mapping[str, Any]) -> None:
 
 def one_step(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of trainer.fast_dev_run: one global step, then every callback but evaluation, no logger."""
-    callbacks = {
-        name: {**own, "every": 1} if own and "every" in own else own for name, own in config["callbacks"].items()
-    }
+    groups = config["callbacks"].items()
+    callbacks = {name: {**own, "every": 1} if own and "every" in own else own for name, own in groups}
     for name, few in (("validation", {"images": config["sample"]["batch"]}), ("evaluation", {"every": None})):
         if callbacks.get(name):
             callbacks[name] |= few

@@ -18,12 +18,7 @@ KEY = "hydra.callbacks.swept"
 
 
 class Swept(Callback):
-    """Adds its two arguments to the overrides that every job of a sweep is composed with.
-
-    Args:
-        keys: what the sweep varies.
-        failures: file to which jobs append why they failed.
-    """
+    """Adds the keys that a sweep varies, and a file for why jobs failed, to the overrides of each of its jobs."""
 
     failed = False
     """Whether a job of the sweep that this process has started failed."""

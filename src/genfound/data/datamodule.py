@@ -15,7 +15,7 @@ from genfound.data.packing.collate import RawImages
 from genfound.data.packing.loader import HeldOut, TrainLoader, ValidationLoader
 from genfound.layouts import Dense
 from genfound.rng import Rng
-from genfound.runtime.stopwatch import Stopwatch
+from genfound.runtime.devices import Stopwatch
 
 if TYPE_CHECKING:
     from genfound.build import RunComponents
@@ -56,7 +56,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
         """
         from genfound import build  # to the right of data, and needed only here
 
-        return build.build_run(compose.compose("train", overrides), 1, with_values=False).data_module()
+        return GenerativeDataModule(build.build_run(compose.compose("train", overrides), 1, with_values=False))
 
     def setup(self, stage: str) -> None:
         """Take ranks and accumulation from the trainer."""

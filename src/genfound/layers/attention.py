@@ -59,9 +59,7 @@ def packed_attention(
 def sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Softmax attention of rows of equal length; on the CPU in float32, which is faster there than bfloat16.
 
-    Args:
-        q, k, v: (B, H, N, d).
-        allowed: broadcasts to (B, H, N, N), True where a query may see a key.
+    q, k, v are (B, H, N, d); `allowed` broadcasts to (B, H, N, N), True where a query may see a key.
     """
     if q.device.type != "cpu":
         return scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, allowed)
@@ -72,10 +70,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tens
 def with_block_mask(batch: Batch, tokens: Tensor, backend: str) -> Batch:
     """The batch with the mask that `flex` needs, for all blocks of one forward pass; as it is for other backends.
 
-    Args:
-        batch: of any layout; only a packed one has a mask.
-        tokens: (T, D) of the dtype of the values that will be mixed.
-        backend: as of `packed_attention`.
+    The tokens (T, D) have the dtype of the values that will be mixed; only a packed batch has a mask.
     """
     if batch.image_of is None or choose_backend(backend, tokens.device.type, tokens.dtype) != "flex":
         return batch
@@ -84,11 +79,7 @@ def with_block_mask(batch: Batch, tokens: Tensor, backend: str) -> Batch:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that will run; `auto` takes the first available one. Decided once.
-
-    Raises:
-        ValueError: the backend is unknown or cannot run on this device.
-    """
+    """The backend that will run; `auto` takes the first available one. Decided once."""
     available = available_backends(device, dtype)
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"model.attention={backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
@@ -215,8 +206,7 @@ def _flex(
         block_mask = document_mask(torch.searchsorted(cu_seqlens, positions, right=True))
     q, k, v = (a.to(v.dtype).transpose(0, 1)[None] for a in (q, k, v))  # (1, H, T, d)
     kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    out: Tensor = kernel(q, k, v, block_mask=block_mask)
-    return out[0].transpose(0, 1)
+    return kernel(q, k, v, block_mask=block_mask)[0].transpose(0, 1)
 
 
 @functools.cache

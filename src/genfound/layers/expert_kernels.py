@@ -87,8 +87,7 @@ class _Slices(torch.autograd.Function):
 
 
 def _lengths(ends: Tensor) -> list[int]:
-    lengths: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return lengths
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
 def _forward(
@@ -97,9 +96,8 @@ def _forward(
     """The output (S, D), and for the backward pass what gate and up made of each expert's rows."""
     out = rows.new_empty(rows.shape)  # contiguous, as `_slices_op` promises
     kept = []
-    for x, y, enter, leave in zip(
-        rows.split(lengths), out.split(lengths), gate_up.unbind(), down.unbind(), strict=True
-    ):
+    pieces = zip(rows.split(lengths), out.split(lengths), gate_up.unbind(), down.unbind(), strict=True)
+    for x, y, enter, leave in pieces:
         hidden = x @ enter.T  # (n, 2 I)
         gate, up = hidden.chunk(2, dim=1)
         torch.mm(silu(gate) * up, leave.T, out=y)

@@ -12,11 +12,8 @@ class Draw:
     """Draws each parameter of a network from a stream of its own.
 
     Values depend on the seed, the number of the parameter in order of registration, its shape and its law alone: not
-    on other parameters, and not on the device, since all are drawn on the CPU. On `meta` nothing is done.
-
-    Args:
-        net: a module.
-        rng: `None` takes torch's global generator for all parameters, one after the other.
+    on other parameters, and not on the device, since all are drawn on the CPU. On `meta` nothing is done. Without an
+    rng all parameters are drawn from torch's global generator, one after the other.
     """
 
     def __init__(self, net: nn.Module, rng: Rng | None = None) -> None:

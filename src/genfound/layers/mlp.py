@@ -32,17 +32,9 @@ class SwiGLU(nn.Module):
 
 
 def feed_forward(kind: str, width: int, ratio: float, bias: bool) -> nn.Module:
-    """The network of a block, from D to D.
+    """The network of a block, from D to D, with a hidden size of ratio * D; `swiglu` has two thirds of it.
 
-    Args:
-        kind: `mlp`; `swiglu`, of two thirds of the hidden size, so that it has the parameters of `mlp`; or
-            `swiglu_large`, of the whole.
-        width: D.
-        ratio: hidden size over D.
-        bias: whether its layers have biases.
-
-    Raises:
-        ValueError: an unknown kind.
+    So `swiglu` has as many parameters as `mlp`; `swiglu_large` has the whole hidden size.
     """
     hidden = int(width * ratio)
     if kind == "mlp":

@@ -21,29 +21,18 @@ from genfound.layers.initial import Draw
 
 
 class Routing(NamedTuple):
-    """What a router decided.
+    """What a router decided."""
 
-    Attributes:
-        scores: (B, N, E) float32, a probability for each expert.
-        choices: (B, N, k) the chosen experts, in no particular order.
-        weights: (B, N, k) float32, of their outputs.
-        counts: (B, E) how often the tokens of an image chose each expert.
-    """
-
-    scores: Tensor
-    choices: Tensor
-    weights: Tensor
-    counts: Tensor
+    scores: Tensor  # (B, N, E) float32, a probability for each expert
+    choices: Tensor  # (B, N, k) the chosen experts, in no particular order
+    weights: Tensor  # (B, N, k) float32, of their outputs
+    counts: Tensor  # (B, E) how often the tokens of an image chose each expert
 
 
 class Router(nn.Module):
     """Softmax over experts in float32; the k largest scores are the choices and their weights.
 
-    Args:
-        width: D.
-        experts: E.
-        top_k: k, between 1 and E.
-        normalise: divide the weights of a token by their sum (plus 1e-20), if k > 1.
+    If they are normalised and k > 1, the weights of a token are divided by their sum (plus 1e-20).
     """
 
     def __init__(self, width: int, experts: int, top_k: int, normalise: bool) -> None:
@@ -68,8 +57,7 @@ class Router(nn.Module):
         if self.normalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         numbers = torch.arange(scores.shape[-1], device=x.device)
-        counts = (choices.flatten(1)[..., None] == numbers).sum(dim=1)
-        return Routing(scores, choices, weights, counts)
+        return Routing(scores, choices, weights, (choices.flatten(1)[..., None] == numbers).sum(dim=1))
 
 
 def expert_load(routing: Routing) -> Tensor:
@@ -80,11 +68,8 @@ def expert_load(routing: Routing) -> Tensor:
 def balance_loss(routing: Routing, over: str) -> Tensor:
     """E sum_e f_e P_e, a scalar: f_e is the fraction of choices of expert e, P_e its mean score (Switch, eq. 4).
 
-    A uniform router has a loss of 1. Only P has a gradient.
-
-    Args:
-        routing: of B images.
-        over: `tokens`, fractions and means of all tokens; or `sequence`, those of each image, averaged at the end.
+    A uniform router has a loss of 1. Only P has a gradient. Over `tokens`, fractions and means are those of all tokens;
+    over `sequence` those of each image, averaged at the end.
     """
     fractions = routing.counts / routing.choices[0].numel()  # (B, E)
     means = routing.scores.mean(dim=1)  # (B, E)
@@ -96,19 +81,12 @@ def balance_loss(routing: Routing, over: str) -> Tensor:
 class MixtureOfExperts(nn.Module):
     """y = sum over choices of weight * expert(x), plus a shared expert that every token passes.
 
-    Args:
-        width: D.
-        hidden: I.
-        experts: E.
-        top_k, normalise: of the `Router`.
-        shared_hidden: hidden size of the shared expert; 0 for none.
-        eval_gradients: in evaluation mode, let gradients through the routed experts. The released code does not
-            (models.py:SparseMoeBlock.moe_infer).
+    Without `eval_gradients` the routed experts let none through in evaluation mode, as in the released code
+    (models.py:SparseMoeBlock.moe_infer). A shared expert of hidden size 0 is none.
     """
 
     def __init__(
         self,
-        *,
         width: int,
         hidden: int,
         experts: int,
@@ -147,12 +125,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """E times `Expert`, their weights stacked; matrices are Xavier-uniform.
-
-    Attributes:
-        gate_up: (E, 2 I, D), gate and up of each expert.
-        down: (E, D, I).
-    """
+    """E times `Expert`, their weights stacked: gate and up (E, 2 I, D), down (E, D, I)."""
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
@@ -179,8 +152,7 @@ class Experts(nn.Module):
         kernel = KERNELS[choose_kernel(device, dtype, *self.down.shape[1:])]
         out = kernel(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
         weighted = out * routing.weights.flatten()[order, None]
-        summed: Tensor = _Combine.apply(weighted, token, place)  # type: ignore[no-untyped-call]
-        return summed.view_as(x)
+        return _Combine.apply(weighted, token, place).view_as(x)  # type: ignore[no-untyped-call]
 
 
 class _Dispatch(torch.autograd.Function):
@@ -211,8 +183,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (token,) = ctx.saved_tensors
-        return grad.index_select(0, token), None, None
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 def _sum_of_rows(rows: Tensor, place: Tensor, dtype: torch.dtype | None = None) -> Tensor:

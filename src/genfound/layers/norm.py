@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from genfound.config.checks import one_of
+
 EPS = 1e-6
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -17,11 +19,5 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def norm_layer(key: str, name: str, width: int) -> nn.Module:
-    """The norm that a configuration key names, over `width` channels; input (..., width).
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in NORMS:
-        raise ValueError(f"model.{key}={name} is unknown; choose one of {', '.join(NORMS)}")
-    return NORMS[name](width)
+    """The norm that a configuration key names, over `width` channels; input (..., width)."""
+    return NORMS[one_of(f"model.{key}", name, NORMS)](width)

@@ -19,35 +19,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genfound.config.checks import one_of
+
 
 @dataclass(frozen=True)
 class Rope:
-    """Frequencies theta^(-2i / a), i = 0 .. F - 1, of each axis, changed by a rule for larger images.
+    """Frequencies theta^(-2i / a), i = 0 .. F - 1, of each axis, changed by a rule for larger images."""
 
-    Attributes:
-        head: d, a multiple of four.
-        theta: base of the frequencies.
-        rule: a name of `RULES`.
-        trained: L0.
-        target: L of rows and of columns; None takes each image's own rows and columns.
-        decouple: each axis has its own s (VisionNTK, VisionYaRN); otherwise the longer one gives it to both.
-        exact: false rounds angles, cosines and sines to bfloat16, as the released samplers of FiT and NiT do in bf16.
-
-    Raises:
-        ValueError: an unknown rule, or a number out of range.
-    """
-
-    head: int
-    theta: float
-    rule: str
-    trained: int
-    target: Sequence[int] | None
-    decouple: bool
-    exact: bool
+    head: int  # d, a multiple of four
+    theta: float  # base of the frequencies
+    rule: str  # a name of `RULES`
+    trained: int  # L0
+    target: Sequence[int] | None  # L of rows and of columns; None takes each image's own rows and columns
+    decouple: bool  # each axis has its own s (VisionNTK, VisionYaRN); otherwise the longer one gives it to both
+    exact: bool  # false rounds angles, cosines, sines to bfloat16, as the released samplers of FiT and NiT do in bf16
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"model.rope_scaling.rule={self.rule} is unknown; choose one of {', '.join(RULES)}")
+        one_of("model.rope_scaling.rule", self.rule, RULES)
         if self.head % 4 or (self.rule != "normal" and self.head < 8):
             raise ValueError(
                 f"rotary positions need heads of a multiple of 4 channels, and 8 with model.rope_scaling.rule other "
@@ -60,16 +48,11 @@ class Rope:
 
     @classmethod
     def of(cls, head: int, theta: float, scaling: Mapping[str, Any]) -> Rope:
-        """From the key `model.rope_scaling`, which holds all other attributes.
-
-        Raises:
-            ValueError: a key is missing or unknown.
-        """
+        """From the key `model.rope_scaling`, which holds all other attributes."""
         known = {"rule", "trained", "target", "decouple", "exact"}
         if not isinstance(scaling, Mapping) or scaling.keys() != known:
-            raise ValueError(
-                f"model.rope_scaling={scaling} must have the keys {', '.join(sorted(known))}, and no others"
-            )
+            keys = ", ".join(sorted(known))
+            raise ValueError(f"model.rope_scaling={scaling} must have the keys {keys}, and no others")
         return cls(head, theta, **scaling)
 
     def __call__(self, coordinates: Tensor, sizes: Tensor, per_token: Callable[[Tensor], Tensor]) -> Tensor:
@@ -107,8 +90,7 @@ class Rope:
 
     def base(self, device: torch.device) -> Tensor:
         """(F,) float64, the frequencies of training."""
-        exponents = self.exponents(device)
-        return self.theta**-exponents
+        return self.theta ** -self.exponents(device)
 
     def ramp(self, low: float, high: float, device: torch.device) -> Tensor:
         """(F,) float64 from 0 to 1 between the frequencies that turn `low` and `high` times along L0.
@@ -135,16 +117,9 @@ class Rope:
 
 
 def rope_table(coordinates: Tensor, frequencies: Tensor, factor: Tensor, exact: bool) -> Tensor:
-    """Cosine and sine of every token's angles, times a factor.
+    """(..., 1, d / 2, 2) float32 cosine and sine of every token's angles, times a factor; see `Rope`.
 
-    Args:
-        coordinates: (..., 2) positions on the first and second axis.
-        frequencies: (..., 2, F) of the two axes, broadcasting against the tokens.
-        factor: (..., 1), broadcasting against the tokens.
-        exact: otherwise rounded to bfloat16 at every step.
-
-    Returns:
-        (..., 1, d / 2, 2) float32.
+    Coordinates are (..., 2); frequencies (..., 2, F) and the factor (..., 1) broadcast against the tokens.
     """
     angles = (coordinates.float()[..., None] * frequencies).flatten(-2)  # (..., d / 2)
     angles = angles if exact else _rounded(angles)
@@ -164,6 +139,13 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2)
+
+
+def head_size(width: int, heads: int) -> int:
+    """Channels of a head that positions can turn."""
+    if width % (4 * heads):
+        raise ValueError(f"model.width={width} over model.heads={heads} must be a multiple of 4 for rotary positions")
+    return width // heads
 
 
 def row_major(n: Tensor, columns: Tensor | int) -> Tensor:

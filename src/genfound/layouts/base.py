@@ -34,13 +34,9 @@ def from_tokens(tokens: Tensor, rows: int, patch_size: int) -> Tensor:
 
 
 def token_sizes(latents: Sequence[Tensor], patch_size: int) -> Tensor:
-    """(B, 2) token rows and columns.
-
-    Raises:
-        ValueError: a latent side is not a multiple of the patch size.
-    """
+    """(B, 2) token rows and columns."""
     for latent in latents:
-        if any(side % patch_size for side in latent.shape[1:]):
-            size = tuple(latent.shape[1:])
+        size = tuple(latent.shape[1:])
+        if any(side % patch_size for side in size):
             raise ValueError(f"a latent of {size} does not divide into patches of model.patch_size={patch_size}")
     return torch.tensor([[side // patch_size for side in z.shape[1:]] for z in latents]).reshape(-1, 2)

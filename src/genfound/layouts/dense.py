@@ -1,6 +1,7 @@
 """Dense: images of one size, stacked."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,33 +10,22 @@ from genfound.batch import Batch
 from genfound.layouts.base import Layout, token_sizes
 
 
+@dataclass
 class Dense(Layout):
-    """x is (B, C, H, W); all images have the same size.
+    """x is (B, C, H, W); all images have the same size."""
 
-    Args:
-        patch_size: side of a patch in latent pixels.
-        max_images: B, where filler follows the images, so that the shape is static; `None` takes exactly the images.
-        filler_label: the label of rows that are not real.
-    """
+    patch_size: int
+    max_images: int | None = None  # B, where filler follows the images; `None` takes exactly the images
+    filler_label: int = 0
 
     name = "dense"
 
-    def __init__(self, patch_size: int, max_images: int | None = None, filler_label: int = 0) -> None:
-        self.patch_size = patch_size
-        self.max_images = max_images
-        self.filler_label = filler_label
-
     def to_batch(self, latents: Sequence[Tensor], y: Tensor) -> Batch:
-        """Stack latents (C, H, W) of one size.
-
-        Raises:
-            ValueError: the latents differ in size, or are more than `max_images`.
-        """
+        """Stack latents (C, H, W) of one size."""
         shapes = {tuple(z.shape) for z in latents}
         if len(shapes) > 1:
-            raise ValueError(
-                f"layout=dense needs images of one size, got {sorted(shapes)}; set data.view=square or layout=packed"
-            )
+            ways = "set data.view=square or layout=packed"
+            raise ValueError(f"layout=dense needs images of one size, got {sorted(shapes)}; {ways}")
         empty = (self.max_images or len(latents)) - len(latents)
         if empty < 0:
             raise ValueError(f"{len(latents)} images do not fit a batch of data.batch_size={self.max_images}")

@@ -1,6 +1,7 @@
 """Packed: tokens of all images one after another, no padding between them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,35 +10,23 @@ from genfound.batch import Batch
 from genfound.layouts.base import Layout, from_tokens, to_tokens, token_sizes
 
 
+@dataclass
 class Packed(Layout):
     """x is (T, C * p * p).
 
     With a budget the shape is static, so that a compiled step is compiled once: the real images come first,
     then empty rows, and last a filler row that takes the tail of the budget. Filler has the null label.
-
-    Args:
-        patch_size: side of a patch in latent pixels.
-        max_tokens: T; `None` takes exactly the tokens of the images (sampling).
-        max_images: real rows of a static batch (B = max_images + 1); needed with `max_tokens`.
-        filler_label: the label of rows that are not real.
     """
+
+    patch_size: int
+    max_tokens: int | None = None  # T; `None` takes exactly the tokens of the images (sampling)
+    max_images: int | None = None  # real rows of a static batch (B = max_images + 1); needed with `max_tokens`
+    filler_label: int = 0
 
     name = "packed"
 
-    def __init__(
-        self, patch_size: int, max_tokens: int | None = None, max_images: int | None = None, filler_label: int = 0
-    ) -> None:
-        self.patch_size = patch_size
-        self.max_tokens = max_tokens
-        self.max_images = max_images
-        self.filler_label = filler_label
-
     def to_batch(self, latents: Sequence[Tensor], y: Tensor) -> Batch:
-        """Concatenate the tokens of latents (C, h, w).
-
-        Raises:
-            ValueError: the images exceed the budget of tokens or of rows.
-        """
+        """Concatenate the tokens of latents (C, h, w)."""
         sizes = token_sizes(latents, self.patch_size)
         x = torch.cat([to_tokens(z, self.patch_size) for z in latents])
         real = torch.ones(len(latents), dtype=torch.bool)
@@ -52,7 +41,7 @@ class Packed(Layout):
             real=real.to(x.device),
             image_of=torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(x.device),
             cu_seqlens=bounds.to(x.device, torch.int32),
-            max_seqlen=_power_of_two(int(lengths.max())),
+            max_seqlen=1 << max(int(lengths.max()) - 1, 0).bit_length(),  # a power of 2: few recompilations
         )
 
     def _fill(self, x: Tensor, y: Tensor, sizes: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,8 +63,3 @@ class Packed(Layout):
         pieces = x[: int(batch.tokens.sum())].split(batch.tokens.tolist())
         rows = zip(pieces, batch.sizes.tolist(), batch.real.tolist(), strict=True)
         return [from_tokens(z, h, self.patch_size) for z, (h, _), real in rows if real]
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n: few values, so few recompilations."""
-    return 1 << max(n - 1, 0).bit_length()

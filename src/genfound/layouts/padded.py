@@ -1,6 +1,7 @@
 """Padded: rows of tokens, filled up to one length."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,26 +10,17 @@ from genfound.batch import Batch
 from genfound.layouts.base import Layout, from_tokens, to_tokens, token_sizes
 
 
+@dataclass
 class Padded(Layout):
-    """x is (B, N, C * p * p) with a mask.
+    """x is (B, N, C * p * p) with a mask."""
 
-    Args:
-        patch_size: side of a patch in latent pixels.
-        max_tokens: N; `None` takes the longest image of the batch.
-    """
+    patch_size: int
+    max_tokens: int | None = None  # N; `None` takes the longest image of the batch
 
     name = "padded"
 
-    def __init__(self, patch_size: int, max_tokens: int | None = None) -> None:
-        self.patch_size = patch_size
-        self.max_tokens = max_tokens
-
     def to_batch(self, latents: Sequence[Tensor], y: Tensor) -> Batch:
-        """Tokens of each latent (C, h, w), then zeros.
-
-        Raises:
-            ValueError: an image has more than `max_tokens` tokens.
-        """
+        """Tokens of each latent (C, h, w), then zeros."""
         sizes = token_sizes(latents, self.patch_size)
         longest = int(sizes.prod(dim=1).max())
         length = self.max_tokens or longest

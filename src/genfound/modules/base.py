@@ -1,4 +1,10 @@
-"""GenerativeModule: training and validation of any backbone under any objective."""
+"""GenerativeModule: training and validation of any backbone under any objective.
+
+Validation is at fixed times and noise. `val/loss` is the objective's own loss; `val/velocity_mse` compares objectives,
+see `Objective.velocity_error`: the mean over images at times uniform on `TIMES`, without any weight. Noise and times
+of an image depend on its place among the held-out images alone, so both are the same for any packing, layout and
+number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +25,16 @@ from genfound.batch import Batch
 from genfound.config import compose
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.loader import HeldOut
-from genfound.modules.validation import validation_metrics, validation_sums
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 
 TrainItem = tuple[Batch, MicroBatch]
+
+TIMES = (0.02, 0.98)
+"""Ends of the times of the velocity error: every published process has these ratios of noise to signal."""
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class GenerativeModule(lightning.LightningModule):
@@ -43,11 +53,6 @@ class GenerativeModule(lightning.LightningModule):
         label_drop: probability of the null label, per image.
         seed: seed of the run.
         budget: images of the run; the end of a cosine schedule.
-
-    Attributes:
-        images_seen: images of the run up to the last global step.
-        grad_norm: of the last global step, before clipping.
-        logs_losses: log `train/loss` of each micro-batch; `TrainLog`, which logs averages of steps, turns it off.
     """
 
     backbone: type[Backbone] = Backbone
@@ -71,9 +76,9 @@ class GenerativeModule(lightning.LightningModule):
         self.seed = seed
         self.budget = budget
         self.loss_scale = 1  # Lightning averages over micro-batches and ranks; the loss of a step is a sum
-        self.images_seen = 0
-        self.grad_norm: Tensor | None = None
-        self.logs_losses = True
+        self.images_seen = 0  # up to the last global step
+        self.grad_norm: Tensor | None = None  # of the last global step, before clipping
+        self.logs_losses = True  # of each micro-batch; `TrainLog`, which logs averages of steps, turns it off
         self._micro: MicroBatch | None = None
 
     @classmethod
@@ -155,30 +160,20 @@ class GenerativeModule(lightning.LightningModule):
         return validation_metrics(self._reduced(sums))
 
     def _reduced(self, sums: Tensor) -> Tensor:
-        total = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total
+        return self.trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[return-value]
 
     def evaluate(self, batch: Batch, rng: Rng) -> Losses:
         """Losses of a batch with the training law of labels, times and noise."""
         if self.label_drop > 0:
             dropped = rng.uniform("label_drop", batch.y.shape, batch.y.device) < self.label_drop
             assert self.net.null_label is not None
-            null = torch.full_like(batch.y, self.net.null_label)
-            batch = replace(batch, y=torch.where(dropped, null, batch.y))
+            batch = replace(batch, y=batch.y.masked_fill(dropped, self.net.null_label))
         return self.objective.loss(self.net, batch, rng)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Fused AdamW over the parameter groups."""
-        s = self.settings
-        return torch.optim.AdamW(
-            self.parameter_groups(),
-            lr=s["lr"],
-            betas=tuple(s["betas"]),
-            eps=s["eps"],
-            weight_decay=s["weight_decay"],
-            fused=True,
-        )
+        own, betas = {key: self.settings[key] for key in ("lr", "eps", "weight_decay")}, tuple(self.settings["betas"])
+        return torch.optim.AdamW(self.parameter_groups(), betas=betas, fused=True, **own)
 
     def on_train_batch_start(self, item: TrainItem, batch_idx: int) -> None:
         """Set the learning rate of the step from the images seen before it."""
@@ -225,15 +220,10 @@ class GenerativeModule(lightning.LightningModule):
 
 def module_of(parts: build.RunComponents) -> GenerativeModule:
     """The module of a run; of the family of its network."""
-    config = parts.config
-    return module_class(type(parts.net))(
-        parts.net,
-        parts.objective,
-        config["optimizer"],
-        config["model"]["label_drop"],
-        config["seed"],
-        config["budget"]["images"] or config["optimizer"]["budget_images"],
-    )
+    config, optimizer = parts.config, parts.config["optimizer"]
+    budget = config["budget"]["images"] or optimizer["budget_images"]
+    kind, label_drop = module_class(type(parts.net)), config["model"]["label_drop"]
+    return kind(parts.net, parts.objective, optimizer, label_drop, config["seed"], budget)
 
 
 def module_class(backbone: type[Backbone]) -> type[GenerativeModule]:
@@ -270,3 +260,30 @@ def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> floa
         return 1.0
     progress = min((images_seen - warmup) / max(budget - warmup, 1), 1.0)
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def validation_sums(net: Backbone, objective: Objective, item: HeldOut) -> Tensor:
+    """(4,) float64 of a micro-batch: weighted losses, weights, velocity errors, images."""
+    batch, noise, positions = item.images, item.noise, item.micro.positions
+    assert isinstance(batch, Batch) and noise is not None
+    part = torch.cat([objective.time_law(Rng(0, "val", k), 1, torch.device("cpu")) for k in positions])
+    filler = (0, len(batch.y) - len(positions))
+    rows = (torch.nn.functional.pad(v, filler, value=0.5) for v in (part, uniform_times(positions)))
+    drawn, times = (v.to(batch.x.device) for v in rows)
+    weights = image_weight(batch.tokens, objective.weight) * batch.real
+    loss = objective.loss_at(net, batch, drawn, noise).total
+    error = objective.velocity_error(net, batch, times, noise)
+    sums = (weights * loss, weights, error, batch.real)
+    return torch.stack([values.double().sum() for values in sums])
+
+
+def validation_metrics(sums: Tensor) -> dict[str, float]:
+    """The metrics from the sums of all micro-batches of all ranks."""
+    loss, error = (sums[::2] / sums[1::2]).tolist()
+    return {"val/loss": loss, "val/velocity_mse": error}
+
+
+def uniform_times(positions: Sequence[int]) -> Tensor:
+    """(n,) float64 times, spread evenly over `TIMES` by the multiples of the golden ratio, however many there are."""
+    low, high = TIMES
+    return low + (high - low) * ((torch.tensor(positions, dtype=torch.float64) + 0.5) * GOLDEN % 1)

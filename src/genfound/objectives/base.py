@@ -32,29 +32,19 @@ GuidanceOf = Callable[..., GuidedNet]
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of every image of a batch.
+    """The loss of every image of a batch, each (B,)."""
 
-    Attributes:
-        total: (B,) what is minimised; 0 on rows that are not real.
-        t: (B,) the times that were drawn, in the objective's own unit.
-        terms: named parts of `total`, each (B,).
-    """
-
-    total: Tensor
-    t: Tensor
-    terms: dict[str, Tensor] = field(default_factory=dict)
+    total: Tensor  # what is minimised; 0 on rows that are not real
+    t: Tensor  # the times that were drawn, in the objective's own unit
+    terms: dict[str, Tensor] = field(default_factory=dict)  # named parts of `total`
 
 
 class Field(Protocol):
-    """A trained network as a sampler sees it.
-
-    Attributes:
-        net: the network, with its guidance.
-        lowest: the time down to which the velocity is defined, which a sampler's last time may be below of.
-    """
+    """A trained network, with its guidance, as a sampler sees it."""
 
     net: GuidedNet
     lowest: float
+    """The time down to which the velocity is defined, which a sampler's last time may be below of."""
 
     def velocity(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """dx/dt of the probability-flow ODE at x = batch.x and time t; shaped like `batch.x`.
@@ -82,23 +72,12 @@ class Objective(Protocol):
         return self.loss_at(net, batch, part, rng.normal("noise", batch.x.shape, batch.x.device))
 
     def loss_at(self, net: Net, batch: Batch, part: Tensor, noise: Tensor) -> Losses:
-        """The loss of each image at these times and with this noise.
-
-        Args:
-            net: the backbone in training.
-            batch: data.
-            part: (B,) what `time_law` drew; rows that are not real are at the middle time whatever it says.
-            noise: shaped like `batch.x`.
-        """
+        """The loss of each image with this noise, at what `time_law` drew (B,); filler is at the middle time."""
 
     def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Predictions:
         """The network's output on noised data.
 
-        Args:
-            net: the backbone.
-            batch: data.
-            time: (B,) float64 times of the linear path, inside (0, 1): sigma / alpha = time / (1 - time).
-            noise: shaped like `batch.x`.
+        Times (B,) are float64 ones of the linear path, inside (0, 1): sigma / alpha = time / (1 - time).
         """
 
     def velocity_error(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Tensor:

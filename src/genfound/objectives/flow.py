@@ -160,13 +160,7 @@ class Flow(Objective):
 
 
 class FlowField:
-    """A network as samplers see it.
-
-    Args:
-        net: in the time of the framework, with its guidance.
-        path: of its objective.
-        prediction: what its output is.
-    """
+    """A network in the time of the framework, with its guidance, as samplers see it."""
 
     def __init__(self, net: GuidedNet, path: Interpolant, prediction: str) -> None:
         self.net = net

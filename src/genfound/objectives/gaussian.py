@@ -71,15 +71,7 @@ class Gaussian(Objective):
     gives = frozenset(("velocity", "gaussian"))
 
     def __init__(
-        self,
-        *,
-        timesteps: int,
-        schedule: str,
-        prediction: str,
-        variance: str,
-        loss: str,
-        clip_x0: bool,
-        weight: str,
+        self, *, timesteps: int, schedule: str, prediction: str, variance: str, loss: str, clip_x0: bool, weight: str
     ) -> None:
         integer("objective.timesteps", timesteps, 1)
         betas = SCHEDULES[one_of("objective.schedule", schedule, SCHEDULES)](timesteps)
@@ -192,11 +184,7 @@ class Gaussian(Objective):
 class GaussianField:
     """Views of a network that was trained on a `Gaussian`; times are the timesteps of its training.
 
-    Args:
-        net: the network, with its guidance.
-        objective: what it was trained for.
-        process: the steps that are walked.
-        gradient: of a classifier that guides (Dhariwal & Nichol 2021), or `None`.
+    It walks the steps of its process; the gradient is that of a classifier that guides (Dhariwal & Nichol 2021).
     """
 
     lowest = 0.0

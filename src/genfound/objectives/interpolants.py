@@ -20,18 +20,14 @@ VP_SLOWEST, VP_FASTEST = 0.1, 20.0
 
 
 class Coefficients(NamedTuple):
-    """Coefficients and their time derivatives.
-
-    Attributes:
-        spread: sigma sigma' - sigma^2 alpha' / alpha, half the squared diffusion of the forward process; infinite
-            where alpha is 0.
-    """
+    """Coefficients and their time derivatives."""
 
     alpha: Tensor
     sigma: Tensor
     d_alpha: Tensor
     d_sigma: Tensor
     spread: Tensor
+    """sigma sigma' - sigma^2 alpha' / alpha, half the squared diffusion of the forward process; infinite at alpha 0."""
 
     @property
     def wronskian(self) -> Tensor:
@@ -64,19 +60,12 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Interpolant:
-    """One interpolant.
+    """One interpolant, with noise at time `end`."""
 
-    Attributes:
-        point: times (any shape) -> coefficients of the same shape.
-        time_of: noise-to-signal ratios sigma / alpha -> the times at which they occur.
-        end: the time of noise.
-        pure: whether alpha is 0 at its end; the variance-preserving path keeps a trace of signal.
-    """
-
-    point: Callable[[Tensor], Coefficients]
-    time_of: Callable[[Tensor], Tensor]
+    point: Callable[[Tensor], Coefficients]  # of times, of the same shape
+    time_of: Callable[[Tensor], Tensor]  # at which noise-to-signal ratios sigma / alpha occur
     end: float = 1.0
-    pure: bool = True
+    pure: bool = True  # alpha is 0 at its end; the variance-preserving path keeps a trace of signal
 
 
 def linear(t: Tensor) -> Coefficients:

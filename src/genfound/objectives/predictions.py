@@ -16,19 +16,12 @@ PREDICTIONS = ("velocity", "noise", "x0", "score")
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network's output says about the state it was given.
+    """What a network's output says about the state it was given."""
 
-    Attributes:
-        kind: what the output is, a name of `PREDICTIONS`.
-        out: the output, shaped like the state.
-        x: the state.
-        point: coefficients of its time, numbers or tensors that broadcast against the state.
-    """
-
-    kind: str
-    out: Tensor
-    x: Tensor
-    point: Coefficients
+    kind: str  # what the output is, a name of `PREDICTIONS`
+    out: Tensor  # shaped like the state
+    x: Tensor  # the state
+    point: Coefficients  # of its time, numbers or tensors that broadcast against the state
 
     @property
     def noise(self) -> Tensor:

@@ -77,12 +77,8 @@ class Process:
 
     Args:
         betas: (T,) float64, variance added at each step.
-        timesteps: what the network is told at each step, its number in the process that was trained;
+        timesteps: (T,) int64, what the network is told at each step, its number in the process that was trained;
             `None` is 0 .. T-1.
-
-    Attributes:
-        tables: float64, on the host.
-        timesteps: (T,) int64, rising.
     """
 
     def __init__(self, betas: Tensor, timesteps: Tensor | None = None) -> None:
@@ -192,8 +188,7 @@ def space_timesteps(sections: StepSpec, steps: int) -> list[int]:
         return _strided(_whole(sections.removeprefix("ddim"), sections), steps)
     pieces = [sections] if isinstance(sections, int) else sections.split(",") if isinstance(sections, str) else sections
     counts = [_whole(piece, sections) for piece in pieces]
-    kept: list[int] = []
-    start = 0
+    kept, start = list[int](), 0
     for i, count in enumerate(counts):
         length = steps // len(counts) + (i < steps % len(counts))
         if not 0 <= count <= length:
@@ -210,9 +205,9 @@ def space_timesteps(sections: StepSpec, steps: int) -> list[int]:
 
 
 def _strided(count: int, steps: int) -> list[int]:
-    for stride in range(1, steps):
-        if len(range(0, steps, stride)) == count:
-            return list(range(0, steps, stride))
+    for kept in (range(0, steps, stride) for stride in range(1, steps)):
+        if len(kept) == count:
+            return list(kept)
     raise ValueError(f"sampler.steps=ddim{count}: no whole stride gives {count} of {steps} steps")
 
 
@@ -220,6 +215,5 @@ def _whole(piece: int | str, sections: StepSpec) -> int:
     try:
         return int(piece)
     except ValueError:
-        raise ValueError(
-            f"sampler.steps={sections} is unknown; write a number, one per section (10,10,10) or ddim50"
-        ) from None
+        known = "write a number, one per section (10,10,10) or ddim50"
+        raise ValueError(f"sampler.steps={sections} is unknown; {known}") from None

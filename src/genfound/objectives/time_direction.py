@@ -16,13 +16,9 @@ class TimeAdapter:
     """A network that is asked, and answers, in the time of the framework.
 
     Args:
-        net: takes (batch, t (B,) float32), and may declare `time`.
+        net: takes (batch, t (B,) float32), and may declare `time`, `token_spec` and `null_label`.
         end: the time of noise; `None` for integer steps, which every network counts alike.
         velocity: whether its output is a velocity, which has a direction.
-
-    Attributes:
-        token_spec: of the network, if it has one.
-        null_label: of the network, if it has one.
     """
 
     copies = 1

@@ -12,6 +12,9 @@ from genfound.rng import Rng
 
 TimeLaw = Callable[[Rng, int, torch.device], Tensor]
 
+Shift = float | str
+"""Of times: a factor, or `auto`; see `shift_factor`."""
+
 REFERENCE_SIZE = 4096
 """Numbers in a latent that `auto` does not shift: 32 x 32 x 4 (RAE, arXiv 2510.11690)."""
 
@@ -77,14 +80,14 @@ def shifted(t: Tensor, factor: Tensor | float) -> Tensor:
     return factor * t / (factor * t + (1 - t))
 
 
-def shift_factor(key: str, setting: float | str, batch: Batch) -> Tensor | float:
+def shift_factor(key: str, setting: Shift, batch: Batch) -> Tensor | float:
     """A number as it is; `auto` as (B,): sqrt(numbers in the latent / 4096), so larger latents see more noise."""
     if check_shift(key, setting) == "auto":
         return (latent_numbers(batch).double() / REFERENCE_SIZE).sqrt()
     return float(setting)
 
 
-def check_shift(key: str, setting: float | str) -> float | str:
+def check_shift(key: str, setting: Shift) -> Shift:
     """The setting of a shift."""
     if setting == "auto":
         return setting
@@ -101,7 +104,7 @@ def latent_numbers(batch: Batch) -> Tensor:
     return batch.tokens * batch.x.shape[-1]
 
 
-def shifted_grid(times: Tensor, setting: float | str, batch: Batch) -> Tensor:
+def shifted_grid(times: Tensor, setting: Shift, batch: Batch) -> Tensor:
     """A sampling grid with its inner points shifted; its ends stay."""
     factor = shift_factor("sampler.shift", setting, batch)
     if isinstance(factor, Tensor):

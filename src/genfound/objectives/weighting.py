@@ -1,20 +1,13 @@
 """How much each image counts in the loss of a global step, and each time in the loss of an image."""
 
-from __future__ import annotations
-
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from genfound.objectives.interpolants import Coefficients
 
-
-class _Number(Protocol):
-    def __pow__(self, exponent: float, /) -> _Number: ...
-
-
-N = TypeVar("N", bound=_Number)
+N = TypeVar("N")
 
 EXPONENTS = {"image": 0.0, "sqrt": 0.5, "token": 1.0}
 
@@ -26,7 +19,7 @@ def image_weight(tokens: N, rule: str) -> N:
 
     The loss is sum(weight * loss) / sum(weight) over all images of the global step.
     """
-    return tokens ** EXPONENTS[rule]  # type: ignore[return-value]
+    return tokens ** EXPONENTS[rule]  # type: ignore[operator, no-any-return]
 
 
 def time_weight(weighting: str, prediction: str, point: Coefficients, gamma: float) -> Tensor:

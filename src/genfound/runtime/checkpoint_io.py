@@ -14,11 +14,7 @@ from genfound.runtime.files import atomic_write, visible
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; the old file survives any failure.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a checkpoint; the old file survives any failure."""
 
     def dump(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # a full disk is an OSError only of a file object
@@ -33,12 +29,7 @@ def save(state: dict[str, Any], path: Path) -> None:
 def read(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
     """Open a file of torch.save: mapped into memory, or loaded where it is of the format before torch 1.6.
 
-    Args:
-        allowed: classes besides tensors and plain values that it may hold.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds more than tensors and plain values.
+    It may hold tensors, plain values and the allowed classes; no code in it is run.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -73,14 +64,12 @@ def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> No
 def compare_keys(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Compare the names and shapes of tensors with those of a network."""
     own = net.state_dict()
-    foreign = sorted(str(key) for key, value in tensors.items() if not isinstance(value, Tensor))
-    if foreign:
+    if foreign := sorted(str(key) for key, value in tensors.items() if not isinstance(value, Tensor)):
         raise ValueError(f"{file} holds no state dict: {foreign[0]} is not a tensor")
     problems = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
         "of another shape": sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape),
     }
-    found = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in problems.items() if keys]
-    if found:
+    if found := [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in problems.items() if keys]:
         raise ValueError(f"{file} does not fit {type(net).__name__}: {'; '.join(found)}")

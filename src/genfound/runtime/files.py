@@ -25,22 +25,15 @@ WAIT = 0.02
 
 
 def makedirs(folder: Path) -> None:
-    """Make a folder and those above it, though other processes remove empty ones at the same time.
-
-    `exist_ok` alone looks twice, and fails if the folder goes in between.
-    """
-    for _ in range(ATTEMPTS):
+    """Make a folder and those above it, though other processes remove empty ones at the same time."""
+    for _ in range(ATTEMPTS):  # `exist_ok` alone looks twice, and fails if the folder goes in between
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             return folder.mkdir(parents=True, exist_ok=True)
     return folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """Find out before the work whether its folder can be made and written; nothing is made.
-
-    Raises:
-        ValueError: it cannot; the message names the key.
-    """
+    """Find out before the work whether its folder can be made and written; nothing is made."""
     there = folder
     while not os.path.lexists(there):
         if len(os.fsencode(there.name)) > LONGEST:
@@ -71,11 +64,8 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write `.partial-<name>` beside a file, which then takes its name when it is on the disk.
 
-    What a killed process leaves there, the next one overwrites. Processes that write the same file take turns; where
-    the file system has no locks, each has a name of its own.
-
-    Raises:
-        OSError: the file, which is named, cannot be written; nothing of it stays.
+    What a killed process leaves there, the next one overwrites; what fails leaves nothing. Processes that write the
+    same file take turns; where the file system has no locks, each has a name of its own.
     """
     try:
         with _temporary(file) as temporary:
@@ -109,14 +99,7 @@ def _temporary(file: Path) -> Iterator[Path]:
 def lock(path: Path, way_out: str = "give out=...", wait: bool = False) -> Iterator[None]:
     """Keep other processes from work on a file or folder, which need not exist and may be removed meanwhile.
 
-    The lock is a file beside it, `.<name>.lock`, and ends with this process.
-
-    Args:
-        way_out: what else one can do than wait.
-        wait: for another process to finish; otherwise it is an error.
-
-    Raises:
-        ValueError: another process works there.
+    The lock is a file beside it, `.<name>.lock`, and ends with this process. Another one's is an error, unless we wait.
     """
     file = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as stack:
@@ -158,11 +141,7 @@ def _locked(file: Path, timeout: float) -> Iterator[bool]:
 
 
 def _acquire(file: Path, timeout: float) -> FileLock | None:
-    """A lock on a file, which is made; None where the file system has none.
-
-    Raises:
-        Timeout: another process has it.
-    """
+    """A lock on a file, which is made; None where the file system has none; Timeout if another process has it."""
     for attempt in range(ATTEMPTS):
         makedirs(file.parent)
         try:

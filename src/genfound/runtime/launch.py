@@ -36,11 +36,7 @@ FAREWELL = 30
 
 
 class Machines:
-    """The machines on which a command is given, seen from one of them.
-
-    Attributes:
-        first: whether this one keeps the store; the others follow it.
-    """
+    """The machines on which a command is given, seen from one of them; the `first` keeps the store."""
 
     def __init__(self, count: int, rdzv: str, job: int = 0) -> None:
         host, _, port = rdzv.rpartition(":")
@@ -81,9 +77,7 @@ class Machines:
 def machines(count: int, rdzv: str | None, job: int = 0) -> Iterator[Machines | None]:
     """The machines of a command, as long as this one takes part; None if it is the only one.
 
-    Args:
-        rdzv: see `Machines`; null: the first node of the Slurm job.
-        job: number of the job in its sweep; each has a port of its own, from PORT on.
+    Without `rdzv` they meet on the first node of the Slurm job; each job of a sweep has a port of its own.
     """
     if count == 1:
         yield None
@@ -134,9 +128,7 @@ def _slurm_endpoint(count: int, environment: Mapping[str, str]) -> str | None:
 def launch(module: str, request: Path, devices: int, others: Machines | None = None, /, **environment: str) -> None:
     """Run `python -m <module> <request>` in so many processes of this machine, which end with this one.
 
-    Args:
-        module: calls `reporting`, and learns its rank from `processes.rank_info`.
-        others: the machines that do the same, whose processes have the ranks after one another.
+    The module calls `reporting`, and learns its rank, which goes on over the machines, from `processes.rank_info`.
     """
     shared = dict(os.environ)
     forget_inherited(shared)

@@ -32,7 +32,6 @@ class RankInfo(NamedTuple):
 
 SINGLE_PROCESS = RankInfo(0, 1, 0)
 
-
 NOT_LAUNCHED = (
     "this module is a process of a group that genfound starts itself: give the command, such as "
     "python -m genfound.train ... trainer.devices=N"
@@ -54,13 +53,11 @@ def rank_info() -> RankInfo:
 
 def tune_malloc() -> None:
     """Let glibc keep the memory of a step for the next one, instead of paging it in anew (1.5x on CPUs)."""
-    if sys.platform == "linux":
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(mmap_threshold, 2**25)
-            libc.mallopt(trim_threshold, 2**31 - 1)
-            libc.mallopt(top_pad, 2**26)
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 2**26)
 
 
 def wait_until(done: Callable[[], bool], patience: float = math.inf) -> bool:

@@ -56,11 +56,9 @@ def changes_numbers(key: str) -> bool:
 
 
 def run_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
-    """A file name from command-line overrides: `key-value` joined by `__`, hashed beyond 100 characters.
+    """A file name from overrides: `key-value` of those that identify a run or are swept, joined by `__`.
 
-    Args:
-        overrides: `key=value`; of the keys that do not identify a run only swept ones are used.
-        swept: keys that a sweep varies; values of them that read alike as file names get a hash.
+    It is hashed beyond 100 characters, and so are values of swept keys that read alike as file names.
     """
     split = (override.lstrip("+~").partition("=") for override in overrides)
     pairs = [(key, value) for key, _, value in split if is_identity(key) or key in {*swept} - {*PLACE}]
@@ -146,12 +144,7 @@ def changed(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any
 
 
 def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
-    """The resolved configuration of a run.
-
-    Raises:
-        FileNotFoundError: the folder is not a run directory.
-        ValueError: its config.yaml is damaged, or of something else.
-    """
+    """The resolved configuration of a run."""
     file = folder / name
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
@@ -206,10 +199,8 @@ def mark_failed(folder: Path, traceback: str) -> bool:
     try:
         with open(folder / "FAILED", "x") as out:
             out.write(traceback)
-    except FileExistsError:
-        return False
-    except OSError:  # a full disk, which may be why the run stopped
-        return True
+    except OSError as error:  # it may also be a full disk, which may be why the run stopped
+        return not isinstance(error, FileExistsError)
     return True
 
 

@@ -45,15 +45,10 @@ class Sampler:
         check: takes the options and raises a ValueError for a value that is not legal.
         coupling: takes the options; what the length of a step depends on: `batch`, all images of a network call,
             `image`, each its own, or nothing.
-
-    Attributes:
-        name: for messages.
-        steps: see `Objective.times`.
-        options: of the function.
     """
 
     name = ""
-    steps: Any = None
+    steps: Any = None  # see `Objective.times`
     options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
@@ -71,11 +66,7 @@ class Sampler:
         return self.function(*arguments, **{**self.options, **options})
 
     def configured(self, name: str, steps: Any, options: Mapping[str, Any]) -> Sampler:
-        """With these options, and its own values of the others.
-
-        Raises:
-            ValueError: an option or a value that it does not take.
-        """
+        """With these options, and its own values of the others."""
         parameters = inspect.signature(self.function).parameters.values()
         usual = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         if foreign := sorted(options.keys() - usual.keys()):

@@ -23,14 +23,14 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.config.checks import number, one_of
 from genfound.objectives.base import Field
-from genfound.objectives.times import check_shift, shifted_grid
+from genfound.objectives.times import Shift, check_shift, shifted_grid
 from genfound.samplers.base import Progress, StepRng, sampler, walk
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 
 
-def check(shift: float | str, method: str, atol: float, rtol: float, norm: str, clip: bool) -> None:
+def check(shift: Shift, method: str, atol: float, rtol: float, norm: str, clip: bool) -> None:
     """Refuse values that the options cannot have."""
     check_shift("sampler.shift", shift)
     one_of("sampler.method", method, ADAPTIVE + FIXED)
@@ -52,7 +52,7 @@ def dopri5(
     rng: StepRng,
     progress: Progress | None = None,
     *,
-    shift: float | str = 1.0,
+    shift: Shift = 1.0,
     method: str = "dopri5",
     atol: float = 1e-6,
     rtol: float = 1e-3,
@@ -74,8 +74,8 @@ def dopri5(
     solve = functools.partial(integrate, slope, method=method, atol=atol, rtol=rtol, options=options)
 
     def states() -> Iterator[Tensor]:
-        x, every = batch.x.float(), progress is not None
-        for state in _fixed(solve, x, clock) if method in FIXED else _adaptive(solve, x, clock, every):
+        x = batch.x.float()
+        for state in _states(solve, x, clock, method in FIXED, every=progress is not None):
             yield (x := state)
         if ends_early:
             before, end = times[-2:].tolist()
@@ -91,16 +91,15 @@ def _options(batch: Batch, norm: str, clock: Tensor | None) -> dict[str, Any]:
     return options
 
 
-def _fixed(solve: Callable[[Tensor, Tensor], Tensor], x: Tensor, clock: Tensor) -> Iterator[Tensor]:
-    """The states at all times, one after the other, so that no trajectory is kept."""
-    for ends in pairwise(clock):
-        x = solve(x, torch.stack(ends))[-1]
-        yield x
-
-
-def _adaptive(solve: Callable[[Tensor, Tensor], Tensor], x: Tensor, clock: Tensor, every: bool) -> Tensor:
-    """The states at all times, or at the last one alone."""
-    return solve(x, clock if every else clock[[0, -1]])[1:]
+def _states(
+    solve: Callable[[Tensor, Tensor], Tensor], x: Tensor, clock: Tensor, fixed: bool, every: bool
+) -> Iterator[Tensor]:
+    """The states at all times, or at the last one alone; of fixed steps one after the other: no trajectory is kept."""
+    if fixed:
+        for ends in pairwise(clock):
+            yield (x := solve(x, torch.stack(ends))[-1])
+    else:
+        yield from solve(x, clock if every else clock[[0, -1]])[1:]
 
 
 def integrate(slope: Callable[[Tensor, Any], Any], start: Any, clock: Tensor, **options: Any) -> Any:

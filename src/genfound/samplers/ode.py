@@ -10,24 +10,18 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.base import Field
-from genfound.objectives.times import check_shift, shifted_grid
+from genfound.objectives.times import Shift, check_shift, shifted_grid
 from genfound.samplers.base import Progress, StepRng, sampler, walk
 
 
-def check(shift: float | str) -> None:
+def check(shift: Shift) -> None:
     """Refuse values that the options cannot have."""
     check_shift("sampler.shift", shift)
 
 
 @sampler(needs="velocity", check=check)
 def euler(
-    field: Field,
-    batch: Batch,
-    times: Tensor,
-    rng: StepRng,
-    progress: Progress | None = None,
-    *,
-    shift: float | str = 1.0,
+    field: Field, batch: Batch, times: Tensor, rng: StepRng, progress: Progress | None = None, *, shift: Shift = 1.0
 ) -> Batch:
     """First order: one network call a step. `shift` moves the times, see `shifted_grid`."""
 
@@ -40,13 +34,7 @@ def euler(
 
 @sampler(needs="velocity", check=check)
 def heun(
-    field: Field,
-    batch: Batch,
-    times: Tensor,
-    rng: StepRng,
-    progress: Progress | None = None,
-    *,
-    shift: float | str = 1.0,
+    field: Field, batch: Batch, times: Tensor, rng: StepRng, progress: Progress | None = None, *, shift: Shift = 1.0
 ) -> Batch:
     """Second order: the mean of the slopes at both ends of a step; the last step is Euler's.
 

@@ -18,12 +18,12 @@ from genfound.config.checks import number, one_of
 from genfound.objectives.flow import FlowField
 from genfound.objectives.interpolants import Coefficients, Interpolant
 from genfound.objectives.predictions import Predictions
-from genfound.objectives.times import check_shift, shifted_grid
+from genfound.objectives.times import Shift, check_shift, shifted_grid
 from genfound.samplers.base import Progress, StepRng, sampler, walk
 
 Diffusion = Callable[[Interpolant, Tensor, float], Tensor]
-
 Coefficient = Callable[[float], float]
+Noise = Callable[[], Tensor]
 
 POLE = 1e-3
 """Where the walk begins if the diffusion coefficient is infinite at pure noise."""
@@ -52,7 +52,7 @@ LAST_STEPS: dict[str, Callable[[Tensor, Predictions, float, float], Tensor]] = {
 """The last step, without noise, from (state, views, w, size)."""
 
 
-def check(shift: float | str, method: str, diffusion: str, norm: float, last: str, last_step_size: float) -> None:
+def check(shift: Shift, method: str, diffusion: str, norm: float, last: str, last_step_size: float) -> None:
     """Refuse values that the options cannot have."""
     check_shift("sampler.shift", shift)
     one_of("sampler.method", method, STEPS)
@@ -70,7 +70,7 @@ def sde(
     rng: StepRng,
     progress: Progress | None = None,
     *,
-    shift: float | str = 1.0,
+    shift: Shift = 1.0,
     method: str = "euler",
     diffusion: str = "sigma",
     norm: float = 1.0,
@@ -111,16 +111,12 @@ def sde_grid(times: Tensor, last_step_size: float) -> Tensor:
     return torch.cat([steps, steps.new_zeros(1)])
 
 
-def _euler(
-    field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Callable[[], Tensor]
-) -> Tensor:
+def _euler(field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Noise) -> Tensor:
     moved = batch.x + (t - t_next) * _drift(field, batch, t, w)
     return moved + math.sqrt(2 * w(t) * (t - t_next)) * noise().to(moved)
 
 
-def _heun(
-    field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Callable[[], Tensor]
-) -> Tensor:
+def _heun(field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficient, noise: Noise) -> Tensor:
     size = t - t_next
     start = replace(batch, x=batch.x + math.sqrt(2 * w(t) * size) * noise().to(batch.x))
     first = _drift(field, start, t, w)

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from genfound.runtime.stopwatch import Stopwatch
+from genfound.runtime.devices import Stopwatch
 
 
 def test_what_is_done_in_its_context_is_summed_until_it_is_taken() -> None:
