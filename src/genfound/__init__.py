@@ -15,30 +15,16 @@ if TYPE_CHECKING:
     from genfound.sampling.pipeline import sample
 
 _PLACES = {
-    "LoadedModel": "checkpoints.load",
-    "load": "checkpoints.load",
-    "sample": "sampling.pipeline",
-    "GenerativeDataModule": "data.datamodule",
-    "GenerativeModule": "modules.base",
-    "DiTModule": "modules.dit",
-    "DiTMoEModule": "modules.dit_moe",
-    "FiTModule": "modules.fit",
-    "NiTModule": "modules.nit",
+    "LoadedModel": "checkpoints.load", "load": "checkpoints.load", "sample": "sampling.pipeline",
+    "GenerativeDataModule": "data.datamodule", "GenerativeModule": "modules.base", "DiTModule": "modules.dit",
+    "DiTMoEModule": "modules.dit_moe", "FiTModule": "modules.fit", "NiTModule": "modules.nit",
     "SiTModule": "modules.sit",
-}
+}  # fmt: skip
 
 __all__ = [
-    "DiTMoEModule",
-    "DiTModule",
-    "FiTModule",
-    "GenerativeDataModule",
-    "GenerativeModule",
-    "LoadedModel",
-    "NiTModule",
-    "SiTModule",
-    "load",
-    "sample",
-]
+    "DiTMoEModule", "DiTModule", "FiTModule", "GenerativeDataModule", "GenerativeModule", "LoadedModel", "NiTModule",
+    "SiTModule", "load", "sample",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 

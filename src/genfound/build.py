@@ -140,19 +140,10 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
     images, held_out = (source(config, codec.spec, split) for split in ("train", "val"))
     with nullcontext() if with_values else torch.device("meta"):
         backbone = net(config, codec.spec, len(images.class_names))
-    goal = objective(config)
-    return RunComponents(
-        config=config,
-        ranks=ranks,
-        device=device(config["trainer"]["accelerator"]),
-        tokenizer=codec,
-        images=images,
-        held_out=held_out,
-        net=backbone,
-        objective=goal,
-        layout=layout(config, backbone, [images, held_out], codec.spec),
-        plan=plan(config, images, codec.spec, goal.weight, ranks, config["seed"]),
-    )
+    goal, place = objective(config), device(config["trainer"]["accelerator"])
+    arranged = layout(config, backbone, [images, held_out], codec.spec)
+    steps = plan(config, images, codec.spec, goal.weight, ranks, config["seed"])
+    return RunComponents(config, ranks, place, codec, images, held_out, backbone, goal, arranged, steps)
 
 
 def tokenizer(config: Config) -> Tokenizer:

@@ -27,12 +27,7 @@ WORDS = slice(24, 24 + 624 * 8)
 
 
 class Rng:
-    """A stream of random numbers addressed by name.
-
-    Args:
-        seed: the seed of the run.
-        key: what this stream belongs to, e.g. `("train", 17)` for pack 17.
-    """
+    """A stream of random numbers: of the seed of a run, and of what it belongs to, e.g. `"train", 17` for pack 17."""
 
     def __init__(self, seed: int, *key: Key) -> None:
         self.seed = seed

@@ -73,10 +73,8 @@ class Backbone(nn.Module):
         if model["channels"] is None:
             model["channels"] = targets.target("tokenizer", config["tokenizer"], ()).published.channels
         if model.get("learn_sigma") == "auto":
-            objective = {key: value for key, value in config["objective"].items() if key != compose.TARGET}
             with torch.device("cpu"):  # also where the network itself is built on meta
-                objective = targets.target("objective", config["objective"], ())(**objective)
-            model["learn_sigma"] = objective.learned_variance
+                model["learn_sigma"] = targets.instantiate("objective", config["objective"], ()).learned_variance
         with torch.device("meta"):
             net = cls(**model, num_classes=num_classes)
         if torch.get_default_device().type != "meta":
@@ -110,11 +108,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def materialise(self, rng: Rng) -> None:
-        """Give a network that was built on `meta` memory on the default device, and its initial values.
-
-        Raises:
-            ValueError: `initialise` does not set all of it.
-        """
+        """Give a network that was built on `meta` memory on the default device, and its initial values."""
         self.to_empty(device=torch.get_default_device())
         own = [(name, x.view(-1)[:1]) for name, x in chain(self.named_parameters(), self.named_buffers())]
         own = [(name, first) for name, first in own if first.is_floating_point()]

@@ -180,9 +180,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, rope: Tensor | None) -> Tensor:
         """x (..., D), condition c (B, D), the modulation that blocks share (B, 6 D) -> (..., D)."""
         with autocast_off(x):
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(
-                self.adaLN_modulation(c) + shared, 6, batch.per_token
-            )  # (..., D) each
+            per_image = self.adaLN_modulation(c) + shared  # (B, 6 D), and (..., D) each of its tokens
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token)
         mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), factor_a), batch, rope)
         x = torch.addcmul(x, gate_a, mixed.float())
         return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), factor_m)).float())

@@ -121,9 +121,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch, rope: Tensor) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
         with autocast_off(x):
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(
-                self.adaLN_modulation(c), 6, batch.per_token
-            )  # (T, D) each
+            per_image = self.adaLN_modulation(c)  # (B, 6 D), and (T, D) each of its tokens
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token)
         x = torch.addcmul(x, gate_a, self.attn(norm_modulate(x, shift_a, factor_a), batch, rope).float())
         return torch.addcmul(x, gate_m, self.mlp(norm_modulate(x, shift_m, factor_m)).float())
 

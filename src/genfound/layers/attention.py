@@ -35,7 +35,7 @@ def packed_attention(
     backend: str,
     block_mask: BlockMask | None = None,
 ) -> Tensor:
-    """Softmax attention within each row of a packed sequence.
+    """Softmax attention within each row of a packed sequence, (T, H, d) in the dtype of v.
 
     Args:
         q, k, v: (T, H, d).
@@ -43,12 +43,6 @@ def packed_attention(
         max_seqlen: host bound on the length of a row.
         backend: a name of `BACKENDS`, or `auto` for the best one that runs here.
         block_mask: what `with_block_mask` made for `flex`, which otherwise makes one in each call.
-
-    Returns:
-        (T, H, d) in the dtype of v.
-
-    Raises:
-        ValueError: the backend is unknown or cannot run on this device.
     """
     name = choose_backend(backend, q.device.type, v.dtype)
     if block_mask is not None:

@@ -56,21 +56,21 @@ class Rope:
         return cls(head, theta, **scaling)
 
     def __call__(self, coordinates: Tensor, sizes: Tensor, per_token: Callable[[Tensor], Tensor]) -> Tensor:
-        """The rotation of every token.
+        """(..., 1, d / 2, 2) float32 cosines and sines of tokens at coordinates (..., 2) in images of sizes (B, 2).
 
-        Args:
-            coordinates: (..., 2) positions on the first and second axis.
-            sizes: (B, 2) rows and columns of each image.
-            per_token: takes (B, n), one row per image, to what broadcasts against (..., n).
-
-        Returns:
-            (..., 1, d / 2, 2) float32 cosines and sines for `apply_rope`, broadcasting over heads.
+        `per_token` takes (B, n), one row per image, to what broadcasts against (..., n).
         """
         frequencies, factor = self.frequencies(sizes), self.factor(sizes)[:, None]
         if len(frequencies) > 1:
             frequencies = per_token(frequencies.flatten(1)).unflatten(-1, (2, -1))
             factor = per_token(factor)
-        return rope_table(coordinates, frequencies, factor, self.exact)
+        angles = (coordinates.float()[..., None] * frequencies).flatten(-2)  # (..., d / 2)
+        if self.exact:
+            waves = [angles.cos() * factor, angles.sin() * factor]
+        else:
+            angles = _rounded(angles)
+            waves = [_rounded(_rounded(wave) * factor) for wave in (angles.cos(), angles.sin())]
+        return torch.stack(waves, -1).unsqueeze(-3)
 
     def frequencies(self, sizes: Tensor) -> Tensor:
         """(R, 2, F) float32 angular frequencies of rows and columns."""
@@ -114,17 +114,6 @@ class Rope:
             return sizes.double()
         axes = [torch.full((1,), length, dtype=torch.float64, device=sizes.device) for length in self.target]
         return torch.stack(axes, dim=1)
-
-
-def rope_table(coordinates: Tensor, frequencies: Tensor, factor: Tensor, exact: bool) -> Tensor:
-    """(..., 1, d / 2, 2) float32 cosine and sine of every token's angles, times a factor; see `Rope`.
-
-    Coordinates are (..., 2); frequencies (..., 2, F) and the factor (..., 1) broadcast against the tokens.
-    """
-    angles = (coordinates.float()[..., None] * frequencies).flatten(-2)  # (..., d / 2)
-    angles = angles if exact else _rounded(angles)
-    waves = [wave * factor if exact else _rounded(_rounded(wave) * factor) for wave in (angles.cos(), angles.sin())]
-    return torch.stack(waves, -1).unsqueeze(-3)
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:

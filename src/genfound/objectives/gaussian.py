@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -97,10 +97,8 @@ class Gaussian(Objective):
         self.time_law: TimeLaw = lambda rng, n, device: rng.uniform("time", (n,), device)
         self.time_range = (0.0, float(timesteps - 1))
         if loss == "mse" and self.learned_variance:
-            raise ValueError(
-                "objective.loss=mse does not train objective.variance=learned_range; "
-                "choose objective.loss=hybrid or objective.variance=fixed_large"
-            )
+            ways = "choose objective.loss=hybrid or objective.variance=fixed_large"
+            raise ValueError(f"objective.loss=mse does not train objective.variance=learned_range; {ways}")
 
     def loss_at(self, net: Net, batch: Batch, part: Tensor, noise: Tensor) -> Losses:
         """The loss of each image at a whole step; terms `mse` and `vb`."""
@@ -140,10 +138,8 @@ class Gaussian(Objective):
         has, needs = output.shape[axis] / batch.x.shape[axis], 2 if self.learned_variance else 1
         if has != needs:
             fix = {2: "model.learn_sigma=auto or objective.variance=fixed_large", 1: "model.learn_sigma=auto"}[needs]
-            raise ValueError(
-                f"objective.variance={self.variance} needs {needs} output(s) per channel, "
-                f"but the network has {has:g}; set {fix}"
-            )
+            needed = f"needs {needs} output(s) per channel, but the network has {has:g}"
+            raise ValueError(f"objective.variance={self.variance} {needed}; set {fix}")
         if not self.learned_variance:
             return output, None
         prediction, v = output.chunk(2, dim=axis)
@@ -181,24 +177,23 @@ class Gaussian(Objective):
         return GaussianField(self.guided(net, guidance), self, self.process)
 
 
+@dataclass
 class GaussianField:
     """Views of a network that was trained on a `Gaussian`; times are the timesteps of its training.
 
     It walks the steps of its process; the gradient is that of a classifier that guides (Dhariwal & Nichol 2021).
     """
 
-    lowest = 0.0
+    net: GuidedNet
+    objective: Gaussian
+    process: Process
+    gradient: Gradient | None = None
 
-    def __init__(self, net: GuidedNet, objective: Gaussian, process: Process, gradient: Gradient | None = None) -> None:
-        self.net = net
-        self.objective = objective
-        self.process = process
-        self.gradient = gradient
+    lowest = 0.0
 
     def respaced(self, timesteps: Tensor) -> GaussianField:
         """The same network on the process that keeps only these timesteps."""
-        kept = self.process.respaced(sorted(int(t) for t in timesteps))
-        return GaussianField(self.net, self.objective, kept, self.gradient)
+        return replace(self, process=self.process.respaced(sorted(int(t) for t in timesteps)))
 
     def at(self, batch: Batch, t: float) -> Tables:
         """The numbers of this time, broadcastable against `batch.x`."""

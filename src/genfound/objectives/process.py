@@ -121,8 +121,7 @@ class Process:
     def timestep_of(self, ratio: Tensor) -> Tensor:
         """The real timesteps at which sigma / alpha has these values (any shape, float64).
 
-        Between two steps log(t + 1) is linear in the logarithm of the ratio. Ratios beyond the ends are those of
-        the ends.
+        Between two steps log(t + 1) is linear in the ratio's logarithm. Ratios beyond the ends are those of the ends.
         """
         a = self.tables.alphas_cumprod
         found = np.interp(ratio.log().cpu(), ((1 - a) / a).log() / 2, self.timesteps.double().log1p())

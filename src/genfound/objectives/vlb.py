@@ -40,14 +40,7 @@ def variational_bound(objective: Gaussian, net: Net, batch: Batch, rng: Rng) -> 
         vb = vlb_bits(c, batch, noised, reverse)
         columns.append((vb, batch.per_image((reverse.x0 - batch.x) ** 2), batch.per_image((implied - noise) ** 2)))
     bits, x0_mse, noise_mse = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    prior = prior_bits(objective, batch)
+    c = tables.at(batch, torch.full((len(batch.y),), len(objective.process) - 1, device=batch.x.device))
+    zero = torch.zeros((), device=batch.x.device)  # KL(q(x_T | x_0) || N(0, 1))
+    prior = batch.per_image(kl_bits(c.sqrt_alphas_cumprod * batch.x, c.log_one_minus_alphas_cumprod, zero, zero))
     return VariationalBound(bits.sum(dim=1) + prior, prior, bits, x0_mse, noise_mse)
-
-
-def prior_bits(objective: Gaussian, batch: Batch) -> Tensor:
-    """(B,) KL(q(x_T | x_0) || N(0, 1)), bits per dimension."""
-    last = torch.full((len(batch.y),), len(objective.process) - 1, device=batch.x.device)
-    c = objective.process.on(batch.x.device).at(batch, last)
-    zero = torch.zeros((), device=batch.x.device)
-    bits = kl_bits(c.sqrt_alphas_cumprod * batch.x, c.log_one_minus_alphas_cumprod, zero, zero)
-    return batch.per_image(bits)

@@ -31,20 +31,16 @@ class ProgressCounter:
         if self._first is None:
             self._first, self._said = (now, done), now
         over = done >= total
-        if over or now - self._said >= self.every:
-            self._said = now
-            line = self.line(done, total, now - self._first[0])
-            print(f"\r{line}\x1b[K" if self.moves else line, end="" if self.moves and not over else "\n", flush=True)
-
-    def line(self, done: float, total: int, seconds: float) -> str:
-        """What to say so many seconds after the first call."""
-        assert self._first is not None
-        rate = (done - self._first[1]) / max(seconds, 1e-9)
+        if not over and now - self._said < self.every:
+            return
+        self._said = now
+        rate = (done - self._first[1]) / max(now - self._first[0], 1e-9)
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         left = round((total - done) / rate) if rate else 0
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         count = f"{done:,.0f}" if done == int(done) else f"{done:,.1f}"
-        return f"{count}/{total:,} {self.what}  {speed} images/s  {clock} left"
+        line = f"{count}/{total:,} {self.what}  {speed} images/s  {clock} left"
+        print(f"\r{line}\x1b[K" if self.moves else line, end="" if self.moves and not over else "\n", flush=True)
 
 
 def shared_progress(what: str, rank: int, ranks: int) -> Progress:

@@ -150,15 +150,10 @@ class ClassifierFreeGuidance(Guidance):
 
 @dataclass
 class AutoGuidance(Guidance):
-    """Guided by a weaker network (Karras et al. 2024).
-
-    Attributes:
-        guide: a smaller or less trained one that predicts the same, in the time of the framework.
-        labels: what the guide is given: `same`, as in EDM2; or `null_label`, as in NiT's and REPA's samplers.
-    """
+    """Guided by a weaker network, a smaller or less trained one that predicts the same (Karras et al. 2024)."""
 
     guide: TimeAdapter = field(kw_only=True)
-    labels: str = "same"
+    labels: str = "same"  # or `null_label`: what the guide is given in EDM2, or in NiT's and REPA's samplers
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,9 +165,8 @@ class AutoGuidance(Guidance):
         if self.labels == "same" and None not in classes and classes[0] != classes[1]:
             raise ValueError(f"guidance.weights: it has {classes[0]} classes, and this network {classes[1]}")
         if self.labels == "null_label" and guide.null_label is None:
-            raise ValueError(
-                "guidance.labels=null_label needs a weaker network with a null label; set guidance.labels=same"
-            )
+            needed = "a weaker network with a null label; set guidance.labels=same"
+            raise ValueError(f"guidance.labels=null_label needs {needed}")
 
     def pair(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
         """One call of each network."""
