@@ -151,9 +151,6 @@ class Backbone(nn.Module):
 
         Args:
             rope: attributes of the network's `Rope`; those that are `None` stay as they are.
-
-        Raises:
-            ValueError: the network has none, or an unknown rule.
         """
         given = {key: value for key, value in rope.items() if value is not None}
         if not given:

@@ -95,12 +95,10 @@ class DiTMoE(DiT):
 
     def flops(self) -> Flops:
         """As in `Backbone`, and of the routers and the experts that a token meets."""
-        routed = sum(
-            2 * mixture.gate.weight.numel() + 6 * mixture.gate.top_k * mixture.experts.down[0].numel()
-            for mixture in self.mixtures
-        )
+        routers = sum(2 * mixture.gate.weight.numel() for mixture in self.mixtures)
+        experts = sum(6 * mixture.gate.top_k * mixture.experts.down[0].numel() for mixture in self.mixtures)
         known = super().flops()
-        return known._replace(per_token=known.per_token + routed)
+        return known._replace(per_token=known.per_token + routers + experts)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to the last forward, whose graph cannot be copied."""

@@ -151,9 +151,8 @@ def _check(cfg: DictConfig, config_name: str) -> None:
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
     choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
-    default, given = (
-        compose.flatten(compose.to_dict(c, resolve=False)) for c in (hydra.compose(config_name, choices), cfg)
-    )
+    composed = hydra.compose(config_name, choices), cfg
+    default, given = (compose.flatten(compose.to_dict(c, resolve=False)) for c in composed)
     for key, value in given.items():
         usual = default.get(key)
         if usual is None or usual == "???" or (value is None and not key.startswith(ALWAYS_SET)):
@@ -197,16 +196,15 @@ def _choices_of_the_run(read_run: Callable[[Path], Mapping[str, Any]], arguments
 
 def _parsed(arguments: list[str]) -> list[Override]:
     """The overrides among the arguments of a command, as Hydra reads them."""
-    parser, found = OverridesParser.create(), []
-    for argument in arguments:
-        if "=" in argument and not argument.startswith("-"):
-            if (override := _parse(argument, parser)) is None:
-                raise ValueError(_rewritten(argument, parser))
-            found.append(override)
+    found = []
+    for argument in (argument for argument in arguments if "=" in argument and not argument.startswith("-")):
+        if (override := _parse(argument)) is None:
+            raise ValueError(_rewritten(argument))
+        found.append(override)
     return found
 
 
-def _rewritten(argument: str, parser: OverridesParser) -> str:
+def _rewritten(argument: str) -> str:
     """What to write instead of an override that cannot be parsed."""
     key, _, value = argument.partition("=")
     if "\r" in argument:
@@ -214,18 +212,18 @@ def _rewritten(argument: str, parser: OverridesParser) -> str:
     if value.startswith("~"):
         return f"{argument}: ~ stands for no folder after =; write {key}=$HOME{value[1:]}"
     items = [item.strip() for item in value.strip("[]").split(",")]
-    items = [item if _parse(f"{key}={item}", parser) else _quoted(item) for item in items]
+    items = [item if _parse(f"{key}={item}") else _quoted(item) for item in items]
     attempts = [f"[{','.join(items)}]"] if value.startswith("[") and value.endswith("]") else []
     for attempt in (*attempts, _quoted(value)):
-        if _parse(written := f"{key}={attempt}", parser):
+        if _parse(written := f"{key}={attempt}"):
             way_out = f"quote texts with spaces, brackets, = or unusual letters: {shlex.quote(written)}"
             return f"{argument} cannot be read; {way_out}"
     return f"{argument} cannot be read; write key=value, with texts in quotes: 'key=\"a text\"'"
 
 
-def _parse(override: str, parser: OverridesParser) -> Override | None:
+def _parse(override: str) -> Override | None:
     with contextlib.suppress(HydraException):
-        return parser.parse_override(override)
+        return OverridesParser.create().parse_override(override)
     return None
 
 
@@ -251,11 +249,11 @@ def _refuse_new_keys(arguments: list[str]) -> None:
 def _composition_error(error: Exception, config_name: str) -> str:
     """Hydra's messages, in one line that names the key and the nearest real one."""
     if isinstance(error, OverrideParseException):
-        return _rewritten(error.override, OverridesParser.create())
+        return _rewritten(error.override)
     text = f"{error} {error.__cause__ or ''}"
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    if key and (moved := options.moved(key[1])):
-        return moved
+    if key and key[1] in options.MOVED:
+        return f"{key[1]} has moved; set {options.MOVED[key[1]]}"
     if key and ("not in struct" in text or "Could not override" in text):
         groups = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
         group = key[1].partition(".")[0]

@@ -73,11 +73,6 @@ SIZES = {"depth", "width", "heads", "patch_size"}
 """Whole numbers of at least 1 of the models that have them."""
 
 
-def moved(key: str) -> str | None:
-    """What replaces a key of earlier versions; `None` for any other key."""
-    return f"{key} has moved; set {MOVED[key]}" if key in MOVED else None
-
-
 def check(config: Mapping[str, Any]) -> None:
     """Raise a ValueError for a setting of the run that makes no sense."""
     for group, keys in AT_LEAST.items():

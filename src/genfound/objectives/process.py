@@ -73,12 +73,9 @@ class Tables:
 
 
 class Process:
-    """T noising steps.
+    """T noising steps, of variances betas (T,) float64.
 
-    Args:
-        betas: (T,) float64, variance added at each step.
-        timesteps: (T,) int64, what the network is told at each step, its number in the process that was trained;
-            `None` is 0 .. T-1.
+    The network is told `timesteps` (T,) int64, their numbers in the process that was trained; `None` is 0 .. T-1.
     """
 
     def __init__(self, betas: Tensor, timesteps: Tensor | None = None) -> None:

@@ -13,12 +13,9 @@ from genfound.batch import Batch
 
 
 class TimeAdapter:
-    """A network that is asked, and answers, in the time of the framework.
+    """A network of (batch, t (B,) float32) that is asked, and answers, in the time of the framework.
 
-    Args:
-        net: takes (batch, t (B,) float32), and may declare `time`, `token_spec` and `null_label`.
-        end: the time of noise; `None` for integer steps, which every network counts alike.
-        velocity: whether its output is a velocity, which has a direction.
+    Noise is at `end`, `None` for integer steps, which every network counts alike. A velocity has a direction.
     """
 
     copies = 1

@@ -87,14 +87,12 @@ def shift_factor(key: str, setting: Shift, batch: Batch) -> Tensor | float:
     return float(setting)
 
 
-def check_shift(key: str, setting: Shift) -> Shift:
+def check_shift(key: str, shift: Shift) -> Shift:
     """The setting of a shift."""
-    if setting == "auto":
-        return setting
     try:
-        return number(key, setting, 0, above=True)
+        return shift if shift == "auto" else number(key, shift, 0, above=True)
     except ValueError:
-        raise ValueError(f"{key}={setting} must be a positive number or auto") from None
+        raise ValueError(f"{key}={shift} must be a positive number or auto") from None
 
 
 def latent_numbers(batch: Batch) -> Tensor:

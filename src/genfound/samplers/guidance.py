@@ -22,7 +22,6 @@ class Guidance(ABC):
     """out = reference + scale (conditional - reference).
 
     Attributes:
-        net: the network, in the time of the framework.
         scale: 1 is no guidance, and costs none.
         interval: [low, high] of noise levels in which guidance acts (Kynkaanniemi et al. 2024); outside it the
             reference is not computed. Inclusive ends at 0 and 1 are no limits.
@@ -33,7 +32,6 @@ class Guidance(ABC):
         schedule: `constant`; `linear`, 1 + (scale - 1) level; or `power_cosine`, 1 + (scale - 1)
             (1 - cos(pi level^power)) / 2 (FiT's scale_pow): all of the scale at noise and none at data.
         power: of `power_cosine`.
-        copies: see `GuidedNet`.
 
     Raises:
         ValueError: an option that does not exist, or networks that cannot be guided so.

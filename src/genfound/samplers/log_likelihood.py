@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -35,12 +36,10 @@ def log_likelihood(
         method: one of torchdiffeq's.
         atol, rtol: error that a step may make in the state, absolute and relative.
     """
-    evaluations = 0
+    evaluations = count()
 
     def slope(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        nonlocal evaluations
-        signs = torch.where(rng.normal(evaluations).to(batch.x) > 0, 1.0, -1.0)
-        evaluations += 1
+        signs = torch.where(rng.normal(next(evaluations)).to(batch.x) > 0, 1.0, -1.0)
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
             velocity = field.velocity(replace(batch, x=x), t.item())

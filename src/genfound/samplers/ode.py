@@ -4,6 +4,7 @@ The state is kept in float64, as the official NiT sampler does; the network sees
 """
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor
@@ -14,9 +15,7 @@ from genfound.objectives.times import Shift, check_shift, shifted_grid
 from genfound.samplers.base import Progress, StepRng, sampler, walk
 
 
-def check(shift: Shift) -> None:
-    """Refuse values that the options cannot have."""
-    check_shift("sampler.shift", shift)
+check = partial(check_shift, "sampler.shift")
 
 
 @sampler(needs="velocity", check=check)
