@@ -14,7 +14,6 @@ from genfound.objectives.base import Field
 from genfound.objectives.times import Shift, check_shift, shifted_grid
 from genfound.samplers.base import Progress, StepRng, sampler, walk
 
-
 check = partial(check_shift, "sampler.shift")
 
 
