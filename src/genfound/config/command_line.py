@@ -139,7 +139,7 @@ SEVERAL_DEVICES = {
 def _check_copies(cfg: DictConfig, size: str, copies: int, config_name: str) -> None:
     """Raise a ValueError in each of several processes that would all do the same; one on each machine may be."""
     machines = OmegaConf.select(cfg, "trainer.num_nodes", default=OmegaConf.select(cfg, "num_nodes", default=1))
-    if copies not in (1, machines):
+    if copies not in (1, int(machines)):
         raise ValueError(
             f"{size}={copies}: a launcher has started {copies} copies of this command, which would all do the same; "
             f"start it once{SEVERAL_DEVICES.get(config_name, '')}, or unset {size} if each of them is another command"
@@ -260,9 +260,8 @@ def _composition_error(error: Exception, config_name: str) -> str:
         foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
         near = difflib.get_close_matches(key[1], _known_keys(config_name, sys.argv[1:]), 1, 0.85 if foreign else 0.6)
         return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-    if experiment := re.search(
-        r"Could not find 'experiment/([^']+)'", text
-    ):  # Hydra lists nothing where the default is null
+    # Hydra lists nothing where the default is null
+    if experiment := re.search(r"Could not find 'experiment/([^']+)'", text):
         folder = Path(compose.config_dir()) / "experiment"
         names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
         return f"experiment={experiment[1]} is unknown; choose one of {', '.join(names)}"

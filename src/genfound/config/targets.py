@@ -144,10 +144,10 @@ def partial(group: str, options: Mapping[str, Any], trust: Sequence[str]) -> fun
 def instantiate_own(key: str, options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
     """Build a part of the command's own composition, trusted as it is; of what is given it gets what it names."""
     try:
-        target = pkgutil.resolve_name(options[TARGET])
+        found = pkgutil.resolve_name(options[TARGET])
     except (KeyError, ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{key} cannot be built: {'no ' if isinstance(error, KeyError) else ''}{error}") from None
-    named = inspect.signature(target).parameters
+    named = inspect.signature(found).parameters
     return _call(key, options, {name: value for name, value in (given or {}).items() if name in named})
 
 
