@@ -29,8 +29,8 @@ class TokenSpec(NamedTuple):
 class Flops(NamedTuple):
     """Additions and multiplications of the matrix products in one forward pass over images of n tokens each."""
 
-    per_image: int
-    per_token: int
+    per_image: int  # of the layers that see each image once
+    per_token: int  # of those that see each of its tokens once
     per_pair: int  # of attention, for each of the n^2 pairs of an image's tokens
 
     def total(self, images: float, tokens: float, pairs: float) -> float:
