@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 import genfound
-from genfound.evaluation.dataset import RunDataset
 from genfound.evaluation.protocol import RESULTS, read_results
+from genfound.evaluation.references import RunDataset
 from genfound.rng import Rng
 
 SIZE = (16, 16)

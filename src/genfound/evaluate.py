@@ -9,7 +9,7 @@ from genfound.runtime import processes, run_directory
 
 def _task(cfg: DictConfig) -> None:
     from genfound.evaluation.evaluator import evaluate_on_devices
-    from genfound.evaluation.request import EvaluationRequest
+    from genfound.evaluation.protocol import EvaluationRequest
 
     processes.tune_malloc()
     name = str(HydraConfig.get().runtime.choices["protocol"])

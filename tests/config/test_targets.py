@@ -20,7 +20,7 @@ from genfound.config import compose, targets
 from genfound.config.environment import LAUNCH
 from genfound.data.latents.manifest import read_manifest
 from genfound.evaluation.evaluator import evaluate
-from genfound.evaluation.request import EvaluationRequest
+from genfound.evaluation.protocol import EvaluationRequest
 from genfound.runtime import run_directory
 from genfound.sampling.pipeline import Pipeline
 from genfound.tokenizers import PixelTokenizer

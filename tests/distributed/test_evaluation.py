@@ -16,8 +16,9 @@ from genfound import build
 from genfound.callbacks import evaluation
 from genfound.callbacks.ema import Ema
 from genfound.config import compose
-from genfound.evaluation import evaluator, references
+from genfound.evaluation import evaluator
 from genfound.evaluation.protocol import read_results
+from genfound.metrics import reference_stats
 from genfound.modules.base import module_of
 from genfound.runtime import run_directory
 from genfound.sampling.pipeline import Pipeline
@@ -46,7 +47,7 @@ def evaluating(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     composed = compose.compose
     compose.compose = lambda name, overrides: {**composed(name, overrides), "n": 130, "reference_images": 130}
-    references.write_reference = slow(references.write_reference)
+    reference_stats.write_reference = slow(reference_stats.write_reference)
     evaluator.compute = slow(evaluator.compute)
     parts = build.build_run(run_directory.read_config(folder), 2)
     ema = Ema([0.9])

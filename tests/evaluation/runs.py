@@ -8,8 +8,7 @@ from typing import Any
 
 from genfound import build
 from genfound.evaluation.evaluator import evaluate
-from genfound.evaluation.protocol import Result
-from genfound.evaluation.request import EvaluationRequest
+from genfound.evaluation.protocol import EvaluationRequest, Result
 from genfound.metrics.reference_stats import reference_note
 from genfound.runtime import checkpoint_io, run_directory
 from genfound.tokenizers import PixelTokenizer

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from genfound import build
-from genfound.evaluation.dataset import DecodedLatents
+from genfound.evaluation.references import DecodedLatents
 
 
 def decoded(monkeypatch: pytest.MonkeyPatch, precision: str, value: float) -> DecodedLatents:

@@ -13,8 +13,7 @@ from genfound.config.compose import config_dir
 from genfound.data.images.npz import file_hash
 from genfound.data.images.sets import open_images
 from genfound.evaluation import evaluator
-from genfound.evaluation.protocol import differences, read_results
-from genfound.evaluation.request import EvaluationRequest
+from genfound.evaluation.protocol import EvaluationRequest, differences, read_results
 from genfound.evaluation.samples import SampleStore
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import lock

@@ -20,8 +20,7 @@ class Checkpointing(EveryNImages):
 
     def __init__(self, every: int, keep: int) -> None:
         super().__init__(every)
-        self.keep = keep
-        self._saved = -1
+        self.keep, self._saved = keep, -1
 
     def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """The run directory, and what sampling must know of the data."""
@@ -45,11 +44,10 @@ class Checkpointing(EveryNImages):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        if step == self._saved:
+        if trainer.global_step == self._saved:
             return
-        self._saved = step
-        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
+        self._saved = trainer.global_step
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
         if trainer.is_global_zero:
             for old in visible(self.folder, "step-*.ckpt")[: -self.keep]:
                 old.unlink()

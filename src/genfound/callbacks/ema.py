@@ -1,7 +1,7 @@
 """Exponential moving averages of the weights, in float32, beside the live ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning
@@ -25,11 +25,9 @@ class Ema(lightning.Callback):
     """
 
     def __init__(self, decays: Sequence[float] | None = None, warmup: bool = False) -> None:
-        self.decays = decays
-        self.warmup = warmup
+        self.decays, self.warmup = decays, warmup
         self.averages: dict[float, dict[str, Tensor]] = {}
         self._saved: Mapping[str, Mapping[str, Tensor]] | None = None
-        self._steps = 0
 
     def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """Decays and warm-up of the run, where none were given."""
@@ -90,11 +88,8 @@ class Ema(lightning.Callback):
     @contextmanager
     def ema_weights(self, module: GenerativeModule) -> Iterator[None]:
         """Within this context the network holds the first average; its live weights where there is none."""
-        if not self.averages:
-            yield
-            return
-        live = {name: p.detach().clone() for name, p in _trained(module)}
-        _copy(module, next(iter(self.averages.values())))
+        live = {name: p.detach().clone() for name, p in _trained(module)} if self.averages else {}
+        _copy(module, next(iter(self.averages.values()), {}))
         try:
             yield
         finally:
@@ -106,10 +101,16 @@ def the_ema(trainer: Trainer) -> Ema | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, Ema)), None)  # type: ignore[attr-defined]
 
 
-def averaged(trainer: Trainer, module: GenerativeModule) -> AbstractContextManager[None]:
-    """Within this context the network holds the average, where a callback of the run has one."""
+@contextmanager
+def averaged(trainer: Trainer, module: GenerativeModule) -> Iterator[None]:
+    """Within this context the network is in eval mode, and holds the average where a callback of the run has one."""
     ema = the_ema(trainer)
-    return ema.ema_weights(module) if ema else nullcontext()
+    module.eval()
+    try:
+        with ema.ema_weights(module) if ema else nullcontext():
+            yield
+    finally:
+        module.train()
 
 
 def _trained(module: GenerativeModule) -> list[tuple[str, nn.Parameter]]:
@@ -118,5 +119,5 @@ def _trained(module: GenerativeModule) -> list[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def _copy(module: GenerativeModule, values: dict[str, Tensor]) -> None:
-    for name, parameter in _trained(module):
-        parameter.copy_(values[name])
+    for name, value in values.items():
+        module.net.get_parameter(name).copy_(value)

@@ -12,11 +12,9 @@ from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.throughput import paused
 from genfound.config import compose
 from genfound.config.checks import one_of
-from genfound.evaluation.dataset import RunDataset
-from genfound.evaluation.evaluator import Evaluator, prepare
-from genfound.evaluation.protocol import size_text
-from genfound.evaluation.references import Workspace
-from genfound.evaluation.request import DATA, EvaluationRequest
+from genfound.evaluation.evaluator import prepare
+from genfound.evaluation.protocol import DATA, EvaluationRequest, size_text
+from genfound.evaluation.references import RunDataset, Workspace
 from genfound.evaluation.samples import new_samples
 from genfound.loggers.base import log, note
 from genfound.modules.base import GenerativeModule
@@ -32,9 +30,6 @@ class Evaluation(EveryNImages):
         every: images between two evaluations.
         protocol: an option of conf/protocol.
         extractor, extractor_weights: instead of the protocol's.
-
-    Raises:
-        ValueError: a protocol that does not fit the run.
     """
 
     def __init__(self, every: int, protocol: str, extractor: str | None, extractor_weights: str | None) -> None:
@@ -48,39 +43,36 @@ class Evaluation(EveryNImages):
         config, spec, device = parts.config, parts.tokenizer.spec, parts.device
         self.request = training_request(folder, config, *self.options)
         self.request.check()
-        out = folder / "evaluations"
-        self.workspace = Workspace(out, out / "work/training", Path(config["runs"]) / ".references", device)
+        self.references, self.device = Path(config["runs"]) / ".references", device
         self.dataset = RunDataset(config, spec, len(parts.images.class_names))
         codec = build.tokenizer(config) if build.reads_latents(config) else parts.tokenizer
         unit = spec.stride * config["model"]["patch_size"]
         sizes = self.request.sizes((unit, unit), unit)
         self.plans = [new_samples(self.request, parts.net, codec, size, self.dataset, device) for size in sizes]
-        self.evaluators: list[Evaluator] = []
 
     def on_train_start(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Continue the rhythm; make probe and references, or find them, on all ranks together."""
         super().on_train_start(trainer, module)
-        rank, ranks = trainer.global_rank, trainer.world_size
+        out, place = self.folder / "evaluations", (trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
+        self.workspace = Workspace(out, out / "work/training", self.references, self.device, *place, quiet=True)
         with paused(trainer, module):
-            self.evaluators = prepare(self.request, self.workspace, self.plans, self.dataset, rank, ranks, quiet=True)
+            sizes, n = [plan.size for plan in self.plans], self.request.config["n"]
+            self.evaluators = prepare(self.request, self.workspace, sizes, n, self.dataset)
 
     def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Evaluate at every size."""
         figures: dict[str, float] = {}
         subject = {"from": str(self.folder), "images_seen": module.images_seen}
-        place = trainer.global_rank, trainer.world_size, trainer.strategy.barrier
-        module.eval()
         with averaged(trainer, module):
-            for evaluator in self.evaluators:
-                prefix = "eval" if len(self.evaluators) == 1 else f"eval/{size_text(evaluator.samples.size)}"
+            for evaluator, plan in zip(self.evaluators, self.plans, strict=True):
+                prefix = "eval" if len(self.plans) == 1 else f"eval/{size_text(plan.size)}"
                 try:
-                    result = evaluator.run(module.net, *place, subject)
+                    result = evaluator.run(plan.of(module.net, subject, self.workspace.work))
                 except FloatingPointError as error:
                     note(trainer, f"no evaluation: {error}")
-                else:
-                    found = {} if result is None else result.figures
-                    figures |= {f"{prefix}/{name}": value for name, value in found.items()}
-        module.train()
+                    continue
+                if result is not None:
+                    figures |= {f"{prefix}/{name}": value for name, value in result.figures.items()}
         if trainer.is_global_zero:
             remove(self.workspace.work)  # with what interrupted evaluations have left
         if figures:

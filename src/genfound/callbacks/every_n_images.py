@@ -17,9 +17,7 @@ class EveryNImages(lightning.Callback):
     """
 
     def __init__(self, every: int) -> None:
-        self.every = every
-        self._rounds = 0
-        self._acted = -1
+        self.every, self._rounds, self._acted = every, 0, -1
 
     def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
         """What is done; on every rank."""
@@ -33,8 +31,7 @@ class EveryNImages(lightning.Callback):
         """Act when a multiple of `every` has been passed."""
         rounds = module.images_seen // self.every
         if rounds > self._rounds:
-            self._rounds = rounds
-            self._acted = module.images_seen
+            self._rounds, self._acted = rounds, module.images_seen
             with paused(trainer, module):
                 self.on_interval(trainer, module)
 

@@ -18,15 +18,12 @@ from genfound.modules.base import GenerativeModule
 class NonFinite(lightning.Callback):
     """Looks at the gradient norms of the last `trainer.log_every_n_steps` steps, in one transfer.
 
-    nonfinite.jsonl has one line per skipped step and micro-batch of this rank: images, times, seed.
-
-    Args:
-        limit: as many skipped steps in a row stop the run.
+    nonfinite.jsonl has one line per skipped step and micro-batch of this rank: images, times, seed. `limit` skipped
+    steps in a row stop the run.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._in_a_row = 0
+        self.limit, self._in_a_row = limit, 0
         self._norms: list[tuple[int, Tensor]] = []
         self._micros: dict[int, list[tuple[MicroBatch, Tensor]]] = {}
 

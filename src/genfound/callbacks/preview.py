@@ -14,11 +14,7 @@ from genfound.sampling.requests import preview_requests, typical_sizes
 
 
 class Preview(EveryNImages):
-    """Writes samples/images-<n>.png; the same noise every time.
-
-    Args:
-        every: images between two grids, of one row for each of the typical sizes.
-    """
+    """Writes samples/images-<n>.png, a row for each of the typical sizes; the same noise every time."""
 
     def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """The run directory, and a sampling that fits the run."""
@@ -35,14 +31,11 @@ class Preview(EveryNImages):
         file = self.folder / f"images-{module.images_seen:09d}.png"
         if not trainer.is_global_zero or file.exists():
             return
-        module.eval()
         try:
             with averaged(trainer, module):
                 images = self.sampling(module.net, self.requests, seed=0)
         except FloatingPointError as error:
             note(trainer, f"no preview: {error}")
             return
-        finally:
-            module.train()
         save_grid(file, images, self.requests, self.class_names)
         picture(trainer, "samples", file, module.images_seen)

@@ -27,11 +27,6 @@ MEANT_HERE = {"trainer.precision": "precision", "compile": "compile"}
 HISTORY = "changes.jsonl"
 """One line for each key that was changed: the step and images from which it counts, key, before, now."""
 
-OTHER_IMAGES = (
-    "these are other images than before: their order is drawn anew, so that images of the pass that has begun may be "
-    "repeated or left out; every later pass shows each image once"
-)
-
 
 def facts(parts: build.RunComponents) -> dict[str, Any]:
     """What the configuration of a run does not say, because it is found out on the machine."""
@@ -46,12 +41,8 @@ def facts(parts: build.RunComponents) -> dict[str, Any]:
 def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], file: Path) -> Changes:
     """What changes with a run that goes on from a checkpoint."""
     _check_network(folder, parts, state, file)
-    found = {
-        key: pair
-        for key, pair in run_directory.changed(folder, parts.config).items()
-        if run_directory.changes_numbers(key)
-    }
-    now = facts(parts)
+    changed, now = run_directory.changed(folder, parts.config), facts(parts)
+    found = {key: pair for key, pair in changed.items() if run_directory.changes_numbers(key)}
     for key, name in ((IMAGES, "fingerprint"), *MEANT_HERE.items()):
         found.pop(key, None)
         before = state["run"].get(name, now[name])
@@ -60,16 +51,13 @@ def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], 
     if parts.config["allow_changes"]:
         return found
     if IMAGES in found:
-        raise ValueError(
-            f"data.root: these are not the images that {folder} was trained on; choose another name=..., or "
-            "allow_changes=true to continue it on these"
-        )
+        way = "choose another name=..., or allow_changes=true to continue it on these"
+        raise ValueError(f"data.root: these are not the images that {folder} was trained on; {way}")
     for key in MEANT_HERE.keys() & found.keys():
         before, here = (str(value).lower() for value in found[key])
-        raise ValueError(
-            f"{key}={flatten(parts.config)[key]} is {here} here, and {folder} was trained with {before}; "
-            f"set {key}={before}, or allow_changes=true"
-        )
+        both = f"is {here} here, and {folder} was trained with {before}"
+        way = f"set {key}={before}, or allow_changes=true"
+        raise ValueError(f"{key}={flatten(parts.config)[key]} {both}; {way}")
     return found
 
 
@@ -102,6 +90,11 @@ class Continuation(lightning.Callback):
         for key, (before, now) in self.made.items():
             with open(self.folder / HISTORY, "a") as out:
                 out.write(json.dumps({**at, "key": key, "before": before, "now": now}) + "\n")
-            what = OTHER_IMAGES if key == IMAGES else f"{key} was {before} and is {now} from here on"
+            what = f"{key} was {before} and is {now} from here on"
+            if key == IMAGES:
+                what = (
+                    "these are other images than before: their order is drawn anew, so that images of the pass that "
+                    "has begun may be repeated or left out; every later pass shows each image once"
+                )
             note(trainer, f"changed at step {at['step']:,} ({at['images_seen']:,} images): {what}")
         run_directory.adopt(self.folder)

@@ -42,13 +42,9 @@ def convert(
     """Write weights in the other format; a way there and back gives every tensor bit by bit.
 
     Args:
-        path: what `load` takes.
+        path, weights, trust, hints: see `load`.
         to: a file (.safetensors; the official format also .pt, .pth, .bin), or a folder, ending in /.
         file_format: `official`, `genfound`, or `None` for the other one than it is.
-        weights, trust, hints: see `load`.
-
-    Raises:
-        ValueError: an unknown format, or a model that was never published in it; and what `load` raises.
     """
     if file_format not in (None, "official", "genfound"):
         raise ValueError(f"format={file_format} is unknown; choose official or genfound")

@@ -15,7 +15,7 @@ def initialise(module: GenerativeModule, path: Path, trust: Collection[str] = ()
     """Start a new network from trained weights, averaged ones where there are any.
 
     A label table of another number of classes stays as it was initialised; `GenerativeModule.starting_weights` says
-    what else a family can start from.
+    what else a family can start from. Nothing is copied where the weights are not of this architecture.
 
     Args:
         module: holds the network.
@@ -23,10 +23,6 @@ def initialise(module: GenerativeModule, path: Path, trust: Collection[str] = ()
 
     Returns:
         What is not as in the file, in lines for the user.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the weights are not of this architecture; nothing has been copied then.
     """
     net = module.net
     found, remarks = read_ours(path, None, trust), [f"starting from the weights of {path}"]

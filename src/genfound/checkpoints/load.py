@@ -24,33 +24,22 @@ SIZE = ("width", "depth", "experts")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained model, ready to sample.
+    """A trained model, ready to sample."""
 
-    Attributes:
-        net: backbone in eval mode.
-        objective: what it was trained for.
-        tokenizer: maps its latents to images; `Absent` where its weights are not to be had.
-        config: resolved configuration of the run, or that of the released model.
-        class_names: names of the labels.
-        sizes: (height, width) in pixels that are typical of its training data.
-    """
-
-    net: Backbone
-    objective: Objective
-    tokenizer: Tokenizer
-    config: Config
-    class_names: list[str]
-    sizes: list[tuple[int, int]]
+    net: Backbone  # in eval mode
+    objective: Objective  # what it was trained for
+    tokenizer: Tokenizer  # maps its latents to images; `Absent` where its weights are not to be had
+    config: Config  # resolved configuration of the run, or that of the released model
+    class_names: list[str]  # names of the labels
+    sizes: list[tuple[int, int]]  # (height, width) in pixels that are typical of its training data
 
 
 @dataclass(frozen=True)
 class Weights:
     """Weights in our shapes, in the dtypes of the file, and what they belong to; see `LoadedModel`.
 
-    Attributes:
-        kept: official tensors that our network does not have, or computes itself with other rounding; from a
-            file of `convert`.
-        official: the state dict of an official checkpoint.
+    From a file of `convert`, `kept` are official tensors that our network does not have, or computes itself with other
+    rounding; `official` is the state dict of an official checkpoint.
     """
 
     config: Config
@@ -170,9 +159,8 @@ def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str
         tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
     if _version(state, file) != formats.FORMAT:
         tensors = format_1.weights(tensors, config["model"])
-    data = state["run"]
-    config = run_directory.located(config, folder)
-    return Weights(config, tensors, list(data["class_names"]), _pairs(data["sizes"]), {})
+    names, sizes = list(state["run"]["class_names"]), _pairs(state["run"]["sizes"])
+    return Weights(run_directory.located(config, folder), tensors, names, sizes, {})
 
 
 class Official(NamedTuple):
@@ -219,10 +207,8 @@ def _config(family: str, release: str | None, options: Mapping[str, Any], path: 
     sizes = _presets(family).items()
     presets = [n for n, size in sizes if all(options[key] == size[key] for key in SIZE if key in size)]
     if any("_hr_" in name for name in presets) and release not in ("fitv2", "fitv2_hr"):
-        raise ValueError(
-            f"{path}: these weights fit FiTv2 and its fine-tuning to 512 pixels alike; "
-            "say hints.family=fitv2 or hints.family=fitv2_hr"
-        )
+        way = "say hints.family=fitv2 or hints.family=fitv2_hr"
+        raise ValueError(f"{path}: these weights fit FiTv2 and its fine-tuning to 512 pixels alike; {way}")
     preset = next((name for name in presets if ("_hr_" in name) == (release == "fitv2_hr")), family)
     released = "dit_moe_rf" if options.get("unused_half") and family == "dit_moe" else family
     if released == "dit_moe_rf" and preset == family:
@@ -236,9 +222,8 @@ def _config(family: str, release: str | None, options: Mapping[str, Any], path: 
     config["model"] |= options
     missing = [key for key, value in config["model"].items() if value == "???"]
     if missing:
-        raise ValueError(
-            f"{path} is of no published size, and its shapes do not tell {missing[0]}; say hints.num_heads=..."
-        )
+        what = f"is of no published size, and its shapes do not tell {missing[0]}"
+        raise ValueError(f"{path} {what}; say hints.num_heads=...")
     return config
 
 

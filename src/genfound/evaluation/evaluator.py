@@ -11,7 +11,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,17 +20,14 @@ from typing import Any
 import torch
 from torch import distributed
 
-from genfound.backbones.base import Backbone
 from genfound.checkpoints.load import hints_of, load, newest_checkpoint
 from genfound.config.command_line import explain_oom
 from genfound.evaluation import protocol
-from genfound.evaluation.dataset import RunDataset
 from genfound.evaluation.export import check_target, export
-from genfound.evaluation.protocol import LIBRARIES, UNKNOWN, Protocol, Result, size_text
+from genfound.evaluation.protocol import LIBRARIES, UNKNOWN, EvaluationRequest, Protocol, Result, Size, size_text
 from genfound.evaluation.provenance import is_images, model_identity
-from genfound.evaluation.references import DECODED, GIVEN, Workspace, prepare_extractor, prepare_reference
-from genfound.evaluation.request import EvaluationRequest
-from genfound.evaluation.samples import EvaluationSamples, SampleStore, SamplingPlan, existing_samples, new_samples
+from genfound.evaluation.references import DECODED, GIVEN, RunDataset, Workspace, prepare_extractor, prepare_reference
+from genfound.evaluation.samples import EvaluationSamples, SampleStore, existing_samples, new_samples
 from genfound.loggers.provenance import provenance, versions
 from genfound.metrics.compute import check_count, check_reference, compute, convention_of
 from genfound.metrics.extractor import Extractor
@@ -42,86 +39,66 @@ from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import no_progress, shared_progress
 from genfound.tokenizers import Undecodable
 
-Config = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures samples of one size: those that are there, or those of a network, also again and again as it trains.
+    """Measures samples of one size, also again and again as their network trains.
 
-    `facts` is what the protocol says of the reference; a quiet one says nothing on the way.
+    `facts` is what the protocol says of the reference.
     """
 
     request: EvaluationRequest
     workspace: Workspace
-    samples: EvaluationSamples | SamplingPlan
     extractor: Extractor
     reference: Reference
     facts: Mapping[str, Any]
-    quiet: bool = False
 
-    def run(
-        self,
-        net: Backbone | None,
-        rank: int = 0,
-        ranks: int = 1,
-        barrier: Callable[[], object] = lambda: None,
-        subject: Mapping[str, Any] | None = None,
-        target: str | None = None,
-    ) -> Result | None:
+    def run(self, samples: EvaluationSamples, export_to: str | None = None) -> Result | None:
         """Samples, features, figures; the result, stored, on the first process. What took long is removed.
 
-        Args:
-            net: makes the samples, in eval mode; `None` where they are there.
-            rank, ranks: which of the processes this is that share the work, and all call this.
-            barrier: waits for all of them, which come to it at nearly the same time.
-            subject: whose network it is.
-            target: where to export the samples.
+        All processes that share the work call this.
 
         Raises:
             FloatingPointError: on all processes, if a sample of one is not finite.
         """
-        samples = self.samples
-        if isinstance(samples, SamplingPlan):
-            assert net is not None
-            samples = samples.of(net, subject or {}, self.workspace.work)
-        with lock(samples.work) if rank == 0 else contextlib.nullcontext():
-            barrier()
+        workspace = self.workspace
+        with lock(samples.work) if workspace.rank == 0 else contextlib.nullcontext():
+            workspace.barrier()
             try:
                 if isinstance(samples.images, SampleStore):
-                    title = "" if self.quiet else f"{size_text(samples.size)}, {samples.record.summary()}"
-                    samples.images.make(rank, ranks, title)
+                    title = "" if workspace.quiet else f"{size_text(samples.size)}, {samples.record.summary()}"
+                    samples.images.make(workspace.rank, workspace.ranks, title)
             except FloatingPointError:
-                barrier()
-                if rank == 0:
+                workspace.barrier()
+                if workspace.rank == 0:
                     remove(samples.work)
                 raise
-            result = self._measure(samples, rank, ranks, target)
-        barrier()  # nobody begins other work while the first process removes this
+            result = self._measure(samples, export_to)
+        workspace.barrier()  # nobody begins other work while the first process removes this
         return result
 
-    def _measure(self, samples: EvaluationSamples, rank: int, ranks: int, target: str | None) -> Result | None:
+    def _measure(self, samples: EvaluationSamples, export_to: str | None) -> Result | None:
         """Features by all processes, figures by the first, and the others wait."""
-        config, images, keep = self.request.config, samples.images, self.request.config["keep"]
+        config, images, workspace, device = self.request.config, samples.images, self.workspace, self.workspace.device
         features = FeatureStore(samples.work / f"features-{self.extractor.hash}-{len(images)}", len(images))
-        progress = no_progress if self.quiet else shared_progress("features", rank, ranks)
-        features.extract(images, self.extractor, rank, ranks, progress)
-        if rank:
-            wait_until(lambda: keep or not samples.work.exists())
+        place = workspace.rank, workspace.ranks
+        progress = no_progress if workspace.quiet else shared_progress("features", *place)
+        features.extract(images, self.extractor, *place, progress)
+        if workspace.rank:
+            wait_until(lambda: config["keep"] or not samples.work.exists())
             return None
         wait_until(lambda: features.complete)
-        if target is not None:
+        if export_to is not None:
             note = {"drawing": asdict(samples.record), "subject": dict(samples.subject), "size": samples.size}
-            print(f"samples: {export(images, target, note)}", flush=True)
-        device = self.workspace.device
+            print(f"samples: {export(images, export_to, note)}", flush=True)
         figures = compute(features, self.reference, self.extractor, config["convention"], images.labels, device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
         machine = {"device": name or platform.machine(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         result = Result(figures, self._protocol(samples), samples.subject, {**provenance(), **machine})
-        result.append_to(self.workspace.out)
-        if not self.quiet:
+        result.append_to(workspace.out)
+        if not workspace.quiet:
             print("\n".join(result.lines()), flush=True)
-        if not keep:
+        if not config["keep"]:
             remove(samples.work)
         return result
 
@@ -145,22 +122,16 @@ class Evaluator:
 
 
 def prepare(
-    request: EvaluationRequest,
-    workspace: Workspace,
-    samples: Sequence[EvaluationSamples | SamplingPlan],
-    dataset: RunDataset | None,
-    rank: int = 0,
-    ranks: int = 1,
-    quiet: bool = False,
+    request: EvaluationRequest, workspace: Workspace, sizes: Sequence[Size | str], n: int, dataset: RunDataset | None
 ) -> list[Evaluator]:
-    """An evaluator for each size: with its reference, which all processes make together unless it is there."""
+    """Those of n samples of each size: with its reference, which all processes make together unless it is there."""
     extractor = prepare_extractor(request.config, dataset, workspace)
+    check_count("n", n, extractor)
     evaluators = []
-    for each in samples:
-        check_count("n", len(each), extractor)
-        reference, facts = prepare_reference(request.config, each.size, dataset, extractor, workspace, rank, ranks)
+    for size in sizes:
+        reference, facts = prepare_reference(request.config, size, dataset, extractor, workspace)
         check_reference(reference, extractor, request.config["convention"])
-        evaluators.append(Evaluator(request, workspace, each, extractor, reference, facts, quiet))
+        evaluators.append(Evaluator(request, workspace, extractor, reference, facts))
     return evaluators
 
 
@@ -169,30 +140,20 @@ def evaluate(request: EvaluationRequest, place: processes.RankInfo = processes.S
 
     Returns:
         The results, on the first process.
-
-    Raises:
-        FileNotFoundError, ValueError: wrong input, in one line.
     """
-    rank, ranks, local_rank = place
-    config, source = request.config, Path(request.config["from"])
+    config, source, dataset = request.config, Path(request.config["from"]), None
     request.check()
-    workspace = _workspace(config, source, None if ranks == 1 else local_rank)
+    workspace = _workspace(config, source, place)
     earlier = _earlier_results(config, workspace)
-    net, dataset, subject = None, None, {}
-    samples: Sequence[EvaluationSamples | SamplingPlan]
     if is_images(source):
         request = replace(request, overrides=[])  # their sampler and guidance are what they were
         samples = [existing_samples(config, source, workspace.work)]
     else:
-        source = newest_checkpoint(source)
-        net, dataset, plans = _load(request, source, workspace.device)
-        samples, subject = plans, model_identity(source)
-        if ranks > 1:
-            _check_agreement([str(plan.of(net, subject, workspace.work).work) for plan in plans])
+        dataset, samples = _of_model(request, newest_checkpoint(source), workspace)
     targets = _targets(config["export"], samples)
-    pairs = zip(prepare(request, workspace, samples, dataset, rank, ranks), targets, strict=True)
-    barrier: Callable[[], object] = distributed.barrier if ranks > 1 else lambda: None
-    made = [evaluator.run(net, rank, ranks, barrier, subject, target) for evaluator, target in pairs]
+    sizes, n = [each.size for each in samples], len(samples[0].images)
+    work = zip(prepare(request, workspace, sizes, n, dataset), samples, targets, strict=True)
+    made = [evaluator.run(each, target) for evaluator, each, target in work]
     results = [result for result in made if result is not None]
     if len(results) + len(earlier) > 1:
         print("\n".join(["", *protocol.table([*results, *earlier])]), flush=True)
@@ -210,16 +171,15 @@ def evaluate_on_devices(request: EvaluationRequest) -> None:
         return
     if not is_images(source):
         request = replace(request, config={**config, "from": str(newest_checkpoint(source))})
-    environment = {}
-    if device.type == "cpu":  # kernels may sum in another order with other numbers of threads
-        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    # kernels may sum in another order with other numbers of threads
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if device.type == "cpu" else {}
     with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
         file = Path(folder) / "request.json"
         file.write_text(json.dumps(asdict(request)))
         launch.launch("genfound.evaluation.evaluator", file, count, **environment)
 
 
-def _workspace(config: Config, source: Path, local_rank: int | None) -> Workspace:
+def _workspace(config: Mapping[str, Any], source: Path, place: processes.RankInfo) -> Workspace:
     """Where this evaluation works: beside the images or the file, or in the run."""
     run = source.parent.parent if source.suffix == ".ckpt" else source
     named = source if source.name not in ("", "..") else source.resolve()
@@ -228,13 +188,17 @@ def _workspace(config: Config, source: Path, local_rank: int | None) -> Workspac
     references = Path(config["references"])
     check_folder("out", out)
     check_folder("references", references)
-    return Workspace(out, out / "work", references, devices.device(config["accelerator"], local_rank))
+    rank, ranks, local_rank = place
+    if ranks == 1:
+        return Workspace(out, out / "work", references, devices.device(config["accelerator"]))
+    device = devices.device(config["accelerator"], local_rank)
+    return Workspace(out, out / "work", references, device, rank, ranks, distributed.barrier)
 
 
-def _load(
-    request: EvaluationRequest, source: Path, device: torch.device
-) -> tuple[Backbone, RunDataset, list[SamplingPlan]]:
-    """A network, its data where they are now, and what it is to sample at each size."""
+def _of_model(
+    request: EvaluationRequest, source: Path, workspace: Workspace
+) -> tuple[RunDataset, list[EvaluationSamples]]:
+    """The data of a model where they are now, and the samples that it is to make, at each size."""
     config = request.config
     model = load(source, weights=config["weights"], trust=config["trust"], **hints_of(config))
     if isinstance(model.tokenizer, Undecodable):
@@ -249,22 +213,31 @@ def _load(
     sizes = request.sizes(model.sizes[0], model.tokenizer.spec.stride * run["model"]["patch_size"])
     if len(sizes) > 1:
         print(f"{len(sizes)} sizes, {config['n']:,} samples of each; sizes=... chooses", flush=True)
-    net = model.net.to(device)
-    return net, dataset, [new_samples(request, net, model.tokenizer, size, dataset, device) for size in sizes]
+    net, subject = model.net.to(workspace.device), model_identity(source)
+    plans = [new_samples(request, net, model.tokenizer, size, dataset, workspace.device) for size in sizes]
+    samples = [plan.of(net, subject, workspace.work) for plan in plans]
+    if workspace.ranks > 1:
+        found: list[Any] = [None] * workspace.ranks
+        distributed.all_gather_object(found, [str(each.work) for each in samples])
+        if any(other != found[0] for other in found):
+            raise ValueError("the checkpoint of from=... or guidance.weights=... has changed; give the command again")
+    return dataset, samples
 
 
-def _earlier_results(config: Config, workspace: Workspace) -> list[Result]:
+def _earlier_results(config: Mapping[str, Any], workspace: Workspace) -> list[Result]:
     """The results to compare with; those that the new ones join are read too, so that damage is found now."""
     if workspace.out.is_dir():
         protocol.read_results(workspace.out)
-    found = [(path, protocol.read_results(Path(path))) for path in config["compare"]]
-    empty = [path for path, results in found if not results]
-    if empty:
-        raise ValueError(f"compare: {empty[0]} holds no results; give a run, or the results.jsonl of one")
-    return [result for _, results in found for result in results]
+    earlier = []
+    for path in config["compare"]:
+        found = protocol.read_results(Path(path))
+        if not found:
+            raise ValueError(f"compare: {path} holds no results; give a run, or the results.jsonl of one")
+        earlier += found
+    return earlier
 
 
-def _targets(export_to: str | None, samples: Sequence[EvaluationSamples | SamplingPlan]) -> list[str | None]:
+def _targets(export_to: str | None, samples: Sequence[EvaluationSamples]) -> Sequence[str | None]:
     """Where the samples of each size are exported to: the name carries the size if there are several."""
     if export_to is None:
         return [None] * len(samples)
@@ -273,15 +246,7 @@ def _targets(export_to: str | None, samples: Sequence[EvaluationSamples | Sampli
         targets = [str(path.with_name(f"{path.stem}-{size_text(each.size)}{path.suffix}")) for each in samples]
     for target, each in zip(targets, samples, strict=True):
         check_target(target, one_size=not isinstance(each.size, str))
-    return list(targets)
-
-
-def _check_agreement(work: list[str]) -> None:
-    """Raise a ValueError unless all processes are about to make the same samples."""
-    found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, work)
-    if any(other != work for other in found):
-        raise ValueError("the checkpoint of from=... or guidance.weights=... has changed; give the command again")
+    return targets
 
 
 def _worker(file: Path) -> None:
@@ -290,10 +255,7 @@ def _worker(file: Path) -> None:
     processes.tune_malloc()
     request = EvaluationRequest(**json.loads(file.read_text()))
     distributed.init_process_group("gloo", timeout=timedelta(days=1000))  # they wait for each other's whole work
-    with contextlib.ExitStack() as stack:
-        if place.rank:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if place.rank else sys.stdout):
         evaluate(request, place)
     distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""What a figure is worth: the protocol that it was measured under, and which protocols agree."""
+"""The protocol: what an evaluation is asked for, what a figure was measured under, and which protocols agree."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from genfound.config.compose import flatten
-from genfound.metrics.compute import STORED, depends_on_order
+from genfound.config import checks, compose
+from genfound.metrics.compute import STORED, check_convention, depends_on_order
 from genfound.runtime.files import makedirs
+from genfound.sampling.pipeline import run_or_chosen
+from genfound.sampling.requests import check_size
 
 Size = tuple[int, int]
 UNKNOWN = "unknown"
@@ -22,31 +24,29 @@ LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "torchdiffeq", "genfound")
 NOT_COMPARED = ("name", "altered", "reference.from", "reference.rule", "reference.ignored", "drawing.guidance.weights")
 """What a protocol is called, where things lie, and by which rule they were found; hashes say what they are."""
 
+DATA = "data"
+"""As a size or a label rule: as the images of the data set have them."""
+
+LABEL_RULES = ("random", "balanced", DATA)
+GROUPS = ("sampler", "guidance")
+COUNTS = ("n", "batch", "devices", "reference_images", "max_pixels")
+
 
 @dataclass(frozen=True)
 class SamplingRecord:
-    """How samples were made; every field is needed, and is `unknown` for images that do not say.
-
-    Attributes:
-        sampler, guidance: name and all options; of autoguidance also the hash of the weaker network.
-        rope: what was changed of the network's rotary positions; `None` if nothing was.
-        batch: images per network call, where the sampler's steps couple them; `None` where they do not.
-        decoder: the tokenizer's name, precision, and the hash of its weights.
-        uint8: how decoded values became bytes.
-        versions: of the libraries that drew.
-    """
+    """How samples were made; every field is needed, and is `unknown` for images that do not say."""
 
     weights: str
-    sampler: Mapping[str, Any] | str
-    guidance: Mapping[str, Any] | str
-    rope: Mapping[str, Any] | str | None
-    batch: int | str | None
+    sampler: Mapping[str, Any] | str  # name and all options
+    guidance: Mapping[str, Any] | str  # likewise; of autoguidance also the hash of the weaker network
+    rope: Mapping[str, Any] | str | None  # what was changed of the network's rotary positions
+    batch: int | str | None  # images per network call, where the sampler's steps couple them
     labels: str
     seed: int | str
     precision: str
-    decoder: Mapping[str, Any] | str
-    uint8: str
-    versions: Mapping[str, str] | str
+    decoder: Mapping[str, Any] | str  # the tokenizer's name, precision, and the hash of its weights
+    uint8: str  # how decoded values became bytes
+    versions: Mapping[str, str] | str  # of the libraries that drew
 
     @classmethod
     def from_note(cls, note: Any) -> SamplingRecord:
@@ -65,34 +65,84 @@ class SamplingRecord:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """All that two figures must share to be compared; what differs besides the trained weights.
+class EvaluationRequest:
+    """The resolved conf/evaluate.yaml, the overrides of the command line, and the name of the protocol."""
 
-    Attributes:
-        name: a named protocol; `altered` are its keys that were set otherwise.
-        count, order: of the samples; see `metrics.compute.depends_on_order`.
-        size: [height, width], `data` for those of the data set, or `mixed`.
-        drawing: how they were made.
-        extractor: name and hash.
-        convention: see `metrics.compute.CONVENTIONS`; `probe` of a probe.
-        reference: hash, rule, view, and what is known of its images.
-        versions: of the libraries that measured.
-    """
+    config: Mapping[str, Any]
+    overrides: Sequence[str]
+    protocol: str
+
+    def check(self) -> None:
+        """Raise a ValueError for what can be known to be wrong before anything is made."""
+        config = self.config
+        for key in COUNTS:
+            checks.integer(key, config[key], 1, or_null=True)
+        check_convention(config["convention"], config["extractor"])
+        checks.one_of("labels", config["labels"], LABEL_RULES)
+        for row in config["table"] or ():
+            if not isinstance(row, Mapping) or "size" not in row:
+                raise ValueError(f"table: {row} must have size, sampler and guidance")
+            for group in GROUPS:
+                if not isinstance(row.get(group), Mapping) or "name" not in row[group]:
+                    raise ValueError(f"table: the row of {size_text(row['size'])} must have a {group} with its name")
+
+    def sizes(self, typical: Size, unit: int) -> list[Size | str]:
+        """The sizes asked for, those of the protocol's table, or the typical one of the data."""
+        wanted = self.config["sizes"]
+        if wanted == DATA:
+            return [DATA]
+        if wanted is None:
+            wanted = [row["size"] for row in self.config["table"] or ()] or list(typical)
+        sizes = checks.image_sizes("sizes", wanted)
+        for size in sizes:
+            check_size(size, unit)
+        return list(sizes)
+
+    def sampling_config(self, run: Mapping[str, Any], size: Size | str) -> dict[str, Any]:
+        """The run's configuration; sampler, guidance, byte rule and precision are its own, the table's or those set."""
+        config, base = self.config, dict(run)
+        if config["table"]:
+            row = next((row for row in config["table"] if row["size"] == list(size)), None)
+            if row is None:
+                text = size_text(size)
+                raise ValueError(f"protocol={self.protocol} has no row for {text}; add one to table, or choose another")
+            base |= {group: row[group] for group in GROUPS}
+        return run_or_chosen(base, config, self.overrides)
+
+    def changed_keys(self, record: SamplingRecord, used: Mapping[str, Any]) -> list[str]:
+        """The keys of the named protocol that were set otherwise, then the options of sampler, guidance and positions.
+
+        They are those of `config`, but for what the record of the samples says, and for those in `used`.
+        """
+        named = compose.compose("evaluate", [f"protocol={self.protocol}"])
+        keys = compose.read_option("protocol", "adm_50k") | compose.read_option("protocol", self.protocol)
+        made = {key: getattr(record, key) for key in ("labels", "seed", "weights")}
+        if named["uint8"] is not None:
+            made["uint8"] = record.uint8
+        now = {**self.config, **made, **used}
+        changed = [key for key in keys if now[key] not in (named[key], UNKNOWN)]
+        names = dict.fromkeys(override.partition("=")[0] for override in self.overrides)
+        return [*changed, *(name for name in names if name.partition(".")[0] in (*GROUPS, "rope"))]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that two figures must share to be compared; what differs besides the trained weights."""
 
     name: str
-    altered: Sequence[str]
+    altered: Sequence[str]  # keys that were set otherwise than the protocol of this name says
     count: int
-    size: Sequence[int] | str
+    size: Sequence[int] | str  # [height, width], `data` for those of the data set, or `mixed`
     drawing: SamplingRecord
-    extractor: Mapping[str, str]
-    convention: str
-    reference: Mapping[str, Any]
-    versions: Mapping[str, str]
-    order: str = STORED
+    extractor: Mapping[str, str]  # name and hash
+    convention: str  # one of `metrics.compute.CONVENTIONS`, or `probe`
+    reference: Mapping[str, Any]  # hash, rule, view, and what is known of its images
+    versions: Mapping[str, str]  # of the libraries that measured
+    order: str = STORED  # of the samples; see `metrics.compute.depends_on_order`
 
     def facts(self) -> dict[str, Any]:
         """{dotted key: value} of what is compared; see `NOT_COMPARED`."""
-        flat = flatten(json.loads(json.dumps(asdict(self))))
+        flat = compose.flatten(json.loads(json.dumps(asdict(self))))
         unused = () if depends_on_order(self.convention, self.count) else ("order",)
         return {key: value for key, value in flat.items() if key not in (*NOT_COMPARED, *unused)}
 
@@ -118,17 +168,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Result:
-    """Figures, and what they are worth; figures leave this package in no other form.
-
-    Attributes:
-        subject: whose figures they are: `from`, and the hash of the weights or images.
-        provenance: code, machine and time.
-    """
+    """Figures, and what they are worth; figures leave this package in no other form."""
 
     figures: Mapping[str, float]
     protocol: Protocol
-    subject: Mapping[str, Any]
-    provenance: Mapping[str, Any]
+    subject: Mapping[str, Any]  # whose figures they are: `from`, and the hash of the weights or images
+    provenance: Mapping[str, Any]  # code, machine and time
 
     def __post_init__(self) -> None:
         wrong = [name for name, value in self.figures.items() if not isinstance(value, float)]
@@ -149,19 +194,13 @@ class Result:
     def append_to(self, folder: Path) -> None:
         """Add a line to the results of a folder, unless the same figures under the same protocol are there."""
         makedirs(folder)
-        if any(replace(old, provenance=self.provenance) == self for old in read_results(folder)):
-            return
-        with open(folder / RESULTS, "a") as out:
-            out.write(json.dumps(asdict(self)) + "\n")
+        if not any(replace(old, provenance=self.provenance) == self for old in read_results(folder)):
+            with open(folder / RESULTS, "a") as out:
+                out.write(json.dumps(asdict(self)) + "\n")
 
 
 def read_results(path: Path) -> list[Result]:
-    """Results of a file, of a folder, or of a run; none where there are none.
-
-    Raises:
-        FileNotFoundError: there is no such path.
-        ValueError: a damaged line.
-    """
+    """Results of a file, of a folder, or of a run; none where there are none."""
     if not path.exists():
         raise FileNotFoundError(f"there are no results {path}")
     places = [path] if path.is_file() else [path / RESULTS, path / "evaluations" / RESULTS]
@@ -169,8 +208,8 @@ def read_results(path: Path) -> list[Result]:
     try:
         return [Result.from_stored(json.loads(line)) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        way = "remove it, or move the file away"
-        raise ValueError(f"{path} holds a line that is not a result; {way}: {error}") from None
+        text = f"{path} holds a line that is not a result; remove it, or move the file away: {error}"
+        raise ValueError(text) from None
 
 
 def differences(a: Protocol, b: Protocol) -> list[str]:

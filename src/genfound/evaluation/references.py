@@ -1,42 +1,48 @@
-"""What samples are measured with and against, made once and kept: probes, and statistics of real images."""
+"""What samples are measured with and against, made once and kept: probes, and statistics of real images.
+
+Real images are given, or those of the data set of a run: also of one on stored latents, which its tokenizer decodes.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from genfound import build
+from genfound.config import compose
 from genfound.config.checks import one_of
+from genfound.data.images import sets
+from genfound.data.images.base import LatentSource, PictureSource
 from genfound.data.images.npz import file_hash, read_member
-from genfound.data.images.sets import Cropped, FolderImages, ImageSet, NpzImages, Subset, ignored_files
-from genfound.data.latents.manifest import MANIFEST
-from genfound.evaluation.dataset import RunDataset
+from genfound.data.images.pixels import to_uint8
+from genfound.data.images.sets import ImageSet
+from genfound.data.latents.manifest import MANIFEST, read_manifest
+from genfound.data.packing.collate import Normaliser
 from genfound.evaluation.protocol import Size, size_text
-from genfound.evaluation.samples import content
+from genfound.evaluation.provenance import decoder_identity
+from genfound.metrics import reference_stats
 from genfound.metrics.compute import check_count
 from genfound.metrics.extractor import WEIGHTS, Extractor, Inception
 from genfound.metrics.features import FeatureStore
 from genfound.metrics.frechet import Gaussian
 from genfound.metrics.probe import Probe, is_guessing, probe_key, train_probe
-from genfound.metrics.reference_stats import (
-    Reference,
-    choose_reference,
-    given_statistics,
-    read_reference,
-    reference_note,
-    write_reference,
-)
 from genfound.rng import Rng
 from genfound.runtime.files import atomic_write, digest, lock, visible
 from genfound.runtime.processes import wait_until
-from genfound.runtime.progress import shared_progress
+from genfound.runtime.progress import ProgressCounter, shared_progress
+from genfound.tokenizers import LatentSpec
 
-Config = Mapping[str, Any]
 GIVEN = "given"
 """A reference that was chosen by name, or its images as a file has them."""
 
@@ -48,22 +54,74 @@ VIEWS = ("crop", "as_is", "same_size")
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where an evaluation works.
+    """Where an evaluation works, and which of the processes that share the work this is."""
 
-    Attributes:
-        out: of results.jsonl.
-        work: of samples and features until they are measured.
-        references: of statistics and probes, which other evaluations can use too.
-        device: of this process.
-    """
-
-    out: Path
-    work: Path
-    references: Path
+    out: Path  # of results.jsonl
+    work: Path  # of samples and features until they are measured
+    references: Path  # of statistics and probes, which other evaluations can use too
     device: torch.device
+    rank: int = 0
+    ranks: int = 1
+    barrier: Callable[[], object] = lambda: None  # waits for all processes, which come to it at nearly the same time
+    quiet: bool = False  # says nothing on the way
 
 
-def prepare_extractor(config: Config, dataset: RunDataset | None, workspace: Workspace) -> Extractor:
+@dataclass(frozen=True)
+class RunDataset:
+    """The data set of a run: its configuration, the shape of its latents, and the number of its classes."""
+
+    config: Mapping[str, Any]
+    spec: LatentSpec
+    classes: int
+
+    def images(self, split: str, device: torch.device | str = "cpu") -> ImageSet:
+        """Its images; `split` is `train` or `val`, and the device decodes stored latents."""
+        source = build.source(self.config, self.spec, split)
+        if (found := len(source.class_names)) != self.classes:
+            root = self.config["data"].get("root")
+            raise ValueError(f"data.root={root} has {found:,} classes, and the run was trained on {self.classes:,}")
+        if isinstance(source, LatentSource):
+            return DecodedLatents(source, self.config, torch.device(device))
+        return sets.Sourced(cast(PictureSource, source))
+
+    def of_store(self, root: Path) -> RunDataset:
+        """The latents of a store in the place of its own images."""
+        manifest, spec = read_manifest(root), self.spec
+        made = manifest["tokenizer"]
+        if (made["channels"], made["stride"]) != (spec.channels, spec.stride):
+            theirs = f"{made['channels']} channels at stride {made['stride']}"
+            both = f"({theirs}, the run's have {spec.channels} at {spec.stride})"
+            raise ValueError(f"reference={root} holds latents of another tokenizer {both}; give images")
+        option = compose.read_option("data", "latent_store")
+        own = {key: value for key, value in self.config["data"].items() if key in option}
+        store = {"root": str(root), "holdout": manifest["source"]["holdout"], "flip": False}
+        data = {"max_image_tokens": None, **own, compose.TARGET: "genfound.data.latents.store.Store", **store}
+        return replace(self, config={**self.config, "data": data}, classes=len(manifest["classes"]))
+
+
+class DecodedLatents:
+    """Stored latents as images: the means, decoded by the tokenizer of a run and made bytes by its rule."""
+
+    def __init__(self, source: LatentSource, config: Mapping[str, Any], device: torch.device) -> None:
+        self.source, self.sizes, self.labels, self.device = source, source.sizes, source.labels, device
+        self.rule = config["sample"]["uint8"]
+        self.stored, self.tokenizer = build.training_tokenizer(config), build.tokenizer(config)
+        decoder = json.dumps(decoder_identity(self.tokenizer, config))
+        self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes(), self.rule, decoder)
+        self._one_at_a_time = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        moments = self.source.moments(number, mirrored=False)[None].float()
+        with self._one_at_a_time, torch.no_grad():
+            latent = cast(Normaliser, self.stored).normalise(moments).to(self.device)
+            return to_uint8(self.tokenizer.decode(latent)[0], self.rule)
+
+
+def prepare_extractor(config: Mapping[str, Any], dataset: RunDataset | None, workspace: Workspace) -> Extractor:
     """The extractor of a configuration; a probe is trained on the data set unless there is one already."""
     weights = config["extractor_weights"]
     if one_of("extractor", config["extractor"], ("inception", "probe")) == "inception":
@@ -98,49 +156,37 @@ def _train_probe(images: ImageSet, dataset: RunDataset, file: Path) -> None:
 
 
 def prepare_reference(
-    config: Config,
-    size: Size | str,
-    dataset: RunDataset | None,
-    extractor: Extractor,
-    workspace: Workspace,
-    rank: int,
-    ranks: int,
-) -> tuple[Reference, dict[str, Any]]:
-    """The reference for samples of a size, and what the protocol says of it.
+    config: Mapping[str, Any], size: Size | str, dataset: RunDataset | None, extractor: Extractor, workspace: Workspace
+) -> tuple[reference_stats.Reference, dict[str, Any]]:
+    """The reference for samples of a size, `data` or `mixed`, and what the protocol says of it.
 
-    Args:
-        config: with reference, reference_view and reference_images.
-        size: (height, width) of the samples, `data`, or `mixed`.
-        dataset: of the run, for `reference=data` or a latent store.
-        extractor: computes features.
-        workspace: where statistics are kept.
-        rank, ranks: which of the processes this is that compute them together.
+    A run's `dataset` is for `reference=data` or a latent store.
     """
     name, path, rule = str(config["reference"]), Path(config["reference"]), GIVEN
     ignored: dict[str, str] = {}
     if name.partition(":")[0] == "data" or (path.is_dir() and not visible(path, "*.npz")):
         images, view, ignored = _images_in_view(config, name, size, dataset, workspace)
-        reference = read_reference(_statistics(images, view, None, extractor, workspace, rank, ranks), extractor)
+        reference = reference_stats.read_reference(_statistics(images, view, None, extractor, workspace), extractor)
     else:
         if path.is_dir():
             if isinstance(size, str):
                 raise ValueError(f"reference={name} holds one file for each size, and these samples have several")
-            path, rule = choose_reference(path, size)
+            path, rule = reference_stats.choose_reference(path, size)
         name = str(path)
-        if reference_note(path) is not None or read_member(path, "arr_0") is None:
-            reference = read_reference(path, extractor)
+        if reference_stats.reference_note(path) is not None or read_member(path, "arr_0") is None:
+            reference = reference_stats.read_reference(path, extractor)
         else:
             hashed = file_hash(path)  # first, because that compares the checksums of the images
-            given = given_statistics(path) or None
-            file = _statistics(NpzImages(path), GIVEN, given, extractor, workspace, rank, ranks)
-            reference = replace(read_reference(file, extractor), hash=hashed)
+            given = reference_stats.given_statistics(path) or None
+            file = _statistics(sets.NpzImages(path), GIVEN, given, extractor, workspace)
+            reference = replace(reference_stats.read_reference(file, extractor), hash=hashed)
     note, points = reference.note, 0 if reference.points is None else len(reference.points)
     known = {"view": note.get("view", GIVEN), "size": note.get("size", "unknown"), "images": note.get("images")}
     return reference, {"from": name, "hash": reference.hash, "rule": rule, **known, "points": points, **ignored}
 
 
 def _images_in_view(
-    config: Config, name: str, size: Size | str, dataset: RunDataset | None, workspace: Workspace
+    config: Mapping[str, Any], name: str, size: Size | str, dataset: RunDataset | None, workspace: Workspace
 ) -> tuple[ImageSet, str, dict[str, str]]:
     """Images of a folder, a store or the data set as samples of a size are compared with them; view; ignored files."""
     view, limit = one_of("reference_view", config["reference_view"], VIEWS), config["reference_images"]
@@ -149,28 +195,24 @@ def _images_in_view(
     images: ImageSet
     folder = None if name.partition(":")[0] == "data" else Path(name)
     if folder is not None and not (folder / MANIFEST).is_file():
-        images = FolderImages(folder, config["max_pixels"])
-        ignored, title = ignored_files(images), view
-        images = _fitting(Subset(images, _order(images, workspace)), view, size)
-        images = images if limit is None else Subset(images, np.arange(len(images))[:limit])
+        images = sets.FolderImages(folder, config["max_pixels"])
+        ignored, title = sets.ignored_files(images), view
+        images = _fitting(sets.Subset(images, _order(images, workspace)), view, size)
+        images = images if limit is None else sets.Subset(images, np.arange(len(images))[:limit])
     else:
-        data, split = _dataset(name, folder, dataset)
-        ignored, title = {}, view + (DECODED if data.stored else "")
+        split = name.partition(":")[2] or "train" if folder is None else "train"
+        if split not in ("train", "val"):
+            raise ValueError(f"reference={name} is unknown; choose data, data:train or data:val")
+        if dataset is None:
+            text = "images alone tell no data set and no decoder; give an .npz or a folder"
+            raise ValueError(f"reference={name}: {text}")
+        data = dataset if folder is None else dataset.of_store(folder)
+        ignored, title = {}, view + (DECODED if build.reads_latents(data.config) else "")
         images = _fitting(data.images(split, workspace.device), view, size)
-        images = Subset(images, Rng(0, "reference").permutation("order", len(images)).numpy()[:limit])
+        images = sets.Subset(images, Rng(0, "reference").permutation("order", len(images)).numpy()[:limit])
     if view == "crop":
-        images = Cropped(images, (int(size[0]), int(size[1])))
+        images = sets.Cropped(images, (int(size[0]), int(size[1])))
     return images, title, ignored
-
-
-def _dataset(name: str, store: Path | None, dataset: RunDataset | None) -> tuple[RunDataset, str]:
-    """The data set that a reference names, or the one of a store; and its split."""
-    split = name.partition(":")[2] or "train" if store is None else "train"
-    if split not in ("train", "val"):
-        raise ValueError(f"reference={name} is unknown; choose data, data:train or data:val")
-    if dataset is None:
-        raise ValueError(f"reference={name}: images alone tell no data set and no decoder; give an .npz or a folder")
-    return (dataset if store is None else dataset.of_store(store)), split
 
 
 def _fitting(images: ImageSet, view: str, size: Size | str) -> ImageSet:
@@ -180,10 +222,10 @@ def _fitting(images: ImageSet, view: str, size: Size | str) -> ImageSet:
     fitting = np.flatnonzero((images.sizes == np.array(size)).all(axis=1))
     if not len(fitting):
         raise ValueError(f"reference_view=same_size: no reference image is {size_text(size)} pixels")
-    return Subset(images, fitting)
+    return sets.Subset(images, fitting)
 
 
-def _order(images: FolderImages, workspace: Workspace) -> np.ndarray:
+def _order(images: sets.FolderImages, workspace: Workspace) -> np.ndarray:
     """The order of these images by content, kept because all of them are read for it."""
     file = workspace.references / f"{images.key}.order.npy"
 
@@ -195,14 +237,15 @@ def _order(images: FolderImages, workspace: Workspace) -> np.ndarray:
     return np.asarray(np.load(file))
 
 
+def content(images: sets.FolderImages) -> tuple[str, np.ndarray]:
+    """16 digits of the SHA-256 of a folder's images, and their order by it; neither follows from their names."""
+    digests = images.digests(ProgressCounter("files read"))
+    order = sets.by_content(digests)
+    return hashlib.sha256(digests[order].tobytes()).hexdigest()[:16], order
+
+
 def _statistics(
-    images: ImageSet,
-    view: str,
-    given: Mapping[str, Gaussian] | None,
-    extractor: Extractor,
-    workspace: Workspace,
-    rank: int,
-    ranks: int,
+    images: ImageSet, view: str, given: Mapping[str, Gaussian] | None, extractor: Extractor, workspace: Workspace
 ) -> Path:
     """The file of statistics of these images, computed by all processes unless it is there."""
     file = workspace.references / f"{digest(images.key, extractor.hash, view)}.npz"
@@ -210,23 +253,23 @@ def _statistics(
         return file
     if given is None:
         check_count("reference", len(images), extractor)
-    features = FeatureStore(file.with_suffix(".parts"), len(images))
+    features, place = FeatureStore(file.with_suffix(".parts"), len(images)), (workspace.rank, workspace.ranks)
 
     def make() -> None:
         print(f"reference: {len(images):,} images, once; kept in {file}", flush=True)
-        features.extract(images, extractor, rank, ranks, shared_progress("features", rank, ranks))
+        features.extract(images, extractor, *place, shared_progress("features", *place))
         wait_until(lambda: features.complete)
-        write_reference(file, features, images, extractor, {"view": view}, given, workspace.device)
+        reference_stats.write_reference(file, features, images, extractor, {"view": view}, given, workspace.device)
         shutil.rmtree(features.folder)
 
     def stop_if_there(done: float, total: int) -> None:
         if file.is_file():  # another command has made it meanwhile
             raise FileExistsError(file)
 
-    if rank == 0:
+    if workspace.rank == 0:
         _make_once(file, make)
     else:
         with contextlib.suppress(FileExistsError):
-            features.extract(images, extractor, rank, ranks, stop_if_there)
+            features.extract(images, extractor, *place, stop_if_there)
         wait_until(file.is_file)
     return file

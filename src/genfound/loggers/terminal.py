@@ -13,9 +13,8 @@ class Terminal(RunLogger):
     """Images seen, loss and speed."""
 
     def __init__(self, budget: int, images_seen: int) -> None:
-        self.budget = budget
+        self.budget, self._validation = budget, ""
         self._bar: Progress | None = None
-        self._validation = ""
         if sys.stdout.isatty():
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns)

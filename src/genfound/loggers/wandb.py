@@ -33,10 +33,8 @@ def optional(method: Method) -> Method:
         except Exception as error:
             self.stopped = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(
-                f"Weights & Biases has stopped ({reason}); training goes on, with its curves in metrics.jsonl",
-                flush=True,
-            )
+            text = f"Weights & Biases has stopped ({reason}); training goes on, with its curves in metrics.jsonl"
+            print(text, flush=True)
 
     return cast(Method, attempt)
 
@@ -50,10 +48,7 @@ class WandbLogger(RunLogger):
     """
 
     def __init__(self, folder: Path, project: str, anew: bool = False) -> None:
-        self.folder = folder
-        self.project = project
-        self.anew = anew
-        self.stopped = False
+        self.folder, self.project, self.anew, self.stopped = folder, project, anew, False
         self._config: dict[str, Any] = {}
         self._run: Any = None
         self._step, self._row = -1, dict[str, Any]()
@@ -80,16 +75,10 @@ class WandbLogger(RunLogger):
         if self.anew or not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
         run = wandb.init(
-            id=id_file.read_text(),
-            resume="allow",
-            project=self.project,
-            group=self.folder.parent.name,
-            name=self.folder.name,
-            dir=self.folder,
-            config=self._config,
-            mode=_mode(),
+            id=id_file.read_text(), resume="allow", project=self.project, group=self.folder.parent.name,
+            name=self.folder.name, dir=self.folder, config=self._config, mode=_mode(),
             settings=wandb.Settings(silent=True),
-        )
+        )  # fmt: skip
         run.define_metric("images_seen")
         run.define_metric("*", step_metric="images_seen")
         self._sent = max(run.starting_step - 1, last_step(own, run.id))
@@ -141,14 +130,10 @@ def last_step(folder: Path, run_id: str) -> int:
     from wandb.proto import wandb_internal_pb2
 
     message: Any = vars(wandb_internal_pb2)["Record"]
-    last = -1
     files = [own / f"run-{run_id}.wandb" for own in visible(folder, f"offline-run-*-{run_id}")]
-    for file in filter(Path.is_file, files):
-        for data in stored_records(file):
-            record = message.FromString(data)
-            if record.WhichOneof("record_type") == "history":
-                last = max(last, record.history.step.num)
-    return last
+    records = (message.FromString(data) for file in filter(Path.is_file, files) for data in stored_records(file))
+    history = (record.history for record in records if record.WhichOneof("record_type") == "history")
+    return max((line.step.num for line in history), default=-1)
 
 
 BLOCK = 32_768

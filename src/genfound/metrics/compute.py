@@ -5,7 +5,6 @@ One process computes them, of features that all of them have made, by the functi
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from genfound.config.checks import one_of
 from genfound.metrics.extractor import Extractor
@@ -32,51 +31,34 @@ STORED, CONTENT = "as stored", "by content"
 
 
 def compute(
-    samples: FeatureStore,
-    reference: Reference,
-    extractor: Extractor,
-    convention: str,
-    labels: np.ndarray | None,
+    samples: FeatureStore, reference: Reference, extractor: Extractor, convention: str, labels: np.ndarray | None,
     device: torch.device,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Frechet distances, Inception Score, precision and recall, as far as the extractor and the reference go.
 
-    Args:
-        samples: complete features of the samples.
-        reference: of the same extractor.
-        extractor: has computed both.
-        convention: one of `CONVENTIONS`.
-        labels: of the samples, for the accuracy of a probe.
-        device: where to compute.
-
-    Raises:
-        ValueError: a convention or a number of images that does not fit, or features that are not finite.
+    The features of the samples are complete; their labels are for the accuracy of a probe.
     """
     check_convention(convention, extractor.name)
     check_count("n", samples.count, extractor)
     check_reference(reference, extractor, convention)
-    fidelity, figures = convention == FIDELITY, {}
+    fidelity, figures = convention == FIDELITY, dict[str, float]()
     for column, name in (("pool", "fid"), ("spatial", "sfid")):
         if column in reference.gaussians and samples.width(column) and not (fidelity and name == "sfid"):
             figures[name] = frechet_distance(samples.gaussian(column, device), reference.gaussians[column])
-    if extractor.name != PROBE:
-        figures |= _inception_score(samples.column("logits").to(device), fidelity)
+    if extractor.name != PROBE and fidelity:
+        figures |= torch_fidelity_score(samples.column("logits").to(device)).named("inception_score")
+    elif extractor.name != PROBE:
+        figures["inception_score"] = adm_score(samples.column("logits").to(device), SPLIT).mean
     elif labels is not None:
         right = samples.column("logits").argmax(dim=1) == torch.from_numpy(labels)
         figures["accuracy"] = float(right.double().mean())
     if reference.points is not None:
         points = samples.column("pool")
         if fidelity:
-            figures["kid"], figures["kid_std"] = kernel_distance(points, reference.points, size=SUBSET)
+            figures |= kernel_distance(points, reference.points, size=SUBSET).named("kid")
         both, half = (reference.points.to(device), points.to(device)), convention == "adm_half"
         figures["precision"], figures["recall"] = shares_of_one_radius(*both, NEIGHBOURS, half)
     return {metric_name(name, samples.count, extractor.name): value for name, value in figures.items()}
-
-
-def _inception_score(logits: Tensor, fidelity: bool) -> dict[str, float]:
-    if not fidelity:
-        return {"inception_score": adm_score(logits, SPLIT).mean}
-    return dict(zip(("inception_score", "inception_score_std"), torch_fidelity_score(logits), strict=True))
 
 
 def check_convention(convention: str, extractor: str) -> None:

@@ -16,40 +16,25 @@ from genfound.runtime import checkpoint_io
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SOURCES = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
 )
 COUNTED = "num_batches_tracked"
 
 
 class Extractor(Protocol):
-    """Images -> features, each image's own whatever the others are.
+    """Images -> features, each image's own whatever the others are."""
 
-    Attributes:
-        name: `inception` or `probe`.
-        hash: of its weights.
-        width: number of pool features.
-    """
-
-    name: str
-    hash: str
-    width: int
+    name: str  # `inception` or `probe`
+    hash: str  # of its weights
+    width: int  # number of pool features
 
     def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """Images (height, width, 3) uint8 of any sizes -> `pool`, `logits`, perhaps `spatial`; float32, on the CPU."""
 
 
 class Inception:
-    """InceptionV3 with the public weights, in full float32.
-
-    Args:
-        weights: path of the weights file.
-        device: where to compute.
-
-    Raises:
-        FileNotFoundError: the file is not there; the message says where to get it.
-        ValueError: the file is damaged or of another network.
-    """
+    """InceptionV3 with the public weights of a file, in full float32; a FileNotFoundError says where to get them."""
 
     name = "inception"
     width = 2048
@@ -67,8 +52,7 @@ class Inception:
         counters = {key: value for key, value in net.state_dict().items() if key.endswith(COUNTED)}
         checkpoint_io.load_strict(net, {**state, **counters}, file)  # not all files have them
         self.hash = tensors_hash({k: v for k, v in net.state_dict().items() if k not in counters})
-        self.net = net.to(device)
-        self.device = device
+        self.net, self.device = net.to(device), device
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:

@@ -14,14 +14,16 @@ from genfound.metrics.extractor import Extractor
 Values = Tensor | np.ndarray | Sequence[np.ndarray]
 """Features (N, D) of any floating dtype, or images (height, width, 3) uint8."""
 
-GIVEN = "real=True: this metric was given its reference; leave reference out to collect real images"
-
 
 class MeanStd(NamedTuple):
     """Mean and population standard deviation over parts of a set."""
 
     mean: float
     std: float
+
+    def named(self, name: str) -> dict[str, float]:
+        """As figures."""
+        return {name: self.mean, f"{name}_std": self.std}
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Float64."""
@@ -45,11 +47,7 @@ class FeatureMetric(Metric):
         self.extractor, self.column = extractor, column
 
     def features(self, values: Values) -> Tensor:
-        """Features, or images -> (N, D) on the device of the metric.
-
-        Raises:
-            ValueError: images without an extractor, or of another layout.
-        """
+        """Features, or images -> (N, D) on the device of the metric."""
         if isinstance(values, Tensor):
             if values.is_floating_point():
                 return values.to(self.device)
@@ -59,6 +57,12 @@ class FeatureMetric(Metric):
         if self.extractor is None:
             raise ValueError(f"{type(self).__name__}(extractor=...) is needed to update with images, not features")
         return self.extractor(list(values))[self.column].to(self.device)
+
+
+def refuse_real(real: bool, reference: object) -> None:
+    """Raise a ValueError for real images where there is a reference already."""
+    if real and reference is not None:
+        raise ValueError("real=True: this metric was given its reference; leave reference out to collect real images")
 
 
 class PairMetric(FeatureMetric):
@@ -84,8 +88,7 @@ class PairMetric(FeatureMetric):
         Raises:
             ValueError: there is a reference already.
         """
-        if real and self.reference is not None:
-            raise ValueError(GIVEN)
+        refuse_real(real, self.reference)
         (self.real if real else self.samples).append(self.features(values))
 
     def both(self) -> tuple[Tensor, Tensor]:

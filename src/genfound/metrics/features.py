@@ -48,9 +48,8 @@ class FeatureStore:
                     columns = extractor(list(pool.map(images.__getitem__, numbers)))
                     for name, column in columns.items():
                         if not column.isfinite().all():
-                            raise ValueError(
-                                f"features {name} of the images from number {numbers.start:,} on are not finite"
-                            )
+                            images_from = f"the images from number {numbers.start:,} on"
+                            raise ValueError(f"features {name} of {images_from} are not finite")
                     write_npz(file, {name: column.numpy() for name, column in columns.items()})
                 done += len(numbers)
         progress(done, total)

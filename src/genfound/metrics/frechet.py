@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfound.metrics.feature_metric import GIVEN, FeatureMetric, Values
+from genfound.metrics.feature_metric import FeatureMetric, Values, refuse_real
 
 ROWS = 4096
 """Features are summed in blocks of so many rows, always the same ones, so that a sum has one order."""
@@ -26,10 +26,10 @@ class Gaussian:
     covariance: Tensor
 
     def __post_init__(self) -> None:
-        width = len(self.mean)
-        if self.mean.shape != (width,) or self.covariance.shape != (width, width):
-            shapes = f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
-            raise ValueError(f"statistics of shapes {shapes}: they must be a mean (D,) and a covariance (D, D)")
+        width, shapes = len(self.mean), (tuple(self.mean.shape), tuple(self.covariance.shape))
+        if shapes != ((width,), (width, width)):
+            text = "they must be a mean (D,) and a covariance (D, D)"
+            raise ValueError(f"statistics of shapes {shapes[0]} and {shapes[1]}: {text}")
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
             raise ValueError("the statistics hold numbers that are not finite")
 
@@ -45,9 +45,8 @@ class Moments:
     @classmethod
     def zero(cls, width: int, device: torch.device | str = "cpu") -> Moments:
         """Those of no features of D numbers."""
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        total = torch.zeros(width, dtype=torch.float64, device=device)
-        return cls(count, total, torch.zeros(width, width, dtype=torch.float64, device=device))
+        total, products = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (width, (width, width)))
+        return cls(torch.zeros((), dtype=torch.int64, device=device), total, products)
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
@@ -99,8 +98,7 @@ class FrechetDistance(FeatureMetric):
         Raises:
             ValueError: there is a reference already.
         """
-        if real and self.reference is not None:
-            raise ValueError(GIVEN)
+        refuse_real(real, self.reference)
         self._moments("real" if real else "samples").add(self.features(values))
 
     def compute(self) -> Tensor:
@@ -117,9 +115,6 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2).
 
     Singular covariances need no offset: eigenvalues are clipped at 0, and so is what rounding leaves of no distance.
-
-    Raises:
-        ValueError: features of different widths.
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features of {len(a.mean):,} and of {len(b.mean):,} numbers are of different extractors")

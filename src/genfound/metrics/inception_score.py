@@ -38,11 +38,7 @@ class InceptionScore(FeatureMetric):
         self.logits.append(self.features(values))
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and population standard deviation over splits, float64.
-
-        Raises:
-            ValueError: fewer images than torch-fidelity's splits.
-        """
+        """Mean and population standard deviation over splits, float64."""
         logits = dim_zero_cat(self.logits)
         found = torch_fidelity_score(logits) if self.split_size is None else adm_score(logits, self.split_size)
         return found.tensors()

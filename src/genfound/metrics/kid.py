@@ -28,11 +28,7 @@ class KernelDistance(PairMetric):
         self.subsets, self.size = subsets, size
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and population standard deviation over subsets, float64.
-
-        Raises:
-            ValueError: a set is smaller than a subset.
-        """
+        """Mean and population standard deviation over subsets, float64."""
         real, samples = self.both()
         return kernel_distance(samples, real, self.subsets, self.size).tensors()
 

@@ -50,11 +50,7 @@ class PrecisionRecall(PairMetric):
         self.k, self.half_distances = k, half
 
     def compute(self) -> dict[str, Tensor]:
-        """`precision` and `recall`, float64.
-
-        Raises:
-            ValueError: fewer images than neighbours, or a feature that is not finite.
-        """
+        """`precision` and `recall`, float64."""
         shares = torch.tensor(shares_of_one_radius(*self.both(), self.k, self.half_distances), dtype=torch.float64)
         return dict(zip(Shares._fields, shares, strict=True))
 

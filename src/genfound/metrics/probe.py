@@ -34,11 +34,8 @@ class ProbeNet(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         channels = (3, WIDTH // 2, WIDTH, WIDTH, WIDTH)
-        strides = (2, 2, 1, 2)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride, padding=1)
-            for a, b, stride in zip(channels[:-1], channels[1:], strides, strict=True)
-        )
+        shapes = zip(channels[:-1], channels[1:], (2, 2, 1, 2), strict=True)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b, stride in shapes)
         self.norms = nn.ModuleList(nn.GroupNorm(8, out) for out in channels[1:])
         self.head = nn.Linear(WIDTH, classes)
 
@@ -77,12 +74,7 @@ class Probe:
 
     @classmethod
     def load(cls, file: Path, device: torch.device) -> Probe:
-        """Read a probe.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: the file is damaged or holds something else.
-        """
+        """Read a probe."""
         if not file.is_file():
             raise FileNotFoundError(f"extractor_weights={file} is not there; a run leaves its probe-*.safetensors")
         try:
@@ -115,9 +107,13 @@ def train_probe(images: ImageSet, held_out: ImageSet, classes: int) -> Probe:
         torch.manual_seed(SEED)
         net = ProbeNet(classes)
     cpu = torch.device("cpu")
+    accuracy = None
     with torch.enable_grad(), full_precision(cpu), _one_thread():
         _fit(net, inputs, labels)
-        accuracy = _accuracy(net.eval(), held_out)
+        if len(held_out):
+            inputs, labels = _data(held_out, HELD_OUT)
+            with torch.no_grad():
+                accuracy = float((net.eval()(inputs)[1].argmax(dim=1) == labels).double().mean())
     return Probe(net, accuracy, cpu)
 
 
@@ -147,23 +143,13 @@ def _fit(net: ProbeNet, inputs: Tensor, labels: Tensor) -> None:
     steps = EPOCHS * -(-len(inputs) // BATCH)
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=1e-4)
     draw = torch.Generator().manual_seed(SEED)
-    step = 0
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(inputs), generator=draw).split(BATCH):
-            factor = min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
-            optimizer.param_groups[0]["lr"] = RATE * factor
-            optimizer.zero_grad()
-            cross_entropy(net(inputs[rows])[1], labels[rows]).backward()
-            optimizer.step()
-            step += 1
-
-
-@torch.no_grad()
-def _accuracy(net: ProbeNet, held_out: ImageSet) -> float | None:
-    if not len(held_out):
-        return None
-    inputs, labels = _data(held_out, HELD_OUT)
-    return float((net(inputs)[1].argmax(dim=1) == labels).double().mean())
+    batches = (rows for _ in range(EPOCHS) for rows in torch.randperm(len(inputs), generator=draw).split(BATCH))
+    for step, rows in enumerate(batches):
+        factor = min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
+        optimizer.param_groups[0]["lr"] = RATE * factor
+        optimizer.zero_grad()
+        cross_entropy(net(inputs[rows])[1], labels[rows]).backward()
+        optimizer.step()
 
 
 def _data(images: ImageSet, most: int) -> tuple[Tensor, Tensor]:

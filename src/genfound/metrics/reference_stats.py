@@ -36,27 +36,16 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics and features of real images.
+    """Statistics and features of real images."""
 
-    Attributes:
-        gaussians: of `pool` and, where known, `spatial`.
-        points: (M, D) pool features for precision and recall; `None` where the file has no images.
-        hash: first 16 digits of the SHA-256 of the file.
-        note: what is known of the images: how many, of which size, which view.
-    """
-
-    gaussians: Mapping[str, Gaussian]
-    points: Tensor | None
-    hash: str
-    note: Mapping[str, Any]
+    gaussians: Mapping[str, Gaussian]  # of `pool` and, where known, `spatial`
+    points: Tensor | None  # (M, D) pool features for precision and recall; `None` where the file has no images
+    hash: str  # first 16 digits of the SHA-256 of the file
+    note: Mapping[str, Any]  # what is known of the images: how many, of which size, which view
 
 
 def read_reference(file: Path, extractor: Extractor) -> Reference:
-    """Statistics of the features of an extractor, and what else the file holds.
-
-    Raises:
-        ValueError: damaged statistics, or those of another extractor.
-    """
+    """Statistics of the features of an extractor, and what else the file holds."""
     note = reference_note(file) or {}
     made_by = note.get("extractor", {"name": "inception", "hash": None})
     if made_by["name"] != extractor.name or made_by["hash"] not in (None, extractor.hash):
@@ -67,29 +56,21 @@ def read_reference(file: Path, extractor: Extractor) -> Reference:
         )
     gaussians = given_statistics(file)
     if "pool" not in gaussians or len(gaussians["pool"].mean) != extractor.width:
-        raise ValueError(
-            f"reference={file} must have mu and sigma of the {extractor.width:,} features of {extractor.name}"
-        )
+        text = f"must have mu and sigma of the {extractor.width:,} features of {extractor.name}"
+        raise ValueError(f"reference={file} {text}")
     points = read_member(file, "points")
     return Reference(gaussians, None if points is None else torch.tensor(points), file_hash(file), note)
 
 
 def write_reference(
-    file: Path,
-    features: FeatureStore,
-    images: ImageSet,
-    extractor: Extractor,
-    note: Mapping[str, Any],
-    given: Mapping[str, Gaussian] | None = None,
-    device: torch.device | str = "cpu",
-) -> None:
+    file: Path, features: FeatureStore, images: ImageSet, extractor: Extractor, note: Mapping[str, Any],
+    given: Mapping[str, Gaussian] | None = None, device: torch.device | str = "cpu",
+) -> None:  # fmt: skip
     """Statistics of features, with images for ADM's evaluator where they are of one size and not in a file already.
 
     Args:
         file: what to write, ending in .npz.
-        features: of the images, complete.
-        images: the set.
-        extractor: has computed them.
+        features, images, extractor: complete features of the images, computed by the extractor.
         note: how the images were taken; not where they lie, so that the file's hash is that of its content.
         given: statistics of a larger set that the images stand for, as in ADM's files.
         device: where to sum.
@@ -156,10 +137,8 @@ def choose_reference(folder: Path, size: tuple[int, int]) -> tuple[Path, str]:
         height, width, rule = side, side, "square, of the nearest area"
     first, *others = files[height, width]
     if others:
-        raise ValueError(
-            f"reference={folder} holds two files of {height}x{width}, {first.name} and {others[0].name}; "
-            "give the path of one of them"
-        )
+        both = f"{first.name} and {others[0].name}; give the path of one of them"
+        raise ValueError(f"reference={folder} holds two files of {height}x{width}, {both}")
     return first, rule
 
 
@@ -179,9 +158,8 @@ def reference_size(file: Path) -> tuple[int, int] | None:
         return int(pair[1]), int(pair[2])
     sides = [int(number) for number in re.findall(r"\d+", file.stem) if int(number) >= SMALLEST]
     if not sides:
-        raise ValueError(
-            f"reference={file} does not tell the size of its images; rename it to {file.stem}_HEIGHTxWIDTH.npz"
-        )
+        way = f"rename it to {file.stem}_HEIGHTxWIDTH.npz"
+        raise ValueError(f"reference={file} does not tell the size of its images; {way}")
     return sides[-1], sides[-1]
 
 

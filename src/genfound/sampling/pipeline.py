@@ -8,7 +8,6 @@ rows one of them sees depends on the other images of the call, so its images agr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -31,7 +30,7 @@ from genfound.rng import Rng
 from genfound.runtime import devices
 from genfound.runtime.progress import Progress, no_progress
 from genfound.samplers import Sampler
-from genfound.sampling.requests import SampleRequest, _chunks, check_size, make_requests
+from genfound.sampling.requests import SampleRequest, batches, check_size, make_requests
 from genfound.tokenizers import Tokenizer, Undecodable
 
 Drawn = TypeVar("Drawn")
@@ -39,41 +38,24 @@ Drawn = TypeVar("Drawn")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How to sample from a network.
+    """How to sample from a network."""
 
-    Attributes:
-        objective: what the network was trained for.
-        tokenizer: decodes latents.
-        layout: without a budget of tokens.
-        sampler: with its steps and options.
-        guidance: for `Objective.field`, or `None`.
-        micro_batch: images per network call.
-        precision: `bf16-mixed` or `32-true`.
-        uint8: how decoded values become bytes, `round` or `truncate`.
-        device: where the network is.
-        guide: the other network of autoguidance.
-    """
-
-    objective: Objective
+    objective: Objective  # what the network was trained for
     tokenizer: Tokenizer
-    layout: Layout
-    sampler: Sampler
-    guidance: GuidanceOf | None
-    micro_batch: int
-    precision: str
-    uint8: str
-    device: torch.device
-    guide: Backbone | None = None
+    layout: Layout  # without a budget of tokens
+    sampler: Sampler  # with its steps and options
+    guidance: GuidanceOf | None  # for `Objective.field`
+    micro_batch: int  # images per network call
+    precision: str  # `bf16-mixed` or `32-true`
+    uint8: str  # how decoded values become bytes, `round` or `truncate`
+    device: torch.device  # where the network is
+    guide: Backbone | None = None  # the other network of autoguidance
 
     @classmethod
     def from_config(
-        cls,
-        config: Mapping[str, Any],
-        objective: Objective,
-        tokenizer: Tokenizer,
-        device: torch.device,
+        cls, config: Mapping[str, Any], objective: Objective, tokenizer: Tokenizer, device: torch.device,
         micro_batch: int,
-    ) -> Pipeline:
+    ) -> Pipeline:  # fmt: skip
         """Layout, sampler, guidance and precision of a configuration."""
         weights = compose.fill_option("guidance", config["guidance"]).get("weights")
         guide = None if weights is None else load_guide(weights, objective, trusted(config)).to(device)
@@ -106,48 +88,31 @@ class Pipeline:
         """Images (height, width, 3) uint8 in the order of the requests; see `latents`.
 
         `progress` is called after each step too, with a share of the images that are under way.
-
-        Raises:
-            ValueError: a size that does not divide into tokens, or a tokenizer that cannot decode.
         """
         return self._each(net, requests, seed, self._decode, progress)
 
     def latents(self, net: Backbone, requests: Sequence[SampleRequest], seed: int) -> list[Tensor]:
-        """Latents (C, h, w) in the order of the requests.
-
-        Args:
-            net: backbone in eval mode.
-            requests: what to draw.
-            seed: seed of all noise.
-        """
+        """Latents (C, h, w) in the order of the requests; the network is in eval mode, the seed is of all noise."""
         return self._each(net, requests, seed, lambda z: z, no_progress)
 
     def _each(
-        self,
-        net: Backbone,
-        requests: Sequence[SampleRequest],
-        seed: int,
-        finish: Callable[[Tensor], Drawn],
+        self, net: Backbone, requests: Sequence[SampleRequest], seed: int, finish: Callable[[Tensor], Drawn],
         progress: Progress,
-    ) -> list[Drawn]:
+    ) -> list[Drawn]:  # fmt: skip
         """What `finish` makes of each latent."""
         for size in {request.size for request in requests}:
             check_size(size, self.tokenizer.spec.stride * self.layout.patch_size)
         self.check(net)
         progress(0, len(requests))
         images: dict[int, Drawn] = {}
-        by_size = sorted(enumerate(requests), key=lambda pair: pair[1].size)
-        for _, same in itertools.groupby(by_size, key=lambda pair: pair[1].size):
-            for chunk in _chunks(list(same), self.rows):
-                before, count = len(images), len(chunk)
+        for places in batches(requests, self.rows):
 
-                def under_way(share: float, before: int = before, count: int = count) -> None:
-                    progress(before + count * share, len(requests))
+            def under_way(share: float, before: int = len(images), count: int = len(places)) -> None:
+                progress(before + count * share, len(requests))
 
-                latents = self._latents(net, [request for _, request in chunk], seed, under_way)
-                for (place, _), z in zip(chunk, latents, strict=True):
-                    images[place] = finish(z)
-                progress(len(images), len(requests))
+            latents = self._latents(net, [requests[place] for place in places], seed, under_way)
+            images |= {place: finish(z) for place, z in zip(places, latents, strict=True)}
+            progress(len(images), len(requests))
         return [images[place] for place in range(len(requests))]
 
     @torch.no_grad()
@@ -176,19 +141,16 @@ class Pipeline:
             batch = self.sampler(field, batch, times, rng, stepped if self.sampler.coupling == "" else None)
         real = torch.arange(len(labels), device=self.device) < len(requests)
         if not batch.x.isfinite().all():
-            raise FloatingPointError(
-                "an image is not finite: the network or its steps diverge; try guidance=none, more sampler.steps "
-                "or precision=fp32"
-            )
+            way = "try guidance=none, more sampler.steps or precision=fp32"
+            raise FloatingPointError(f"an image is not finite: the network or its steps diverge; {way}")
         return self.layout.to_latents(batch.x, replace(batch, real=real))
 
     def _noise(self, requests: Sequence[SampleRequest], seed: int) -> list[Tensor]:
         """The latent (C, h, w) that each image begins with."""
         channels, stride = self.tokenizer.spec
-        return [
-            Rng(seed, "sample", r.number).normal("noise", (channels, r.size[0] // stride, r.size[1] // stride))
-            for r in requests
-        ]
+        shapes = [(channels, r.size[0] // stride, r.size[1] // stride) for r in requests]
+        numbered = zip(requests, shapes, strict=True)
+        return [Rng(seed, "sample", request.number).normal("noise", shape) for request, shape in numbered]
 
 
 class PerImageNoise:
@@ -196,8 +158,7 @@ class PerImageNoise:
 
     def __init__(self, seed: int, requests: Sequence[SampleRequest], layout: Layout, shape: Sequence[int]) -> None:
         self.streams = [Rng(seed, "sample", request.number) for request in requests]
-        self.layout = layout
-        self.shape = shape
+        self.layout, self.shape = layout, shape
 
     def normal(self, step: int) -> Tensor:
         """Standard normal numbers of a step, shaped like the batch, on the host."""

@@ -1,9 +1,9 @@
 """Which images are wanted: class, size and number."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,6 @@ class SampleRequest:
     number: int
 
 
-LABELS_IN_PREVIEW = 10
-
-
 def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:
     """Up to three (height, width): of middle, wide and tall images of a data set."""
     aspect = sizes[:, 1] / sizes[:, 0]
@@ -32,9 +29,16 @@ def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:
 
 
 def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[SampleRequest]:
-    """One image of each of the first classes at each size."""
-    pairs = [(label, size) for size in sizes for label in range(min(len(class_names), LABELS_IN_PREVIEW))]
+    """One image of each of the first ten classes at each size."""
+    pairs = [(label, size) for size in sizes for label in range(min(len(class_names), 10))]
     return [SampleRequest(label, size, number) for number, (label, size) in enumerate(pairs)]
+
+
+def batches(requests: Sequence[SampleRequest], most: int) -> list[list[int]]:
+    """The places of requests in batches of one size, of at most so many images."""
+    order = sorted(range(len(requests)), key=lambda k: requests[k].size)
+    groups = [list(same) for _, same in itertools.groupby(order, key=lambda k: requests[k].size)]
+    return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
 
 
 def check_size(size: tuple[int, int], unit: int) -> None:
@@ -47,10 +51,6 @@ def check_size(size: tuple[int, int], unit: int) -> None:
         f"size=[{size[0]},{size[1]}]: height and width must be multiples of {unit} pixels "
         f"(tokenizer stride x patch); the nearest legal sizes are {' and '.join(dict.fromkeys(legal))}"
     )
-
-
-def _chunks(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def make_requests(

@@ -12,19 +12,12 @@ State = Mapping[str, Tensor]
 
 
 class Family(NamedTuple):
-    """A published repository.
+    """A published repository."""
 
-    Attributes:
-        options: constructor options that a state dict tells.
-        ours: official state dict -> our shapes and orders.
-        theirs: the inverse; also takes the patch size and the grid (rows, columns) of training.
-        ema_first: whether the first weights of its accelerate folders are the averaged ones.
-    """
-
-    options: Callable[[State], dict[str, Any]]
-    ours: Callable[[State], dict[str, Tensor]]
-    theirs: Callable[[State, int, tuple[int, int]], dict[str, Tensor]]
-    ema_first: bool = False
+    options: Callable[[State], dict[str, Any]]  # constructor options that a state dict tells
+    ours: Callable[[State], dict[str, Tensor]]  # official state dict -> our shapes and orders
+    theirs: Callable[[State, int, tuple[int, int]], dict[str, Tensor]]  # the inverse, of a patch size and grid (h, w)
+    ema_first: bool = False  # whether the first weights of its accelerate folders are the averaged ones
 
 
 FIT = Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state))
