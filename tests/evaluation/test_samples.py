@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genfound.evaluation.samples import PART, SampleStore, requests_by_rule
+from genfound.evaluation.samples import PART, SampleStore
 from genfound.runtime.progress import Progress
-from genfound.sampling.requests import SampleRequest
+from genfound.sampling.requests import SampleRequest, requests_by_rule
 from tests.image_sets import Pictures
 
 

@@ -12,13 +12,14 @@ from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.throughput import paused
 from genfound.config import compose
 from genfound.config.checks import one_of
-from genfound.evaluation.evaluator import prepare
-from genfound.evaluation.protocol import DATA, EvaluationRequest, size_text
+from genfound.evaluation.evaluator import Evaluator
+from genfound.evaluation.protocol import EvaluationRequest, size_text
 from genfound.evaluation.references import RunDataset, Workspace
 from genfound.evaluation.samples import new_samples
 from genfound.loggers.base import log, note
 from genfound.modules.base import GenerativeModule
 from genfound.runtime.files import remove
+from genfound.sampling.requests import DATA
 
 
 class Evaluation(EveryNImages):
@@ -56,18 +57,18 @@ class Evaluation(EveryNImages):
         out, place = self.folder / "evaluations", (trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
         self.workspace = Workspace(out, out / "work/training", self.references, self.device, *place, quiet=True)
         with paused(trainer, module):
-            sizes, n = [plan.size for plan in self.plans], self.request.config["n"]
-            self.evaluators = prepare(self.request, self.workspace, sizes, n, self.dataset)
+            sizes, n = (plan.size for plan in self.plans), self.request.config["n"]
+            self.evaluator = Evaluator(self.request, self.workspace, sizes, n, self.dataset)
 
     def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Evaluate at every size."""
         figures: dict[str, float] = {}
         subject = {"from": str(self.folder), "images_seen": module.images_seen}
         with averaged(trainer, module):
-            for evaluator, plan in zip(self.evaluators, self.plans, strict=True):
+            for plan in self.plans:
                 prefix = "eval" if len(self.plans) == 1 else f"eval/{size_text(plan.size)}"
                 try:
-                    result = evaluator.run(plan.of(module.net, subject, self.workspace.work))
+                    result = self.evaluator.run(plan.of(module.net, subject, self.workspace.work))
                 except FloatingPointError as error:
                     note(trainer, f"no evaluation: {error}")
                     continue

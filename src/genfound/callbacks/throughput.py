@@ -28,7 +28,7 @@ class Throughput:
     def __init__(self, data: GenerativeDataModule) -> None:
         self.data = data
         self.flops: Flops | None = None
-        self.matmul_rate: float | None = None
+        self.matmul_rate = 0.0
         self.begin()
 
     def begin(self, now: float | None = None) -> None:
@@ -83,7 +83,7 @@ class Throughput:
             "perf/data_wait": waited / of_ranks,
             "perf/encode_share": encoded / of_ranks,
         }
-        if self.flops is not None and self.matmul_rate is not None:
+        if self.flops is not None:
             found["perf/mfu"] = 3 * self.flops.total(images, tokens, pairs) / of_ranks / self.matmul_rate
         return found
 
@@ -116,7 +116,5 @@ def matmul_rate(device: torch.device) -> float:
     for _ in range(5):
         begin = time.perf_counter()
         linear(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, _now(device) - begin)
     return 2 * n**3 / best

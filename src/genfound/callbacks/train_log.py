@@ -59,13 +59,12 @@ class TrainLog(lightning.Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: GenerativeModule, batch: Item, *_: Any) -> None:
         """Look at the first micro-batch, and measure the machine; neither is part of the training."""
-        if self._started:
-            return
-        self._started = True
-        assert isinstance(batch[0], Batch)
-        with self.speed.paused(module.device):
-            for remark in filter(None, [first_batch(batch[0]), self.speed.calibrate(module)]):
-                note(trainer, remark)
+        if not self._started:
+            self._started = True
+            assert isinstance(batch[0], Batch)
+            with self.speed.paused(module.device):
+                for remark in filter(None, [first_batch(batch[0]), self.speed.calibrate(module)]):
+                    note(trainer, remark)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: GenerativeModule, outputs: Any, batch: Item, *_: Any
@@ -104,7 +103,6 @@ class TrainLog(lightning.Callback):
             self._write(trainer, module)
 
     def _write(self, trainer: Trainer, module: GenerativeModule) -> None:
-        steps = trainer.global_step - self._logged
         said = {name: value / trainer.world_size for name, value in module.diagnostics().items()}
         by_time = self._window.pop(BY_TIME).flatten()
         averaged = {name: value / self._taken for name, value in self._window.items()}
@@ -113,13 +111,12 @@ class TrainLog(lightning.Callback):
         total = trainer.strategy.reduce(packed, reduce_op="sum")
         assert isinstance(total, Tensor)
         of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])
-        names = (*averaged, *said)
         metrics: dict[str, float] = {"images_seen": module.images_seen}
-        metrics |= {f"train/{name}": value for name, value in zip(names, of_loss.tolist(), strict=True)}
+        metrics |= zip((f"train/{name}" for name in (*averaged, *said)), of_loss.tolist(), strict=True)
         for i, (value, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
             if count:
                 metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
-        metrics["train/skipped"] = steps - int(self._taken)
+        metrics["train/skipped"] = trainer.global_step - self._logged - int(self._taken)
         metrics["train/grad_norm"] = float(self._grad_norm)
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
         metrics |= self.speed.metrics(speed.tolist(), trainer.world_size)

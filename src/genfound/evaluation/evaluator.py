@@ -11,8 +11,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,42 +24,43 @@ from genfound.checkpoints.load import hints_of, load, newest_checkpoint
 from genfound.config.command_line import explain_oom
 from genfound.evaluation import protocol
 from genfound.evaluation.export import check_target, export
-from genfound.evaluation.protocol import LIBRARIES, UNKNOWN, EvaluationRequest, Protocol, Result, Size, size_text
+from genfound.evaluation.protocol import LIBRARIES, UNKNOWN, EvaluationRequest, Protocol, Result, size_text
 from genfound.evaluation.provenance import is_images, model_identity
 from genfound.evaluation.references import DECODED, GIVEN, RunDataset, Workspace, prepare_extractor, prepare_reference
 from genfound.evaluation.samples import EvaluationSamples, SampleStore, existing_samples, new_samples
 from genfound.loggers.provenance import provenance, versions
 from genfound.metrics.compute import check_count, check_reference, compute, convention_of
-from genfound.metrics.extractor import Extractor
 from genfound.metrics.features import FeatureStore
-from genfound.metrics.reference_stats import Reference
 from genfound.runtime import devices, launch, processes
 from genfound.runtime.files import check_folder, lock, remove
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import no_progress, shared_progress
+from genfound.sampling.requests import Size
 from genfound.tokenizers import Undecodable
 
 
-@dataclass(frozen=True)
 class Evaluator:
-    """Measures samples of one size, also again and again as their network trains.
+    """Measures n samples of some sizes, also again and again as their network trains.
 
-    `facts` is what the protocol says of the reference.
+    The references, which all processes make together unless they are there, come with what the protocol says of them.
     """
 
-    request: EvaluationRequest
-    workspace: Workspace
-    extractor: Extractor
-    reference: Reference
-    facts: Mapping[str, Any]
+    def __init__(
+        self, request: EvaluationRequest, workspace: Workspace, sizes: Iterable[Size | str], n: int,
+        dataset: RunDataset | None,
+    ) -> None:  # fmt: skip
+        self.request, self.workspace, config = request, workspace, request.config
+        self.extractor = prepare_extractor(config, dataset, workspace)
+        check_count("n", n, self.extractor)
+        self.references = {}
+        for size in sizes:
+            self.references[size] = prepare_reference(config, size, dataset, self.extractor, workspace)
+            check_reference(self.references[size][0], self.extractor, config["convention"])
 
     def run(self, samples: EvaluationSamples, export_to: str | None = None) -> Result | None:
         """Samples, features, figures; the result, stored, on the first process. What took long is removed.
 
-        All processes that share the work call this.
-
-        Raises:
-            FloatingPointError: on all processes, if a sample of one is not finite.
+        All processes that share the work call this; on all, a sample that is not finite raises a FloatingPointError.
         """
         workspace = self.workspace
         with lock(samples.work) if workspace.rank == 0 else contextlib.nullcontext():
@@ -91,10 +92,11 @@ class Evaluator:
         if export_to is not None:
             note = {"drawing": asdict(samples.record), "subject": dict(samples.subject), "size": samples.size}
             print(f"samples: {export(images, export_to, note)}", flush=True)
-        figures = compute(features, self.reference, self.extractor, config["convention"], images.labels, device)
+        reference, facts = self.references[samples.size]
+        figures = compute(features, reference, self.extractor, config["convention"], images.labels, device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
         machine = {"device": name or platform.machine(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        result = Result(figures, self._protocol(samples), samples.subject, {**provenance(), **machine})
+        result = Result(figures, self._protocol(samples, facts), samples.subject, {**provenance(), **machine})
         result.append_to(workspace.out)
         if not workspace.quiet:
             print("\n".join(result.lines()), flush=True)
@@ -102,45 +104,21 @@ class Evaluator:
             remove(samples.work)
         return result
 
-    def _protocol(self, samples: EvaluationSamples) -> Protocol:
+    def _protocol(self, samples: EvaluationSamples, facts: Mapping[str, Any]) -> Protocol:
         """What was set otherwise than its name says is listed."""
-        request, view, count = self.request, str(self.facts["view"]), len(samples.images)
+        request, view, count = self.request, str(facts["view"]), len(samples.images)
         named = dict.fromkeys(("reference_view", "reference_images"), UNKNOWN)  # of images in no view
         used = named if view == GIVEN else {"reference_view": view.removesuffix(DECODED)}
-        return Protocol(
-            name=request.protocol,
-            altered=request.changed_keys(samples.record, {**used, "n": count}),
-            count=count,
-            size=samples.size if isinstance(samples.size, str) else list(samples.size),
-            drawing=samples.record,
-            extractor={"name": self.extractor.name, "hash": self.extractor.hash},
-            convention=convention_of(request.config["convention"], self.extractor.name),
-            reference=self.facts,
-            versions=versions(*LIBRARIES),
-            order=samples.order,
-        )
-
-
-def prepare(
-    request: EvaluationRequest, workspace: Workspace, sizes: Sequence[Size | str], n: int, dataset: RunDataset | None
-) -> list[Evaluator]:
-    """Those of n samples of each size: with its reference, which all processes make together unless it is there."""
-    extractor = prepare_extractor(request.config, dataset, workspace)
-    check_count("n", n, extractor)
-    evaluators = []
-    for size in sizes:
-        reference, facts = prepare_reference(request.config, size, dataset, extractor, workspace)
-        check_reference(reference, extractor, request.config["convention"])
-        evaluators.append(Evaluator(request, workspace, extractor, reference, facts))
-    return evaluators
+        altered = request.changed_keys(samples.record, {**used, "n": count})
+        size = samples.size if isinstance(samples.size, str) else list(samples.size)
+        extractor = {"name": self.extractor.name, "hash": self.extractor.hash}
+        convention = convention_of(request.config["convention"], self.extractor.name)
+        measured = extractor, convention, facts, versions(*LIBRARIES), samples.order
+        return Protocol(request.protocol, altered, count, size, samples.record, *measured)
 
 
 def evaluate(request: EvaluationRequest, place: processes.RankInfo = processes.SINGLE_PROCESS) -> list[Result]:
-    """Evaluate at each size, as every process that shares the work does; prints and stores the results.
-
-    Returns:
-        The results, on the first process.
-    """
+    """Evaluate at each size, as every process that shares the work does; the first prints, stores, returns results."""
     config, source, dataset = request.config, Path(request.config["from"]), None
     request.check()
     workspace = _workspace(config, source, place)
@@ -151,9 +129,8 @@ def evaluate(request: EvaluationRequest, place: processes.RankInfo = processes.S
     else:
         dataset, samples = _of_model(request, newest_checkpoint(source), workspace)
     targets = _targets(config["export"], samples)
-    sizes, n = [each.size for each in samples], len(samples[0].images)
-    work = zip(prepare(request, workspace, sizes, n, dataset), samples, targets, strict=True)
-    made = [evaluator.run(each, target) for evaluator, each, target in work]
+    evaluator = Evaluator(request, workspace, (each.size for each in samples), len(samples[0].images), dataset)
+    made = [evaluator.run(each, target) for each, target in zip(samples, targets, strict=True)]
     results = [result for result in made if result is not None]
     if len(results) + len(earlier) > 1:
         print("\n".join(["", *protocol.table([*results, *earlier])]), flush=True)

@@ -26,7 +26,13 @@ def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed command has left
     try:
-        _write_folder(temporary, images, text)
+        temporary.mkdir(parents=True)
+        digits = max(len(str(len(images) - 1)), 6)  # 000000.png and on, as DiT's and SiT's sample_ddp.py
+        for number in range(len(images)):
+            Image.fromarray(images[number]).save(temporary / f"{number:0{digits}d}.png")
+        (temporary / NOTE).write_text(text)
+        if images.labels is not None:
+            (temporary / LABELS).write_text("".join(f"{label}\n" for label in images.labels))
         if path.is_dir():
             path.rmdir()
         temporary.replace(path)
@@ -46,14 +52,3 @@ def check_target(to: str, one_size: bool) -> None:
             raise ValueError(f"export={to} is a folder; give a file ending in .npz, or a folder of another name")
     elif path.is_file() or (path.is_dir() and visible(path)):
         raise ValueError(f"export={to} exists; give an empty folder, or a file ending in .npz")
-
-
-def _write_folder(folder: Path, images: ImageSet, note: str) -> None:
-    """000000.png and on, as DiT's and SiT's sample_ddp.py, with labels.txt and protocol.json."""
-    folder.mkdir(parents=True)
-    digits = max(len(str(len(images) - 1)), 6)
-    for number in range(len(images)):
-        Image.fromarray(images[number]).save(folder / f"{number:0{digits}d}.png")
-    (folder / NOTE).write_text(note)
-    if images.labels is not None:
-        (folder / LABELS).write_text("".join(f"{label}\n" for label in images.labels))

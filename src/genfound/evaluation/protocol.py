@@ -1,20 +1,17 @@
 """The protocol: what an evaluation is asked for, what a figure was measured under, and which protocols agree."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from genfound.config import checks, compose
 from genfound.metrics.compute import STORED, check_convention, depends_on_order
 from genfound.runtime.files import makedirs
 from genfound.sampling.pipeline import run_or_chosen
-from genfound.sampling.requests import check_size
+from genfound.sampling.requests import DATA, LABEL_RULES, Size, check_size
 
-Size = tuple[int, int]
 UNKNOWN = "unknown"
 """Of images whose making is not recorded."""
 
@@ -24,10 +21,6 @@ LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "torchdiffeq", "genfound")
 NOT_COMPARED = ("name", "altered", "reference.from", "reference.rule", "reference.ignored", "drawing.guidance.weights")
 """What a protocol is called, where things lie, and by which rule they were found; hashes say what they are."""
 
-DATA = "data"
-"""As a size or a label rule: as the images of the data set have them."""
-
-LABEL_RULES = ("random", "balanced", DATA)
 GROUPS = ("sampler", "guidance")
 COUNTS = ("n", "batch", "devices", "reference_images", "max_pixels")
 
@@ -49,7 +42,7 @@ class SamplingRecord:
     versions: Mapping[str, str] | str  # of the libraries that drew
 
     @classmethod
-    def from_note(cls, note: Any) -> SamplingRecord:
+    def from_note(cls, note: Any) -> Self:
         """What a stored note says, if it says all; otherwise unknown."""
         whole = isinstance(note, Mapping) and note.keys() == {field.name for field in fields(cls)}
         return cls(**note) if whole else cls.unknown()
@@ -59,7 +52,7 @@ class SamplingRecord:
         return f"sampler {_text(self.sampler)}, guidance {_text(self.guidance)}"
 
     @classmethod
-    def unknown(cls) -> SamplingRecord:
+    def unknown(cls) -> Self:
         """Of images from elsewhere."""
         return cls(**{field.name: UNKNOWN for field in fields(cls)})
 
@@ -181,7 +174,7 @@ class Result:
             raise TypeError(f"a result needs figures, each a number: {wrong}")
 
     @classmethod
-    def from_stored(cls, line: Mapping[str, Any]) -> Result:
+    def from_stored(cls, line: Mapping[str, Any]) -> Self:
         """Of a line of results.jsonl."""
         drawing = SamplingRecord(**line["protocol"]["drawing"])
         return cls(**{**line, "protocol": Protocol(**{**line["protocol"], "drawing": drawing})})

@@ -49,12 +49,10 @@ def network_hash(net: Backbone, config: Config) -> str:
 
 def decoder_identity(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
     """What decodes, in the words of the protocol: its name, its precision, and the hash of its weights."""
+    name, precision = build.name_of(config["tokenizer"]), config["tokenizer"].get("precision")
     network = getattr(tokenizer, "model", None)
-    return {
-        "name": build.name_of(config["tokenizer"]),
-        "precision": config["tokenizer"].get("precision"),
-        "hash": None if network is None else tensors_hash(network.state_dict()),
-    }
+    hashed = None if network is None else tensors_hash(network.state_dict())
+    return {"name": name, "precision": precision, "hash": hashed}
 
 
 def read_provenance(source: Path, images_hash: str) -> tuple[dict[str, Any], SamplingRecord, Any]:
@@ -70,12 +68,14 @@ def read_provenance(source: Path, images_hash: str) -> tuple[dict[str, Any], Sam
 
 def sampling_record(request: Config, config: Config, pipeline: Pipeline) -> SamplingRecord:
     """How samples are made, in the words of the protocol; the pipeline is that of the run's `config`."""
-    sampler, guide = pipeline.sampler, pipeline.guide
+    sampler = pipeline.sampler
     guidance = {key: value for key, value in config["guidance"].items() if key not in (TARGET, PARTIAL)}
+    if pipeline.guide is not None:
+        guidance["hash"] = tensors_hash(pipeline.guide.state_dict())
     return SamplingRecord(
         weights=request["weights"],
         sampler={"name": sampler.name, "steps": sampler.steps, **sampler.options},
-        guidance={**guidance, **({} if guide is None else {"hash": tensors_hash(guide.state_dict())})},
+        guidance=guidance,
         rope={key: value for key, value in request["rope"].items() if value is not None} or None,
         batch=request["batch"] if sampler.coupling == "batch" else None,
         labels=request["labels"],

@@ -1,9 +1,4 @@
-"""What samples are measured with and against, made once and kept: probes, and statistics of real images.
-
-Real images are given, or those of the data set of a run: also of one on stored latents, which its tokenizer decodes.
-"""
-
-from __future__ import annotations
+"""What samples are measured with and against, made once and kept: probes, and statistics of given images or data."""
 
 import contextlib
 import functools
@@ -14,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -29,7 +24,7 @@ from genfound.data.images.pixels import to_uint8
 from genfound.data.images.sets import ImageSet
 from genfound.data.latents.manifest import MANIFEST, read_manifest
 from genfound.data.packing.collate import Normaliser
-from genfound.evaluation.protocol import Size, size_text
+from genfound.evaluation.protocol import size_text
 from genfound.evaluation.provenance import decoder_identity
 from genfound.metrics import reference_stats
 from genfound.metrics.compute import check_count
@@ -41,6 +36,7 @@ from genfound.rng import Rng
 from genfound.runtime.files import atomic_write, digest, lock, visible
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import ProgressCounter, shared_progress
+from genfound.sampling.requests import Size
 from genfound.tokenizers import LatentSpec
 
 GIVEN = "given"
@@ -84,7 +80,7 @@ class RunDataset:
             return DecodedLatents(source, self.config, torch.device(device))
         return sets.Sourced(cast(PictureSource, source))
 
-    def of_store(self, root: Path) -> RunDataset:
+    def of_store(self, root: Path) -> Self:
         """The latents of a store in the place of its own images."""
         manifest, spec = read_manifest(root), self.spec
         made = manifest["tokenizer"]
@@ -158,10 +154,7 @@ def _train_probe(images: ImageSet, dataset: RunDataset, file: Path) -> None:
 def prepare_reference(
     config: Mapping[str, Any], size: Size | str, dataset: RunDataset | None, extractor: Extractor, workspace: Workspace
 ) -> tuple[reference_stats.Reference, dict[str, Any]]:
-    """The reference for samples of a size, `data` or `mixed`, and what the protocol says of it.
-
-    A run's `dataset` is for `reference=data` or a latent store.
-    """
+    """The reference for samples of a size, `data` or `mixed`, and what the protocol says of it."""
     name, path, rule = str(config["reference"]), Path(config["reference"]), GIVEN
     ignored: dict[str, str] = {}
     if name.partition(":")[0] == "data" or (path.is_dir() and not visible(path, "*.npz")):
@@ -204,8 +197,8 @@ def _images_in_view(
         if split not in ("train", "val"):
             raise ValueError(f"reference={name} is unknown; choose data, data:train or data:val")
         if dataset is None:
-            text = "images alone tell no data set and no decoder; give an .npz or a folder"
-            raise ValueError(f"reference={name}: {text}")
+            missing = "images alone tell no data set and no decoder"
+            raise ValueError(f"reference={name}: {missing}; give an .npz or a folder")
         data = dataset if folder is None else dataset.of_store(folder)
         ignored, title = {}, view + (DECODED if build.reads_latents(data.config) else "")
         images = _fitting(data.images(split, workspace.device), view, size)

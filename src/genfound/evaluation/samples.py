@@ -20,17 +20,16 @@ from genfound.checkpoints.load import newest_checkpoint
 from genfound.config import checks
 from genfound.data.images.npz import file_hash
 from genfound.data.images.sets import FolderImages, ImageSet, Subset, ignored_files, open_images
-from genfound.evaluation.protocol import DATA, LABEL_RULES, EvaluationRequest, SamplingRecord, Size, size_text
+from genfound.evaluation.protocol import EvaluationRequest, SamplingRecord, Size, size_text
 from genfound.evaluation.provenance import network_hash, read_provenance, sampling_record
 from genfound.evaluation.references import RunDataset, content
 from genfound.metrics.compute import CONTENT, STORED
 from genfound.metrics.reference_stats import common_size
-from genfound.rng import Rng
 from genfound.runtime.files import atomic_write, digest
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import Progress, no_progress, shared_progress
 from genfound.sampling.pipeline import Pipeline
-from genfound.sampling.requests import SampleRequest, batches
+from genfound.sampling.requests import DATA, SampleRequest, batches, requests_by_rule
 from genfound.tokenizers import Tokenizer
 
 PART = 64
@@ -105,32 +104,6 @@ def existing_samples(config: Mapping[str, Any], source: Path, folder: Path) -> E
     chosen = Subset(images, numbers[: config["n"]])
     told, work = DATA if noted == DATA else size or "mixed", folder / f"{chosen.key}-{len(chosen)}"
     return EvaluationSamples(chosen, told, record, subject | ignored_files(images), work, order)
-
-
-def requests_by_rule(
-    n: int, labels: str, size: Size | str, classes: int, seed: int, data: ImageSet | None
-) -> list[SampleRequest]:
-    """n images, numbered, of a size (height, width) in pixels.
-
-    Their labels are `random`, uniform and independent, as DiT, SiT and NiT; `balanced`, each class equally often, in
-    random order; or, as the size can be, `data`: those of images of the data set in a fixed random order.
-    """
-    checks.one_of("labels", labels, LABEL_RULES)
-    if n < 1:
-        raise ValueError(f"n={n} must be at least 1")
-    rng, sizes = Rng(seed, "evaluate"), np.array([size] * n)
-    numbers: np.ndarray
-    if DATA in (labels, size):
-        if data is None or data.labels is None:
-            raise ValueError("sizes=data and labels=data need the data set of the run")
-        rows = np.resize(rng.permutation("data", len(data)).numpy(), n)
-        numbers, sizes = data.labels[rows], data.sizes[rows] if size == DATA else sizes
-    if labels == "random":
-        numbers = np.array([rng.at(k).integer("label") % classes for k in range(n)])
-    elif labels == "balanced":
-        numbers = rng.permutation("labels", n).numpy() % classes
-    pairs = zip(numbers, sizes, strict=True)
-    return [SampleRequest(int(label), (int(h), int(w)), k) for k, (label, (h, w)) in enumerate(pairs)]
 
 
 class SampleStore:

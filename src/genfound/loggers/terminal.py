@@ -16,7 +16,7 @@ class Terminal(RunLogger):
         self.budget, self._validation = budget, ""
         self._bar: Progress | None = None
         if sys.stdout.isatty():
-            columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
             self._bar = Progress(*columns)
             self._task = self._bar.add_task("", total=budget, completed=images_seen)
             self._bar.start()

@@ -5,28 +5,25 @@ again, and W&B may have lost the last ones. So a run that goes on finds out whic
 sent again, and earlier ones that it lacks are sent from metrics.jsonl.
 """
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import os
 import struct
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from genfound.loggers.base import RunLogger
 from genfound.loggers.json_lines import lines_of
 from genfound.runtime.files import visible
 
-Method = TypeVar("Method", bound=Callable[..., None])
 
-
-def optional(method: Method) -> Method:
+def optional(method: Callable[..., None]) -> Callable[..., None]:
     """Training goes on without W&B: its first failure is said in a line, and is its end."""
 
     @functools.wraps(method)
-    def attempt(self: WandbLogger, *args: Any, **kwargs: Any) -> None:
+    def attempt(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             if not self.stopped:
                 method(self, *args, **kwargs)
@@ -36,7 +33,7 @@ def optional(method: Method) -> Method:
             text = f"Weights & Biases has stopped ({reason}); training goes on, with its curves in metrics.jsonl"
             print(text, flush=True)
 
-    return cast(Method, attempt)
+    return attempt
 
 
 class WandbLogger(RunLogger):
@@ -93,12 +90,11 @@ class WandbLogger(RunLogger):
         self._add(metrics, step)
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
-        if self.experiment is None:
-            return
-        if step != self._step:
-            self._send()
-        self._step = step
-        self._row |= values
+        if self.experiment is not None:
+            if step != self._step:
+                self._send()
+            self._step = step
+            self._row |= values
 
     def _send(self) -> None:
         if self._row and self._step > self._sent:
@@ -168,7 +164,7 @@ def _mode() -> Any:
         return os.environ["WANDB_MODE"]
     import wandb
 
-    try:
-        return "online" if wandb.login(prompt=False) else "offline"
-    except wandb.Error:  # a key, but no way to the server
-        return "offline"
+    with contextlib.suppress(wandb.Error):  # a key, but no way to the server
+        if wandb.login(prompt=False):
+            return "online"
+    return "offline"

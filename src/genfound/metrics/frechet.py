@@ -4,10 +4,8 @@ ADM's evaluator (guided-diffusion evaluations/evaluator.py) with the matrix squa
 which is real by construction.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -43,13 +41,13 @@ class Moments:
     products: Tensor
 
     @classmethod
-    def zero(cls, width: int, device: torch.device | str = "cpu") -> Moments:
+    def zero(cls, width: int, device: torch.device | str = "cpu") -> Self:
         """Those of no features of D numbers."""
         total, products = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (width, (width, width)))
         return cls(torch.zeros((), dtype=torch.int64, device=device), total, products)
 
     @classmethod
-    def of(cls, features: Tensor) -> Moments:
+    def of(cls, features: Tensor) -> Self:
         """The sums of features (N, D)."""
         moments = cls.zero(features.shape[1], features.device)
         moments.add(features)

@@ -4,9 +4,7 @@ The state dict has the keys of the public weights-inception-2015-12-05-6726825d.
 pt_inception-2015-12-05-6726825d.pth (pytorch-fid), which are the same tensors.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +19,11 @@ Pair = int | tuple[int, int]
 
 
 class Outputs(NamedTuple):
-    """What the network says of B images.
+    """What the network says of B images."""
 
-    Attributes:
-        pool: (B, 2048) after the global average.
-        spatial: (B, 2023), the first 7 channels of Mixed_6d in (h, w, c) order, as ADM's sFID.
-        logits: (B, 1008) without the bias, as ADM's Inception Score.
-    """
-
-    pool: Tensor
-    spatial: Tensor
-    logits: Tensor
+    pool: Tensor  # (B, 2048) after the global average
+    spatial: Tensor  # (B, 2023), the first 7 channels of Mixed_6d in (h, w, c) order, as ADM's sFID
+    logits: Tensor  # (B, 1008) without the bias, as ADM's Inception Score
 
 
 class Unit(nn.Module):
@@ -183,7 +175,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, CLASSES)
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> InceptionV3:
+    def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: batch statistics would make a feature depend on the other images."""
         return super().train(False)
 

@@ -4,12 +4,11 @@ Its figures are named after it (`fd_probe`, `accuracy_probe`) and are never an F
 seed give the same probe, so that two runs on one data set share it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -73,7 +72,7 @@ class Probe:
         atomic_write(file, lambda temporary: save_file(state, temporary, note))
 
     @classmethod
-    def load(cls, file: Path, device: torch.device) -> Probe:
+    def load(cls, file: Path, device: torch.device) -> Self:
         """Read a probe."""
         if not file.is_file():
             raise FileNotFoundError(f"extractor_weights={file} is not there; a run leaves its probe-*.safetensors")

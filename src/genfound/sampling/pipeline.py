@@ -6,11 +6,9 @@ matrix kernels differ in the last bit with the number of rows. The experts of Di
 rows one of them sees depends on the other images of the call, so its images agree to rounding only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -55,22 +53,15 @@ class Pipeline:
     def from_config(
         cls, config: Mapping[str, Any], objective: Objective, tokenizer: Tokenizer, device: torch.device,
         micro_batch: int,
-    ) -> Pipeline:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """Layout, sampler, guidance and precision of a configuration."""
         weights = compose.fill_option("guidance", config["guidance"]).get("weights")
         guide = None if weights is None else load_guide(weights, objective, trusted(config)).to(device)
-        return cls(
-            objective=objective,
-            tokenizer=tokenizer,
-            layout=build.sampling_layout(config),
-            sampler=build.sampler(config),
-            guidance=build.guidance(config, **({} if guide is None else {"guide": objective.adapt(guide)})),
-            micro_batch=micro_batch,
-            precision=devices.precision(config["trainer"]["precision"], device),
-            uint8=config["sample"]["uint8"],
-            device=device,
-            guide=guide,
-        )
+        layout, sampler = build.sampling_layout(config), build.sampler(config)
+        guidance = build.guidance(config, **({} if guide is None else {"guide": objective.adapt(guide)}))
+        precision = devices.precision(config["trainer"]["precision"], device)
+        how = micro_batch, precision, config["sample"]["uint8"], device, guide
+        return cls(objective, tokenizer, layout, sampler, guidance, *how)
 
     def check(self, net: Backbone) -> None:
         """Raise a ValueError if this network cannot be sampled from so; costs nothing."""
@@ -228,18 +219,13 @@ def _chosen(
     precision: str | None,
 ) -> dict[str, Any]:
     """The run's configuration with what was chosen; a name alone, or a scale, leaves the run's other options."""
-    config = dict(run)
     if isinstance(sampler, str):
         sampler = run["sampler"] if run["sampler"].get("name") == sampler else {"name": sampler}
     if isinstance(guidance, int | float):
         guidance = {**(run["guidance"] if run["guidance"].get("name") == "cfg" else {"name": "cfg"}), "scale": guidance}
-    if sampler is not None:
-        config["sampler"] = sampler
-    if guidance is not None:
-        config["guidance"] = guidance
-    if precision is not None:
-        config["trainer"] = {**config["trainer"], "precision": precision}
-    return config
+    trainer = None if precision is None else {**run["trainer"], "precision": precision}
+    chosen = {"sampler": sampler, "guidance": guidance, "trainer": trainer}
+    return {**run, **{group: options for group, options in chosen.items() if options is not None}}
 
 
 def run_or_chosen(run: Mapping[str, Any], config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -7,8 +7,16 @@ from numbers import Integral
 
 import numpy as np
 
-from genfound.config.checks import integer
+from genfound.config import checks
 from genfound.data.images.names import numbered
+from genfound.data.images.sets import ImageSet
+from genfound.rng import Rng
+
+DATA = "data"
+"""As a size or a label rule: as the images of the data set have them."""
+
+LABEL_RULES = ("random", "balanced", DATA)
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,38 @@ def make_requests(
     labels: Sequence[int | str], sizes: Sequence[tuple[int, int]], n: int, class_names: Sequence[str]
 ) -> list[SampleRequest]:
     """n images of each label at each size, numbered in this order."""
-    integer("n", n, 1)
+    checks.integer("n", n, 1)
     if not len(labels):
         raise ValueError("labels=[]: give at least one class")
     numbers = [label_number(label, class_names) for label in labels]
     wanted = [(label, size) for size in sizes for _ in range(n) for label in numbers]
     return [SampleRequest(label, size, number) for number, (label, size) in enumerate(wanted)]
+
+
+def requests_by_rule(
+    n: int, labels: str, size: Size | str, classes: int, seed: int, data: ImageSet | None
+) -> list[SampleRequest]:
+    """n images, numbered, of a size (height, width) in pixels.
+
+    Their labels are `random`, uniform and independent, as DiT, SiT and NiT; `balanced`, each class equally often, in
+    random order; or, as the size can be, `data`: those of images of the data set in a fixed random order.
+    """
+    checks.one_of("labels", labels, LABEL_RULES)
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1")
+    rng, sizes = Rng(seed, "evaluate"), np.array([size] * n)
+    numbers: np.ndarray
+    if DATA in (labels, size):
+        if data is None or data.labels is None:
+            raise ValueError("sizes=data and labels=data need the data set of the run")
+        rows = np.resize(rng.permutation("data", len(data)).numpy(), n)
+        numbers, sizes = data.labels[rows], data.sizes[rows] if size == DATA else sizes
+    if labels == "random":
+        numbers = np.array([rng.at(k).integer("label") % classes for k in range(n)])
+    elif labels == "balanced":
+        numbers = rng.permutation("labels", n).numpy() % classes
+    pairs = zip(numbers, sizes, strict=True)
+    return [SampleRequest(int(label), (int(h), int(w)), k) for k, (label, (h, w)) in enumerate(pairs)]
 
 
 def label_number(label: int | str, class_names: Sequence[str]) -> int:
