@@ -65,10 +65,9 @@ def _check_network(folder: Path, parts: build.RunComponents, state: Mapping[str,
     tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
     own, names = parts.net.state_dict(), parts.images.class_names
     if LABELS in own and LABELS in tensors and len(own[LABELS]) != len(tensors[LABELS]):
-        raise ValueError(
-            f"data.root has {len(names)} classes and {folder} was trained on {len(state['run']['class_names'])}: its "
-            f"label table does not fit; start another run from its weights, with name=... init_from={folder}"
-        )
+        classes = f"data.root has {len(names)} classes and {folder} was trained on {len(state['run']['class_names'])}"
+        way = f"start another run from its weights, with name=... init_from={folder}"
+        raise ValueError(f"{classes}: its label table does not fit; {way}")
     try:
         checkpoint_io.compare_keys(parts.net, tensors, file)
     except ValueError as error:

@@ -20,7 +20,7 @@ from genfound.checkpoints.load import newest_checkpoint
 from genfound.config import checks
 from genfound.data.images.npz import file_hash
 from genfound.data.images.sets import FolderImages, ImageSet, Subset, ignored_files, open_images
-from genfound.evaluation.protocol import EvaluationRequest, SamplingRecord, Size, size_text
+from genfound.evaluation.protocol import EvaluationRequest, SamplingRecord, size_text
 from genfound.evaluation.provenance import network_hash, read_provenance, sampling_record
 from genfound.evaluation.references import RunDataset, content
 from genfound.metrics.compute import CONTENT, STORED
@@ -29,7 +29,7 @@ from genfound.runtime.files import atomic_write, digest
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import Progress, no_progress, shared_progress
 from genfound.sampling.pipeline import Pipeline
-from genfound.sampling.requests import DATA, SampleRequest, batches, requests_by_rule
+from genfound.sampling.requests import DATA, SampleRequest, Size, batches, requests_by_rule
 from genfound.tokenizers import Tokenizer
 
 PART = 64

@@ -65,10 +65,8 @@ def check_convention(convention: str, extractor: str) -> None:
     """Raise a ValueError for an unknown convention, or for one of Inception's that a probe would ignore."""
     one_of("convention", convention, CONVENTIONS)
     if extractor == PROBE and convention != CONVENTIONS[0]:
-        raise ValueError(
-            f"convention={convention} is one of Inception's figures, and a probe has its own; leave it at "
-            f"{CONVENTIONS[0]}, or choose extractor=inception"
-        )
+        way = f"leave it at {CONVENTIONS[0]}, or choose extractor=inception"
+        raise ValueError(f"convention={convention} is one of Inception's figures, and a probe has its own; {way}")
 
 
 def convention_of(convention: str, extractor: str) -> str:
@@ -84,10 +82,9 @@ def depends_on_order(convention: str, count: int) -> bool:
 def check_count(what: str, count: int | None, extractor: Extractor) -> None:
     """Raise a ValueError if a Frechet distance would be one of singular covariances."""
     if count is not None and count < extractor.width:
-        raise ValueError(
-            f"{what}: {count:,} images are fewer than the {extractor.width:,} features of {extractor.name}; their "
-            f"covariance is singular and the distance means nothing; use at least {extractor.width:,}"
-        )
+        why = "their covariance is singular and the distance means nothing"
+        features = f"the {extractor.width:,} features of {extractor.name}"
+        raise ValueError(f"{what}: {count:,} images are fewer than {features}; {why}; use at least {extractor.width:,}")
 
 
 def check_reference(reference: Reference, extractor: Extractor, convention: str) -> None:
@@ -99,10 +96,8 @@ def check_reference(reference: Reference, extractor: Extractor, convention: str)
     if convention == FIDELITY and points < SUBSET:
         raise ValueError(f"kid: subsets of {SUBSET:,} images need at least as many, and the reference has {points:,}")
     if points <= NEIGHBOURS:
-        raise ValueError(
-            f"reference: {points} images are too few for precision and recall, which need {NEIGHBOURS} nearest "
-            "neighbours of each; give more, or statistics alone"
-        )
+        what = f"precision and recall, which need {NEIGHBOURS} nearest neighbours of each"
+        raise ValueError(f"reference: {points} images are too few for {what}; give more, or statistics alone")
 
 
 def metric_name(name: str, count: int, extractor: str) -> str:

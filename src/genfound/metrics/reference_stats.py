@@ -50,10 +50,8 @@ def read_reference(file: Path, extractor: Extractor) -> Reference:
     made_by = note.get("extractor", {"name": "inception", "hash": None})
     if made_by["name"] != extractor.name or made_by["hash"] not in (None, extractor.hash):
         told = " ".join(filter(None, (made_by["name"], made_by["hash"])))
-        raise ValueError(
-            f"reference={file} was made with the extractor {told}, and this is {extractor.name} {extractor.hash}; "
-            "give a reference of the same extractor"
-        )
+        both = f"the extractor {told}, and this is {extractor.name} {extractor.hash}"
+        raise ValueError(f"reference={file} was made with {both}; give a reference of the same extractor")
     gaussians = given_statistics(file)
     if "pool" not in gaussians or len(gaussians["pool"].mean) != extractor.width:
         text = f"must have mu and sigma of the {extractor.width:,} features of {extractor.name}"

@@ -54,11 +54,9 @@ def check_size(size: tuple[int, int], unit: int) -> None:
     if all(side > 0 and side % unit == 0 for side in size):
         return
     low, high = ([max(f(side / unit), 1) * unit for side in size] for f in (np.floor, np.ceil))
-    legal = [f"[{int(h)},{int(w)}]" for h, w in (low, high)]
-    raise ValueError(
-        f"size=[{size[0]},{size[1]}]: height and width must be multiples of {unit} pixels "
-        f"(tokenizer stride x patch); the nearest legal sizes are {' and '.join(dict.fromkeys(legal))}"
-    )
+    legal = " and ".join(dict.fromkeys(f"[{int(h)},{int(w)}]" for h, w in (low, high)))
+    rule = f"height and width must be multiples of {unit} pixels (tokenizer stride x patch)"
+    raise ValueError(f"size=[{size[0]},{size[1]}]: {rule}; the nearest legal sizes are {legal}")
 
 
 def make_requests(
