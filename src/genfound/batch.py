@@ -7,8 +7,6 @@ Letters used for shapes: B rows (images), N tokens of the longest row, T packed 
 H and W latent height and width, D values of one token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -35,7 +33,7 @@ class Batch:
     image_of: Tensor | None = None  # packed only, (T,) int, the row each token belongs to
     cu_seqlens: Tensor | None = None  # packed only, (B + 1,) int32, where each row begins and ends
     max_seqlen: int = 0  # packed only, a bound on the tokens of one row, known on the host
-    block_mask: BlockMask | None = None  # packed only, which blocks of tokens meet, where attention needs it
+    block_mask: "BlockMask | None" = None  # packed only, which blocks of tokens meet, where attention needs it
 
     @property
     def layout(self) -> str:
@@ -93,7 +91,7 @@ class Batch:
             elements = torch.full_like(self.tokens, error[0].numel())
         return self.sum_per_image(error) / elements.clamp(min=1)
 
-    def join(self, other: Batch) -> Batch:
+    def join(self, other: "Batch") -> "Batch":
         """The rows of this batch followed by the rows of another one of the same layout."""
         assert self.layout == other.layout
         joined = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "sizes", "real")}
@@ -106,14 +104,14 @@ class Batch:
         longest = max(self.max_seqlen, other.max_seqlen)
         return replace(self, max_seqlen=longest, **joined)  # type: ignore[arg-type]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         """The same batch in page-locked host memory (called by the DataLoader)."""
         return self._each(Tensor.pin_memory)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]

@@ -9,8 +9,6 @@ a probability of 1 %, and 100,000 of 69 %. On CUDA 63 bits of the name count, an
 equal with a probability of 5 %.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 
@@ -33,7 +31,7 @@ class Rng:
         self.seed = seed
         self.key = key
 
-    def at(self, *key: Key) -> Rng:
+    def at(self, *key: Key) -> "Rng":
         """The stream of something inside this one, e.g. of one pack or one image."""
         return Rng(self.seed, *self.key, *key)
 

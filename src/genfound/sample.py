@@ -1,7 +1,5 @@
 """`python -m genfound.sample from=RUN labels=[0,diamond] size=[16,24]`: a labelled grid, and each image alone."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +60,7 @@ def _task(cfg: DictConfig) -> None:
     print(f"{len(images)} images and their grid: {out / GRID}")
 
 
-def _file_names(requests: Sequence[SampleRequest], class_names: Sequence[str]) -> list[str]:
+def _file_names(requests: "Sequence[SampleRequest]", class_names: Sequence[str]) -> list[str]:
     classes = [re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:LONGEST_CLASS] for name in class_names]
     return [f"{r.number:05d}_{classes[r.label]}_{r.size[0]}x{r.size[1]}.png" for r in requests]
 

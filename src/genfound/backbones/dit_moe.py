@@ -7,8 +7,6 @@ queries and keys and are rectified flows; a loss keeps the choices of the router
 Legend: as in `dit`, and E experts, k choices per token, I hidden size of an expert, L blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -64,7 +62,7 @@ class DiTMoE(DiT):
         if balance_over not in ("tokens", "sequence"):
             raise ValueError(f"model.balance_over={balance_over} is unknown; choose tokens or sequence")
 
-        def block(width: int, heads: int, mlp_ratio: float) -> Block:
+        def block(width: int, heads: int, mlp_ratio: float) -> "Block":
             half = qk_norm == "layernorm_half"
             attn = Attention(width, heads) if qk_norm == "none" else NormedAttention(width, heads, half)
             hidden, shared = int(width * mlp_ratio), shared_experts * width
@@ -178,7 +176,7 @@ class RoutingCounts:
         self.per_token = torch.zeros(layers, 0, experts, dtype=torch.int64, device=device)  # N, row-major
 
     @contextmanager
-    def counting(self) -> Iterator[RoutingCounts]:
+    def counting(self) -> "Iterator[RoutingCounts]":
         """Within this context every forward pass of the network is counted."""
         with ExitStack() as stack:
             stack.enter_context(self.net.register_forward_pre_hook(self._begin))

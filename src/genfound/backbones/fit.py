@@ -11,8 +11,6 @@ Legend: B images, N tokens of a row, T packed tokens, D width, H heads, d = D / 
 P = p^2 C; "..." is B, N or, packed, T.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,7 +104,7 @@ class FiT(Backbone):
         self.y_embedder = LabelEmbedder(num_classes, width, null_class=label_drop > 0)
         self.global_adaLN_modulation = modulation(width, 6 * width, silu=True) if adaln == "lora" else None
 
-        def block() -> Block:
+        def block() -> "Block":
             attn = Attention(width, heads, q_norm, k_norm, qkv_bias, rope_on_values, attention)
             mlp = feed_forward(ffn, width, mlp_ratio, ffn_bias)
             return Block(width, norm, attn, mlp, block_modulation(adaln, width, adaln_rank))
@@ -169,7 +167,7 @@ class FiT(Backbone):
 class Block(nn.Module):
     """x + gate * attention(modulated x), then x + gate * FFN(modulated x)."""
 
-    def __init__(self, width: int, norm: str, attn: Attention, mlp: nn.Module, adaln: nn.Module) -> None:
+    def __init__(self, width: int, norm: str, attn: "Attention", mlp: nn.Module, adaln: nn.Module) -> None:
         super().__init__()
         self.norm1 = norm_layer("norm", norm, width)
         self.attn = attn

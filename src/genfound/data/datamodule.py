@@ -1,7 +1,5 @@
 """GenerativeDataModule: the batches of training and validation, and the place of a run in its data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -33,7 +31,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
 
     allow_zero_length_dataloader_with_multiple_devices = True
 
-    def __init__(self, parts: RunComponents) -> None:
+    def __init__(self, parts: "RunComponents") -> None:
         super().__init__()
         self.parts = parts
         self.train, self.collate = parts.loader(0), parts.assembly
@@ -46,7 +44,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
         self.validate_on(options["images"])
 
     @staticmethod
-    def from_config(overrides: Sequence[str] = ()) -> GenerativeDataModule:
+    def from_config(overrides: Sequence[str] = ()) -> "GenerativeDataModule":
         """The data of conf/train.yaml with overrides, e.g. `from_config(["model=nit_tiny", "data=shapes"])`.
 
         Give it the overrides of the module: model, tokenizer and layout decide what a batch is.

@@ -1,7 +1,5 @@
 """What is to be encoded: the images of each split, cut into shards, and shards into batches of one size."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -49,7 +47,7 @@ class Split(NamedTuple):
     labels: np.ndarray
 
     @classmethod
-    def of(cls, source: PictureSource) -> Split:
+    def of(cls, source: PictureSource) -> "Split":
         """The entries of any source; one whose images have several views knows them itself."""
         if isinstance(source, ImageFiles):
             return cls(source, source.entries, source.classes)

@@ -9,8 +9,6 @@ F = a / 2 frequencies of one axis, R = B where every image has its own frequenci
 L0 is the trained length and L the wanted length of an axis in tokens; s = max(L / L0, 1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ class Rope:
             raise ValueError(f"model.rope_scaling.target={self.target} must be null or [rows,columns] in tokens")
 
     @classmethod
-    def of(cls, head: int, theta: float, scaling: Mapping[str, Any]) -> Rope:
+    def of(cls, head: int, theta: float, scaling: Mapping[str, Any]) -> "Rope":
         """From the key `model.rope_scaling`, which holds all other attributes."""
         known = {"rule", "trained", "target", "decouple", "exact"}
         if not isinstance(scaling, Mapping) or scaling.keys() != known:

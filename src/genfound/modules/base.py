@@ -6,8 +6,6 @@ of an image depend on its place among the held-out images alone, so both are the
 number of ranks.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,7 +80,7 @@ class GenerativeModule(lightning.LightningModule):
         self._micro: MicroBatch | None = None
 
     @classmethod
-    def from_config(cls, overrides: Sequence[str] = ()) -> GenerativeModule:
+    def from_config(cls, overrides: Sequence[str] = ()) -> "GenerativeModule":
         """The module of conf/train.yaml with overrides, e.g. `NiTModule.from_config(["model=nit_tiny"])`.
 
         The groups trainer, callbacks and logger are left to your `lightning.Trainer`.

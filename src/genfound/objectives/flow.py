@@ -1,7 +1,5 @@
 """Flow matching: regress what a path between data and noise is made of."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -154,7 +152,7 @@ class Flow(Objective):
         """The network in the time of the framework, whatever its own direction."""
         return TimeAdapter(net, self.path.end, self.prediction == "velocity")
 
-    def field(self, net: Net, guidance: GuidanceOf | None = None) -> FlowField:
+    def field(self, net: Net, guidance: GuidanceOf | None = None) -> "FlowField":
         """What the network's output says about velocity, score, data and noise."""
         return FlowField(self.guided(net, guidance), self.path, self.prediction)
 

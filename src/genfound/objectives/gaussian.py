@@ -1,7 +1,5 @@
 """Gaussian diffusion (DDPM): predict the noise of a discrete process, and optionally its variance."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -172,7 +170,7 @@ class Gaussian(Objective):
         """The network, whose steps have one direction whatever its `time` says."""
         return TimeAdapter(net)
 
-    def field(self, net: Net, guidance: GuidanceOf | None = None) -> GaussianField:
+    def field(self, net: Net, guidance: GuidanceOf | None = None) -> "GaussianField":
         """The network as samplers see it."""
         return GaussianField(self.guided(net, guidance), self, self.process)
 
@@ -191,7 +189,7 @@ class GaussianField:
 
     lowest = 0.0
 
-    def respaced(self, timesteps: Tensor) -> GaussianField:
+    def respaced(self, timesteps: Tensor) -> "GaussianField":
         """The same network on the process that keeps only these timesteps."""
         return replace(self, process=self.process.respaced(sorted(int(t) for t in timesteps)))
 

@@ -3,8 +3,6 @@
 Numbers of a point may be tensors shaped like t, or plain numbers where all images are at the same time.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,12 +45,12 @@ class Coefficients(NamedTuple):
         """dx_t/dt of data and noise."""
         return self.d_alpha * x + self.d_sigma * noise
 
-    def of(self, batch: Batch) -> Coefficients:
+    def of(self, batch: Batch) -> "Coefficients":
         """Coefficients (B,), one per image, as tensors that broadcast against `batch.x`."""
         return Coefficients(*(batch.expand(v.float()) for v in self))
 
     @classmethod
-    def at(cls, path: Interpolant, t: float) -> Coefficients:
+    def at(cls, path: "Interpolant", t: float) -> "Coefficients":
         """The point of a time that all images share, in plain numbers."""
         point = path.point(torch.tensor(t, dtype=torch.float64))
         return cls(*(v.item() for v in point))  # type: ignore[arg-type]

@@ -4,8 +4,6 @@ Tables are computed in float64 and rounded to float32 where they are used, as th
 The names are those of Ho et al. 2020 and Nichol & Dhariwal 2021.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -40,7 +38,7 @@ class Tables:
     fixed_large_log_variance: Tensor
 
     @classmethod
-    def of(cls, betas: Tensor, timesteps: Tensor) -> Tables:
+    def of(cls, betas: Tensor, timesteps: Tensor) -> "Tables":
         """All tables of a process, float64."""
         a = (1 - betas).cumprod(0)
         a_prev, a_next = torch.cat([a.new_ones(1), a[:-1]]), torch.cat([a[1:], a.new_zeros(1)])
@@ -67,7 +65,7 @@ class Tables:
             fixed_large_log_variance=large.log(),
         )
 
-    def at(self, batch: Batch, step: Tensor) -> Tables:
+    def at(self, batch: Batch, step: Tensor) -> "Tables":
         """The numbers of each image's own step (B,)."""
         return Tables(**{f.name: batch.expand(getattr(self, f.name)[step]) for f in fields(self)})
 
@@ -124,7 +122,7 @@ class Process:
         found = np.interp(ratio.log().cpu(), ((1 - a) / a).log() / 2, self.timesteps.double().log1p())
         return torch.from_numpy(np.expm1(found)).to(ratio.device)
 
-    def respaced(self, timesteps: Sequence[int]) -> Process:
+    def respaced(self, timesteps: Sequence[int]) -> "Process":
         """The shorter process with the same q(x_t | x_0) at these timesteps of this one, in rising order."""
         kept = torch.tensor([self.step(t) for t in timesteps])
         a = self.tables.alphas_cumprod[kept]

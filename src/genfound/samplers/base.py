@@ -8,8 +8,6 @@ Its options are the arguments after the star. conf/sampler/mine.yaml names it by
 on the host); `progress` is called with the state after each step.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -65,7 +63,7 @@ class Sampler:
         """Walk."""
         return self.function(*arguments, **{**self.options, **options})
 
-    def configured(self, name: str, steps: Any, options: Mapping[str, Any]) -> Sampler:
+    def configured(self, name: str, steps: Any, options: Mapping[str, Any]) -> "Sampler":
         """With these options, and its own values of the others."""
         parameters = inspect.signature(self.function).parameters.values()
         usual = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -4,8 +4,6 @@ Every resize is two one-axis passes, width first: the pass order of Pillow befor
 published data sets were made, and the same bytes in every version since.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -108,7 +106,7 @@ class ImageViews:
         self.slots = [[names[0]], [names[1], names[0]]] if view == "flexible" else [[name] for name in names]
 
     @classmethod
-    def of(cls, data: Mapping[str, Any], unit: int) -> ImageViews:
+    def of(cls, data: Mapping[str, Any], unit: int) -> "ImageViews":
         """The views that the options of `data` ask for."""
         integer("data.size", data["size"], 1)
         integer("data.max_tokens", data["max_tokens"], 1)

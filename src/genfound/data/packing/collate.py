@@ -5,8 +5,6 @@ device, a group of equal sizes at a time, outside of the checkpoint and without 
 before is only normalised.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +28,7 @@ class RawImages:
     labels: Tensor  # (B,) int64
     encoded: bool  # they are moments
 
-    def pin_memory(self) -> RawImages:
+    def pin_memory(self) -> "RawImages":
         """The same in page-locked host memory (called by the DataLoader)."""
         return replace(self, images=[image.pin_memory() for image in self.images])
 

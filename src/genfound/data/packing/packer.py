@@ -5,8 +5,6 @@ that fit best together; what does not fit is carried over, so that no token budg
 fixed number of images. Both are deterministic, see sizes only, and can be put back to a recorded state.
 """
 
-from __future__ import annotations
-
 import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,7 +140,7 @@ def _sum_to(total: int, reach: list[int], candidates: list[int]) -> list[int]:
 class Repeated:
     """The first micro-batches of another batcher, again and again, to see whether a network can learn them."""
 
-    def __init__(self, batcher: Packer | FixedBatcher, count: int) -> None:
+    def __init__(self, batcher: "Packer | FixedBatcher", count: int) -> None:
         self.window = batcher.window
         self.kind = repr((batcher.kind, count))
         self._micros = [batcher.take() for _ in range(count)]
