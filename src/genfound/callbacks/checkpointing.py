@@ -62,11 +62,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to our checkpoint files."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """See `checkpoints.save`."""
+        """See `checkpoint_io.save`."""
         checkpoint_io.save(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """See `checkpoints.read`; always on the CPU and never running code."""
+        """See `checkpoint_io.read`; always on the CPU and never running code."""
         return checkpoint_io.read(Path(path))

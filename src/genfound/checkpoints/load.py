@@ -28,7 +28,7 @@ class LoadedModel:
 
     net: Backbone  # in eval mode
     objective: Objective  # what it was trained for
-    tokenizer: Tokenizer  # maps its latents to images; `Absent` where its weights are not to be had
+    tokenizer: Tokenizer  # maps its latents to images; `Undecodable` where its weights are not to be had
     config: Config  # resolved configuration of the run, or that of the released model
     class_names: list[str]  # names of the labels
     sizes: list[tuple[int, int]]  # (height, width) in pixels that are typical of its training data
