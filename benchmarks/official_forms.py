@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from benchmarks.image_sizes import image_sizes
 from benchmarks.reference import dit, dit_moe, fit, nit
 from benchmarks.reference.parts import update_average
 from benchmarks.report import facts, write
+from benchmarks.timing import interleaved, medians, ratio
 from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.backbones.dit_moe import DiTMoE
@@ -128,18 +128,15 @@ def row(family: Family, precision: str, repeats: int) -> str:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     steps = [our_step(config, net, batch), their_step(theirs, family.call, batch)]
 
-    def timed(step: Iterator[None]) -> float:
-        with autocast:
-            return _seconds(lambda: next(step))
-
-    rounds = [[timed(step) for step in steps] for _ in range(repeats + 1)][1:]
+    with autocast:
+        rounds = interleaved([partial(next, step) for step in steps], repeats)
     return f"| {family.overrides[0].partition('=')[2]} | {precision} | {cells(rounds)} | {difference:.0e} |"
 
 
 def cells(rounds: list[list[float]]) -> str:
     """Medians of ours and of the published form, and of their ratio."""
-    ours, published = (statistics.median(column) for column in zip(*rounds, strict=True))
-    return f"{ours:.3f} | {published:.3f} | {statistics.median(b / a for a, b in rounds):.2f}"
+    ours, published = medians(rounds)
+    return f"{ours:.3f} | {published:.3f} | {ratio(rounds, 1, 0):.2f}"
 
 
 @torch.no_grad()
@@ -171,14 +168,8 @@ def sampling(repeats: int) -> str:
         return x[..., 0, 0].float()
 
     difference = (ours() - published()).abs().max() / batch.x.abs().max()
-    rounds = [[_seconds(ours), _seconds(published)] for _ in range(repeats)]
+    rounds = interleaved([ours, published], repeats)
     return f"| {cells(rounds)} | {difference:.0e} |"
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    begin = time.process_time()
-    function()
-    return time.process_time() - begin
 
 
 def pair(family: Family, config: dict[str, Any]) -> tuple[Backbone, nn.Module, Batch]:

@@ -132,6 +132,7 @@ SENSELESS = {
     "batch.packs=0": "batch.packs=0 must be",
     "ema.decays=[1.5]": "ema.decays=1.5 must be a finite number of at least 0 and at most 1",
     "ema.decays=0.9": "ema.decays=0.9 must be a list, such as [0.9999,0.999]",
+    "ema.warmup=3": "ema.warmup=3 must be true, false or null",
     "optimizer.ema_decay=2": "optimizer.ema_decay=2 must be",
     "optimizer.betas=[0.9,2]": "optimizer.betas=2 must be",
     "model.depth=0": "model.depth=0 must be a whole number of at least 1",
@@ -267,18 +268,15 @@ def test_blocks_are_compiled_where_auto_says_so(monkeypatch: pytest.MonkeyPatch)
     ]  # fmt: skip
 
 
-def test_float32_islands_of_bf16_training_are_multiplied_in_tf32_on_cuda_alone() -> None:
-    try:
-        for wanted, place, expected in (
-            ("bf16", "cuda", "high"),
-            ("fp32", "cuda", "highest"),
-            ("bf16", "cpu", "highest"),
-        ):
-            devices.allow_tf32(wanted, torch.device(place))
+def test_float32_products_take_tf32_beside_bf16_on_cuda_alone() -> None:
+    for precision, place, expected in (
+        ("bf16-mixed", "cuda", "high"),
+        ("32-true", "cuda", "highest"),
+        ("bf16-mixed", "cpu", "highest"),
+    ):
+        with devices.float32_products(precision, torch.device(place)):
             assert torch.get_float32_matmul_precision() == expected
-        devices.allow_tf32("bf16", torch.device("cuda"))
-        with full_precision(torch.device("cpu")):  # figures of an evaluation within training
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+            with full_precision(torch.device("cpu")):  # figures of an evaluation within training
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_float32_matmul_precision() == expected
+    assert torch.get_float32_matmul_precision() == "highest"

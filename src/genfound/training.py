@@ -68,7 +68,6 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     config = run_directory.claimed(folder)
     devices.device(config["trainer"]["accelerator"], local_rank)
     parts = build.build_run(config, ranks)
-    devices.allow_tf32(config["trainer"]["precision"], parts.device)
     newest = checkpoint_io.newest(folder / "checkpoints")
     start: dict[str, Any] = {"global_step": 0, "images_seen": 0} if newest is None else checkpoint_io.read(newest)
     module = module_of(parts)
@@ -90,7 +89,8 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     callbacks = [*_callbacks(config), resuming.Continuation(folder, changes)]
     loggers = [DummyLogger()] if rank else _loggers(folder, config, module.budget, start, changes)
     trainer = _trainer(folder, parts, callbacks, loggers)
-    trainer.fit(module, datamodule=GenerativeDataModule(parts), ckpt_path=newest, weights_only=True)
+    with devices.float32_products(trainer.precision, parts.device):
+        trainer.fit(module, datamodule=GenerativeDataModule(parts), ckpt_path=newest, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if rank == 0:

@@ -89,6 +89,7 @@ REFUSED = {
     "trainer.max_epochs=3": "trainer.max_epochs cannot be set: set budget.images or trainer.max_steps",
     "trainer.fast_dev_run=3": "trainer.fast_dev_run=3 must be true or false",
     "compile=perhaps": "compile=perhaps must be auto, true or false",
+    "trainer.num_nodes=null": "trainer.num_nodes=null must be a whole number of at least 1",
     "strategy=deepspeed": "strategy=deepspeed is unknown; choose one of auto, ddp",
     "logger=[csv,mlflow]": "logger=mlflow is unknown",
     "callbacks.ema=null": "callbacks.ema is part of every run",

@@ -76,8 +76,8 @@ def hydra_main(
 
     def job(cfg: DictConfig) -> None:
         try:
-            _check_copies(cfg, size, copies, config_name)
             _check(cfg, config_name)
+            _check_copies(cfg, size, copies, config_name)
             with explain_oom(config_name):
                 task(cfg)
         except USER_ERRORS as error:
@@ -139,7 +139,7 @@ SEVERAL_DEVICES = {
 def _check_copies(cfg: DictConfig, size: str, copies: int, config_name: str) -> None:
     """Raise a ValueError in each of several processes that would all do the same; one on each machine may be."""
     machines = OmegaConf.select(cfg, "trainer.num_nodes", default=OmegaConf.select(cfg, "num_nodes", default=1))
-    if copies not in (1, int(machines)):
+    if copies not in (1, machines):
         raise ValueError(
             f"{size}={copies}: a launcher has started {copies} copies of this command, which would all do the same; "
             f"start it once{SEVERAL_DEVICES.get(config_name, '')}, or unset {size} if each of them is another command"

@@ -84,6 +84,8 @@ def check(config: Mapping[str, Any]) -> None:
     decays, model, optimizer = config["ema"]["decays"], config["model"], config["optimizer"]
     if not isinstance(decays, list | None):
         raise ValueError(f"ema.decays={decays} must be a list, such as [0.9999,0.999]")
+    if not isinstance(warmup := config["ema"]["warmup"], bool | None):
+        raise ValueError(f"ema.warmup={warmup} must be true, false or null")
     for key, value in (("ema.decays", decays or ()), ("optimizer.betas", optimizer["betas"])):
         for decay in value:
             number(key, decay, 0, 1)

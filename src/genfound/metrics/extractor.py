@@ -13,6 +13,7 @@ from torch import Tensor
 from genfound.metrics.inception import SIDE, InceptionV3
 from genfound.metrics.resize import tf1_resize
 from genfound.runtime import checkpoint_io
+from genfound.runtime.devices import float32_products
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SOURCES = (
@@ -67,13 +68,8 @@ class Inception:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 as it says, also where training has switched to less."""
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with exact, torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with exact, float32_products("32-true", device), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

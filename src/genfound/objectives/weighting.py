@@ -2,12 +2,13 @@
 
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from genfound.objectives.interpolants import Coefficients
 
-N = TypeVar("N")
+N = TypeVar("N", float, np.ndarray, Tensor)
 
 EXPONENTS = {"image": 0.0, "sqrt": 0.5, "token": 1.0}
 
@@ -19,7 +20,7 @@ def image_weight(tokens: N, rule: str) -> N:
 
     The loss is sum(weight * loss) / sum(weight) over all images of the global step.
     """
-    return tokens ** EXPONENTS[rule]  # type: ignore[operator, no-any-return]
+    return tokens ** EXPONENTS[rule]
 
 
 def time_weight(weighting: str, prediction: str, point: Coefficients, gamma: float) -> Tensor:

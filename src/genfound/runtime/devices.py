@@ -19,10 +19,15 @@ def precision(wanted: str, device: torch.device) -> str:
     return names[wanted]
 
 
-def allow_tf32(wanted: str, device: torch.device) -> None:
-    """Of bf16 training on CUDA also what stays in float32 (conditioning, router, final layer) is multiplied in TF32."""
-    low = device.type == "cuda" and precision(wanted, device) == "bf16-mixed"
-    torch.set_float32_matmul_precision("high" if low else "highest")
+@contextmanager
+def float32_products(precision: str, device: torch.device) -> Iterator[None]:
+    """Products that stay in float32 (conditioning, router, autoencoder): beside bf16 arithmetic on CUDA in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if (precision, device.type) == ("bf16-mixed", "cuda") else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def compiled(wanted: bool | str, device: torch.device) -> bool:

@@ -101,8 +101,9 @@ class Pipeline:
             def under_way(share: float, before: int = len(images), count: int = len(places)) -> None:
                 progress(before + count * share, len(requests))
 
-            latents = self._latents(net, [requests[place] for place in places], seed, under_way)
-            images |= {place: finish(z) for place, z in zip(places, latents, strict=True)}
+            with devices.float32_products(self.precision, self.device):  # also where training has set it otherwise
+                latents = self._latents(net, [requests[place] for place in places], seed, under_way)
+                images |= {place: finish(z) for place, z in zip(places, latents, strict=True)}
             progress(len(images), len(requests))
         return [images[place] for place in range(len(requests))]
 
