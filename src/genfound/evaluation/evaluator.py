@@ -109,12 +109,18 @@ class Evaluator:
         request, view, count = self.request, str(facts["view"]), len(samples.images)
         named = dict.fromkeys(("reference_view", "reference_images"), UNKNOWN)  # of images in no view
         used = named if view == GIVEN else {"reference_view": view.removesuffix(DECODED)}
-        altered = request.changed_keys(samples.record, {**used, "n": count})
-        size = samples.size if isinstance(samples.size, str) else list(samples.size)
-        extractor = {"name": self.extractor.name, "hash": self.extractor.hash}
-        convention = convention_of(request.config["convention"], self.extractor.name)
-        measured = extractor, convention, facts, versions(*LIBRARIES), samples.order
-        return Protocol(request.protocol, altered, count, size, samples.record, *measured)
+        return Protocol(
+            name=request.protocol,
+            altered=request.changed_keys(samples.record, {**used, "n": count}),
+            count=count,
+            size=samples.size if isinstance(samples.size, str) else list(samples.size),
+            drawing=samples.record,
+            extractor={"name": self.extractor.name, "hash": self.extractor.hash},
+            convention=convention_of(request.config["convention"], self.extractor.name),
+            reference=facts,
+            versions=versions(*LIBRARIES),
+            order=samples.order,
+        )
 
 
 def evaluate(request: EvaluationRequest, place: processes.RankInfo = processes.SINGLE_PROCESS) -> list[Result]:

@@ -33,6 +33,7 @@ from genfound.metrics.features import FeatureStore
 from genfound.metrics.frechet import Gaussian
 from genfound.metrics.probe import Probe, is_guessing, probe_key, train_probe
 from genfound.rng import Rng
+from genfound.runtime.devices import float32_products
 from genfound.runtime.files import atomic_write, digest, lock, visible
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import ProgressCounter, shared_progress
@@ -112,7 +113,7 @@ class DecodedLatents:
     def __getitem__(self, number: int) -> np.ndarray:
         """(height, width, 3) uint8."""
         moments = self.source.moments(number, mirrored=False)[None].float()
-        with self._one_at_a_time, torch.no_grad():
+        with self._one_at_a_time, torch.no_grad(), float32_products("32-true", self.device):
             latent = cast(Normaliser, self.stored).normalise(moments).to(self.device)
             return to_uint8(self.tokenizer.decode(latent)[0], self.rule)
 

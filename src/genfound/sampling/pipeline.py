@@ -57,11 +57,18 @@ class Pipeline:
         """Layout, sampler, guidance and precision of a configuration."""
         weights = compose.fill_option("guidance", config["guidance"]).get("weights")
         guide = None if weights is None else load_guide(weights, objective, trusted(config)).to(device)
-        layout, sampler = build.sampling_layout(config), build.sampler(config)
-        guidance = build.guidance(config, **({} if guide is None else {"guide": objective.adapt(guide)}))
-        precision = devices.precision(config["trainer"]["precision"], device)
-        how = micro_batch, precision, config["sample"]["uint8"], device, guide
-        return cls(objective, tokenizer, layout, sampler, guidance, *how)
+        return cls(
+            objective=objective,
+            tokenizer=tokenizer,
+            layout=build.sampling_layout(config),
+            sampler=build.sampler(config),
+            guidance=build.guidance(config, **({} if guide is None else {"guide": objective.adapt(guide)})),
+            micro_batch=micro_batch,
+            precision=devices.precision(config["trainer"]["precision"], device),
+            uint8=config["sample"]["uint8"],
+            device=device,
+            guide=guide,
+        )
 
     def check(self, net: Backbone) -> None:
         """Raise a ValueError if this network cannot be sampled from so; costs nothing."""
