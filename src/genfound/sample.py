@@ -1,9 +1,9 @@
 """`python -m genfound.sample from=RUN labels=[0,diamond] size=[16,24]`: a labelled grid, and each image alone."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -29,7 +29,7 @@ def _task(cfg: DictConfig) -> None:
     from genfound.runtime.files import check_folder
     from genfound.runtime.progress import ProgressCounter
     from genfound.sampling.grid import save_grid
-    from genfound.sampling.pipeline import Pipeline, run_or_chosen
+    from genfound.sampling.pipeline import Pipeline, as_composed
     from genfound.sampling.requests import make_requests
     from genfound.tokenizers import Undecodable
 
@@ -46,7 +46,7 @@ def _task(cfg: DictConfig) -> None:
     labels = loaded.class_names[:FEW] if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else checks.image_sizes("size", config["size"])
     requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
-    device, how = devices.device(config["accelerator"]), run_or_chosen(loaded.config, config, chosen)
+    device, how = devices.device(config["accelerator"]), as_composed(loaded.config, config)
     pipeline = Pipeline.from_config(how, build.objective(how), loaded.tokenizer, device, config["batch"])
     names = _file_names(requests, loaded.class_names)
     _refuse_others(out, {*names, GRID})
@@ -80,9 +80,15 @@ def _default_out(origin: Path, chosen: list[str]) -> Path:
     return folder / run_directory.run_name(settings)
 
 
+def _origin(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    from genfound.checkpoints.load import config_of
+
+    return config_of(given)
+
+
 def main() -> None:
     """Console entry point."""
-    command_line.hydra_main(_task, "sample", run_directory.read_config)
+    command_line.hydra_main(_task, "sample", _origin)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from genfound.checkpoints.official.families import FAMILIES
 from tests.checkpoints.test_load import official_state
@@ -59,6 +60,14 @@ def test_wrong_input_is_one_line_and_writes_nothing(folder: Path, arguments: str
 def test_latents_without_an_autoencoder_are_no_picture(folder: Path, tmp_path: Path) -> None:
     error = one_error(genfound("sample", "from=dit.pt", HEADS, DIT, "labels=[1]", f"out={tmp_path}/out", cwd=folder))
     assert "tokenizer.weights" in error and not (tmp_path / "out").exists()
+
+
+def test_the_sampler_of_an_official_checkpoint_is_composed_with_what_is_set(folder: Path) -> None:
+    shown = genfound("sample", "--cfg", "job", "from=dit.pt", HEADS, DIT, "guidance.scale=3", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    composed = OmegaConf.create(shown.stdout)
+    assert (composed.sampler.name, composed.sampler.steps) == ("ddpm", 250)
+    assert (composed.guidance.channels, composed.guidance.scale) == ("first3", 3)
 
 
 def test_an_official_checkpoint_is_sampled(folder: Path, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from genfound.config import compose
+from genfound.runtime import run_directory
 from tests.cli.commands import TINY, genfound, one_error
 
 
@@ -60,6 +62,27 @@ def test_single_keys_are_those_of_the_sampler_of_the_run(tmp_path: Path) -> None
     assert not np.array_equal(*images)
     error = one_error(genfound("sample", *arguments, "sampler.shift=2", "out=shift", cwd=tmp_path))
     assert "sampler.shift: it is not an option of sampler=ddim" in error
+
+
+def test_what_is_composed_is_what_the_run_samples_with(run: Path, tmp_path: Path) -> None:
+    shown = genfound("sample", "--cfg", "job", f"from={run}", "guidance.scale=3", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    composed, config = OmegaConf.create(shown.stdout), run_directory.read_config(run)
+    assert composed.sampler == config["sampler"]
+    assert composed.guidance == {**config["guidance"], "scale": 3}
+
+
+def test_a_sweep_over_models_takes_the_sampler_of_each(run: Path, tmp_path: Path) -> None:
+    other = genfound(
+        "train", *TINY, "sampler=sde", "sampler.steps=3", "trainer.max_steps=1", "name=other", cwd=tmp_path
+    )
+    assert other.returncode == 0, other.stderr
+    folders = f"from={run},{tmp_path}/runs/default/other"
+    swept = genfound(
+        "sample", "-m", folders, "labels=[1]", "size=[16,16]", "batch=1", "out=${sampler.name}", cwd=tmp_path
+    )
+    assert swept.returncode == 0, swept.stderr
+    assert (tmp_path / "sde/grid.png").is_file() and (tmp_path / "euler/grid.png").is_file()
 
 
 def test_a_sweep_of_samples_and_a_folder_with_other_images(run: Path, tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def test_what_is_to_be_written_instead_means_what_was_meant() -> None:
 
 def test_the_run_behind_a_quoted_path_is_found(tmp_path: Path) -> None:
     folder = run_dir(tmp_path / "a=b (1)", "sampler=heun", "guidance=autoguidance", 'guidance.weights="w=1"')
-    added = command_line._choices_of_the_run(read_config, [f"from={command_line._quoted(str(folder))}"])
-    assert added == ["sampler=heun", "guidance=autoguidance", 'guidance.weights="w=1"']
+    origin = f"from={command_line._quoted(str(folder))}"
+    found = command_line.with_origin(lambda given: read_config(Path(given["from"])), ["-m", origin])
+    assert found == ["-m", "sampler=heun", "guidance=autoguidance", 'guidance.weights="w=1"', origin]
 
 
 def test_several_copies_of_a_command_are_refused_with_the_way_to_several_devices() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from genfound import build
+from genfound.config import command_line
+from genfound.evaluate import _origin
 from genfound.evaluation.evaluator import evaluate
 from genfound.evaluation.protocol import EvaluationRequest, Result
 from genfound.metrics.reference_stats import reference_note
@@ -44,7 +46,8 @@ def evaluated(
 ) -> list[Result]:
     """What `python -m genfound.evaluate from=SOURCE ...` gives, on the CPU with a probe."""
     chosen = [f"protocol={protocol}", *overrides]
-    config = {**composed(*chosen, "from=x", "reference=data", name="evaluate"), "from": str(source)}
+    origin = [f"from={command_line._quoted(str(source))}", "reference=data"]
+    config = composed(*command_line.with_origin(_origin, [*origin, *chosen]), name="evaluate")
     defaults = {"references": str(references), "accelerator": "cpu", "precision": "fp32", "batch": 4, "n": 96}
     defaults |= {"extractor": "probe", "reference_view": "as_is"}
     return evaluate(EvaluationRequest({**config, **defaults, **settings}, chosen, protocol))

@@ -87,6 +87,8 @@ def training_request(
     one_of("callbacks.evaluation.protocol", protocol, compose.option_names("protocol"))
     config = compose.compose("evaluate", [f"protocol={protocol}"])
     own = {
+        "sampler": run["sampler"],
+        "guidance": run["guidance"],
         "from": str(folder),
         "sizes": config["sizes"] or DATA,
         "extractor": extractor or config["extractor"],

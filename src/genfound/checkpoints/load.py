@@ -79,12 +79,19 @@ def hints_of(config: Mapping[str, Any]) -> Config:
     return {**config["hints"], "tokenizer": config["hints"]["tokenizer"] or config["tokenizer"]["weights"]}
 
 
-def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) -> Weights:
-    """Read weights of any origin; see `load`."""
+def config_of(given: Mapping[str, Any]) -> Config:
+    """The configuration of the model that {key: value} of overrides of conf/sample.yaml or conf/evaluate.yaml name."""
+    told = {key.removeprefix("hints."): value for key, value in given.items() if key.startswith("hints.")}
+    told.pop("tokenizer", None)
+    return find(Path(str(given["from"])), None, given.get("trust", ()), **told).config
+
+
+def find(path: Path, weights: str | None, trust: Collection[str] = (), **hints: Any) -> Weights:
+    """Read weights of any origin; see `load`. With `weights=None` the averaged ones where there are any."""
     hints = {key: value for key, value in hints.items() if value is not None}
     found = read_ours(path, weights, trust)
     if found is None:
-        return _released(open_official(path, weights, hints.pop("family", None)), hints, path)
+        return _released(open_official(path, weights or "ema", hints.pop("family", None)), hints, path)
     codec = hints.pop("tokenizer", None)
     if hints:
         raise ValueError(f"{next(iter(hints))}: {path} tells all options itself")

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -34,8 +34,8 @@ SEVERAL_TYPES = (
 ALWAYS_SET = ("objective.", "sampler.", "guidance.")
 """Groups of which only keys that are null may be null."""
 
-OF_THE_RUN = ("sampler", "guidance")
-"""Groups that a command with `from=RUN` takes from the run, unless they are chosen."""
+OF_THE_ORIGIN = ("sampler", "guidance")
+"""Groups that a command with `from=` takes from the model, unless they are chosen."""
 
 HELP = {"--help", "-h"}
 
@@ -62,12 +62,14 @@ def explain_oom(command: str) -> Iterator[None]:
         raise ValueError(f"{reason} -- it needs less with {OOM_ADVICE[command]}") from error
 
 
-def hydra_main(
-    task: Callable[[DictConfig], None], config_name: str, read_run: Callable[[Path], Mapping[str, Any]] | None = None
-) -> None:
+ReadOrigin = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+"""From {key: value} of overrides, the configuration of the model that they name; `None` if they name none."""
+
+
+def hydra_main(task: Callable[[DictConfig], None], config_name: str, read_origin: ReadOrigin | None = None) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
 
-    With `read_run`, the configuration of a run directory, sampler and guidance are those of the run in `from=`.
+    With `read_origin`, sampler and guidance are those of the model in `from=`; see `with_origin`.
     Exits with 1, after one line on standard error for each, if the configuration or a job is wrong.
     """
     errors: list[str] = []
@@ -76,6 +78,8 @@ def hydra_main(
 
     def job(cfg: DictConfig) -> None:
         try:
+            if read_origin and not _added:  # a sweep varies the model
+                cfg = hydra.compose(config_name, with_origin(read_origin, HydraConfig.get().overrides.task))
             _check(cfg, config_name)
             _check_copies(cfg, size, copies, config_name)
             with explain_oom(config_name):
@@ -88,8 +92,8 @@ def hydra_main(
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _refuse_new_keys(sys.argv[1:])
-        _added[:] = _choices_of_the_run(read_run, sys.argv[1:]) if read_run else []
-        sys.argv[1:] = [*sys.argv[1:], *_added]  # the flag -m does not find what follows another override
+        given, sys.argv[1:] = sys.argv[1:], with_origin(read_origin, sys.argv[1:])
+        _added[:] = [argument for argument in sys.argv[1:] if argument not in given]
         if HELP.issuperset(flags := [a for a in sys.argv[1:] if a.startswith("-")]) and flags:
             print(_help(config_name, [a for a in sys.argv[1:] if a not in flags]))
         else:
@@ -176,25 +180,42 @@ def _alike(value: Any, usual: Any) -> bool:
 _added: list[str] = []
 
 
-def _choices_of_the_run(read_run: Callable[[Path], Mapping[str, Any]], arguments: list[str]) -> list[str]:
-    """`sampler=NAME guidance=NAME` of the run in `from=`, with what these must be told; single keys can then be set."""
-    given = {override.key_or_group: override.value() for override in _parsed(arguments)}
-    origin = Path(str(given.get("from", "")))
-    folder = origin.parent.parent if origin.suffix == ".ckpt" else origin
-    if "from" not in given or not (folder / "config.yaml").is_file():
-        return []
-    config, choices = read_run(folder), []
-    for group in (group for group in OF_THE_RUN if group not in given):
-        name = config[group].get("name")
-        if name not in compose.option_names(group):
-            continue  # what reads the run says so
-        choices.append(f"{group}={name}")
-        needed = [key for key, value in compose.read_option(group, name).items() if value == "???"]
-        choices += [f"{group}.{k}={_quoted(str(config[group][k]))}" for k in needed if f"{group}.{k}" not in given]
-    return choices
+def with_origin(read_origin: ReadOrigin | None, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command, before them what makes sampler and guidance those of the model in `from=`.
+
+    What the arguments set themselves is left to them, and so is all if a sweep varies the model.
+    """
+    given = {override.key_or_group: override for override in _parsed(arguments)} if read_origin else {}
+    if read_origin is None or "from" not in given or given["from"].is_sweep_override():
+        return list(arguments)
+    config = read_origin({key: override.value() for key, override in given.items()}) or {}
+    groups = [group for group in OF_THE_ORIGIN if group in config and group not in given]
+    added = [text for group in groups for text in _as_overrides(group, config[group], given)]
+    place = next(k for k, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
+    return [*arguments[:place], *added, *arguments[place:]]
 
 
-def _parsed(arguments: list[str]) -> list[Override]:
+def _as_overrides(group: str, options: Mapping[str, Any], given: Collection[str]) -> list[str]:
+    """Overrides that compose the options of a group, but for what is given; those of others in the place of any."""
+    choice, add, usual = f"~{group}", "+", dict[str, Any]()
+    if options.get("name") in compose.option_names(group):
+        choice, add, usual = f"{group}={options['name']}", "", compose.read_option(group, options["name"])
+    wanted = {f"{group}.{key}": value for key, value in options.items() if key not in usual or value != usual[key]}
+    return [choice, *(f"{add}{key}={_literal(value)}" for key, value in wanted.items() if key not in given)]
+
+
+def _literal(value: Any) -> str:
+    """A value in the grammar of overrides; what would be an interpolation stays a text."""
+    if isinstance(value, str):
+        return _quoted(value.replace("${", r"\${"))
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_literal(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    return "null" if value is None else str(value).lower()
+
+
+def _parsed(arguments: Sequence[str]) -> list[Override]:
     """The overrides among the arguments of a command, as Hydra reads them."""
     found = []
     for argument in (argument for argument in arguments if "=" in argument and not argument.startswith("-")):
@@ -232,7 +253,7 @@ def _quoted(text: str) -> str:
 
 
 def user_overrides() -> list[str]:
-    """The overrides of the command line, without the choices that were added for the run."""
+    """The overrides of the command line, without those that were added for the model."""
     return [override for override in HydraConfig.get().overrides.task if override not in _added]
 
 

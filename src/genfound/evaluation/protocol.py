@@ -9,7 +9,7 @@ from typing import Any, Self
 from genfound.config import checks, compose
 from genfound.metrics.compute import STORED, check_convention, depends_on_order
 from genfound.runtime.files import makedirs
-from genfound.sampling.pipeline import run_or_chosen
+from genfound.sampling.pipeline import as_composed
 from genfound.sampling.requests import DATA, LABEL_RULES, Size, check_size
 
 UNKNOWN = "unknown"
@@ -92,15 +92,19 @@ class EvaluationRequest:
         return list(sizes)
 
     def sampling_config(self, run: Mapping[str, Any], size: Size | str) -> dict[str, Any]:
-        """The run's configuration; sampler, guidance, byte rule and precision are its own, the table's or those set."""
-        config, base = self.config, dict(run)
+        """The run's configuration with what was chosen; sampler and guidance that were not are the table's, if any."""
+        config = dict(self.config)
         if config["table"]:
             row = next((row for row in config["table"] if row["size"] == list(size)), None)
             if row is None:
                 text = size_text(size)
                 raise ValueError(f"protocol={self.protocol} has no row for {text}; add one to table, or choose another")
-            base |= {group: row[group] for group in GROUPS}
-        return run_or_chosen(base, config, self.overrides)
+            keys = [override.partition("=")[0] for override in self.overrides]
+            for group in (group for group in GROUPS if group not in keys):
+                single = (key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}."))
+                set_now = {key: config[group][key] for key in single}
+                config[group] = compose.fill_option(group, {**row[group], **set_now})
+        return as_composed(run, config)
 
     def changed_keys(self, record: SamplingRecord, used: Mapping[str, Any]) -> list[str]:
         """The keys of the named protocol that were set otherwise, then the options of sampler, guidance and positions.

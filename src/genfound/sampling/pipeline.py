@@ -236,20 +236,12 @@ def _chosen(
     return {**run, **{group: options for group, options in chosen.items() if options is not None}}
 
 
-def run_or_chosen(run: Mapping[str, Any], config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A run's configuration with what a command says of sampling; see conf/sample.yaml.
-
-    Sampler and guidance are the run's own, unless an option is chosen; single keys that were set always win.
-    """
-    keys, found = [override.partition("=")[0] for override in overrides], {}
-    for group in ("sampler", "guidance"):
-        base = dict(config[group] if group in keys else run[group])
-        for key in (key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}.")):
-            base[key] = config[group][key]
-        found[group] = compose.fill_option(group, base)
+def as_composed(run: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration with the sampler, guidance, byte rule and precision of a composed conf/sample.yaml."""
+    groups = {"sampler": config["sampler"], "guidance": config["guidance"], "trust": trusted(run)}
     return {
         **run,
-        **compose.with_own_targets({**found, "trust": trusted(run)}),
+        **compose.with_own_targets(groups),
         "sample": {**run["sample"], "uint8": config["uint8"] or run["sample"]["uint8"]},
         "trainer": {**run["trainer"], "precision": config["precision"] or run["trainer"]["precision"]},
     }
