@@ -15,9 +15,6 @@ from genfound.objectives.process import (
     SCHEDULES,
     Process,
     linear,
-    noise_from_x0,
-    posterior_mean,
-    q_sample,
     space_timesteps,
 )
 from genfound.objectives.vlb import variational_bound
@@ -129,7 +126,7 @@ def test_a_perfect_network_with_the_posterior_variance_has_no_loss(prediction: s
     def perfect(batch: Batch, t: Tensor) -> Tensor:
         x0 = torch.full_like(batch.x, 0.7)
         c = gaussian().process.on(batch.x.device).at(batch, t.long())
-        out = x0 if prediction == "x0" else noise_from_x0(c, batch.x, x0)
+        out = x0 if prediction == "x0" else c.noise_from_x0(batch.x, x0)
         return torch.cat([out, -torch.ones_like(out)], dim=channels(batch))
 
     batch = three_layouts(SQUARES)["dense4"]
@@ -178,7 +175,7 @@ def test_a_fixed_variance_leaves_the_squared_error(variance: str, loss: str) -> 
     found = gaussian(variance=variance, loss=loss).loss(lambda b, t: torch.tanh(b.x), batch, rng)
     c = Process(linear(1000)).on(batch.x.device).at(batch, found.t.long())
     noise = rng.normal("noise", batch.x.shape)
-    expected = batch.per_image((noise - torch.tanh(q_sample(c, batch.x, noise))) ** 2)
+    expected = batch.per_image((noise - torch.tanh(c.q_sample(batch.x, noise))) ** 2)
     torch.testing.assert_close(found.total, expected)
     assert list(found.terms) == ["mse"]
 
@@ -204,7 +201,7 @@ def test_clipping_acts_on_the_predicted_data() -> None:
     c = objective.process.on(batch.x.device).at(batch, torch.tensor([1, 5, 500, 999]))
     reverse = objective.reverse(c, batch, 3 * batch.x, None, clip=True)
     assert torch.equal(reverse.x0, (3 * batch.x).clamp(-1, 1))
-    torch.testing.assert_close(reverse.mean, posterior_mean(c, reverse.x0, batch.x))
+    torch.testing.assert_close(reverse.mean, c.posterior_mean(reverse.x0, batch.x))
 
 
 def test_the_bound_adds_up_and_prefers_the_better_network() -> None:
@@ -276,9 +273,9 @@ def test_views_agree_with_each_other(prediction: str) -> None:
     field = objective.field(lambda b, t: torch.tanh(b.x) * b.expand(1 + t / 500))
     x0, reverse = field.x0(batch, 300), field.mean_logvar(batch, 300)
     assert torch.equal(x0, reverse.x0)
-    torch.testing.assert_close(reverse.mean, posterior_mean(field.at(batch, 300), x0, batch.x))
+    torch.testing.assert_close(reverse.mean, field.at(batch, 300).posterior_mean(x0, batch.x))
     if prediction == "epsilon":
-        torch.testing.assert_close(noise_from_x0(field.at(batch, 300), batch.x, x0), torch.tanh(batch.x) * 1.6)
+        torch.testing.assert_close(field.at(batch, 300).noise_from_x0(batch.x, x0), torch.tanh(batch.x) * 1.6)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0"])

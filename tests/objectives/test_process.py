@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from genfound.layouts import Dense
-from genfound.objectives.process import SCHEDULES, Process, linear, noise_from_x0, q_sample, x0_from_noise
+from genfound.objectives.process import SCHEDULES, Process, linear
 from tests.helpers import latents
 
 
@@ -34,9 +34,9 @@ def test_noise_and_data_are_inverse() -> None:
     process = Process(linear(1000))
     c = process.on(batch.x.device).at(batch, torch.tensor([0, 10, 400, 700]))
     noise = torch.randn_like(batch.x)
-    x_t = q_sample(c, batch.x, noise)
-    torch.testing.assert_close(x0_from_noise(c, x_t, noise), batch.x, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(noise_from_x0(c, x_t, batch.x), noise, atol=1e-3, rtol=1e-3)
+    x_t = c.q_sample(batch.x, noise)
+    torch.testing.assert_close(c.x0_from_noise(x_t, noise), batch.x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(c.noise_from_x0(x_t, batch.x), noise, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kept", [[0, 4, 8, 999], [980], list(range(0, 1000, 20))])

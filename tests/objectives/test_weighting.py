@@ -42,11 +42,9 @@ def test_weights_by_their_names() -> None:
     torch.testing.assert_close(time_weight("min_snr", "x0", point, 5.0), snr.clamp(max=5))
     torch.testing.assert_close(time_weight("min_snr", "noise", point, 5.0), (5 / snr).clamp(max=1))
     torch.testing.assert_close(time_weight("likelihood", "score", point, 5.0), 1 / (T * (1 - T)))
-    for kind in PREDICTIONS:
-        assert (time_weight("none", kind, point, 5.0) == 1).all()
 
 
 def test_a_velocity_has_finite_weights_at_both_ends() -> None:
     point = INTERPOLANTS["linear"].point(torch.tensor([0.0, 1.0]))
-    for weighting in ("none", "velocity", "min_snr"):
+    for weighting in ("velocity", "min_snr"):
         assert time_weight(weighting, "velocity", point, 5.0).isfinite().all()

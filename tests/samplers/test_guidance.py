@@ -10,8 +10,7 @@ from torch import Tensor
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.layouts import Dense, Packed, Padded
-from genfound.objectives.base import GuidanceOf
-from genfound.objectives.time_direction import TimeAdapter
+from genfound.objectives.base import GuidanceOf, TimeAdapter
 from genfound.samplers.guidance import AutoGuidance, ClassifierFreeGuidance
 from tests.helpers import SAMPLERS, guidance_of, latents, linear_flow, small_nit
 from tests.samplers.test_ddpm import objective as gaussian

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from genfound.batch import Batch
 from genfound.config.checks import number, one_of
-from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective
+from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective, TimeAdapter
 from genfound.objectives.interpolants import INTERPOLANTS, Coefficients, Interpolant
 from genfound.objectives.predictions import PREDICTIONS, Predictions
-from genfound.objectives.time_direction import TimeAdapter
 from genfound.objectives.times import TIME_LAWS, check_shift, shift_factor, shifted, time_grid, windowed
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
 

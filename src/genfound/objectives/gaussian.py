@@ -10,21 +10,11 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.config.checks import integer, one_of
-from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective
+from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective, TimeAdapter
 from genfound.objectives.bits import discretised_bits, kl_bits
 from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import Predictions
-from genfound.objectives.process import (
-    SCHEDULES,
-    Process,
-    Tables,
-    noise_from_x0,
-    posterior_mean,
-    q_sample,
-    space_timesteps,
-    x0_from_noise,
-)
-from genfound.objectives.time_direction import TimeAdapter
+from genfound.objectives.process import SCHEDULES, Process, Tables, space_timesteps
 from genfound.objectives.times import TimeLaw, time_grid
 from genfound.objectives.weighting import EXPONENTS
 
@@ -103,7 +93,7 @@ class Gaussian(Objective):
         step = torch.where(batch.real, (part * len(self.process)).long(), len(self.process) // 2)  # (B,)
         tables = self.process.on(batch.x.device)
         c, t = tables.at(batch, step), tables.timesteps[step]
-        noised = replace(batch, x=q_sample(c, batch.x, noise))
+        noised = replace(batch, x=c.q_sample(batch.x, noise))
         terms = self._terms(c, batch, noised, noise, net(noised, t).float())
         return Losses(total=torch.stack(list(terms.values())).sum(0), t=t, terms=terms)
 
@@ -145,7 +135,7 @@ class Gaussian(Objective):
 
     def reverse(self, c: Tables, batch: Batch, prediction: Tensor, v: Tensor | None, clip: bool) -> ReverseStep:
         """p(x_{t-1} | x_t) at x_t = `batch.x`, from the two parts of the network's output."""
-        x0 = prediction if self.prediction == "x0" else x0_from_noise(c, batch.x, prediction)
+        x0 = prediction if self.prediction == "x0" else c.x0_from_noise(batch.x, prediction)
         x0 = x0.clamp(-1, 1) if clip else x0
         if v is not None:
             share = (v + 1) / 2
@@ -156,7 +146,7 @@ class Gaussian(Objective):
         else:
             variance, log_variance = c.posterior_variance, c.posterior_log_variance_clipped
         shape = batch.x.shape
-        return ReverseStep(posterior_mean(c, x0, batch.x), variance.expand(shape), log_variance.expand(shape), x0)
+        return ReverseStep(c.posterior_mean(x0, batch.x), variance.expand(shape), log_variance.expand(shape), x0)
 
     def times(self, steps: Any, needs: str = "velocity") -> Tensor:
         """The kept steps of the process; of other samplers equidistant times to -1, where there is no noise at all."""
@@ -211,8 +201,8 @@ class GaussianField:
         if self.gradient is None:
             return x0
         c = self.at(batch, t)
-        noise = noise_from_x0(c, batch.x, x0) - (1 - c.alphas_cumprod).sqrt() * self.gradient(batch, t)
-        return x0_from_noise(c, batch.x, noise)
+        noise = c.noise_from_x0(batch.x, x0) - (1 - c.alphas_cumprod).sqrt() * self.gradient(batch, t)
+        return c.x0_from_noise(batch.x, noise)
 
     def velocity(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """dx/dt of the probability-flow ODE at any real t from -1 to T-1."""
@@ -231,7 +221,7 @@ class GaussianField:
 
 def vlb_bits(c: Tables, clean: Batch, noised: Batch, reverse: ReverseStep) -> Tensor:
     """(B,) term of the variational bound, bits per dimension: a KL, at the first step a likelihood of 8 bits."""
-    true_mean = posterior_mean(c, clean.x, noised.x)
+    true_mean = c.posterior_mean(clean.x, noised.x)
     kl = kl_bits(true_mean, c.posterior_log_variance_clipped, reverse.mean, reverse.log_variance)
     likelihood = discretised_bits(clean.x, reverse.mean, reverse.log_variance)
     first = c.posterior_variance == 0

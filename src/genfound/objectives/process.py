@@ -69,6 +69,22 @@ class Tables:
         """The numbers of each image's own step (B,)."""
         return Tables(**{f.name: batch.expand(getattr(self, f.name)[step]) for f in fields(self)})
 
+    def q_sample(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """x_t from data and noise."""
+        return self.sqrt_alphas_cumprod * x0 + self.sqrt_one_minus_alphas_cumprod * noise
+
+    def x0_from_noise(self, x_t: Tensor, noise: Tensor) -> Tensor:
+        """The data that gave x_t with this noise."""
+        return self.sqrt_recip_alphas_cumprod * x_t - self.sqrt_recipm1_alphas_cumprod * noise
+
+    def noise_from_x0(self, x_t: Tensor, x0: Tensor) -> Tensor:
+        """The noise that gave x_t from this data."""
+        return (self.sqrt_recip_alphas_cumprod * x_t - x0) / self.sqrt_recipm1_alphas_cumprod
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor) -> Tensor:
+        """The mean of q(x_{t-1} | x_t, x_0)."""
+        return self.posterior_mean_coef1 * x0 + self.posterior_mean_coef2 * x_t
+
 
 class Process:
     """T noising steps, of variances betas (T,) float64.
@@ -127,26 +143,6 @@ class Process:
         kept = torch.tensor([self.step(t) for t in timesteps])
         a = self.tables.alphas_cumprod[kept]
         return Process(1 - a / torch.cat([a.new_ones(1), a[:-1]]), self.timesteps[kept])
-
-
-def q_sample(c: Tables, x0: Tensor, noise: Tensor) -> Tensor:
-    """x_t from data and noise."""
-    return c.sqrt_alphas_cumprod * x0 + c.sqrt_one_minus_alphas_cumprod * noise
-
-
-def x0_from_noise(c: Tables, x_t: Tensor, noise: Tensor) -> Tensor:
-    """The data that gave x_t with this noise."""
-    return c.sqrt_recip_alphas_cumprod * x_t - c.sqrt_recipm1_alphas_cumprod * noise
-
-
-def noise_from_x0(c: Tables, x_t: Tensor, x0: Tensor) -> Tensor:
-    """The noise that gave x_t from this data."""
-    return (c.sqrt_recip_alphas_cumprod * x_t - x0) / c.sqrt_recipm1_alphas_cumprod
-
-
-def posterior_mean(c: Tables, x0: Tensor, x_t: Tensor) -> Tensor:
-    """The mean of q(x_{t-1} | x_t, x_0)."""
-    return c.posterior_mean_coef1 * x0 + c.posterior_mean_coef2 * x_t
 
 
 StepSpec = int | str | Sequence[int]

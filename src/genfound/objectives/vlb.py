@@ -10,7 +10,6 @@ from genfound.batch import Batch
 from genfound.objectives.base import Net
 from genfound.objectives.bits import kl_bits
 from genfound.objectives.gaussian import Gaussian, vlb_bits
-from genfound.objectives.process import noise_from_x0, q_sample
 from genfound.rng import Rng
 
 
@@ -33,10 +32,10 @@ def variational_bound(objective: Gaussian, net: Net, batch: Batch, rng: Rng) -> 
         steps = torch.full((len(batch.y),), step, device=batch.x.device)
         c = tables.at(batch, steps)
         noise = rng.at(len(columns)).normal("noise", batch.x.shape, batch.x.device)
-        noised = replace(batch, x=q_sample(c, batch.x, noise))
+        noised = replace(batch, x=c.q_sample(batch.x, noise))
         prediction, v = objective.split(noised, net(noised, tables.timesteps[steps]).float())
         reverse = objective.reverse(c, noised, prediction, v, objective.clip_x0)
-        implied = noise_from_x0(c, noised.x, reverse.x0)
+        implied = c.noise_from_x0(noised.x, reverse.x0)
         vb = vlb_bits(c, batch, noised, reverse)
         columns.append((vb, batch.per_image((reverse.x0 - batch.x) ** 2), batch.per_image((implied - noise) ** 2)))
     bits, x0_mse, noise_mse = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))

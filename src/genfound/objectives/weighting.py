@@ -30,8 +30,6 @@ def time_weight(weighting: str, prediction: str, point: Coefficients, gamma: flo
     velocity, `likelihood` that of the score times the half diffusion (both SiT), `min_snr` that of the data
     times min(signal-to-noise, gamma) (Hang et al. 2023). The error of a score is that of sigma times it.
     """
-    if weighting == "none":
-        return torch.ones_like(point.alpha)
     alpha, sigma, speed = point.alpha, point.sigma, point.wronskian
     above = {
         "velocity": lambda: speed**2,

@@ -6,7 +6,6 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.config.checks import number
 from genfound.objectives.gaussian import GaussianField
-from genfound.objectives.process import noise_from_x0
 from genfound.samplers.base import Progress, StepRng, sampler, walk
 
 
@@ -41,7 +40,7 @@ def ddim(
         x0, c = field.x0(state, t), field.at(state, t)
         a, a_prev = c.alphas_cumprod, c.alphas_cumprod_prev
         sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
-        x = x0 * a_prev.sqrt() + (1 - a_prev - sigma**2).sqrt() * noise_from_x0(c, state.x, x0)
+        x = x0 * a_prev.sqrt() + (1 - a_prev - sigma**2).sqrt() * c.noise_from_x0(state.x, x0)
         if eta and step < len(times) - 1:
             x = x + sigma * rng.normal(step).to(x.device)
         return x
@@ -57,6 +56,6 @@ def ddim_invert(field: GaussianField, batch: Batch, times: Tensor) -> Batch:
     def move(_: int, state: Batch, t: float) -> Tensor:
         x0, c = field.x0(state, t), field.at(state, t)
         a_next = c.alphas_cumprod_next
-        return x0 * a_next.sqrt() + (1 - a_next).sqrt() * noise_from_x0(c, state.x, x0)
+        return x0 * a_next.sqrt() + (1 - a_next).sqrt() * c.noise_from_x0(state.x, x0)
 
     return walk(batch, times.tolist(), move, None, torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.config import checks
-from genfound.objectives.time_direction import TimeAdapter
+from genfound.objectives.base import TimeAdapter
 
 
 @dataclass

@@ -23,8 +23,7 @@ from genfound.data.images import views
 from genfound.layers.embed import LabelEmbedder, TimestepEmbedder, sinusoid
 from genfound.layouts import Dense
 from genfound.modules.base import GenerativeModule
-from genfound.objectives.base import Losses, Net
-from genfound.objectives.time_direction import TimeAdapter
+from genfound.objectives.base import Losses, Net, TimeAdapter
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter, sizes_of

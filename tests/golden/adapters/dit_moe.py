@@ -17,7 +17,7 @@ from genfound.backbones.dit_moe import Block, DiTMoE, NormedAttention, active_pa
 from genfound.checkpoints.official import dit_moe
 from genfound.layers.moe import Expert, MixtureOfExperts, Router, Routing, balance_loss
 from genfound.modules.dit_moe import DiTMoEModule, upcycle
-from genfound.objectives.time_direction import TimeAdapter
+from genfound.objectives.base import TimeAdapter
 from genfound.runtime import checkpoint_io
 from genfound.tokenizers import LatentSpec
 from tests.golden import fill

@@ -19,7 +19,7 @@ from genfound.batch import Batch
 from genfound.checkpoints.official.fit import from_official
 from genfound.layouts import Packed
 from genfound.layouts.base import from_tokens
-from genfound.objectives.time_direction import TimeAdapter
+from genfound.objectives.base import TimeAdapter
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter, sizes_of

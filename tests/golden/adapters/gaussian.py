@@ -13,7 +13,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.layouts import Dense
 from genfound.objectives.gaussian import Gaussian, GaussianField, ReverseStep
-from genfound.objectives.process import StepSpec, linear, posterior_mean, q_sample, space_timesteps, x0_from_noise
+from genfound.objectives.process import StepSpec, linear, space_timesteps
 from genfound.objectives.vlb import variational_bound
 from genfound.rng import Rng
 from genfound.samplers.ddpm import ddim_invert
@@ -143,16 +143,16 @@ def forward_process(fixture: Fixture) -> Results:
     given = inputs(fixture)
     process, batch = respaced(fixture["config"]["diffusion"]).process, dense(given["x_start"])
     c = process.on(batch.x.device).at(batch, given["t"])
-    x_t = q_sample(c, batch.x, given["noise"])
+    x_t = c.q_sample(batch.x, given["noise"])
     return {
         "x_t": x_t,
         "mean": c.sqrt_alphas_cumprod * batch.x,
         "variance": 1 - process.tables.alphas_cumprod[given["t"]],
         "log_variance": c.log_one_minus_alphas_cumprod.flatten(),
-        "posterior_mean": posterior_mean(c, batch.x, x_t),
+        "posterior_mean": c.posterior_mean(batch.x, x_t),
         "posterior_variance": c.posterior_variance.flatten(),
         "posterior_log_variance": c.posterior_log_variance_clipped.flatten(),
-        "xstart_from_eps": x0_from_noise(c, x_t, given["noise"]),
+        "xstart_from_eps": c.x0_from_noise(x_t, given["noise"]),
     }
 
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.objectives.base import GuidanceOf
+from genfound.objectives.base import GuidanceOf, TimeAdapter
 from genfound.objectives.flow import Flow
 from genfound.objectives.predictions import Predictions
-from genfound.objectives.time_direction import TimeAdapter
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.samplers.guidance import AutoGuidance

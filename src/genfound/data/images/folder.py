@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from genfound.config.checks import integer
-from genfound.data.images.class_folders import class_folders
 from genfound.data.images.index import FileInfo, ImageFiles, index_file, known
+from genfound.data.images.names import class_folders
 from genfound.data.images.opening import format_notes, on_white, opened, upright
 from genfound.data.images.views import ImageViews
 

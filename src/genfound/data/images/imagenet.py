@@ -20,9 +20,8 @@ from filelock import FileLock
 from PIL import Image
 
 from genfound.config.checks import integer
-from genfound.data.images.class_folders import class_folders
 from genfound.data.images.index import FileInfo, ImageFiles, index_file, known
-from genfound.data.images.names import shown
+from genfound.data.images.names import class_folders, shown
 from genfound.data.images.opening import WIDE, as_stored, format_notes, opened
 from genfound.data.images.views import ImageViews
 from genfound.runtime.files import visible

@@ -20,8 +20,7 @@ import numpy as np
 from PIL import Image
 
 from genfound.data.images.base import PictureSource
-from genfound.data.images.class_folders import remarks
-from genfound.data.images.names import Names, shown
+from genfound.data.images.names import Names, remarks, shown
 from genfound.data.images.views import ImageViews
 from genfound.runtime.files import atomic_write, digest, hidden, lock
 

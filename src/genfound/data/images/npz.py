@@ -1,10 +1,7 @@
 """Npz files: arrays that are mapped into memory where they can be, and images that are written one at a time."""
 
 import hashlib
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +12,6 @@ import numpy as np
 from genfound.runtime.files import atomic_write
 
 BLOCK = 1 << 20
-DAMAGE = (
-    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, OSError, EOFError, ValueError,
-    TypeError, KeyError, OverflowError, MemoryError, RuntimeError,
-)  # fmt: skip
 
 
 class ImageStack(NamedTuple):
@@ -86,13 +79,13 @@ def file_hash(file: Path) -> str:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
-    """All that zipfile, zlib and numpy raise on damaged bytes becomes one ValueError that names the file."""
+    """Whatever is raised on damaged bytes becomes one ValueError that names the file."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     try:
         with zipfile.ZipFile(file) as archive:
             yield archive
-    except DAMAGE as error:
+    except Exception as error:  # zipfile, zlib and numpy raise error, TokenError, SyntaxError, KeyError and more
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise ValueError(f"{file} is damaged or is not an npz file of arrays: {reason}") from None
 

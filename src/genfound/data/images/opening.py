@@ -31,19 +31,6 @@ DARK = 16
 
 
 @contextlib.contextmanager
-def decoding() -> Iterator[None]:
-    """Turn whatever Pillow stumbles over into an OSError, and be quiet about damaged EXIF data and large images."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except OSError:
-            raise
-        except Exception as error:  # decoders raise ValueError, SyntaxError, EOFError, struct.error and more
-            raise OSError(str(error) or type(error).__name__) from None
-
-
-@contextlib.contextmanager
 def opened(file: Path, max_pixels: int | None = None, key: str = "data.max_pixels") -> Iterator[Image.Image]:
     """An image file, judged by its content, whose header has been read; everything that fails within is an OSError.
 
@@ -52,19 +39,21 @@ def opened(file: Path, max_pixels: int | None = None, key: str = "data.max_pixel
     """
     if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # Pillow has one limit for all threads
-    with decoding():
-        try:
-            picture = Image.open(file)
-        except Image.DecompressionBombError as error:
-            limit = str(error).partition(", could be")[0]
-            raise OSError(f"{limit}; {key}=N takes images of up to N pixels") from None
-        with picture:
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as picture:  # damaged EXIF data, large images
             if max_pixels is not None and picture.width * picture.height > max_pixels:
                 pixels = f"{picture.height} x {picture.width} pixels"
                 raise OSError(f"its {pixels} are more than {key}={max_pixels}")
             if picture.mode.startswith(WIDE) and getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == 0:
                 raise OSError(f"its white is 0, which is not read in mode {picture.mode}; convert it to 8 bits")
             yield picture
+    except OSError:
+        raise
+    except Image.DecompressionBombError as error:
+        limit = str(error).partition(", could be")[0]
+        raise OSError(f"{limit}; {key}=N takes images of up to N pixels") from None
+    except Exception as error:  # decoders raise ValueError, SyntaxError, EOFError, struct.error and more
+        raise OSError(str(error) or type(error).__name__) from None
 
 
 def format_notes(picture: Image.Image, file: Path) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from genfound.data.images.class_folders import remarks
+from genfound.data.images.names import remarks
 
 MOST_CLASSES = 1_000
 """Labels are below it, or below the number of images where that is larger."""

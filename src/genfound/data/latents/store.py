@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 from genfound.data.images.base import LatentSource
-from genfound.data.images.class_folders import remarks
-from genfound.data.images.names import Names
+from genfound.data.images.names import Names, remarks
 from genfound.data.images.views import Entries, ImageViews
 from genfound.data.latents.manifest import REPAIR, fingerprint, read_manifest, store_digest
 from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_header, read_tensors, write_tensors

@@ -8,8 +8,7 @@ import numpy as np
 
 from genfound.config.checks import integer
 from genfound.data.images.base import ImageSource
-from genfound.data.packing.batch_plan import MicroBatch, each_once
-from genfound.data.packing.order import Order
+from genfound.data.packing.batch_plan import MicroBatch, Order, each_once
 from genfound.layouts import Dense, Layout, Packed
 from genfound.tokenizers import LatentSpec
 

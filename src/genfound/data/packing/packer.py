@@ -1,7 +1,7 @@
 """Grouping of a stream of positions into micro-batches.
 
 `Packer` fills packs of a token budget in arrival order and closes each pack's gap with those of the next images
-that fit best together; what does not fit is carried over, so that no token budget is lost. `Chunker` takes a
+that fit best together; what does not fit is carried over, so that no token budget is lost. `FixedBatcher` takes a
 fixed number of images. Both are deterministic, see sizes only, and can be put back to a recorded state.
 """
 
@@ -140,7 +140,7 @@ def _sum_to(total: int, reach: list[int], candidates: list[int]) -> list[int]:
 class Repeated:
     """The first micro-batches of another batcher, again and again, to see whether a network can learn them."""
 
-    def __init__(self, batcher: "Packer | FixedBatcher", count: int) -> None:
+    def __init__(self, batcher: Packer, count: int) -> None:
         self.window = batcher.window
         self.kind = repr((batcher.kind, count))
         self._micros = [batcher.take() for _ in range(count)]
@@ -161,35 +161,16 @@ class Repeated:
         self._taken = state.get("taken", 0)
 
 
-class FixedBatcher:
+class FixedBatcher(Packer):
     """A fixed number of images a micro-batch, in order."""
 
     window = 1
 
     def __init__(self, images: int) -> None:
-        self.images = images
-        self.kind = repr(("chunks", images))
-        self._next = 0
-        self._waiting: list[int] = []
-
-    def take(self) -> list[int]:
-        """Positions of the next micro-batch."""
-        missing = max(self.images - len(self._waiting), 0)
-        positions = [*self._waiting, *range(self._next, self._next + missing)]
-        self._next += missing
-        self._waiting = positions[self.images :]
-        return positions[: self.images]
-
-    def state(self) -> dict[str, Any]:
-        """The next position, and those before it that a resumed run has still to take."""
-        return {"next": self._next, "waiting": list(self._waiting)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a recorded state."""
-        self._next = state["next"]
-        self._waiting = list(state["waiting"])
+        super().__init__(lambda position: 1, images, images, lookahead=1)
+        self.kind, self.reserve = repr(("chunks", images)), 0
 
 
-Batcher = Packer | Repeated | FixedBatcher
+Batcher = Packer | Repeated
 """Produces micro-batches of positions. `window` of them are matched by cost; `kind` changes with whatever decides,
 besides the tokens of each position, what a micro-batch holds; `restore` continues from what `state` gave."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
+from genfound.objectives.base import TimeAdapter
 from genfound.objectives.predictions import PREDICTIONS
-from genfound.objectives.time_direction import TimeAdapter
 from genfound.rng import Rng
 from tests.helpers import linear_flow, packed
 
