@@ -55,7 +55,7 @@ KEPT = ("ema.decays=[0.9,0.99]", "callbacks.checkpointing.every=8")
 LATER = [pytest.param(extra, marks=pytest.mark.slow) for extra in KEPT]
 
 
-@pytest.mark.parametrize("extra", ["batch.packs=2", *LATER])
+@pytest.mark.parametrize("extra", ["batch.packs=2", "optimizer=muon", *LATER])
 def test_whatever_is_saved_continues_bit_by_bit(extra: str, tmp_path: Path) -> None:
     """Weights, averages, optimizer and the place in the data, also where several micro-batches make a step."""
     for name, ends in (("straight", [7]), ("resumed", [2, 3, 7])):
@@ -137,6 +137,11 @@ SENSELESS = {
     "optimizer.betas=[0.9,2]": "optimizer.betas=2 must be",
     "model.depth=0": "model.depth=0 must be a whole number of at least 1",
     "batch.packs=null batch.images=4": "batch.images counts nothing in layout=packed; set batch.packs",
+    "optimizer=muon optimizer.matrices=blocks": "optimizer.matrices=blocks must be a list of parts of names",
+    "optimizer=muon optimizer.matrices=[]": "optimizer.matrices=[] must be a list of parts of names",
+    "optimizer=muon optimizer.momentum=1.5": "optimizer.momentum=1.5 must be a finite number of",
+    "optimizer=muon optimizer.ns_steps=0": "optimizer.ns_steps=0 must be a whole number of at least 1",
+    "optimizer=muon optimizer.ns_steps=100": "optimizer.ns_steps=100 must be a finite number of",
     "optimizer.clip=0": "optimizer.clip=0 must be a finite number above 0",
     "model.label_drop=2": "model.label_drop=2 must be",
     "model.activation_checkpointing=-2": "model.activation_checkpointing=-2 must be a whole number of at least 1",
@@ -161,7 +166,7 @@ def test_a_project_that_wandb_refuses_stops_no_run(
 
 
 def test_parameters_that_do_not_exist_cannot_be_trained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.trainable=\['lora'\]: no parameter has lora"):
+    with pytest.raises(ValueError, match=r"optimizer\.trainable=\['lora'\]: no parameter for it has lora"):
         fit(run_dir(tmp_path, *TINY, "optimizer.trainable=[lora]"))
 
 

@@ -36,8 +36,9 @@ def test_two_devices_give_the_loss_curve_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_two_devices_to_one(tmp_path: Path) -> None:
-    same = [*TINY, "batch.packs=2", "trainer.precision=fp32"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_moves_from_two_devices_to_one(optimizer: str, tmp_path: Path) -> None:
+    same = [*TINY, "batch.packs=2", "trainer.precision=fp32", f"optimizer={optimizer}"]
     for name, devices in (("moved", (2, 1)), ("stayed", (1, 1))):
         for steps, count in zip((3, 6), devices, strict=True):
             arguments = [f"trainer.max_steps={steps}", f"trainer.devices={count}", f"name={name}"]

@@ -94,14 +94,24 @@ def check(config: Mapping[str, Any]) -> None:
     if not isinstance(every := model.get("activation_checkpointing", False), bool):
         integer("model.activation_checkpointing", every, 1)
     number("model.label_drop", model["label_drop"], 0, 1)
+    _check_optimizer(optimizer)
+    read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
+    if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
+        raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
+
+
+def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     number("optimizer.ema_decay", optimizer["ema_decay"], 0, 1)
     for key in ("lr", "weight_decay"):
         number(f"optimizer.{key}", optimizer[key], 0)
     if optimizer["clip"] is not None:
         number("optimizer.clip", optimizer["clip"], 0, above=True)
-    read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
-    if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
-        raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
+    if "matrices" in optimizer:  # those of Muon
+        if not isinstance(parts := optimizer["matrices"], list) or not parts:
+            raise ValueError(f"optimizer.matrices={parts} must be a list of parts of names, such as [blocks]")
+        number("optimizer.momentum", optimizer["momentum"], 0, 1)
+        integer("optimizer.ns_steps", optimizer["ns_steps"], 1)
+        number("optimizer.ns_steps", optimizer["ns_steps"], 1, 99)  # torch.optim.Muon's own limit
 
 
 def one_step(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,13 @@ from genfound.batch import Batch
 from genfound.config import compose
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.loader import HeldOut
+from genfound.modules.muon import Muon
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 
 TrainItem = tuple[Batch, MicroBatch]
+Named = list[tuple[str, nn.Parameter]]
 
 TIMES = (0.02, 0.98)
 """Ends of the times of the velocity error: every published process has these ratios of noise to signal."""
@@ -47,7 +49,7 @@ class GenerativeModule(lightning.LightningModule):
     Args:
         net: backbone.
         objective: its loss.
-        optimizer: lr, betas, eps, weight_decay, schedule, warmup_images, clip, trainable.
+        optimizer: lr, betas, eps, weight_decay, schedule, warmup_images, clip, trainable; Muon's matrices, ...
         label_drop: probability of the null label, per image.
         seed: seed of the run.
         budget: images of the run; the end of a cosine schedule.
@@ -169,9 +171,14 @@ class GenerativeModule(lightning.LightningModule):
         return self.objective.loss(self.net, batch, rng)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Fused AdamW over the parameter groups."""
+        """Fused AdamW over the parameter groups; Muon over the matrices that `optimizer.matrices` names."""
+        groups = list(self.parameter_groups())
+        if matrices := self.settings.get("matrices"):
+            named = parts_of("matrices", [(n, p) for n, p in self.net.named_parameters() if p.ndim == 2], matrices)
+            groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+            return Muon(groups, [p for _, p in named], self.settings)
         own, betas = {key: self.settings[key] for key in ("lr", "eps", "weight_decay")}, tuple(self.settings["betas"])
-        return torch.optim.AdamW(self.parameter_groups(), betas=betas, fused=True, **own)
+        return torch.optim.AdamW(groups, betas=betas, fused=True, **own)
 
     def on_train_batch_start(self, item: TrainItem, batch_idx: int) -> None:
         """Set the learning rate of the step from the images seen before it."""
@@ -211,9 +218,11 @@ class GenerativeModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the number of images seen back; the optimizer's settings are those of the configuration."""
         self.images_seen = checkpoint["images_seen"]
-        saved_groups = checkpoint["optimizer_states"][0]["param_groups"]
-        for saved, own in zip(saved_groups, self.configure_optimizers().param_groups, strict=True):
-            saved.update({name: own[name] for name in ("betas", "eps", "weight_decay")})
+        saved, own = checkpoint["optimizer_states"][0]["param_groups"], self.configure_optimizers().param_groups
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+            raise ValueError("optimizer: a run keeps the parameters of Muon and of AdamW; choose another name=...")
+        for group, now in zip(saved, own, strict=True):
+            group.update({key: value for key, value in now.items() if key not in ("params", "lr")})
 
 
 def module_of(parts: build.RunComponents) -> GenerativeModule:
@@ -237,12 +246,17 @@ def module_class(backbone: type[Backbone]) -> type[GenerativeModule]:
 
 def train_only(net: nn.Module, parts: Sequence[str]) -> None:
     """Freeze every parameter but those with one of these parts in their names."""
-    names = [name for name, _ in net.named_parameters()]
+    net.requires_grad_(False)
+    for _, parameter in parts_of("trainable", list(net.named_parameters()), parts):
+        parameter.requires_grad_()
+
+
+def parts_of(key: str, named: Named, parts: Sequence[str]) -> Named:
+    """Those with one of these parts in their names, for a key of `optimizer`."""
     for part in parts:
-        if not any(part in name for name in names):
-            raise ValueError(f"optimizer.trainable={list(parts)}: no parameter has {part} in its name")
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(any(part in name for part in parts))
+        if not any(part in name for name, _ in named):
+            raise ValueError(f"optimizer.{key}={list(parts)}: no parameter for it has {part} in its name")
+    return [(name, parameter) for name, parameter in named if any(part in name for part in parts)]
 
 
 def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> float:
