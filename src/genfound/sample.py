@@ -36,6 +36,7 @@ def _task(cfg: DictConfig) -> None:
     processes.tune_malloc()
     config = compose.to_dict(cfg)
     checks.integer("batch", config["batch"], 1)
+    checks.integer("seed", config["seed"], 0)
     chosen = command_line.user_overrides()
     out = Path(config["out"] or _default_out(Path(config["from"]), chosen))
     check_folder("out", out)

@@ -131,7 +131,7 @@ def _trainer(
     set_here = {key: value for key, value in options.items() if value is not None and key not in ours}
     try:
         trainer: lightning.Trainer = instantiate_own("trainer", set_here, ours)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, RuntimeError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from None
     return trainer
 

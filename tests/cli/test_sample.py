@@ -1,6 +1,7 @@
 """`python -m genfound.sample`: pictures from a run, and wrong input."""
 
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,16 @@ def test_what_is_composed_is_what_the_run_samples_with(run: Path, tmp_path: Path
     composed, config = OmegaConf.create(shown.stdout), run_directory.read_config(run)
     assert composed.sampler == config["sampler"]
     assert composed.guidance == {**config["guidance"], "scale": 3}
+
+
+def test_a_file_names_no_code_by_the_grammar_of_overrides(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = run_directory.read_config(run)
+    config["guidance"]["power"] = {"_target_:shutil.copytree,src": str(run), "dst": str(tmp_path / "made")}
+    OmegaConf.save(config, tmp_path / "run/config.yaml")
+    error = one_error(genfound("sample", "from=run", "labels=[1]", "size=[16,16]", cwd=tmp_path))
+    assert "run: _target_:shutil.copytree,src is no name of an option" in error
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_sweep_over_models_takes_the_sampler_of_each(run: Path, tmp_path: Path) -> None:
@@ -189,6 +200,9 @@ def test_a_sampler_of_the_users_is_a_function_and_an_option(run: Path, tmp_path:
     assert "sampler._target_=jumping.jump is code outside genfound; if you trust it, set trust=[jumping]" in error
     drawn = call("sample", "from=runs/default/run", "trust=[jumping]", *arguments, "out=own")
     assert drawn.returncode == 0 and "jumped 0.25" in drawn.stdout, drawn.stderr
+
+    drawn = call("sample", "from=runs/default/run", "trust=[jumping]", *arguments, "sampler.strength=0.5", "out=set")
+    assert drawn.returncode == 0 and "jumped 0.5" in drawn.stdout, drawn.stderr
 
     error = one_error(call("train", "--config-dir", "mine", "sampler=walking", *tiny))
     assert "sampler=walking cannot sample objective=flow; choose sampler=dopri5 or euler or heun or sde" in error

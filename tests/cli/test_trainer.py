@@ -95,6 +95,8 @@ REFUSED = {
     "callbacks.ema=null": "callbacks.ema is part of every run",
     "+callbacks.x._target_=lightning.Nope": "callbacks.x cannot be built: module 'lightning' has no attribute 'Nope'",
     "trainer.profiler=complete": "trainer: ",
+    "trainer.benchmark=foo": "trainer: set_benchmark_cudnn expects a bool",
+    "seed=null": "seed=null must be a whole number of at least 0",
 }
 
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from genfound.config import command_line
 from genfound.config.errors import USER_ERRORS, sentence
 from genfound.runtime.run_directory import read_config
-from tests.helpers import run_dir
+from tests.helpers import composed, run_dir
 
 
 def test_a_device_without_memory_is_one_line_with_the_keys_that_help() -> None:
@@ -56,6 +56,39 @@ def test_the_run_behind_a_quoted_path_is_found(tmp_path: Path) -> None:
     origin = f"from={command_line._quoted(str(folder))}"
     found = command_line.with_origin(lambda given: read_config(Path(given["from"])), ["-m", origin])
     assert found == ["-m", "sampler=heun", "guidance=autoguidance", 'guidance.weights="w=1"', origin]
+
+
+OF_A_FILE = {
+    "a target among keys": ({"guidance": {"power": {"_target_:shutil.rmtree,path": "x"}}}, "is no name of an option"),
+    "grammar in a key": ({"sampler": {"name": "mine", "x=1,y": 2}}, "x=1,y is no name of an option"),
+    "a variable in a key": ({"sampler": {"steps": {"a:${oc.env:HOME}": 1}}}, "holds an interpolation"),
+    "a variable in an empty group": ({"sampler": {"steps": {"${oc.env:HOME}": {}}}}, "holds an interpolation"),
+    "a variable behind a backslash": ({"sampler": {"steps": r"\${oc.env:HOME}"}}, "holds an interpolation"),
+}
+
+
+@pytest.mark.parametrize("case", OF_A_FILE)
+def test_what_a_file_says_is_never_read_as_grammar(case: str) -> None:
+    said, message = OF_A_FILE[case]
+    usual = composed()
+    config = {**usual, **{group: {**usual[group], **options} for group, options in said.items()}}
+    with pytest.raises(ValueError, match=r"^runs/x: ") as error:
+        command_line.with_origin(lambda _: config, ["from=runs/x"])
+    assert message in str(error.value) and str(Path.home()) not in str(error.value)
+
+
+def test_texts_of_a_file_stay_texts() -> None:
+    sampler = {"name": "mine", "a": 'b" c\\', "d": [1, 2.5, None, True, "x,y"], "e": {"f": "{g}"}}
+    added = command_line.with_origin(lambda _: {"sampler": sampler, "guidance": {"name": "none"}}, ["from=x"])
+    found = {override.key_or_group: override.value() for override in command_line._parsed(added[1:-1])}
+    assert {key.removeprefix("sampler."): value for key, value in found.items()} == {**sampler, "guidance": "none"}
+
+
+def test_single_keys_of_a_sampler_from_elsewhere_come_after_its_own() -> None:
+    config = {"sampler": {"name": "mine", "steps": 9}, "guidance": {"name": "none"}}
+    assert command_line.with_origin(lambda _: config, ["sampler.steps=2", "from=x"]) == [
+        "~sampler", '+sampler.name="mine"', "+sampler.steps=9", "guidance=none", "sampler.steps=2", "from=x",
+    ]  # fmt: skip
 
 
 def test_several_copies_of_a_command_are_refused_with_the_way_to_several_devices() -> None:

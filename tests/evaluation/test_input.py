@@ -62,6 +62,8 @@ def wrong(folder: Path, run: Path, references: Path) -> dict[str, tuple[Path, di
         "processes by name": (run, {**at, "devices": "two"}, "devices=two must be"),
         "no image a call": (run, {**at, "batch": 0}, "batch=0 must be"),
         "fewer than no reference": (run, {**at, "reference_images": -5}, "reference_images=-5 must be"),
+        "samples without an end": (run, {**at, "n": None}, "n=null must be a whole number"),
+        "no seed": (run, {**at, "seed": None}, "seed=null must be a whole number"),
         "no sample": (few, {**tool, "n": 0}, "n=0 must be"),
         "a row without a sampler": (run, {"table": [row]}, "table: the row of 16x16 must have a sampler with its name"),
         "a row without a size": (run, {"table": [{}]}, "table: .* must have size, sampler and guidance"),

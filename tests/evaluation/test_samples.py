@@ -47,7 +47,7 @@ def test_random_labels_of_fewer_images_are_the_first_of_more() -> None:
 def test_wrong_rules_are_refused() -> None:
     for options, message in (
         ((10, "sorted", (4, 4)), "labels=sorted is unknown; choose one of random, balanced, data"),
-        ((0, "random", (4, 4)), "n=0 must be at least 1"),
+        ((0, "random", (4, 4)), "n=0 must be a whole number of at least 1"),
         ((10, "data", (4, 4)), "need the data set"),
     ):
         with pytest.raises(ValueError, match=message):

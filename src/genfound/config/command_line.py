@@ -190,29 +190,39 @@ def with_origin(read_origin: ReadOrigin | None, arguments: Sequence[str]) -> lis
         return list(arguments)
     config = read_origin({key: override.value() for key, override in given.items()}) or {}
     groups = [group for group in OF_THE_ORIGIN if group in config and group not in given]
-    added = [text for group in groups for text in _as_overrides(group, config[group], given)]
+    try:
+        compose.refuse_interpolations({group: config[group] for group in groups})
+        added = [text for group in groups for text in _as_overrides(group, config[group], given)]
+    except ValueError as error:
+        raise ValueError(f"{given['from'].value()}: {error}") from None
     place = next(k for k, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
     return [*arguments[:place], *added, *arguments[place:]]
 
 
 def _as_overrides(group: str, options: Mapping[str, Any], given: Collection[str]) -> list[str]:
     """Overrides that compose the options of a group, but for what is given; those of others in the place of any."""
-    choice, add, usual = f"~{group}", "+", dict[str, Any]()
     if options.get("name") in compose.option_names(group):
-        choice, add, usual = f"{group}={options['name']}", "", compose.read_option(group, options["name"])
-    wanted = {f"{group}.{key}": value for key, value in options.items() if key not in usual or value != usual[key]}
-    return [choice, *(f"{add}{key}={_literal(value)}" for key, value in wanted.items() if key not in given)]
+        usual = compose.read_option(group, options["name"])
+        wanted = {key: value for key, value in options.items() if key not in usual or value != usual[key]}
+        own = [f"{group}.{key}={_literal(value)}" for key, value in wanted.items() if f"{group}.{key}" not in given]
+        return [f"{group}={options['name']}", *own]
+    return [f"~{group}", *(f"+{group}.{_name(key)}={_literal(value)}" for key, value in options.items())]
 
 
 def _literal(value: Any) -> str:
-    """A value in the grammar of overrides; what would be an interpolation stays a text."""
-    if isinstance(value, str):
-        return _quoted(value.replace("${", r"\${"))
+    """A value out of a file in the grammar of overrides, as nothing else than what it is."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_literal(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ",".join(f"{_name(key)}:{_literal(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_literal, value)) + "]"
-    return "null" if value is None else str(value).lower()
+    return _quoted(value) if isinstance(value, str) else "null" if value is None else str(value).lower()
+
+
+def _name(key: Any) -> str:
+    """A key out of a file, which may hold no grammar."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", str(key), re.ASCII):
+        raise ValueError(f"{key} is no name of an option")
+    return str(key)
 
 
 def _parsed(arguments: Sequence[str]) -> list[Override]:

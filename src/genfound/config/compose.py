@@ -91,6 +91,13 @@ def to_dict(cfg: DictConfig | ListConfig, resolve: bool = True) -> dict[str, Any
     return {str(key): value for key, value in container.items()}
 
 
+def refuse_interpolations(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError for one in what a file holds: resolving it would read variables of the environment."""
+    if "${" in repr(config):
+        found = [f"{key}={value}" for key, value in flatten(config).items() if "${" in f"{key}={value!r}"]
+        raise ValueError(f"{next(iter(found), 'it')} holds an interpolation; files hold values only")
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings -> {dotted key: leaf}."""
     flat: dict[str, Any] = {}

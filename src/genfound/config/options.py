@@ -80,6 +80,7 @@ def check(config: Mapping[str, Any]) -> None:
             integer(f"{group}.{key}", config[group][key], least)
     for group, key in OR_NULL:
         integer(f"{group}.{key}", config[group][key], 1, or_null=True)
+    integer("seed", config["seed"], 0)
     _check_trainer(config)
     decays, model, optimizer = config["ema"]["decays"], config["model"], config["optimizer"]
     if not isinstance(decays, list | None):

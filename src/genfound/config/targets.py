@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra.errors import InstantiationException
 
-from genfound.config.compose import PARTIAL, TARGET, fill_option, flatten, targets_in
+from genfound.config.compose import PARTIAL, TARGET, fill_option, flatten, refuse_interpolations, targets_in
 
 Config = Mapping[str, Any]
 
@@ -61,6 +61,7 @@ def from_file(config: Any, trust: Collection[str], file: Path) -> dict[str, Any]
             raise ValueError(f"trust: {name} is not the name of a package")
     require_groups(config, file)
     try:
+        refuse_interpolations(config)
         config = {**config, **{group: fill_option(group, config[group]) for group in ("sampler", "guidance")}}
         for group in LOADED:
             if group != "guidance" or TARGET in config[group]:
@@ -88,11 +89,10 @@ def target(group: str, options: Mapping[str, Any], trust: Sequence[str]) -> Any:
 
 def resolved(group: str, options: Mapping[str, Any], trust: Sequence[str]) -> dict[str, Any]:
     """The options of a group with the class itself in the place of its name, checked; ready for Hydra."""
-    for key, value in flatten(options, f"{group}.").items():
+    refuse_interpolations({group: options})
+    for key in flatten(options, f"{group}."):
         if key.rpartition(".")[2].startswith("_") and not key.endswith((f".{TARGET}", f"{group}.{PARTIAL}")):
             raise ValueError(f"{key} is no option of a class")
-        if "${" in repr(value):  # resolving it would read variables of the environment
-            raise ValueError(f"{key}={value} holds an interpolation")
     return {**options, TARGET: target(group, options, trust)}
 
 

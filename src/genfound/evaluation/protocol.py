@@ -70,6 +70,7 @@ class EvaluationRequest:
         config = self.config
         for key in COUNTS:
             checks.integer(key, config[key], 1, or_null=True)
+        checks.integer("seed", config["seed"], 0)
         check_convention(config["convention"], config["extractor"])
         checks.one_of("labels", config["labels"], LABEL_RULES)
         for row in config["table"] or ():

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
-from genfound.config.compose import flatten, to_dict
+from genfound.config.compose import flatten, refuse_interpolations, to_dict
 from genfound.config.targets import require_groups
 from genfound.runtime.files import atomic_write, digest, visible
 
@@ -155,9 +155,10 @@ def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
     except (YAMLError, OmegaConfBaseException, AssertionError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     require_groups(config, folder)
-    for value in flatten(config).values():
-        if "${" in repr(value):  # resolving it would read variables of the environment
-            raise ValueError(f"{file} holds an interpolation ({value}); a run's configuration has values only")
+    try:
+        refuse_interpolations(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return config
 
 

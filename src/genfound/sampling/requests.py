@@ -80,8 +80,7 @@ def requests_by_rule(
     random order; or, as the size can be, `data`: those of images of the data set in a fixed random order.
     """
     checks.one_of("labels", labels, LABEL_RULES)
-    if n < 1:
-        raise ValueError(f"n={n} must be at least 1")
+    checks.integer("n", n, 1)
     rng, sizes = Rng(seed, "evaluate"), np.array([size] * n)
     numbers: np.ndarray
     if DATA in (labels, size):
