@@ -83,13 +83,13 @@ class Batch:
 
     def per_image(self, error: Tensor) -> Tensor:
         """Mean of an x-shaped tensor over each image's own elements -> (B,), 0 where not real."""
-        if self.image_of is not None:
-            elements = self.tokens * error[0].numel()
-        elif self.mask is not None:
-            elements = self.mask.sum(dim=1) * error[0, 0].numel()
-        else:
-            elements = torch.full_like(self.tokens, error[0].numel())
-        return self.sum_per_image(error) / elements.clamp(min=1)
+        return self.sum_per_image(error) / self.numbers(error).clamp(min=1)
+
+    def numbers(self, values: Tensor) -> Tensor:
+        """(B,) how many numbers of an x-shaped tensor each image has."""
+        if self.layout == "dense":
+            return torch.full_like(self.tokens, values[0].numel())
+        return self.tokens * values.shape[-1]
 
     def join(self, other: "Batch") -> "Batch":
         """The rows of this batch followed by the rows of another one of the same layout."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genfound.metrics.extractor import COUNTED, Inception
-from genfound.metrics.inception import InceptionV3
+from genfound.metrics.inception import InceptionV3, tf1_resize
 from tests.golden.runner import COMMITTED
 
 
@@ -91,3 +91,18 @@ def test_missing_and_foreign_weights_are_named(tmp_path: Path, weights: Path) ->
 def test_the_public_files_format_is_read(net: InceptionV3, weights: Path, tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     assert Inception(tmp_path / "legacy.pth", torch.device("cpu")).hash == Inception(weights, torch.device("cpu")).hash
+
+
+def test_a_resize_to_the_same_size_changes_nothing() -> None:
+    image = torch.randint(0, 256, (2, 3, 7, 5), dtype=torch.uint8)
+    assert torch.equal(tf1_resize(image, 7, 5), image.float())
+
+
+def test_doubling_puts_values_between_and_repeats_the_last() -> None:
+    row = torch.tensor([0, 10, 40], dtype=torch.uint8).reshape(1, 1, 1, 3)
+    assert tf1_resize(row, 1, 6).flatten().tolist() == [0, 5, 10, 25, 40, 40]
+
+
+def test_reducing_takes_pixels_without_averaging() -> None:
+    image = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8)
+    assert torch.equal(tf1_resize(image, 4, 4), image[:, :, ::2, ::2].float())

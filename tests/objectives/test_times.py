@@ -8,7 +8,6 @@ from genfound.layouts import Dense, Packed
 from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.times import (
     TIME_LAWS,
-    latent_numbers,
     shift_factor,
     shifted,
     shifted_grid,
@@ -72,7 +71,7 @@ def test_a_shift_by_the_size_of_the_latent() -> None:
     batch = packed([(32, 32), (16, 16), (64, 64)], channels=4)
     assert shift_factor("sampler.shift", "auto", batch).tolist() == [1.0, 0.5, 2.0]
     for one in three_layouts([(4, 4)] * 3, patch_size=2).values():
-        assert latent_numbers(one)[:3].tolist() == [64] * 3
+        assert one.numbers(one.x)[:3].tolist() == [64] * 3
     assert shift_factor("sampler.shift", 2.5, batch) == 2.5
 
 
@@ -142,4 +141,5 @@ def test_a_grid_needs_a_step(steps: int) -> None:
 
 
 def test_dense_latents_count_all_their_numbers() -> None:
-    assert latent_numbers(Dense(2).to_batch(latents([(4, 6)] * 2), torch.zeros(2))).tolist() == [96, 96]
+    batch = Dense(2).to_batch(latents([(4, 6)] * 2), torch.zeros(2))
+    assert batch.numbers(batch.x).tolist() == [96, 96]

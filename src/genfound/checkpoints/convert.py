@@ -74,7 +74,6 @@ def convert(
 
 
 def _destination(path: Path, to: str, chosen: str) -> Path:
-    """The file to write."""
     legal = (".safetensors",) if chosen == "genfound" else (".safetensors", ".pt", ".pth", ".bin")
     file = Path(to) / f"{path.stem}.safetensors" if to.endswith("/") or Path(to).is_dir() else Path(to)
     if file.suffix not in legal:

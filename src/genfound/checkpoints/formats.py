@@ -54,7 +54,10 @@ def read(path: Path) -> CheckpointFile:
         raise FileNotFoundError(f"there is no run {path}, nor a file of that name")
     if _is_safetensors(path):
         return CheckpointFile({"": strip_prefixes(read_safetensors(path), path)}, {})
-    content = _unpickled(path)
+    with open(path, "rb") as file:
+        if file.read(64).lstrip()[:5].lower() in (b"<!doc", b"<html"):
+            raise ValueError(f"{path} is a web page; download the file itself (/resolve/ instead of /blob/ on the hub)")
+    content = checkpoint_io.read(path, [argparse.Namespace])
     args = content.get("args", {})
     outer = {key: content[key] for key in OUTER if isinstance(content.get(key), Mapping)}
     states = {key: strip_prefixes(state, path) for key, state in (outer or {"": content}).items()}
@@ -118,10 +121,3 @@ def _is_safetensors(path: Path) -> bool:
     """By content: eight bytes of length, then a JSON header."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
-
-
-def _unpickled(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        if file.read(64).lstrip()[:5].lower() in (b"<!doc", b"<html"):
-            raise ValueError(f"{path} is a web page; download the file itself (/resolve/ instead of /blob/ on the hub)")
-    return checkpoint_io.read(path, [argparse.Namespace])

@@ -102,10 +102,7 @@ def find(path: Path, weights: str | None, trust: Collection[str] = (), **hints: 
 
 
 def read_ours(path: Path, weights: str | None, trust: Collection[str]) -> Weights | None:
-    """Weights of a run or of a file of ours, `None` if it is something else; see `load`.
-
-    With `weights=None` the averaged ones where there are any.
-    """
+    """Weights of a run or of a file of ours, `None` if it is something else; see `find`."""
     if weights not in ("ema", "raw", None):
         raise ValueError(f"weights={weights} is unknown; choose ema or raw")
     folder = path.parent.parent if path.is_file() else path

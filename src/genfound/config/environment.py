@@ -15,8 +15,6 @@ RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "SLURM_PR
          "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK",
          "JSM_NAMESPACE_LOCAL_RANK")  # fmt: skip
 
-OTHERS = ("MASTER_ADDR", "MASTER_PORT", "ROLE_NAME")
-
 PREFIXES = ("TORCHELASTIC_", "PET_")
 """What torchrun, Slurm and MPI tell their processes; PET_ are torchrun's own options."""
 
@@ -37,7 +35,7 @@ def copies(environment: Mapping[str, str]) -> tuple[str, int]:
 
 def forget_inherited(environment: MutableMapping[str, str]) -> list[str]:
     """Remove what a launcher may have left in an environment; `NAME=value` of what speaks of several processes."""
-    known = (*SIZES, *RANKS, *OTHERS, LAUNCH, PARENT)
+    known = (*SIZES, *RANKS, "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", LAUNCH, PARENT)
     names = {name for name in environment if name in known or name.startswith(PREFIXES)}
     values = {name: environment.pop(name) for name in sorted(names)}
     alone = dict.fromkeys(SIZES, "1") | dict.fromkeys(RANKS, "0")

@@ -6,14 +6,11 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 """Said in one line, with the traceback in the run's FAILED."""
 
 WAYS_OUT = {
-    errno.ENOSPC: "make room and give the same command again",
-    errno.EDQUOT: "make room and give the same command again",
-    errno.EACCES: "see that you may read and write there, or give another path",
-    errno.EPERM: "see that you may read and write there, or give another path",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and give the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "see that you may read and write there, or give another path"),
     errno.EROFS: "give a path that can be written",
     errno.EISDIR: "a file is needed there, and it is a folder",
-    errno.ENOTDIR: "a folder is needed there, and it is a file",
-    errno.EEXIST: "a folder is needed there, and it is a file",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a folder is needed there, and it is a file"),
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }

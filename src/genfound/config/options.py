@@ -22,7 +22,7 @@ MOVED = {
     "logger.name": "the group, logger=wandb, tensorboard, csv or jsonl",
     "data.source": "data=latent_store, nit_latents or lightningdit_latents",
     "launcher": "Hydra's group, hydra/launcher=...",
-}  # fmt: skip
+}
 """Keys of earlier versions, and what replaces them."""
 
 OTHER_KEYS = {
@@ -57,7 +57,7 @@ AT_LEAST = {
     "sample": {"batch": 1},
     "optimizer": {"warmup_images": 0, "tokens_per_step": 1, "images_per_step": 1, "budget_images": 1},
     "data": {"num_workers": 0, "max_tokens": 1},
-}  # fmt: skip
+}
 """Whole numbers of a run, and the least that each may be."""
 
 OF_CALLBACKS = {
@@ -126,7 +126,6 @@ def one_step(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_trainer(config: Mapping[str, Any]) -> None:
-    """Of `trainer`, `callbacks` and `compile`."""
     for key, instead in OTHER_KEYS.items():
         if config["trainer"].get(key) is not None:
             raise ValueError(f"trainer.{key} cannot be set: {instead}")

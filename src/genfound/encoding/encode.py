@@ -9,7 +9,6 @@ moment, shards may be shared out over any number of them, and the store is the s
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -73,16 +72,16 @@ class Encoding:
     def _described(self) -> dict[str, Any]:
         """The manifest before anything is encoded."""
         config, spec = self.config, self.codec.spec
-        one_of = describe(config["tokenizer"], lambda: self.codec, trust=trusted(config))
+        known = describe(config["tokenizer"], lambda: self.codec, trust=trusted(config))
         train = self.parts["train"].source
         views = train.views if isinstance(train, ImageFiles) else None
         size = config["data"]["size"]
         return {
             "format": FORMAT,
             "tokenizer": {
-                "name": one_of.name, "weights": one_of.weights, "digest": encoder_digest(one_of),
+                "name": known.name, "weights": known.weights, "digest": encoder_digest(known),
                 "precision": config["tokenizer"].get("precision", "fp32"), "pixels_per_call": self.pixels,
-                "channels": spec.channels, "stride": spec.stride, "scale": one_of.scale, "shift": one_of.shift,
+                "channels": spec.channels, "stride": spec.stride, "scale": known.scale, "shift": known.shift,
                 "moments": ["mean", "logvar"][: self.planes // spec.channels],
             },
             "views": list(views.rules) if views else [str(size) if config["data"]["view"] == "square" else "native"],
@@ -122,7 +121,6 @@ class Encoding:
                 filling = None
 
     def _filling(self, shard: Shard) -> store.ShardWriter:
-        """An empty shard."""
         part, (channels, stride) = self.parts[shard.split], self.codec.spec
         images, rules, sizes = (column[shard.first : shard.end] for column in part.entries)
         columns = {"sizes": sizes // stride, "labels": part.labels[images], "images": images, "rules": rules}
@@ -198,15 +196,11 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
     if count == 1:
         processes.tune_malloc()
         return encode(config, node, nodes, device)
-    with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
-        request = Path(folder) / "request.json"
-        request.write_text(json.dumps(dict(config)))
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // count, 1))
-        launch.launch("genfound.encoding.encode", request, count, OMP_NUM_THREADS=threads)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // count, 1))
+    launch.launch("genfound.encoding.encode", config, count, OMP_NUM_THREADS=threads)
 
 
 def _replacements(replaced: Mapping[str, str]) -> list[str]:
-    """What is said of images that could not be read."""
     if not replaced:
         return []
     listed = [f"  {shown(name)}: {shown(other)} is in its place" for name, other in [*replaced.items()][:MOST_NAMED]]

@@ -26,11 +26,6 @@ class Shard(NamedTuple):
     first: int
     end: int
 
-    @property
-    def name(self) -> str:
-        """Its file name without an ending."""
-        return f"{self.split}-{self.number:05d}"
-
 
 class EncodeBatch(NamedTuple):
     """Entries of one size that are encoded together."""

@@ -82,7 +82,7 @@ class StoreWriter:
 
     def file(self, shard: Shard) -> Path:
         """Where a shard lies."""
-        return self.out / f"{shard.name}.safetensors"
+        return self.out / f"{shard.split}-{shard.number:05d}.safetensors"
 
     def write(self, write: Callable[[], object], file: Path) -> None:
         """Call `write`, which writes a file of the store; that it cannot, as on a full disk, is a ValueError."""

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from genfound.evaluation.provenance import is_images, model_identity
 from genfound.evaluation.references import DECODED, GIVEN, RunDataset, Workspace, prepare_extractor, prepare_reference
 from genfound.evaluation.samples import EvaluationSamples, SampleStore, existing_samples, new_samples
 from genfound.loggers.provenance import provenance, versions
-from genfound.metrics.compute import check_count, check_reference, compute, convention_of
+from genfound.metrics.compute import PROBE, check_count, check_reference, compute
 from genfound.metrics.features import FeatureStore
 from genfound.runtime import devices, launch, processes
 from genfound.runtime.files import check_folder, lock, remove
@@ -116,7 +115,7 @@ class Evaluator:
             size=samples.size if isinstance(samples.size, str) else list(samples.size),
             drawing=samples.record,
             extractor={"name": self.extractor.name, "hash": self.extractor.hash},
-            convention=convention_of(request.config["convention"], self.extractor.name),
+            convention=PROBE if self.extractor.name == PROBE else request.config["convention"],
             reference=facts,
             versions=versions(*LIBRARIES),
             order=samples.order,
@@ -156,10 +155,7 @@ def evaluate_on_devices(request: EvaluationRequest) -> None:
         request = replace(request, config={**config, "from": str(newest_checkpoint(source))})
     # kernels may sum in another order with other numbers of threads
     environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if device.type == "cpu" else {}
-    with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
-        file = Path(folder) / "request.json"
-        file.write_text(json.dumps(asdict(request)))
-        launch.launch("genfound.evaluation.evaluator", file, count, **environment)
+    launch.launch("genfound.evaluation.evaluator", asdict(request), count, **environment)
 
 
 def _workspace(config: Mapping[str, Any], source: Path, place: processes.RankInfo) -> Workspace:
@@ -172,10 +168,9 @@ def _workspace(config: Mapping[str, Any], source: Path, place: processes.RankInf
     check_folder("out", out)
     check_folder("references", references)
     rank, ranks, local_rank = place
-    if ranks == 1:
-        return Workspace(out, out / "work", references, devices.device(config["accelerator"]))
-    device = devices.device(config["accelerator"], local_rank)
-    return Workspace(out, out / "work", references, device, rank, ranks, distributed.barrier)
+    group = () if ranks == 1 else (rank, ranks, distributed.barrier)
+    device = devices.device(config["accelerator"], local_rank if group else None)
+    return Workspace(out, out / "work", references, device, *group)
 
 
 def _of_model(

@@ -242,7 +242,6 @@ def size_text(size: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A mapping in words."""
     if not isinstance(value, Mapping):
         return str(value)
     first = [str(value[key]) for key in ("from", "name") if key in value]

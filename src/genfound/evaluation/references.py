@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import shutil
 import threading
@@ -23,7 +22,7 @@ from genfound.data.images.npz import file_hash, read_member
 from genfound.data.images.pixels import to_uint8
 from genfound.data.images.sets import ImageSet
 from genfound.data.latents.manifest import MANIFEST, read_manifest
-from genfound.data.packing.collate import Normaliser
+from genfound.data.latents.stored_tokenizer import StoredTokenizer
 from genfound.evaluation.protocol import size_text
 from genfound.evaluation.provenance import decoder_identity
 from genfound.metrics import reference_stats
@@ -36,7 +35,7 @@ from genfound.rng import Rng
 from genfound.runtime.devices import float32_products
 from genfound.runtime.files import atomic_write, digest, lock, visible
 from genfound.runtime.processes import wait_until
-from genfound.runtime.progress import ProgressCounter, shared_progress
+from genfound.runtime.progress import shared_progress
 from genfound.sampling.requests import Size
 from genfound.tokenizers import LatentSpec
 
@@ -96,7 +95,7 @@ class RunDataset:
         return replace(self, config={**self.config, "data": data}, classes=len(manifest["classes"]))
 
 
-class DecodedLatents:
+class DecodedLatents(sets.SizedImages):
     """Stored latents as images: the means, decoded by the tokenizer of a run and made bytes by its rule."""
 
     def __init__(self, source: LatentSource, config: Mapping[str, Any], device: torch.device) -> None:
@@ -107,14 +106,11 @@ class DecodedLatents:
         self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes(), self.rule, decoder)
         self._one_at_a_time = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, number: int) -> np.ndarray:
         """(height, width, 3) uint8."""
         moments = self.source.moments(number, mirrored=False)[None].float()
         with self._one_at_a_time, torch.no_grad(), float32_products("32-true", self.device):
-            latent = cast(Normaliser, self.stored).normalise(moments).to(self.device)
+            latent = cast(StoredTokenizer, self.stored).normalise(moments).to(self.device)
             return to_uint8(self.tokenizer.decode(latent)[0], self.rule)
 
 
@@ -225,17 +221,10 @@ def _order(images: sets.FolderImages, workspace: Workspace) -> np.ndarray:
 
     def make() -> None:
         print(f"reference: reading {len(images):,} files, once, for their order by content", flush=True)
-        atomic_write(file, functools.partial(np.save, arr=content(images)[1]))
+        atomic_write(file, functools.partial(np.save, arr=images.content()[1]))
 
     _make_once(file, make)
     return np.asarray(np.load(file))
-
-
-def content(images: sets.FolderImages) -> tuple[str, np.ndarray]:
-    """16 digits of the SHA-256 of a folder's images, and their order by it; neither follows from their names."""
-    digests = images.digests(ProgressCounter("files read"))
-    order = sets.by_content(digests)
-    return hashlib.sha256(digests[order].tobytes()).hexdigest()[:16], order
 
 
 def _statistics(

@@ -19,10 +19,10 @@ from genfound.backbones.base import Backbone
 from genfound.checkpoints.load import newest_checkpoint
 from genfound.config import checks
 from genfound.data.images.npz import file_hash
-from genfound.data.images.sets import FolderImages, ImageSet, Subset, ignored_files, open_images
+from genfound.data.images.sets import FolderImages, ImageSet, SizedImages, Subset, ignored_files, open_images
 from genfound.evaluation.protocol import EvaluationRequest, SamplingRecord, size_text
 from genfound.evaluation.provenance import network_hash, read_provenance, sampling_record
-from genfound.evaluation.references import RunDataset, content
+from genfound.evaluation.references import RunDataset
 from genfound.metrics.compute import CONTENT, STORED
 from genfound.metrics.reference_stats import common_size
 from genfound.runtime.files import atomic_write, digest
@@ -97,7 +97,7 @@ def existing_samples(config: Mapping[str, Any], source: Path, folder: Path) -> E
             texts = " and ".join(map(size_text, wanted))
             raise ValueError(f"from={source} holds images of {size_text(size or 'mixed')} pixels, not {texts}")
     if isinstance(images, FolderImages):
-        (images_hash, numbers), order = content(images), CONTENT
+        (images_hash, numbers), order = images.content(), CONTENT
     else:
         images_hash, numbers, order = file_hash(source), np.arange(len(images)), STORED
     subject, record, noted = read_provenance(source, images_hash)
@@ -106,7 +106,7 @@ def existing_samples(config: Mapping[str, Any], source: Path, folder: Path) -> E
     return EvaluationSamples(chosen, told, record, subject | ignored_files(images), work, order)
 
 
-class SampleStore:
+class SampleStore(SizedImages):
     """The images that a network, in eval mode, makes of requests; an `ImageSet` as far as they are in its folder."""
 
     def __init__(
@@ -165,9 +165,6 @@ class SampleStore:
         """Raise the FloatingPointError of a process whose images are not finite."""
         if self.failure.is_file():
             raise FloatingPointError(self.failure.read_text())
-
-    def __len__(self) -> int:
-        return len(self.requests)
 
     def __getitem__(self, number: int) -> np.ndarray:
         """(height, width, 3) uint8."""

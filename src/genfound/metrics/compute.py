@@ -69,11 +69,6 @@ def check_convention(convention: str, extractor: str) -> None:
         raise ValueError(f"convention={convention} is one of Inception's figures, and a probe has its own; {way}")
 
 
-def convention_of(convention: str, extractor: str) -> str:
-    """As the protocol names it: figures of a probe have a convention of their own."""
-    return PROBE if extractor == PROBE else convention
-
-
 def depends_on_order(convention: str, count: int) -> bool:
     """Whether a figure depends on the order of the samples: a divided Inception Score, or a kernel distance."""
     return convention == FIDELITY or (convention != PROBE and count > SPLIT)

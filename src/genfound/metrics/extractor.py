@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfound.metrics.inception import SIDE, InceptionV3
-from genfound.metrics.resize import tf1_resize
+from genfound.metrics.inception import SIDE, InceptionV3, tf1_resize
 from genfound.runtime import checkpoint_io
 from genfound.runtime.devices import float32_products
 

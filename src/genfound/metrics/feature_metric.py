@@ -25,9 +25,9 @@ class MeanStd(NamedTuple):
         """As figures."""
         return {name: self.mean, f"{name}_std": self.std}
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Float64."""
-        return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
+        return torch.tensor(self, dtype=torch.float64).unbind()
 
 
 class FeatureMetric(Metric):
@@ -41,13 +41,21 @@ class FeatureMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
+    reference: Any = None  # of the real images, where it was given
 
     def __init__(self, extractor: Extractor | None = None, column: str = "pool", **options: Any) -> None:
         super().__init__(**options)
         self.extractor, self.column = extractor, column
 
-    def features(self, values: Values) -> Tensor:
-        """Features, or images -> (N, D) on the device of the metric."""
+    def features(self, values: Values, real: bool = False) -> Tensor:
+        """Features, or images -> (N, D) on the device of the metric.
+
+        Raises:
+            ValueError: they are real, and there is a reference already.
+        """
+        if real and self.reference is not None:
+            way = "leave reference out to collect real images"
+            raise ValueError(f"real=True: this metric was given its reference; {way}")
         if isinstance(values, Tensor):
             if values.is_floating_point():
                 return values.to(self.device)
@@ -57,12 +65,6 @@ class FeatureMetric(Metric):
         if self.extractor is None:
             raise ValueError(f"{type(self).__name__}(extractor=...) is needed to update with images, not features")
         return self.extractor(list(values))[self.column].to(self.device)
-
-
-def refuse_real(real: bool, reference: object) -> None:
-    """Raise a ValueError for real images where there is a reference already."""
-    if real and reference is not None:
-        raise ValueError("real=True: this metric was given its reference; leave reference out to collect real images")
 
 
 class PairMetric(FeatureMetric):
@@ -83,13 +85,8 @@ class PairMetric(FeatureMetric):
         self.add_state("real", [], dist_reduce_fx="cat")
 
     def update(self, values: Values, real: bool = False) -> None:
-        """Add features, or images; `real` ones are the reference.
-
-        Raises:
-            ValueError: there is a reference already.
-        """
-        refuse_real(real, self.reference)
-        (self.real if real else self.samples).append(self.features(values))
+        """Add features, or images; `real` ones are the reference, see `features`."""
+        (self.real if real else self.samples).append(self.features(values, real))
 
     def both(self) -> tuple[Tensor, Tensor]:
         """Features of the real images (M, D) and of the samples (N, D)."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from genfound.metrics.feature_metric import FeatureMetric, Values, refuse_real
+from genfound.metrics.feature_metric import FeatureMetric, Values
 
 ROWS = 4096
 """Features are summed in blocks of so many rows, always the same ones, so that a sum has one order."""
@@ -91,13 +91,9 @@ class FrechetDistance(FeatureMetric):
                 self.add_state(f"{kind}_{name}", zero, dist_reduce_fx="sum")
 
     def update(self, values: Values, real: bool = False) -> None:
-        """Add features (N, D), or images; `real` ones are the reference.
-
-        Raises:
-            ValueError: there is a reference already.
-        """
-        refuse_real(real, self.reference)
-        self._moments("real" if real else "samples").add(self.features(values))
+        """Add features (N, D), or images; `real` ones are the reference, see `features`."""
+        features = self.features(values, real)
+        self._moments("real" if real else "samples").add(features)
 
     def compute(self) -> Tensor:
         """The distance, float64."""

@@ -37,7 +37,7 @@ class InceptionScore(FeatureMetric):
         """Add bias-free logits (N, K), or images."""
         self.logits.append(self.features(values))
 
-    def compute(self) -> tuple[Tensor, Tensor]:
+    def compute(self) -> tuple[Tensor, ...]:
         """Mean and population standard deviation over splits, float64."""
         logits = dim_zero_cat(self.logits)
         found = torch_fidelity_score(logits) if self.split_size is None else adm_score(logits, self.split_size)

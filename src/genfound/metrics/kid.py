@@ -27,7 +27,7 @@ class KernelDistance(PairMetric):
         super().__init__(reference, **options)
         self.subsets, self.size = subsets, size
 
-    def compute(self) -> tuple[Tensor, Tensor]:
+    def compute(self) -> tuple[Tensor, ...]:
         """Mean and population standard deviation over subsets, float64."""
         real, samples = self.both()
         return kernel_distance(samples, real, self.subsets, self.size).tensors()

@@ -31,12 +31,9 @@ class DiTMoEModule(GenerativeModule):
         loads = cast(DiTMoE, self.net).loads
         if loads is None:
             return {}
-        pairs = zip(loads.amax(dim=1).unbind(), loads.amin(dim=1).unbind(), strict=True)
-        return {
-            f"experts/layer{i:02d}/load_{name}": value
-            for i, pair in enumerate(pairs)
-            for name, value in zip(("max", "min"), pair, strict=True)
-        }
+        ends = {"max": loads.amax(dim=1), "min": loads.amin(dim=1)}
+        places = ((i, name) for i in range(len(loads)) for name in ends)
+        return {f"experts/layer{i:02d}/load_{name}": ends[name][i] for i, name in places}
 
     def starting_weights(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """A model of one expert becomes one of this many, whose routers are drawn from the seed."""

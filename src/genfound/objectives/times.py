@@ -83,7 +83,7 @@ def shifted(t: Tensor, factor: Tensor | float) -> Tensor:
 def shift_factor(key: str, setting: Shift, batch: Batch) -> Tensor | float:
     """A number as it is; `auto` as (B,): sqrt(numbers in the latent / 4096), so larger latents see more noise."""
     if check_shift(key, setting) == "auto":
-        return (latent_numbers(batch).double() / REFERENCE_SIZE).sqrt()
+        return (batch.numbers(batch.x).double() / REFERENCE_SIZE).sqrt()
     return float(setting)
 
 
@@ -93,13 +93,6 @@ def check_shift(key: str, shift: Shift) -> Shift:
         return shift if shift == "auto" else number(key, shift, 0, above=True)
     except ValueError:
         raise ValueError(f"{key}={shift} must be a positive number or auto") from None
-
-
-def latent_numbers(batch: Batch) -> Tensor:
-    """(B,) how many numbers the latent of each row has."""
-    if batch.layout == "dense":
-        return torch.full_like(batch.tokens, batch.x[0].numel())
-    return batch.tokens * batch.x.shape[-1]
 
 
 def shifted_grid(times: Tensor, setting: Shift, batch: Batch) -> Tensor:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.base import Net
-from genfound.objectives.bits import kl_bits
-from genfound.objectives.gaussian import Gaussian, vlb_bits
+from genfound.objectives.gaussian import Gaussian, kl_bits, vlb_bits
 from genfound.rng import Rng
 
 

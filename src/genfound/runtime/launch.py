@@ -9,6 +9,7 @@ and so do the agents of torchrun on them.
 """
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
@@ -96,7 +98,6 @@ def machines(count: int, rdzv: str | None, job: int = 0) -> Iterator[Machines | 
 
 
 def _store(host: str, port: int) -> tuple[Store, bool]:
-    """The store of several machines, and whether this process keeps it."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -125,10 +126,13 @@ def _slurm_endpoint(count: int, environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def launch(module: str, request: Path, devices: int, others: Machines | None = None, /, **environment: str) -> None:
+def launch(
+    module: str, request: Path | Mapping[str, Any], devices: int, others: Machines | None = None, /, **environment: str
+) -> None:
     """Run `python -m <module> <request>` in so many processes of this machine, which end with this one.
 
-    The module calls `reporting`, and learns its rank, which goes on over the machines, from `processes.rank_info`.
+    A mapping is given as a file of JSON. The module calls `reporting`, and learns its rank, which goes on over the
+    machines, from `processes.rank_info`.
     """
     shared = dict(os.environ)
     forget_inherited(shared)
@@ -137,8 +141,11 @@ def launch(module: str, request: Path, devices: int, others: Machines | None = N
         meeting = [f"--rdzv-endpoint={others.rdzv}", "--rdzv-id=genfound", "--rdzv-conf=is_host=false"]
         group = [f"--nnodes={others.count}", "--rdzv-backend=c10d", *meeting]
     agent = [__name__, f"--nproc-per-node={devices}", *group, "-m"] if devices > 1 or others else []
-    command = [sys.executable, "-m", *agent, module, str(request)]
     with tempfile.TemporaryDirectory(prefix="genfound-") as folder:
+        if isinstance(request, Mapping):
+            content, request = json.dumps(dict(request)), Path(folder) / "request.json"
+            request.write_text(content)
+        command = [sys.executable, "-m", *agent, module, str(request)]
         code = run_command(command, shared | environment | {LAUNCH: folder})
         if code:
             reason = Path(folder) / "reason"

@@ -70,8 +70,11 @@ def dopri5(
     def slope(u: Tensor, x: Tensor) -> Tensor:
         return -field.velocity(replace(batch, x=x), 1 - min(u.item(), last))
 
-    options = _options(batch, norm, clock if clipped else None) if method in ADAPTIVE else {}
-    solve = functools.partial(integrate, slope, method=method, atol=atol, rtol=rtol, options=options)
+    options: dict[str, Any] = {"step_t": clock[-1:]} if clipped else {}
+    if norm == "image":
+        options["norm"] = lambda error: batch.per_image(error**2).sqrt().max()
+    own = options if method in ADAPTIVE else {}
+    solve = functools.partial(integrate, slope, method=method, atol=atol, rtol=rtol, options=own)
 
     def states() -> Iterator[Tensor]:
         x = batch.x.float()
@@ -82,13 +85,6 @@ def dopri5(
             yield x + (end - before) * field.velocity(replace(batch, x=x), before)
 
     return walk(batch, states(), lambda _, __, x: x, progress, torch.float32)
-
-
-def _options(batch: Batch, norm: str, clock: Tensor | None) -> dict[str, Any]:
-    options: dict[str, Any] = {} if clock is None else {"step_t": clock[-1:]}
-    if norm == "image":
-        options["norm"] = lambda error: batch.per_image(error**2).sqrt().max()
-    return options
 
 
 def _states(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.base import Field
-from genfound.objectives.times import latent_numbers
 from genfound.samplers.base import StepRng
 from genfound.samplers.dopri5 import integrate
 
@@ -50,5 +49,5 @@ def log_likelihood(
     with torch.no_grad():
         options = {"method": method, "atol": [atol] * 2, "rtol": [rtol] * 2}
         noise, gained = (states[-1] for states in integrate(slope, start, times.to(batch.x.device), **options))
-        prior = -0.5 * (latent_numbers(batch) * math.log(2 * math.pi) + batch.sum_per_image(noise**2))
+        prior = -0.5 * (batch.numbers(batch.x) * math.log(2 * math.pi) + batch.sum_per_image(noise**2))
     return torch.where(batch.real, prior + gained, 0.0), replace(batch, x=noise)

@@ -21,7 +21,6 @@ from genfound.objectives.predictions import Predictions
 from genfound.objectives.times import Shift, check_shift, shifted_grid
 from genfound.samplers.base import Progress, StepRng, sampler, walk
 
-Diffusion = Callable[[Interpolant, Tensor, float], Tensor]
 Coefficient = Callable[[float], float]
 Noise = Callable[[], Tensor]
 
@@ -33,7 +32,7 @@ def _half_diffusion(path: Interpolant, t: Tensor, norm: float) -> Tensor:
     return norm * path.point(t).spread
 
 
-DIFFUSIONS: dict[str, Diffusion] = {
+DIFFUSIONS: dict[str, Callable[[Interpolant, Tensor, float], Tensor]] = {
     "constant": lambda path, t, norm: torch.full_like(t, norm),
     "sbdm": _half_diffusion,  # that of the forward process (score-based diffusion models)
     "kl": _half_diffusion,  # SiT's name of sbdm with norm 1, which minimises a bound of the divergence
@@ -125,7 +124,6 @@ def _heun(field: FlowField, batch: Batch, t: float, t_next: float, w: Coefficien
 
 
 def _drift(field: FlowField, batch: Batch, t: float, w: Coefficient, decide_at: float | None = None) -> Tensor:
-    """Towards data; one call of the network."""
     views = field.views(batch, t, decide_at)
     return w(t) * views.score - views.velocity
 

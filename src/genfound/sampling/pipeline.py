@@ -97,7 +97,6 @@ class Pipeline:
         self, net: Backbone, requests: Sequence[SampleRequest], seed: int, finish: Callable[[Tensor], Drawn],
         progress: Progress,
     ) -> list[Drawn]:  # fmt: skip
-        """What `finish` makes of each latent."""
         for size in {request.size for request in requests}:
             check_size(size, self.tokenizer.spec.stride * self.layout.patch_size)
         self.check(net)

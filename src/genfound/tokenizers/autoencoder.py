@@ -35,6 +35,9 @@ class Autoencoder(Tokenizer, ABC):
     online = True
     stochastic = False
 
+    def __init_subclass__(cls) -> None:
+        cls.published = latent_spec(cls.kind.official)
+
     def __init__(self, *, weights: str, precision: str, pixels_per_call: int) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"tokenizer.precision={precision} is unknown; choose fp32 or bf16")

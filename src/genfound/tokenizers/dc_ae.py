@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.base import LatentSpec
 from genfound.tokenizers.weights import Architecture
 
 
@@ -17,7 +16,6 @@ def both(**stages: Any) -> dict[str, Any]:
 class DCAE(Autoencoder):
     """Any AutoencoderDC of diffusers; dc-ae-f32c32-sana-1.1, NiT's, is spec (32, 32) and scale 0.41407."""
 
-    published = LatentSpec(channels=32, stride=32)
     kind = Architecture(
         "AutoencoderDC",
         official={

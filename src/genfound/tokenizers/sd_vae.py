@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.base import LatentSpec
 from genfound.tokenizers.weights import Architecture
 
 
@@ -15,7 +14,6 @@ class SDVAE(Autoencoder):
         posterior: `sample` (DiT and SiT: mean + std * noise) or `mode` (the mean); how training encodes.
     """
 
-    published = LatentSpec(channels=4, stride=8)
     kind = Architecture(
         "AutoencoderKL",
         official={

@@ -3,14 +3,12 @@
 from torch import Tensor
 
 from genfound.tokenizers.autoencoder import Autoencoder
-from genfound.tokenizers.base import LatentSpec
 from genfound.tokenizers.weights import Architecture
 
 
 class VQF4(Autoencoder):
     """Any VQModel of diffusers; that of LDM's ImageNet model is spec (3, 4) and scale 1."""
 
-    published = LatentSpec(channels=3, stride=4)
     kind = Architecture(
         "VQModel",
         official={

@@ -80,7 +80,6 @@ def _snapshot(name: str, local_files_only: bool) -> Path | None:
 
 
 def _download(name: str) -> Path:
-    """Fetch the two files, or raise a FileNotFoundError."""
     if importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE forbids a download"
     else:

@@ -16,7 +16,7 @@ ODD = ["n01/a.png", "n01/ü 日.png", "n01/line\nbreak.png", os.fsdecode(b"n01/c
 def test_names_come_back_as_they_were() -> None:
     for names in (ODD, ["one"], []):
         kept = pickle.loads(pickle.dumps(Names(names)))
-        assert [kept[i] for i in range(len(kept))] == names
+        assert [kept[i] for i in range(len(names))] == names
     assert Names(ODD).table == b"\0".join(map(os.fsencode, ODD))
 
 

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genfound import build
-from genfound.data.images.base import LatentSource
+from genfound.data.images.base import LatentSource, held_out
 from genfound.data.images.views import ImageViews
 from genfound.data.latents import va_vae
 from genfound.data.latents.lightningdit import LightningDiTLatents
 from genfound.data.latents.nit import NIT_SCALE, NiTLatents
-from genfound.data.latents.published import held_out
 from genfound.data.latents.va_vae import STATISTICS, VAVAE, statistics
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.tokenizers import LatentSpec

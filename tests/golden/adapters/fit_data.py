@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genfound.backbones.fit import coordinates
 from genfound.batch import Batch
-from genfound.data.images.views import Entries, ImageViews, center_crop, flexible, published_flexible_size
+from genfound.data.images.views import Entries, ImageViews, center_crop, published_flexible_size, resized
 from genfound.layouts import Padded
 from genfound.layouts.base import from_tokens
 from tests.golden.adapters import Results, adapter
@@ -42,10 +42,9 @@ def pixels(fixture: Fixture) -> Results:
     """Pixels of the resize in units of 16 pixels, and of the centre crop."""
     noise = inputs(fixture)["image"].numpy()
     image = Image.fromarray(np.clip(50 * noise + 128, 0, 255).astype(np.uint8))
-    rule = flexible(16, fixture["config"]["S"])
     size = published_flexible_size(image.height, image.width, 16, fixture["config"]["S"])
     return {
-        "resize": np.asarray(rule.render(image, *size)),
+        "resize": np.asarray(resized(image, *size)),
         "crop": np.asarray(center_crop(image, fixture["config"]["C"])),
     }
 

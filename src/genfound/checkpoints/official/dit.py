@@ -1,4 +1,4 @@
-"""DiT's released checkpoints: shapes and options (github.com/facebookresearch/DiT, models.py)."""
+"""DiT's and SiT's released checkpoints: shapes and options (github.com/facebookresearch/DiT, models.py)."""
 
 from collections.abc import Mapping
 from math import isqrt
@@ -33,6 +33,12 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def options_of_sit(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """As `official_options`, of SiT (github.com/willisma/SiT, models.py), which leaves half of its outputs unused."""
+    options = official_options(state)
+    return {**options, "unused_half": options["learn_sigma"], "learn_sigma": False}
+
+
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of facebookresearch/DiT in our shapes and orders; unknown names are left as they are.
 
@@ -47,8 +53,12 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if name in ours:
             ours[name] = rearrange(ours[name], "(p q c) ... -> (c p q) ...", p=p, q=p)
-    if "pos_embed" in state:
-        _check_positions(state["pos_embed"], width)
+    if (table := state.get("pos_embed")) is not None:
+        side = isqrt(table.shape[1])
+        same = tuple(table.shape) == (1, side * side, width)
+        if not same or (table[0] - position_table(side, side, width)).abs().max() > EMA_DRIFT:
+            text = "pos_embed is not DiT's sine-cosine table of a square"
+            raise ValueError(f"{text}, so these weights are of another model")
     return ours
 
 
@@ -60,10 +70,3 @@ def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, i
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         official[name] = rearrange(state[name], "(c p q) ... -> (p q c) ...", p=p, q=p)
     return official
-
-
-def _check_positions(table: Tensor, width: int) -> None:
-    side = isqrt(table.shape[1])
-    expected = (1, side * side, width)
-    if tuple(table.shape) != expected or (table[0] - position_table(side, side, width)).abs().max() > EMA_DRIFT:
-        raise ValueError("pos_embed is not DiT's sine-cosine table of a square, so these weights are of another model")

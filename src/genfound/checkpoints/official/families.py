@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from genfound.checkpoints.official import dit, dit_moe, fit, nit, sit
+from genfound.checkpoints.official import dit, dit_moe, fit, nit
 
 State = Mapping[str, Tensor]
 
@@ -23,7 +23,7 @@ class Family(NamedTuple):
 FIT = Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state))
 FAMILIES = {
     "dit": Family(dit.official_options, dit.from_official, dit.to_official),
-    "sit": Family(sit.official_options, dit.from_official, dit.to_official),
+    "sit": Family(dit.options_of_sit, dit.from_official, dit.to_official),
     "fit": FIT,
     "fitv2": FIT,
     "nit": Family(nit.official_options, nit.from_official, lambda s, p, grid: nit.to_official(s, p), ema_first=True),

@@ -36,3 +36,12 @@ class LatentSource(ImageSource, Protocol):
 
     def moments(self, index: int, mirrored: bool) -> Tensor:
         """(C, h, w), or (2 C, h, w) with log-variance, of the image or of its mirror image."""
+
+
+def held_out(classes: np.ndarray, holdout: int | None) -> np.ndarray:
+    """(n,) bool, True for every holdout-th image of each class, in the order of the images."""
+    chosen = np.zeros(len(classes), dtype=bool)
+    if holdout is not None:
+        for label in np.unique(classes):
+            chosen[np.flatnonzero(classes == label)[holdout - 1 :: holdout]] = True
+    return chosen

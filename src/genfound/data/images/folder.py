@@ -1,20 +1,19 @@
 """A folder of images: root/<class>/<file>, any sizes, any format that Pillow reads.
 
 Files are judged by content, not by name. All are decoded once when the folder is first seen, so that a file
-that cannot be read is reported before training and never met during it; the result is kept beside the
-runs, keyed by path, size and time of change, and later starts look only at new files.
+that cannot be read is reported before training and never met during it; see `index`.
 """
 
 import contextlib
 import functools
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from genfound.config.checks import integer
 from genfound.data.images.index import FileInfo, ImageFiles, index_file, known
 from genfound.data.images.names import class_folders
-from genfound.data.images.opening import format_notes, on_white, opened, upright
+from genfound.data.images.opening import format_notes, on_white, opened
 from genfound.data.images.views import ImageViews
 
 ORIENTATION = 0x0112
@@ -52,18 +51,20 @@ class ImageFolder(ImageFiles):
 
 
 def open_rgb(file: Path, max_pixels: int | None = None) -> Image.Image:
-    """Decode a file by its content, upright, as RGB."""
+    """Decode a file by its content, upright as its EXIF tag says, if that can be read, as RGB."""
     with opened(file, max_pixels) as picture:
         picture.load()
-        return on_white(upright(picture))
+        turned: Image.Image = picture
+        with contextlib.suppress(Exception):  # the parser of EXIF data raises SyntaxError, struct.error and more
+            turned = ImageOps.exif_transpose(picture)
+        return on_white(turned)
 
 
 def _examine(file: Path, max_pixels: int | None) -> FileInfo:
-    """Decode a file once."""
     picture = open_rgb(file, max_pixels)
     with opened(file, max_pixels) as original:
         notes = format_notes(original, file)
-        with contextlib.suppress(Exception):  # the parser of EXIF data raises SyntaxError, struct.error and more
+        with contextlib.suppress(Exception):  # as above
             if original.getexif().get(ORIENTATION, 1) != 1:
                 notes.append("rotated upright by their EXIF tag")
         if getattr(original, "n_frames", 1) > 1:

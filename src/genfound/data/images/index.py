@@ -10,7 +10,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from genfound.data.images.base import PictureSource
+from genfound.data.images.base import PictureSource, held_out
 from genfound.data.images.names import Names, remarks, shown
 from genfound.data.images.views import ImageViews
 from genfound.runtime.files import atomic_write, digest, hidden, lock
@@ -36,7 +36,7 @@ class FileInfo(NamedTuple):
 
     height: int
     width: int
-    notes: list[str]
+    notes: Sequence[str]
 
 
 Listed = dict[str, tuple[int, int]]
@@ -71,16 +71,6 @@ class FileIndex:
         facts = [(name, size, *pair) for name, size, pair in zip(self.names, self.bytes, pixels, strict=True)]
         return digest(repr(facts))
 
-    def split(self, holdout: int | None, split: str) -> list[int]:
-        """Places of the readable files that train or validate: of each class every `holdout`-th validates."""
-        places, seen = [], Counter[str]()
-        for i in self.good:
-            name = self.names[i].split("/", 1)[0]
-            seen[name] += 1
-            if (holdout is not None and seen[name] % holdout == 0) == (split == "val"):
-                places.append(i)
-        return places
-
     def save(self, file: Path) -> None:
         """Write the index, whole or not at all."""
         atomic_write(file, lambda temporary: temporary.write_text(json.dumps(vars(self))))
@@ -92,14 +82,16 @@ class ImageFiles(PictureSource, ABC):
     def __init__(
         self, root: Path, class_names: list[str], found: FileIndex, views: ImageViews, holdout: int | None, split: str
     ) -> None:
-        places = found.split(holdout, split)
+        numbers = {name: number for number, name in enumerate(class_names)}
+        classes = np.array([numbers[found.names[i].split("/", 1)[0]] for i in found.good], dtype=np.int64)
+        kept = held_out(classes, holdout) == (split == "val")
+        places = np.array(found.good)[kept].tolist()
         self.root, self.found, self.class_names = root, found, class_names
         self.views, self.holdout = views, holdout
         self.files = [found.names[i] for i in places]  # of the taken images
         self.stamps = np.array([found.stamps[i] for i in places], dtype=np.int64)
         self.stand_ins: dict[int, int] = {}  # images that this process could not read -> those shown in their place
-        numbers = {name: number for number, name in enumerate(class_names)}
-        self.classes = np.array([numbers[file.split("/", 1)[0]] for file in self.files], dtype=np.int64)
+        self.classes = classes[kept]
         self.entries = views.entries([found.heights[i] for i in places], [found.widths[i] for i in places])
         self.items = views.items(self.entries)  # of a pass; `labels`, `sizes` and `image` go by these
         self.labels = self.classes[self.entries.images[self.items]]
@@ -192,7 +184,6 @@ def _listed(root: Path, class_names: list[str], suffixes: tuple[str, ...]) -> tu
 
 
 def _leads_to_file(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a file, or a link to one."""
     try:
         return entry.is_file()
     except OSError:  # a link to itself, or into a folder that is closed
@@ -227,30 +218,24 @@ def _remembered(cache: Path, listed: Listed, ignored: dict[str, int]) -> FileInd
 
 
 def _look(root: Path, listed: Listed, ignored: dict[str, int], old: FileIndex | None, examine: Examine) -> FileIndex:
-    """Look into the files that are new or have changed."""
-    notes, errors, pixels = {}, {}, {}
+    found: dict[str, FileInfo | str] = {}
     if old:
         rows = zip(old.names, old.bytes, old.stamps, old.heights, old.widths, strict=True)
-        pixels = {name: (h, w) for name, size, stamp, h, w in rows if listed.get(name) == (size, stamp)}
-        notes = {name: found for name, found in old.notes.items() if name in pixels}
-        errors = {name: why for name, why in old.errors.items() if name in pixels}
-    new = [name for name in listed if name not in pixels]
+        same = ((name, h, w) for name, size, stamp, h, w in rows if listed.get(name) == (size, stamp))
+        found = {name: old.errors.get(name) or FileInfo(h, w, old.notes.get(name, ())) for name, h, w in same}
+    new = [name for name in listed if name not in found]
     if len(new) > MANY:
         print(f"{root}: looking into {len(new):,} new files; this is done once", flush=True)
-    for name, look in zip(new, _examined(root, new, examine), strict=True):
-        pixels[name] = (0, 0) if isinstance(look, str) else (look.height, look.width)
-        if isinstance(look, str):
-            errors[name] = look
-        elif look.notes:
-            notes[name] = look.notes
+    found |= zip(new, _examined(root, new, examine), strict=True)
+    good = {name: look for name in listed if isinstance(look := found[name], FileInfo)}
     return FileIndex(
         names=list(listed),
         bytes=[size for size, _ in listed.values()],
         stamps=[stamp for _, stamp in listed.values()],
-        heights=[pixels[name][0] for name in listed],
-        widths=[pixels[name][1] for name in listed],
-        notes={name: notes[name] for name in listed if name in notes},
-        errors={name: errors[name] for name in listed if name in errors},
+        heights=[good[name].height if name in good else 0 for name in listed],
+        widths=[good[name].width if name in good else 0 for name in listed],
+        notes={name: list(look.notes) for name, look in good.items() if look.notes},
+        errors={name: look for name in listed if isinstance(look := found[name], str)},
         ignored=ignored,
     )
 

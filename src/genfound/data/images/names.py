@@ -34,9 +34,6 @@ class Names:
         self.table = b"\0".join(encoded)  # as the file system has them
         self._ends = np.cumsum([len(name) + 1 for name in encoded], dtype=np.int64)
 
-    def __len__(self) -> int:
-        return len(self._ends)
-
     def __getitem__(self, number: int) -> str:
         begin, end = (int(self._ends[number - 1]) if number else 0), int(self._ends[number])
         return self.table[begin : end - 1].decode("utf-8", "surrogateescape")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 """Text or a colour profile of a PNG may have 64 MiB in one piece, not only in all."""
@@ -63,14 +63,6 @@ def format_notes(picture: Image.Image, file: Path) -> list[str]:
     if suffix != picture.format and not {suffix, picture.format} <= {"JPEG", "MPO"}:
         notes.append(f"of format {picture.format} with the suffix {file.suffix}")
     return notes
-
-
-def upright(picture: Image.Image) -> Image.Image:
-    """An image as its EXIF tag says that it is looked at; as stored where the tag cannot be read."""
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # the parser of EXIF data raises SyntaxError, struct.error and more
-        return picture
 
 
 def on_white(picture: Image.Image) -> Image.Image:

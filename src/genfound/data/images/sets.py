@@ -19,7 +19,7 @@ from genfound.data.images.npz import headers, read_member
 from genfound.data.images.opening import opened
 from genfound.data.images.views import center_crop
 from genfound.runtime.files import digest, hidden
-from genfound.runtime.progress import Progress, no_progress
+from genfound.runtime.progress import ProgressCounter
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif",
@@ -58,7 +58,16 @@ class ImageSet(Protocol):
         """(height, width, 3) uint8."""
 
 
-class NpzImages:
+class SizedImages:
+    """Images of known sizes."""
+
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+class NpzImages(SizedImages):
     """`arr_0` of an npz file, (N, H, W, 3) uint8, as ADM's evaluator reads; `arr_1` holds labels, if they are
     whole numbers, one for each image.
 
@@ -78,9 +87,6 @@ class NpzImages:
         fits = found == shape[:1] and kind.kind in "iu"
         self.labels = np.array(read_member(file, "arr_1"), dtype=np.int64) if fits else None
         self.key = stat_key([file])
-
-    def __len__(self) -> int:
-        return len(self.sizes)
 
     def __getitem__(self, number: int) -> np.ndarray:
         assert self.array is not None
@@ -107,14 +113,17 @@ class FolderImages:
                 found.append((picture.height, picture.width))
         return np.array(found, dtype=np.int64)
 
-    def digests(self, progress: Progress = no_progress) -> np.ndarray:
-        """(n, 4) uint64, the SHA-256 of each file, which is read for it."""
-        found = np.empty((len(self), 4), dtype=np.uint64)
+    def content(self) -> tuple[str, np.ndarray]:
+        """16 digits of the SHA-256 of all files, and their order by it, as good as random: whatever their names are."""
+        digests, progress = np.empty((len(self), 4), dtype=np.uint64), ProgressCounter("files read")
         with ThreadPoolExecutor(min(os.cpu_count() or 1, READERS)) as pool:
-            for number, hashed in enumerate(pool.map(_sha256, self.files)):
-                found[number] = np.frombuffer(hashed, dtype=">u8")
+            for number, hashed in enumerate(
+                pool.map(lambda file: hashlib.sha256(file.read_bytes()).digest(), self.files)
+            ):
+                digests[number] = np.frombuffer(hashed, dtype=">u8")
                 progress(number + 1, len(self))
-        return found
+        order = np.lexsort(digests.T[::-1])
+        return hashlib.sha256(digests[order].tobytes()).hexdigest()[:16], order
 
     def __len__(self) -> int:
         return len(self.files)
@@ -137,21 +146,18 @@ class FolderImages:
             raise ValueError(f"{file} cannot be read as an image: {error}") from None
 
 
-class Sourced:
+class Sourced(SizedImages):
     """The images of a data set, as a model is trained on them."""
 
     def __init__(self, source: PictureSource) -> None:
         self.source, self.sizes, self.labels = source, source.sizes, source.labels
         self.key = digest(source.fingerprint, source.sizes.tobytes(), source.labels.tobytes())
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, number: int) -> np.ndarray:
         return self.source.image(number)
 
 
-class Subset:
+class Subset(SizedImages):
     """Some images of a set, in a given order."""
 
     def __init__(self, images: ImageSet, numbers: Sequence[int] | np.ndarray) -> None:
@@ -160,14 +166,11 @@ class Subset:
         self.labels = None if images.labels is None else images.labels[self.numbers]
         self.key = digest(images.key, self.numbers.tobytes())
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
     def __getitem__(self, number: int) -> np.ndarray:
         return self.images[int(self.numbers[number])]
 
 
-class Cropped:
+class Cropped(SizedImages):
     """A set brought to one size: as small as covers it, bicubic, then its centre."""
 
     def __init__(self, images: ImageSet, size: tuple[int, int]) -> None:
@@ -175,9 +178,6 @@ class Cropped:
         self.labels = images.labels
         self.sizes = np.tile(np.array(size, dtype=np.int64), (len(images), 1))
         self.key = digest(images.key, f"crop {size[0]} {size[1]}")
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, number: int) -> np.ndarray:
         return np.array(center_crop(Image.fromarray(self.images[number]), *self.size))
@@ -190,11 +190,6 @@ def open_images(path: Path, max_pixels: int | None = None) -> NpzImages | Folder
     if path.is_file() and path.suffix != ".npz":
         raise ValueError(f"{path} is neither an .npz file nor a folder of images")
     return NpzImages(path)
-
-
-def by_content(digests: np.ndarray) -> np.ndarray:
-    """The order of files by their SHA-256 (n, 4): fixed and as good as random, whatever their names are."""
-    return np.lexsort(digests.T[::-1])
 
 
 def image_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
@@ -256,11 +251,6 @@ def stat_key(files: Sequence[Path]) -> str:
     """A number that changes with the names, sizes and times of change of files."""
     facts = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     return digest(repr(facts))
-
-
-def _sha256(file: Path) -> bytes:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _read_labels(file: Path, count: int) -> np.ndarray | None:

@@ -34,26 +34,13 @@ def resized(picture: Image.Image, height: int, width: int) -> Image.Image:
     return picture if same else resize(picture, height, width, Image.Resampling.BICUBIC)
 
 
-def native(unit: int, max_tokens: int) -> ViewRule:
-    """NiT's rule: sides rounded down to whole tokens, at most `max_tokens` of them."""
-    return ViewRule(functools.partial(native_size, unit=unit, max_tokens=max_tokens), resized)
-
-
-def square(side: int, larger_only: bool = False) -> ViewRule:
-    """ADM's centre crop, of every image or only of those that are larger both ways."""
-    return ViewRule(functools.partial(_square_size, side=side, larger_only=larger_only), center_crop)
-
-
-def _square_size(height: int, width: int, side: int, larger_only: bool) -> tuple[int, int] | None:
+def _square_size(height: int, width: int, side: int, larger_only: bool = False) -> tuple[int, int] | None:
+    """Of ADM's centre crop, of every image or only of those that are larger both ways."""
     return None if larger_only and min(height, width) <= side else (side, side)
 
 
-def flexible(unit: int, side: int) -> ViewRule:
-    """FiT's resize to at most the area of a square of `side` pixels; images of fewer than 16 tokens are left out."""
-    return ViewRule(functools.partial(_flexible_size, unit=unit, side=side), resized)
-
-
 def _flexible_size(height: int, width: int, unit: int, side: int) -> tuple[int, int] | None:
+    """Of FiT's resize, unless it leaves the image fewer than 16 tokens."""
     size = flexible_size(height, width, unit, side)
     return size if math.prod(size) >= FEWEST_TOKENS * unit**2 else None
 
@@ -95,12 +82,16 @@ class ImageViews:
                 f"the nearest legal sizes are {' and '.join(legal)}"
             )
         self.name, self.size, self.unit, self.max_tokens = view, size, unit, max_tokens
-        one, two = f"{size}", f"{2 * size}"
+        one, bound = f"{size}", functools.partial
+        native = {"native": ViewRule(bound(native_size, unit=unit, max_tokens=max_tokens), resized)}
+        square, twice = (ViewRule(bound(_square_size, side=side), center_crop) for side in (size, 2 * size))
+        larger = ViewRule(bound(_square_size, side=size, larger_only=True), center_crop)
+        whole = ViewRule(bound(_flexible_size, unit=unit, side=size), resized)
         self.rules: dict[str, ViewRule] = {
-            "native": {"native": native(unit, max_tokens)},
-            "square": {one: square(size)},
-            "mixed": {"native": native(unit, max_tokens), one: square(size), two: square(2 * size)},
-            "flexible": {f"resized-{size}": flexible(unit, size), one: square(size, larger_only=True)},
+            "native": native,
+            "square": {one: square},
+            "mixed": {**native, one: square, f"{2 * size}": twice},
+            "flexible": {f"resized-{size}": whole, one: larger},
         }[view]
         names = list(self.rules)
         self.slots = [[names[0]], [names[1], names[0]]] if view == "flexible" else [[name] for name in names]

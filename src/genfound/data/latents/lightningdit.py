@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from genfound.data.images.base import LatentSource
+from genfound.data.images.base import LatentSource, held_out
 from genfound.data.images.views import ImageViews
-from genfound.data.latents.published import checked_labels, checked_latents, held_out, summary
+from genfound.data.latents.published import checked_labels, checked_latents, summary
 from genfound.data.latents.safetensors_io import Reader, as_tensor, read_header, read_tensors
 from genfound.runtime.files import digest, visible
 from genfound.tokenizers import LatentSpec

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from genfound.data.images.base import LatentSource
+from genfound.data.images.base import LatentSource, held_out
 from genfound.data.images.views import Entries, ImageViews
-from genfound.data.latents.published import checked_labels, checked_latents, held_out, summary
+from genfound.data.latents.published import checked_labels, checked_latents, summary
 from genfound.runtime.files import digest, visible
 from genfound.tokenizers import LatentSpec
 from genfound.tokenizers.dc_ae import DCAE
@@ -133,7 +133,6 @@ def _lines(file: Path) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _folder(root: Path, kind: str) -> Path:
-    """The folder of latents of a type."""
     ending = kind.removeprefix("fixed-")
     folders = [folder for folder in visible(root, f"*{ending}") if folder.is_dir()]
     if not folders:

@@ -11,15 +11,6 @@ MOST_CLASSES = 1_000
 """Labels are below it, or below the number of images where that is larger."""
 
 
-def held_out(classes: np.ndarray, holdout: int | None) -> np.ndarray:
-    """(n,) bool, True for every holdout-th image of each class, in the order of the images."""
-    chosen = np.zeros(len(classes), dtype=bool)
-    if holdout is not None:
-        for label in np.unique(classes):
-            chosen[np.flatnonzero(classes == label)[holdout - 1 :: holdout]] = True
-    return chosen
-
-
 def checked_labels(file: Path, labels: np.ndarray, images: int) -> np.ndarray:
     """The labels of a file as int64, all of which are numbers of classes."""
     most = max(MOST_CLASSES, images)

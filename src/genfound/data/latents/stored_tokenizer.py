@@ -4,6 +4,7 @@ Nothing here loads the weights of an autoencoder. Only decoding does, for the pi
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +59,6 @@ class StoredTokenizer:
         self.has_variance = has_variance
         self.stochastic = described.stochastic and has_variance
         self._load = load
-        self._loaded: Tokenizer | None = None
         self._decodes = True
 
     def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -68,26 +68,25 @@ class StoredTokenizer:
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """As the tokenizer itself."""
-        return self._tokenizer().encode(images, noise)
+        return self._tokenizer.encode(images, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """As the tokenizer itself; where its weights are not to be had, three channels, +-2 as white and black."""
         if self._decodes:
             try:
-                return self._tokenizer().decode(latents)
+                return self._tokenizer.decode(latents)
             except (FileNotFoundError, ValueError) as error:
                 print(f"warning: pictures show channels of the latents, which cannot be decoded: {error}", flush=True)
                 self._decodes = False
         shown = latents[:, [0, 1 % self.spec.channels, 2 % self.spec.channels]] / 2
         return shown.repeat_interleave(self.spec.stride, dim=2).repeat_interleave(self.spec.stride, dim=3)
 
+    @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
+        return self._load()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_loaded": None}  # data workers never decode
+        return {key: value for key, value in vars(self).items() if key != "_tokenizer"}  # data workers never decode
 
 
 def describe(

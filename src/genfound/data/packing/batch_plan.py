@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from genfound.data.packing.packer import Batcher, in_order
+from genfound.data.packing.packer import Batcher
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.runtime.files import digest
@@ -51,19 +51,6 @@ class MicroBatch:
     step: int  # number of its global step
     weight_sum: float  # sum of the loss weights of all images of that step
     images_seen: int  # images of the run up to the end of that step
-
-
-def each_once(
-    order: Order, tokens: np.ndarray, images: int, max_tokens: float, max_images: int, weight: str
-) -> list[MicroBatch]:
-    """One step that holds the first images of an order, at most all of them, each once and in order."""
-    indices = [order[k] for k in range(min(images, len(tokens)))]
-    counts = [int(tokens[i]) for i in indices]
-    total = float(image_weight(np.array(counts, dtype=float), weight).sum())
-    return [
-        MicroBatch(j, tuple(ks), tuple(indices[k] for k in ks), sum(counts[k] for k in ks), 0, total, len(indices))
-        for j, ks in enumerate(in_order(counts, max_tokens, max_images))
-    ]
 
 
 class Plan:

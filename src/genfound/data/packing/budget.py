@@ -8,8 +8,10 @@ import numpy as np
 
 from genfound.config.checks import integer
 from genfound.data.images.base import ImageSource
-from genfound.data.packing.batch_plan import MicroBatch, Order, each_once
+from genfound.data.packing.batch_plan import MicroBatch, Order
+from genfound.data.packing.packer import in_order
 from genfound.layouts import Dense, Layout, Packed
+from genfound.objectives.weighting import image_weight
 from genfound.tokenizers import LatentSpec
 
 Config = Mapping[str, Any]
@@ -54,11 +56,18 @@ def token_counts(images: ImageSource, spec: LatentSpec, patch_size: int) -> np.n
 
 
 def held_out_batches(config: Config, tokens: np.ndarray, layout: Layout, images: int, weight: str) -> list[MicroBatch]:
-    """Micro-batches of the first held-out images of a fixed order, each image once; independent of the ranks."""
+    """One step of the first held-out images of a fixed order, each once and in order, whatever the ranks are."""
     if not len(tokens):
         return []
     budget, rows = math.inf, config["data"]["batch_size"]
     if not isinstance(layout, Dense):
         budget = token_budget(config, tokens)
         rows = layout.max_images if isinstance(layout, Packed) else max_images(tokens, budget)
-    return each_once(Order(len(tokens), 0), tokens, images, budget, rows, weight)
+    order = Order(len(tokens), 0)
+    indices = [order[k] for k in range(min(images, len(tokens)))]
+    counts = [int(tokens[i]) for i in indices]
+    total = float(image_weight(np.array(counts, dtype=float), weight).sum())
+    return [
+        MicroBatch(j, tuple(ks), tuple(indices[k] for k in ks), sum(counts[k] for k in ks), 0, total, len(indices))
+        for j, ks in enumerate(in_order(counts, budget, rows))
+    ]

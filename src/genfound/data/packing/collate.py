@@ -8,13 +8,14 @@ before is only normalised.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.data.images.pixels import normalised
+from genfound.data.latents.stored_tokenizer import StoredTokenizer
 from genfound.layouts import Layout
 from genfound.rng import Rng
 from genfound.tokenizers import Tokenizer
@@ -31,13 +32,6 @@ class RawImages:
     def pin_memory(self) -> "RawImages":
         """The same in page-locked host memory (called by the DataLoader)."""
         return replace(self, images=[image.pin_memory() for image in self.images])
-
-
-class Normaliser(Protocol):
-    """A tokenizer of stored moments."""
-
-    def normalise(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, ...) moments -> (B, C, h, w) latents of about unit variance."""
 
 
 @dataclass
@@ -63,7 +57,7 @@ class Collate:
                 drawn = [self.rng.at(positions[place]).normal("posterior", latent, device) for place in places]
                 noise = torch.stack(drawn)
             if images.encoded:
-                found = cast(Normaliser, self.tokenizer).normalise(group.float(), noise)
+                found = cast(StoredTokenizer, self.tokenizer).normalise(group.float(), noise)
             else:
                 found = self.tokenizer.encode(normalised(group), noise)
             latents |= zip(places, found, strict=True)

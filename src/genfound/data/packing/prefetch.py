@@ -68,18 +68,15 @@ def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_me
 
 
 def _items(loaded: Iterator[Any]) -> Iterator[Any]:
-    while True:
-        try:
-            item = next(loaded)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise ValueError(
-                "a process that reads the data was ended from outside, most often because memory was short: "
-                "set a smaller data.num_workers, or 0, and give the same command again"
-            ) from error
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    try:
+        for item in loaded:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ValueError(
+            "a process that reads the data was ended from outside, most often because memory was short: "
+            "set a smaller data.num_workers, or 0, and give the same command again"
+        ) from error
