@@ -89,7 +89,8 @@ class Batch:
         """(B,) how many numbers of an x-shaped tensor each image has."""
         if self.layout == "dense":
             return torch.full_like(self.tokens, values[0].numel())
-        return self.tokens * values.shape[-1]
+        tokens = self.tokens if self.mask is None else self.mask.sum(dim=1)
+        return tokens * values.shape[-1]
 
     def join(self, other: "Batch") -> "Batch":
         """The rows of this batch followed by the rows of another one of the same layout."""

@@ -40,7 +40,6 @@ from genfound.loggers.terminal import Terminal
 from genfound.modules.base import module_of
 from genfound.runtime import checkpoint_io, devices, launch, processes, run_directory
 from genfound.runtime.files import lock
-from genfound.runtime.processes import sigterm_as_exit, tune_malloc
 
 
 class OneProcess(LightningEnvironment):
@@ -229,11 +228,11 @@ def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
 
     A JobError is raised where another of its processes has failed before, and has said why.
     """
-    tune_malloc()
+    processes.tune_malloc()
     if place.rank == 0:
         (folder / "FAILED").unlink(missing_ok=True)
     try:
-        with sigterm_as_exit(), explain_oom("train"):
+        with processes.sigterm_as_exit(), explain_oom("train"):
             fit(folder, place)
     except BaseException as error:
         first = run_directory.mark_failed(folder, traceback.format_exc())

@@ -4,15 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import lightning
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch import Tensor, nn
 
 from genfound.modules.base import GenerativeModule
 
 
-class Ema(lightning.Callback):
+class Ema(Callback):
     """Averages with one or several decays; they start as copies of the initial weights.
 
     `state_dict` of the module stays the live weights; the averages are the checkpoint's key `ema`,

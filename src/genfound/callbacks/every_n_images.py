@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import lightning
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from genfound.callbacks.throughput import paused
 from genfound.modules.base import GenerativeModule
 
 
-class EveryNImages(lightning.Callback):
+class EveryNImages(Callback):
     """Calls `on_interval` after each step with which another `every` images have been seen, and at the budget's end.
 
     The clock of the training stands meanwhile. A resumed run keeps the rhythm. One that is only cut short is not worth

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch import Tensor
 
 from genfound.data.packing.batch_plan import MicroBatch
@@ -15,7 +14,7 @@ from genfound.loggers.base import note
 from genfound.modules.base import GenerativeModule
 
 
-class NonFinite(lightning.Callback):
+class NonFinite(Callback):
     """Looks at the gradient norms of the last `trainer.log_every_n_steps` steps, in one transfer.
 
     nonfinite.jsonl has one line per skipped step and micro-batch of this rank: images, times, seed. `limit` skipped

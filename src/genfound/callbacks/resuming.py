@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from genfound import build
 from genfound.checkpoints.initialise import LABELS
@@ -75,7 +74,7 @@ def _check_network(folder: Path, parts: build.RunComponents, state: Mapping[str,
 
 
 @dataclass
-class Continuation(lightning.Callback):
+class Continuation(Callback):
     """Lets the configuration of a run be the one that it goes on with, once everything has been restored."""
 
     folder: Path

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import lightning
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch import Tensor
 
 from genfound.batch import Batch
@@ -30,7 +29,7 @@ def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
         sums[name] = sums.get(name, 0.0) + value.detach().float()
 
 
-class TrainLog(lightning.Callback):
+class TrainLog(Callback):
     """Averages over `trainer.log_every_n_steps` steps and hands them to the loggers.
 
     A step that the optimizer skips, since its gradient is not finite, is left out as a whole and counted in

@@ -12,7 +12,7 @@ from genfound.modules.base import GenerativeModule
 class Validation(EveryNImages):
     """`val/loss` and `val/velocity_mse` of the live weights, and with the suffix `_ema` of the average.
 
-    They are what `trainer.validate` gives, see `GenerativeModule.validation_step`.
+    They are what `trainer.validate` gives, see `modules.base.validation_sums`.
     """
 
     def __init__(self, every: int, images: int) -> None:

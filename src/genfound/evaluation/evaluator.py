@@ -32,7 +32,6 @@ from genfound.metrics.compute import PROBE, check_count, check_reference, comput
 from genfound.metrics.features import FeatureStore
 from genfound.runtime import devices, launch, processes
 from genfound.runtime.files import check_folder, lock, remove
-from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import no_progress, shared_progress
 from genfound.sampling.requests import Size
 from genfound.tokenizers import Undecodable
@@ -85,9 +84,9 @@ class Evaluator:
         progress = no_progress if workspace.quiet else shared_progress("features", *place)
         features.extract(images, self.extractor, *place, progress)
         if workspace.rank:
-            wait_until(lambda: config["keep"] or not samples.work.exists())
+            processes.wait_until(lambda: config["keep"] or not samples.work.exists())
             return None
-        wait_until(lambda: features.complete)
+        processes.wait_until(lambda: features.complete)
         if export_to is not None:
             note = {"drawing": asdict(samples.record), "subject": dict(samples.subject), "size": samples.size}
             print(f"samples: {export(images, export_to, note)}", flush=True)

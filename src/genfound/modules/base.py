@@ -133,17 +133,13 @@ class GenerativeModule(lightning.LightningModule):
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(micro.indices))
         return {"loss": loss, "losses": losses}
 
-    def validation_step(self, item: HeldOut, batch_idx: int) -> Tensor:
-        """(4,) float64 sums of a micro-batch of held-out images, see `validation_sums`."""
-        return validation_sums(self.net, self.objective, item)
-
     def on_validation_epoch_start(self) -> None:
         """Begin at zero."""
         self._validated = torch.zeros(4, dtype=torch.float64, device=self.device)
 
-    def on_validation_batch_end(self, outputs: Any, batch: HeldOut, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a micro-batch."""
-        self._validated += outputs
+    def validation_step(self, item: HeldOut, batch_idx: int) -> None:
+        """Add a micro-batch of held-out images, see `validation_sums`."""
+        self._validated += validation_sums(self.net, self.objective, item)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all ranks."""
@@ -153,10 +149,10 @@ class GenerativeModule(lightning.LightningModule):
         """What `trainer.validate` logs, of the weights as they are, within training or another validation."""
         trainer: Any = self.trainer
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for i, item in enumerate(trainer.datamodule.val_dataloader()):
+        for item in trainer.datamodule.val_dataloader():
             on_device = trainer.strategy.batch_to_device(item)
             with trainer.precision_plugin.val_step_context():
-                sums += self.validation_step(on_device, i)
+                sums += validation_sums(self.net, self.objective, on_device)
         return validation_metrics(self._reduced(sums))
 
     def _reduced(self, sums: Tensor) -> Tensor:

@@ -68,31 +68,24 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
     same file take turns; where the file system has no locks, each has a name of its own.
     """
     try:
-        with _temporary(file) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            save(temporary)
-            temporary.chmod(mode)  # safetensors lets nobody else read what it writes
-            with open(temporary, "rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(file)
+        with _locked(file.with_name(f".{file.name}.partial.lock"), -1) as alone:
+            own = "" if alone else f"{os.uname().nodename}-{os.getpid()}-"
+            temporary = file.with_name(f".partial-{own}{file.name}")
+            try:
+                temporary.unlink(missing_ok=True)
+                temporary.touch()
+                mode = temporary.stat().st_mode
+                save(temporary)
+                temporary.chmod(mode)  # safetensors lets nobody else read what it writes
+                with open(temporary, "rb") as stream:
+                    os.fsync(stream.fileno())
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         if Path(error.filename or file).parent == file.parent:  # errors of writing name no file
             error.filename = str(file)
         raise
-
-
-@contextlib.contextmanager
-def _temporary(file: Path) -> Iterator[Path]:
-    """The unfinished form of a file, for one process at a time; nothing of it stays."""
-    with _locked(file.with_name(f".{file.name}.partial.lock"), -1) as alone:
-        own = "" if alone else f"{os.uname().nodename}-{os.getpid()}-"
-        path = file.with_name(f".partial-{own}{file.name}")
-        try:
-            path.unlink(missing_ok=True)
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ class Autoencoder(Tokenizer, ABC):
     stochastic = False
 
     def __init_subclass__(cls) -> None:
-        cls.published = latent_spec(cls.kind.official)
+        if "kind" in vars(cls):
+            cls.published = latent_spec(cls.kind.official)
 
     def __init__(self, *, weights: str, precision: str, pixels_per_call: int) -> None:
         if precision not in PRECISIONS:

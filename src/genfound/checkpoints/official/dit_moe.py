@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from genfound.checkpoints.official import dit
-from genfound.checkpoints.official.dit import block_count
 
 
 def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, i
 def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with the experts of every block stacked, the rest as it is."""
     rest = dict(state)
-    for i in range(block_count(state)):
+    for i in range(dit.block_count(state)):
         experts = range(len(state[f"blocks.{i}.moe.gate.weight"]))
         for name, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):
             keys = [f"blocks.{i}.moe.experts.{e}.{part}_proj.weight" for e in experts for part in parts]
@@ -61,7 +60,7 @@ def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unstack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `stack_experts`: its experts are views of the stacked weights."""
     rest = dict(state)
-    for i in range(block_count(state)):
+    for i in range(dit.block_count(state)):
         gate_up, down = (rest.pop(f"blocks.{i}.moe.experts.{name}") for name in ("gate_up", "down"))
         for e, (enter, leave) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
             for part, tensor in zip(("gate", "up", "down"), (*enter.chunk(2), leave), strict=True):

@@ -29,11 +29,8 @@ class Order:
 
     def __init__(self, images: int, seed: int) -> None:
         self.images = images
-        self._rng = Rng(seed, "order")
-        self._permutation = functools.lru_cache(maxsize=2)(self._draw)
-
-    def _draw(self, number: int) -> np.ndarray:
-        return self._rng.at(number).permutation("pass", self.images).numpy()
+        rng = Rng(seed, "order")
+        self._permutation = functools.lru_cache(maxsize=2)(lambda k: rng.at(k).permutation("pass", images).numpy())
 
     def __getitem__(self, position: int) -> int:
         number, within = divmod(position, self.images)
