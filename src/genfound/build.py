@@ -74,11 +74,6 @@ class RunComponents:
         """From decoded images to batches."""
         return Collate(self.tokenizer, self.layout, Rng(self.config["seed"], "encode"))
 
-    @property
-    def validation_assembly(self) -> Collate:
-        """From held-out images to batches, the same in every run."""
-        return Collate(self.tokenizer, self.layout, Rng(0, "val"))
-
     def batches(self, images: ImageSource, assembly: Collate, flips: Rng | None = None) -> MicroBatches:
         """Reads micro-batches; where the tokenizer is a network, they are encoded on the training device."""
         return MicroBatches(images, None if self.tokenizer.online else assembly, flips)

@@ -55,9 +55,7 @@ class OneProcess(LightningEnvironment):
         """The only one."""
         return 0
 
-    def node_rank(self) -> int:
-        """The only one."""
-        return 0
+    node_rank = local_rank
 
 
 def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> None:

@@ -77,10 +77,7 @@ def test_the_first_images_of_a_fixed_order_are_shown_once_each(options: tuple[st
     assert [micro.number for micro in micros] == list(range(len(micros)))
     tokens = budget.token_counts(parts.held_out, parts.tokenizer.spec, parts.layout.patch_size)
     assert all(micro.tokens == tokens[list(micro.indices)].sum() for micro in micros)
-    shapes = {
-        images.x.shape
-        for images, _ in map(parts.batches(parts.held_out, parts.validation_assembly).__getitem__, micros)
-    }
+    shapes = {images.x.shape for images, _ in map(GenerativeDataModule(parts).val.batches.__getitem__, micros)}
     assert len(shapes) == 1 or parts.layout.name == "padded"  # so that a compiled network is compiled once
 
 

@@ -9,7 +9,7 @@ import torch
 
 from genfound.batch import Batch
 from genfound.config import compose
-from genfound.data.packing.collate import RawImages
+from genfound.data.packing.collate import Collate, RawImages
 from genfound.data.packing.loader import HeldOut, TrainLoader, ValidationLoader
 from genfound.layouts import Dense
 from genfound.rng import Rng
@@ -24,9 +24,6 @@ class GenerativeDataModule(lightning.LightningDataModule):
 
     A global step is `world_size * accumulate_grad_batches` micro-batches. The position in the data is in every
     checkpoint: a run continues with the images that it has not seen, also on another number of ranks.
-
-    Attributes:
-        encoding: time of the tokenizer, in training.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -35,9 +32,9 @@ class GenerativeDataModule(lightning.LightningDataModule):
         super().__init__()
         self.parts = parts
         self.train, self.collate = parts.loader(0), parts.assembly
-        self.val_collate = parts.validation_assembly
+        self.val_collate = Collate(parts.tokenizer, parts.layout, Rng(0, "val"))  # the same in every run
         self.val = ValidationLoader(parts.batches(parts.held_out, self.val_collate), [], parts.workers)
-        self.encoding = Stopwatch()
+        self.encoding = Stopwatch()  # of the tokenizer, in training
         self._wanted = parts.plan.per_step
         self._encoded: dict[int, Batch] = {}  # held-out images on the host; every validation has the same
         options = parts.config["callbacks"].get("validation") or {"images": len(parts.held_out.labels)}

@@ -37,9 +37,6 @@ class Flow(Objective):
         time_window, time_window_share: draw from this [low, high] part of the way alone, in this share of the
             micro-batches; `None` is all of it.
 
-    Attributes:
-        time_range: (data, noise) ends of the path.
-
     Raises:
         ValueError: an unknown name; the message lists the known ones. A number that is out of range. A directional
             loss without velocity.
@@ -79,7 +76,7 @@ class Flow(Objective):
         self.time_shift = check_shift("objective.time_shift", time_shift)
         self.weight = one_of("objective.weight", weight, EXPONENTS)
         self.signature = {"objective": self.name, "objective.path": path, "objective.prediction": prediction}
-        self.time_range = (0.0, self.path.end)
+        self.time_range = (0.0, self.path.end)  # (data, noise)
         self.directional = number("objective.directional", directional, 0)
         if directional and prediction != "velocity":
             raise ValueError(f"objective.directional={directional} needs objective.prediction=velocity")

@@ -21,9 +21,6 @@ from genfound.rng import Rng
 HALF_LEVEL = 1 / 255
 """Half the distance of neighbouring 8-bit values on [-1, 1]."""
 
-Gradient = Callable[[Batch, float], Tensor]
-"""Of log p(y | x_t) with respect to x_t, shaped like `batch.x`."""
-
 
 class ReverseStep(NamedTuple):
     """p(x_{t-1} | x_t), each shaped like `batch.x`, and the data that it was derived from."""
@@ -51,9 +48,6 @@ class Gaussian(Objective):
         clip_x0: clamp predicted data to [-1, 1] in ddpm and ddim; for pixels.
         weight: how images count in a global step: `image`, `sqrt` or `token`.
 
-    Attributes:
-        process: the steps it is trained on.
-
     Raises:
         ValueError: an unknown name, or a loss that leaves a learned variance untrained.
     """
@@ -71,7 +65,7 @@ class Gaussian(Objective):
                 f"objective.timesteps={timesteps} is too few for objective.schedule={schedule}, whose largest beta "
                 f"would be {betas.max():g}; take more, or objective.schedule=cosine"
             )
-        self.process = Process(betas)
+        self.process = Process(betas)  # the steps it is trained on
         self.prediction = one_of("objective.prediction", prediction, ("epsilon", "x0"))
         self.variance = one_of("objective.variance", variance, ("learned_range", "fixed_small", "fixed_large"))
         self.kind = one_of("objective.loss", loss, ("hybrid", "rescaled_mse", "kl", "mse"))
@@ -178,7 +172,7 @@ class GaussianField:
     net: GuidedNet
     objective: Gaussian
     process: Process
-    gradient: Gradient | None = None
+    gradient: Callable[[Batch, float], Tensor] | None = None  # of log p(y | x_t) over x_t, shaped like `batch.x`
 
     lowest = 0.0
 
