@@ -46,8 +46,12 @@ class StoreWriter:
         if theirs is None:  # the shards know where they belong
             self._refuse_strangers(names)
         else:
-            if self.begun:
-                _compare(self.out, fixed(theirs), fixed(ours))
+            before, now = flatten(fixed(theirs)), flatten(fixed(ours))
+            changed = [key for key in now | before if now.get(key) != before.get(key)]
+            if changed and self.begun:
+                pairs = (f"{key}: {_short(before.get(key))} there, {_short(now.get(key))} now" for key in changed[:3])
+                what = f"was begun with other settings or images ({'; '.join(pairs)})"
+                raise ValueError(f"out={self.out} {what}; choose another out=...")
             if store_digest(theirs) == self.digest:
                 return theirs
             for name in filter(PICTURE.fullmatch, names):
@@ -136,16 +140,6 @@ class StoreWriter:
                 return False
             self.write(lambda: write_manifest(self.out, whole), self.out / MANIFEST)
         return True
-
-
-def _compare(out: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise a ValueError that lists settings which differ from those of the shards that are there."""
-    before, now = flatten(theirs), flatten(ours)
-    changed = [key for key in now | before if now.get(key) != before.get(key)]
-    if changed:
-        pairs = (f"{key}: {_short(before.get(key))} there, {_short(now.get(key))} now" for key in changed[:3])
-        listed = "; ".join(pairs)
-        raise ValueError(f"out={out} was begun with other settings or images ({listed}); choose another out=...")
 
 
 def _note(file: Path) -> dict[str, Any] | None:

@@ -8,9 +8,6 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-SECONDS = 20
-"""After which git is given up."""
-
 
 def provenance() -> dict[str, str]:
     """Versions of genfound, Python and the main libraries; with the commit, where genfound runs from its checkout."""
@@ -43,7 +40,7 @@ def commit(root: Path) -> str | None:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=True)
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return said.stdout.strip()

@@ -28,9 +28,6 @@ SUFFIXES = (
 MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
 """Of files that become RGB without a choice: no transparency, no 16 bits."""
 
-READERS = 16
-"""Threads that read files for their hashes."""
-
 GRID = "grid.png"
 """Of `genfound.sample`, beside its images."""
 
@@ -116,7 +113,7 @@ class FolderImages:
     def content(self) -> tuple[str, np.ndarray]:
         """16 digits of the SHA-256 of all files, and their order by it, as good as random: whatever their names are."""
         digests, progress = np.empty((len(self), 4), dtype=np.uint64), ProgressCounter("files read")
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, READERS)) as pool:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
             for number, hashed in enumerate(
                 pool.map(lambda file: hashlib.sha256(file.read_bytes()).digest(), self.files)
             ):

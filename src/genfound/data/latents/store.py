@@ -39,9 +39,6 @@ from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_h
 INDEX = ("offsets", "sizes", "labels", "images", "rules", "checks", "sums", "names")
 UNREADABLE = "because their own files could not be read when they were encoded"
 
-BUFFER = 2**24
-"""Bytes that are read ahead when a whole shard is checked."""
-
 
 class ShardIndex(NamedTuple):
     """The index of a shard, what its metadata say, its checksum, and where its values begin."""
@@ -129,7 +126,7 @@ def verify(file: Path) -> ShardIndex:
     index = read_index(file)
     expected = index.columns["checks"].view(np.uint32)
     lengths = np.diff(index.columns["offsets"]) // expected.shape[1] * index.values.dtype.itemsize
-    with open(file, "rb", buffering=BUFFER) as stream:
+    with open(file, "rb", buffering=2**24) as stream:
         stream.seek(index.values.begin)
         for entry, length in enumerate(lengths.tolist()):
             if [zlib.crc32(stream.read(length)) for _ in expected[entry]] != expected[entry].tolist():
