@@ -50,8 +50,8 @@ bench: install  ## speed, written to benchmarks/results/
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.official_forms
 	$(BIN)/python -m benchmarks.framework_tax
-	$(BIN)/python benchmarks/packing.py
-	$(BIN)/python benchmarks/store.py
+	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.store
 
 bench-gpu: install  ## what a graphics card must show, in eight minutes
 	PYTHON=$(BIN)/python bash benchmarks/gpu.sh

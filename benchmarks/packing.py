@@ -1,6 +1,6 @@
 """How full packs are, how even the work of eight ranks is, and how fast packing is.
 
-python benchmarks/packing.py [--images 200000]
+python -m benchmarks.packing [--images 200000]
 
 Sizes follow `benchmarks.image_sizes`, in the order of a training: one pass of a seeded permutation.
 """
@@ -8,22 +8,19 @@ Sizes follow `benchmarks.image_sizes`, in the order of a training: one pass of a
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import itertools
-import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks.image_sizes import token_counts
 from benchmarks.lpfhp import BestFit, assign, costs, fill, lpfhp
+from benchmarks.report import facts, write
 from genfound.data.packing.batch_plan import Order, Plan
 from genfound.data.packing.budget import max_images
 from genfound.data.packing.packer import LOOKAHEAD, Batcher, Packer
-from genfound.loggers.provenance import provenance
 
 RANKS, WIDTH = 8, 1152
 BUDGETS = (8192, 16_384, 65_536)
@@ -36,21 +33,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200_000)
     images = parser.parse_args().images
-    name = platform.processor() or platform.machine()
-    head = ["# Packing", "", *(f"- {key}: {value}" for key, value in {"device": name, **provenance()}.items())]
-    lines = [*head, *table(images, "native"), *table(images // 3, "mixed")]
-    report = "\n".join(lines) + "\n"
-    date = datetime.datetime.now(datetime.UTC).date()
-    file = Path(__file__).parent / "results" / f"packing_{name.replace(' ', '_')}_{date}.md"
-    file.write_text(report)
-    print(report, file, sep="\n")
+    sections = [facts()]
+    for view, count in {"native": images, "mixed": images // 3}.items():
+        sections.append("\n".join(table(count, view)))
+        print(sections[-1], flush=True)
+    print(write("packing", sections))
 
 
 def table(images: int, view: str) -> list[str]:
     """All packers on the sizes of a view."""
     tokens = token_counts(images, view)
-    facts = f"{tokens.mean():.1f} tokens on average, at most {tokens.max():,}"
-    lines = ["", f"## {view}: {len(tokens):,} images, {facts}", ""]
+    mean = f"{tokens.mean():.1f} tokens on average, at most {tokens.max():,}"
+    lines = [f"## {view}: {len(tokens):,} images, {mean}", ""]
     columns = ["budget", "packer", "fill", "emptiest pack", "images a pack"]
     columns += ["slowest of 8 ranks, by chance", "matched", "images/s"]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

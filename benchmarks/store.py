@@ -1,6 +1,6 @@
 """Speed of latent stores on this machine: random access, and opening one of ImageNet's size.
 
-python benchmarks/store.py [--entries 100000] [--folder DIR]
+python -m benchmarks.store [--entries 100000] [--folder DIR]
 
 Sizes follow `benchmarks.image_sizes`. The store of random values has NiT's 32 channels; the one that is only opened
 has a single channel, because its index, which is all that is read, is the same.
@@ -9,9 +9,7 @@ has a single channel, because its index, which is all that is read, is the same.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,10 +22,10 @@ import numpy as np
 import torch
 
 from benchmarks.image_sizes import image_sizes
+from benchmarks.report import facts, write
 from genfound.data.images.views import ImageViews
 from genfound.data.latents.manifest import FORMAT, store_digest, write_manifest
 from genfound.data.latents.store import ShardWriter, Store, manifest_line, read_index
-from genfound.loggers.provenance import provenance
 
 IMAGENET = 1_300_000
 SHARD = 8192
@@ -46,17 +44,10 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        lines = [*access_lines(folder / "values", arguments.entries), *opening_lines(folder / "index")]
+        lines = [*access_lines(folder / "values", arguments.entries), "", *opening_lines(folder / "index")]
     finally:
         shutil.rmtree(folder)
-    name = platform.processor() or platform.machine()
-    facts = {"device": name, "threads": str(torch.get_num_threads()), **provenance()}
-    head = ["# Latent stores", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
-    report = "\n".join([*head, *lines]) + "\n"
-    date = datetime.datetime.now(datetime.UTC).date()
-    file = Path(__file__).parent / "results" / f"store_{name.replace(' ', '_')}_{date}.md"
-    file.write_text(report)
-    print(report, file, sep="\n")
+    print("\n".join(lines), write("store", [facts(), "\n".join(lines)]), sep="\n")
 
 
 def make_store(root: Path, images: int, channels: int) -> None:
@@ -103,14 +94,13 @@ def access_lines(root: Path, entries: int, reads: int = 20_000) -> list[str]:
         "| store | random reads/s, warm, one process |",
         "|---|---|",
         f"| {entries:,} latents of 32 channels, {size / 2**30:.2f} GiB | {max(rates):,.0f} |",
-        "",
     ]
 
 
 def opening_lines(root: Path) -> list[str]:
     """Opening a store of ImageNet's size in a fresh process."""
     make_store(root, IMAGENET, channels=1)
-    command = [sys.executable, __file__, "--open", str(root)]
+    command = [sys.executable, "-m", "benchmarks.store", "--open", str(root)]
     found = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(3)]
     best = min(found, key=lambda result: float(result["seconds"]))
     return [
