@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.image_sizes import image_sizes
 from benchmarks.official_forms import CLASSES, our_step
 from benchmarks.report import facts, write
-from benchmarks.timing import Call, interleaved, medians, ratio
+from benchmarks.timing import Call, cpu_precisions, interleaved, medians, ratio
 from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
@@ -231,7 +231,7 @@ SECTIONS = {
 
 def precisions(device: torch.device) -> list[str]:
     """CUDA trains in bf16, the CPU in fp32, and in bf16 where it has the arithmetic."""
-    return ["bf16"] if device.type == "cuda" else ["fp32", *["bf16"] * torch.cpu._is_avx512_bf16_supported()]
+    return ["bf16"] if device.type == "cuda" else cpu_precisions()
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

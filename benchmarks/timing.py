@@ -38,3 +38,8 @@ def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
 def ratio(rounds: Sequence[Sequence[float]], of: int, to: int) -> float:
     """Median over the rounds of the seconds of one call over those of another."""
     return statistics.median(row[of] / row[to] for row in rounds)
+
+
+def cpu_precisions() -> list[str]:
+    """Those worth a measurement on the CPU: fp32, and bf16 where it has the arithmetic."""
+    return ["fp32", *["bf16"] * torch.cpu._is_avx512_bf16_supported()]

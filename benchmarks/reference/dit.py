@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reference.parts import Attention, FinalLayer, PatchEmbed, modulate
+from benchmarks.reference.parts import Attention, FinalLayer, Mlp, PatchEmbed, modulate
 from genfound.backbones.dit import position_table
 from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
-from genfound.layers.mlp import Mlp
 
 
 class Block(nn.Module):

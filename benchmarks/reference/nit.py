@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.reference.parts import FinalLayer, PatchEmbed, modulate, turn
+from benchmarks.reference.parts import FinalLayer, Mlp, PatchEmbed, modulate, turn
 from genfound.layers.embed import LabelEmbedder, TimestepEmbedder
-from genfound.layers.mlp import Mlp
 
 
 class Rope:

@@ -38,6 +38,18 @@ class Attention(nn.Module):
         return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
 
 
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class FinalLayer(nn.Module):
     """Modulated norm and projection, of the condition of each image (B, D) or of each token."""
 

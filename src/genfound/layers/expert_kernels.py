@@ -1,6 +1,6 @@
 """Forms of the experts' arithmetic: grouped matmul, and one matmul for each expert."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,82 +54,30 @@ class _OfUsed(torch.autograd.Function):
 def sliced(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Expert after expert, each on its own rows; the host reads their numbers once.
 
-    The gradient is written out: autograd would gather the experts' gradients into the stack by one more copy of
-    all weights.
+    One opaque operation, so that a compiled block has no graph break. Its gradient is written out: autograd would
+    gather the experts' gradients into the stack by one more copy of all weights.
     """
-    out: Tensor
-    if torch.compiler.is_compiling() or rows.is_meta:
-        out, _ = _slices_op(rows, ends, gate_up, down)
-    elif torch.is_grad_enabled():
-        out = _Slices.apply(rows, ends, gate_up, down)  # type: ignore[no-untyped-call]
-    else:
-        out, _ = _forward(rows, _lengths(ends), gate_up, down, keep=False)
-    return out
+    return _slices_op(rows, ends, gate_up, down)[0]  # type: ignore[no-any-return]
 
 
 KERNELS: dict[str, Kernel] = {"grouped": grouped, "slices": sliced}
 """(rows (S, D) sorted by expert, ends (E,) int32 of each expert's rows, gate_up, down) -> (S, D)."""
 
 
-class _Slices(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        ctx.lengths = _lengths(ends)
-        out, hidden = _forward(rows, ctx.lengths, gate_up, down, keep=True)
-        ctx.save_for_backward(rows, gate_up, down, *hidden)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate_up, down, *hidden = ctx.saved_tensors
-        d_rows, d_gate_up, d_down = _backward(grad, rows, ctx.lengths, gate_up, down, hidden)
-        return d_rows, None, d_gate_up, d_down
-
-
 def _lengths(ends: Tensor) -> list[int]:
     return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
-def _forward(
-    rows: Tensor, lengths: list[int], gate_up: Tensor, down: Tensor, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The output (S, D), and for the backward pass what gate and up made of each expert's rows."""
-    out = rows.new_empty(rows.shape)  # contiguous, as `_slices_op` promises
-    kept = []
-    pieces = zip(rows.split(lengths), out.split(lengths), gate_up.unbind(), down.unbind(), strict=True)
-    for x, y, enter, leave in pieces:
-        hidden = x @ enter.T  # (n, 2 I)
-        gate, up = hidden.chunk(2, dim=1)
-        torch.mm(silu(gate) * up, leave.T, out=y)
-        if keep:
-            kept.append(hidden)
-    return out, kept
-
-
-def _backward(
-    grad: Tensor, rows: Tensor, lengths: list[int], gate_up: Tensor, down: Tensor, hidden: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, gate_up and down, each written where it belongs."""
-    d_rows, d_gate_up, d_down = (a.new_empty(a.shape) for a in (rows, gate_up, down))
-    pieces = zip(grad.split(lengths), rows.split(lengths), gate_up.unbind(), down.unbind(), hidden, strict=True)
-    places = zip(d_rows.split(lengths), d_gate_up.unbind(), d_down.unbind(), strict=True)
-    for (g, x, enter, leave, h), (d_x, d_enter, d_leave) in zip(pieces, places, strict=True):
-        gate, up = h.chunk(2, dim=1)
-        active = silu(gate)
-        torch.mm(g.T, active * up, out=d_leave)
-        d_product = g @ leave  # (n, I)
-        d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
-        d_hidden = torch.cat([d_gate, d_product * active], dim=1)
-        torch.mm(d_hidden.T, x, out=d_enter)
-        torch.mm(d_hidden, enter, out=d_x)
-    return d_rows, d_gate_up, d_down
-
-
 @torch.library.custom_op("genfound::expert_slices", mutates_args=())
 def _slices_op(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """`_forward` as one opaque operation, so that a compiled block has no graph break."""
-    out, hidden = _forward(rows, _lengths(ends), gate_up, down, keep=True)
-    return out, torch.cat(hidden)
+    """The output (S, D), and for the backward pass what gate and up made of the rows (S, 2 I)."""
+    out, hidden = rows.new_empty(rows.shape), rows.new_empty(len(rows), gate_up.shape[1])
+    lengths = _lengths(ends)
+    pieces = zip(*(a.split(lengths) for a in (rows, hidden, out)), gate_up.unbind(), down.unbind(), strict=True)
+    for x, h, y, enter, leave in pieces:
+        gate, up = torch.mm(x, enter.T, out=h).chunk(2, dim=1)
+        torch.mm(silu(gate).mul_(up), leave.T, out=y)
+    return out, hidden
 
 
 @_slices_op.register_fake
@@ -141,8 +89,23 @@ def _(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor
 def _slices_grad_op(
     grad: Tensor, rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, gate_up and down, each written where it belongs."""
+    d_rows, d_gate_up, d_down = (a.new_empty(a.shape) for a in (rows, gate_up, down))
     lengths = _lengths(ends)
-    return _backward(grad, rows, lengths, gate_up, down, hidden.split(lengths))
+    pieces = zip(*(a.split(lengths) for a in (grad, rows, hidden, d_rows)), strict=True)
+    weights = zip(*(a.unbind() for a in (gate_up, down, d_gate_up, d_down)), strict=True)
+    for (g, x, h, d_x), (enter, leave, d_enter, d_leave) in zip(pieces, weights, strict=True):
+        gate, up = h.chunk(2, dim=1)
+        active = silu(gate)
+        torch.mm(g.T, active * up, out=d_leave)
+        d_product = g @ leave  # (n, I)
+        d_hidden = torch.empty_like(h)
+        d_gate, d_up = d_hidden.chunk(2, dim=1)
+        torch.mul(d_product, active, out=d_up)
+        torch.ops.aten.silu_backward(d_product.mul_(up), gate, grad_input=d_gate)
+        torch.mm(d_hidden.T, x, out=d_enter)
+        torch.mm(d_hidden, enter, out=d_x)
+    return d_rows, d_gate_up, d_down
 
 
 @_slices_grad_op.register_fake
