@@ -51,6 +51,7 @@ bench: install  ## speed, written to benchmarks/results/
 	$(BIN)/python -m benchmarks.official_forms
 	$(BIN)/python -m benchmarks.framework_tax
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.store
 
 bench-gpu: install  ## what a graphics card must show, in eight minutes

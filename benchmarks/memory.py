@@ -2,9 +2,9 @@
 
 python -m benchmarks.memory [--model nit_b] [--tokens 1024]
 
-Each figure is how much the resident memory of a process of its own grows at most, Linux only. A step must hold weights,
-gradients, two moments and one average. What is loaded is a file of the same network, mapped into memory; its pages count
-as long as they are not needed for something else.
+Each figure is how much the resident memory of a process of its own grows at most, Linux only. A step must hold
+weights, gradients, two moments and one average. What is loaded is a file of the same network, mapped into memory; its
+pages count as long as they are not needed for something else.
 """
 
 import argparse
