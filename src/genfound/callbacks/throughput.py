@@ -22,7 +22,8 @@ class Throughput:
     the steps themselves, and what is written about them. It stands while a run does something else (`paused`).
 
     `perf/mfu` is the arithmetic that the images need in a forward and backward pass (three times `Backbone.flops`,
-    without padding) over the rate that a plain matrix product reaches on the same machine in the same precision.
+    without padding) over the rate that a plain matrix product reaches on the same machine in the same precision;
+    `perf/gflops_per_image` is that of a forward pass.
     """
 
     def __init__(self, data: GenerativeDataModule) -> None:
@@ -84,7 +85,9 @@ class Throughput:
             "perf/encode_share": encoded / of_ranks,
         }
         if self.flops is not None:
-            found["perf/mfu"] = 3 * self.flops.total(images, tokens, pairs) / of_ranks / self.matmul_rate
+            forward = self.flops.total(images, tokens, pairs)
+            found["perf/gflops_per_image"] = forward / images / 1e9
+            found["perf/mfu"] = 3 * forward / of_ranks / self.matmul_rate
         return found
 
 

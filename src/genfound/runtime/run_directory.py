@@ -1,7 +1,7 @@
 """Where things lie: the configuration folder and the run directories.
 
-A run directory `runs/<study>/<name>/` holds config.yaml, metrics.jsonl, checkpoints/, samples/, wandb/, and
-DONE or FAILED. Its name is made of the overrides that identify the run, so the same command finds it again.
+A run directory `runs/<study>/<name>/` holds config.yaml, overrides.json, metrics.jsonl, checkpoints/, samples/,
+wandb/, and DONE or FAILED. Its name is made of the overrides that identify the run, so the same command finds it again.
 A run that is continued under another configuration has that one in config.next.yaml until everything fits.
 """
 
@@ -35,6 +35,7 @@ PLACE = ("runs", "study", "name")
 """Keys that are the path of a run."""
 
 NEXT = "config.next.yaml"
+OVERRIDES = "overrides.json"
 
 FORMAT = 2
 """Of config.yaml, checkpoints and files of weights, all of which say so."""
@@ -93,6 +94,19 @@ def write_config(folder: Path, config: Mapping[str, Any], allow_changes: bool) -
     (folder / NEXT).unlink(missing_ok=True)
     file = folder / (NEXT if changed(folder, config) else "config.yaml")
     atomic_write(file, lambda temporary: temporary.write_text(_yaml(config)))
+
+
+def note_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    """Keep what was set on the command line, for reports; the file is as old as the first command that set it."""
+    file, text = folder / OVERRIDES, json.dumps(list(overrides)) + "\n"
+    if not file.is_file() or file.read_text() != text:
+        atomic_write(file, lambda temporary: temporary.write_text(text))
+
+
+def overrides_of(folder: Path) -> list[str]:
+    """What `note_overrides` kept; nothing of runs of before."""
+    file = folder / OVERRIDES
+    return [str(override) for override in json.loads(file.read_text())] if file.is_file() else []
 
 
 def _yaml(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,34 @@
+"""`python -m genfound.report study=NAME`: tables, plots and one self-contained page about the runs of a study."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from genfound.config import command_line, compose
+
+
+def _task(cfg: DictConfig) -> None:
+    try:
+        from genfound.reporting.collect import read_study
+        from genfound.reporting.page import write_report
+        from genfound.reporting.watch import watch
+    except ImportError as error:
+        raise ValueError(f"{error}; reports need more packages: pip install genfound[report]") from None
+    config = compose.to_dict(cfg)
+    folder = Path(config["runs"]) / config["study"]
+    if config["watch"]:
+        watch(folder)
+    runs = read_study(folder)
+    experiment = Path(config["experiment"] or Path("experiments") / config["study"])
+    out = Path(config["out"] or folder / "report")
+    print(write_report(runs, config["metrics"], experiment, out))
+    print(f"{len(runs)} runs: {out / 'index.html'}")
+
+
+def main() -> None:
+    """Console entry point."""
+    command_line.hydra_main(_task, "report")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Runs of a study -> tables, plots and one self-contained page."""

@@ -1,0 +1,135 @@
+"""Plots of a study, each as SVG: curves, cost, time bins, sizes, experts and speed."""
+
+import io
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from genfound.reporting.collect import Run
+from genfound.reporting.tables import by_setting, half_width, label, mean
+
+TIME_BIN = "train/loss_t/"
+LEGEND = 12
+"""More lines than this have no legend."""
+
+
+def _axes(x: str, y: str, width: float = 6.4) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(width, 4.0), layout="constrained")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return stream.getvalue()
+
+
+def _finish(figure: Figure, axes: Axes, lines: int) -> bytes:
+    if 1 < lines <= LEGEND:
+        axes.legend(frameon=False, fontsize="small")
+    return _svg(figure)
+
+
+def curves(runs: Sequence[Run], metric: str) -> bytes | None:
+    """A metric against images seen: a thin line for each seed, a thick one for their mean."""
+    groups = {key: [run for run in same if len(run.values(metric))] for key, same in by_setting(runs).items()}
+    groups = {key: same for key, same in groups.items() if same}
+    if not groups:
+        return None
+    figure, axes = _axes("images seen", metric)
+    for place, (setting, same) in enumerate(groups.items()):
+        series = [run.values(metric) for run in same]
+        for values in series:
+            axes.plot(values.index, values, color=f"C{place % 10}", alpha=0.35, linewidth=0.8)
+        ends = min(values.index.max() for values in series)
+        points = series[0].index[series[0].index <= ends]
+        middle = np.mean([np.interp(points, values.index, values) for values in series], axis=0)
+        axes.plot(points, middle, color=f"C{place % 10}", linewidth=2, marker=".", label=label(setting))
+    axes.set_yscale("log")
+    return _finish(figure, axes, len(groups))
+
+
+def against_cost(runs: Sequence[Run], metric: str) -> bytes | None:
+    """A metric against the arithmetic of a forward pass for an image: a point with its interval for each setting."""
+    points = []
+    for setting, same in by_setting(runs).items():
+        values = [run.last(metric) for run in same if run.state == "done" and np.isfinite(run.last(metric))]
+        cost = mean(same, "perf/gflops_per_image")
+        if values and np.isfinite(cost):
+            points.append((setting, cost, float(np.mean(values)), half_width(values)))
+    if len({cost for _, cost, _, _ in points}) < 2:
+        return None
+    figure, axes = _axes("Gflops of a forward pass for one image", metric)
+    for place, (setting, cost, value, half) in enumerate(points):
+        bar, name = np.nan_to_num(half), label(setting)
+        axes.errorbar(cost, value, bar, fmt="o", color=f"C{place % 10}", capsize=3, label=name)
+    axes.set_xscale("log")
+    return _finish(figure, axes, len(points))
+
+
+def time_bins(runs: Sequence[Run]) -> bytes | None:
+    """The training loss at the end, by time bin; comparable between runs of one path and prediction only."""
+    names = sorted({column for run in runs for column in run.curve if column.startswith(TIME_BIN)})
+    groups = {key: [run for run in same if run.state == "done"] for key, same in by_setting(runs).items()}
+    groups = {key: same for key, same in groups.items() if same}
+    if not names or not groups:
+        return None
+    figure, axes = _axes("time (0 data, 1 noise)", "train/loss, mean of the last tenth")
+    for setting, same in groups.items():
+        tails = {name: [run.values(name).tail(max(len(run.curve) // 10, 1)).mean() for run in same] for name in names}
+        means = [np.mean(values) for values in tails.values()]
+        axes.plot([name.removeprefix(TIME_BIN) for name in names], means, marker="o", label=label(setting))
+    return _finish(figure, axes, len(groups))
+
+
+def sizes(evaluated: pd.DataFrame, figure_name: str, keys: Sequence[str]) -> bytes | None:
+    """A figure against the size of the samples, where evaluations have several."""
+    if "size" not in evaluated or evaluated["size"].nunique() < 2:
+        return None
+    figure, axes = _axes("height x width of the samples", figure_name)
+    groups = evaluated.groupby(list(keys), sort=False) if keys else [(("all runs",), evaluated)]
+    for setting, rows in groups:
+        means = rows.groupby("size", sort=False)[figure_name].mean()
+        axes.plot(means.index, means, marker="o", label=label([str(part) for part in setting]))
+    return _finish(figure, axes, len(groups))
+
+
+def expert_load(runs: Sequence[Run]) -> bytes | None:
+    """The largest load of an expert in any block against images seen; 1 / experts would be balanced."""
+    figure, axes, drawn = *_axes("images seen", "largest load of an expert"), 0
+    for run in runs:
+        names = [column for column in run.curve if column.startswith("experts/") and column.endswith("load_max")]
+        if names:
+            most = run.curve.set_index("images_seen")[names].max(axis=1).dropna()
+            axes.plot(most.index, most, label=run.folder.name)
+            drawn += 1
+    if not drawn:
+        plt.close(figure)
+        return None
+    return _finish(figure, axes, drawn)
+
+
+def speed(runs: Sequence[Run]) -> bytes | None:
+    """Images per second of each setting, the median over a run."""
+    groups = {key: [run.values("perf/images_per_s").median() for run in same] for key, same in by_setting(runs).items()}
+    groups = {key: found for key, values in groups.items() if (found := [v for v in values if np.isfinite(v)])}
+    if not groups:
+        return None
+    figure, axes = _axes("images per second", "")
+    names = [label(key) for key in groups]
+    axes.barh(names, [float(np.median(values)) for values in groups.values()], color="C0", alpha=0.7)
+    axes.invert_yaxis()
+    return _svg(figure)

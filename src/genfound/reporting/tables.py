@@ -1,0 +1,188 @@
+"""Tables of a study: means over seeds, effects between settings, the paper's figures, and what failed."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from genfound.evaluation.protocol import differences, size_text
+from genfound.reporting.collect import Run, varied
+
+CONFIDENCE, POWER = 0.95, 0.8
+"""Of intervals; and how often an effect of the detectable size would be found."""
+
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "images_per_s", "tokens_per_s", "mfu")
+"""Parts of the names of metrics that grow as a model gets better; the others fall."""
+
+PAPER = ("metric", "value", "protocol", "source")
+"""Columns of a paper.csv that are no settings."""
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric grows as a model gets better."""
+    return any(part in metric for part in HIGHER_IS_BETTER)
+
+
+def half_width(values: Sequence[float] | np.ndarray) -> float:
+    """Half of the 95 % interval of a mean by Student's t; NaN of fewer than two values."""
+    count = len(values)
+    if count < 2:
+        return float("nan")
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return float(quantile * np.std(values, ddof=1) / np.sqrt(count))
+
+
+def detectable(values: Sequence[float] | np.ndarray) -> float:
+    """The smallest mean difference that so many pairs find in 80 of 100 studies, of the spread that they have."""
+    count = len(values)
+    if count < 2:
+        return float("nan")
+    quantiles = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) + stats.t.ppf(POWER, count - 1)
+    return float(quantiles * np.std(values, ddof=1) / np.sqrt(count))
+
+
+def by_setting(runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
+    """The values of what varies -> the runs that have them, one for each seed."""
+    keys, groups = varied(runs), dict[tuple[str, ...], list[Run]]()
+    for run in runs:
+        groups.setdefault(tuple(run.setting(key) for key in keys), []).append(run)
+    return groups
+
+
+def label(setting: Sequence[str]) -> str:
+    """A setting in a legend."""
+    return ", ".join(setting) or "all runs"
+
+
+def summary(runs: Sequence[Run], metrics: Sequence[str]) -> pd.DataFrame:
+    """A row for each setting, the best first: how many runs are done, and the mean +- interval of each metric."""
+    rows = []
+    for setting, same in by_setting(runs).items():
+        done = [run for run in same if run.state == "done"]
+        row: dict[str, object] = dict(zip(varied(runs), setting, strict=True))
+        row |= {"done": f"{len(done)} of {len(same)}", "Gflops": mean(done, "perf/gflops_per_image")}
+        for metric in metrics:
+            values = [run.last(metric) for run in done if not np.isnan(run.last(metric))]
+            row[metric] = float(np.mean(values)) if values else float("nan")
+            row[f"{metric} +-"] = half_width(values)
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    return frame.sort_values(metrics[0], ascending=not higher_is_better(metrics[0])) if metrics else frame
+
+
+def mean(runs: Sequence[Run], metric: str) -> float:
+    """Of the last values of a metric; NaN if no run has any."""
+    values = [run.last(metric) for run in runs]
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def effects(runs: Sequence[Run], metric: str) -> pd.DataFrame:
+    """What each value of a setting changes against its first one, over pairs that agree in all else, the seed too."""
+    rows, keys = [], varied(runs)
+    done = [run for run in runs if run.state == "done" and not np.isnan(run.last(metric))]
+    for key in keys:
+        values = list(dict.fromkeys(run.setting(key) for run in done))
+        rest = [other for other in keys if other != key]
+        figure = {(run.setting(key), run.seed, *(run.setting(k) for k in rest)): run.last(metric) for run in done}
+        for value in values[1:]:
+            others = [place[1:] for place in figure if place[0] == value and (values[0], *place[1:]) in figure]
+            pairs = np.array([figure[value, *place] - figure[values[0], *place] for place in others])
+            if not len(pairs):
+                continue
+            base = np.mean([figure[values[0], *place] for place in others])
+            rows.append({
+                "setting": key, "from": values[0], "to": value, "pairs": len(pairs), "effect": float(pairs.mean()),
+                "+-": half_width(pairs), "relative": float(pairs.mean() / base), "detectable": detectable(pairs),
+                "verdict": verdict(pairs, metric),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def verdict(pairs: np.ndarray, metric: str) -> str:
+    """In a word, whether an effect is told apart from none."""
+    half = half_width(pairs)
+    if np.isnan(half):
+        return "one pair"
+    if abs(pairs.mean()) <= half:
+        return "not told apart"
+    return "better" if (pairs.mean() > 0) == higher_is_better(metric) else "worse"
+
+
+def beside_paper(runs: Sequence[Run], metric: str, file: Path) -> tuple[pd.DataFrame, str]:
+    """The published figures of paper.csv beside ours, where all of a row's settings are met, and how the orders agree.
+
+    Raises:
+        ValueError: the file lacks a column.
+    """
+    paper = pd.read_csv(file, dtype=str).fillna("")
+    if missing := [column for column in PAPER if column not in paper]:
+        raise ValueError(f"{file} has no column {missing[0]}; it needs {', '.join(PAPER)} and one for each setting")
+    keys, rows = [column for column in paper if column not in PAPER], []
+    done = [run for run in runs if run.state == "done"]
+    for _, line in paper.iterrows():
+        same = [run for run in done if all(run.setting(key) == line[key] for key in keys if line[key])]
+        if same:
+            rows.append({**line, "ours": mean(same, metric), "runs": len(same)})
+    frame = pd.DataFrame(rows)
+    if len(frame) < 3:
+        return frame, "fewer than three settings are in both"
+    theirs, ours = frame["value"].astype(float), frame["ours"]
+    rho = stats.spearmanr(theirs, ours if not higher_is_better(metric) else -ours).statistic
+    protocols = " and ".join(dict.fromkeys(frame["metric"] + " by " + frame["protocol"]))
+    return frame, (
+        f"The figures are of different kinds ({protocols}; ours is {metric}), so only their order can be compared: "
+        f"rank correlation {rho:.2f} over {len(frame)} settings."
+    )
+
+
+def evaluations(runs: Sequence[Run]) -> pd.DataFrame:
+    """Figures with their protocols; the last column says what keeps a row from being compared with the first."""
+    rows, keys, first = [], varied(runs), None
+    for run, result in itertools.chain.from_iterable(((run, each) for each in run.evaluations) for run in runs):
+        drawn, first = result.protocol.drawing, first or result.protocol
+        differing = differences(first, result.protocol)
+        row = {**{key: run.setting(key) for key in keys}, "seed": run.seed}
+        row |= {"size": size_text(result.protocol.size), "drawn": drawn.summary(), **result.figures}
+        rows.append({**row, "protocol": result.protocol.name, "differs in": ", ".join(differing)})
+    return pd.DataFrame(rows)
+
+
+def jobs(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row for each run: how it stands, and why it failed."""
+    seen = [int(run.curve["images_seen"].max()) if len(run.curve) else 0 for run in runs]
+    return pd.DataFrame({
+        "run": [run.folder.name for run in runs],
+        "state": [run.state for run in runs],
+        "images": [f"{count:,} of {run.budget:,}" for run, count in zip(runs, seen, strict=True)],
+        "loss": [run.last("train/loss") for run in runs],
+        "images/s": [float(run.values("perf/images_per_s").median()) for run in runs],
+        "reason": [run.reason for run in runs],
+    })  # fmt: skip
+
+
+def rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """For readers: a mean and its interval in one cell, four digits of other numbers."""
+    shown = pd.DataFrame(index=frame.index)
+    for column in frame:
+        if column.endswith(" +-"):
+            continue
+        widths = frame.get(f"{column} +-", [float("nan")] * len(frame))
+        shown[column] = [_cell(value, width) for value, width in zip(frame[column], widths, strict=True)]
+    return shown
+
+
+def _cell(value: object, width: float) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if np.isnan(value):
+        return ""
+    return f"{value:.4g}" if np.isnan(width) else f"{value:.4g} ± {width:.2g}"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table of Markdown."""
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

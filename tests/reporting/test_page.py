@@ -1,0 +1,60 @@
+"""The page of a study, and the command that writes it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from genfound.reporting.collect import read_study
+from genfound.reporting.page import write_report
+from genfound.runtime.files import visible
+from tests.cli.commands import genfound, one_error
+from tests.reporting.studies import made_study
+
+METRIC = "val/velocity_mse"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    made_study(folder / "runs/paths")
+    (folder / "experiments/paths").mkdir(parents=True)
+    (folder / "experiments/paths/findings.md").write_text("GVP is as good as linear.\n\nMore seeds are needed.\n")
+    return folder
+
+
+def test_the_page_holds_all_that_it_shows(root: Path, tmp_path: Path) -> None:
+    text = write_report(read_study(root / "runs/paths"), [METRIC], root / "experiments/paths", tmp_path)
+    assert "gvp" in text and "1.3 ± " in text
+    page = (tmp_path / "index.html").read_text()
+    assert "<p>GVP is as good as linear.</p>" in page and "no room &lt;on&gt; the disk" in page
+    for heading in ("Results", f"Effects on {METRIC}", "Curves", "Samples", "Jobs"):
+        assert f"<h2>{heading}</h2>" in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 4 + 3 and all(source.startswith("data:image/") for source in sources)
+    written = {f"{name}.{suffix}" for name in ("effects", "jobs", "results") for suffix in ("csv", "md", "tex")}
+    assert {file.name for file in visible(tmp_path)} == {"index.html", *written}
+
+
+def test_the_command_writes_into_the_study(root: Path) -> None:
+    result = genfound("report", "study=paths", cwd=root)
+    assert result.returncode == 0, result.stderr
+    assert "7 runs: runs/paths/report/index.html" in result.stdout
+    assert (root / "runs/paths/report/results.md").read_text().startswith("| objective.path | done | Gflops | val/")
+    again = genfound("report", "study=paths", "watch=true", f"out={root}/out", cwd=root)
+    assert "failed" in again.stdout and "left" in again.stdout and (root / "out/index.html").is_file()
+
+
+WRONG = {
+    "study=other": "study=other: there is no folder runs/other; train with study=other",
+    "study=paths metrics=[val/fid]": "metrics=['val/fid']: no run of the study has any of them",
+    "study=paths metric=x": "unknown key metric; did you mean metrics?",
+    "": "study is missing; give study=...",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_input_is_one_line(root: Path, arguments: str) -> None:
+    assert WRONG[arguments] in one_error(genfound("report", *arguments.split(), cwd=root))

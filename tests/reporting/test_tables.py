@@ -1,0 +1,88 @@
+"""Tables of a study beside the same figures by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from genfound.reporting import tables
+from genfound.reporting.collect import Run, metric_names, read_study, varied
+from tests.reporting.studies import made_run, made_study
+
+METRIC = "val/velocity_mse"
+T_2 = 4.302653
+"""Student's t of 95 % with two degrees of freedom."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    return read_study(made_study(tmp_path_factory.mktemp("runs") / "study"))
+
+
+def test_only_what_differs_is_a_column(runs: list[Run]) -> None:
+    assert varied(runs) == ["objective.path"]
+    assert metric_names(runs, [METRIC, "eval", "train/loss_t"]) == [
+        METRIC, "train/loss_t/0.00-0.50", "train/loss_t/0.50-1.00",
+    ]  # fmt: skip
+
+
+def test_means_and_intervals_are_those_of_the_seeds(runs: list[Run]) -> None:
+    frame = tables.summary(runs, [METRIC]).set_index("objective.path")
+    assert list(frame.index) == ["gvp", "linear", "vp"]
+    assert frame["done"].to_dict() == {"gvp": "3 of 3", "linear": "3 of 3", "vp": "0 of 1"}
+    assert frame.loc["linear", METRIC] == pytest.approx(1.5)
+    assert frame.loc["linear", f"{METRIC} +-"] == pytest.approx(T_2 * 0.5 / 3**0.5, rel=1e-6)
+    assert frame.loc["gvp", METRIC] == pytest.approx(1.3)
+
+
+def test_effects_are_paired_by_seed(runs: list[Run]) -> None:
+    (effect,) = tables.effects(runs, METRIC).to_dict("records")
+    assert (effect["from"], effect["to"], effect["pairs"]) == ("linear", "gvp", 3)
+    assert effect["effect"] == pytest.approx(-0.2)
+    assert effect["+-"] == pytest.approx(T_2 * 0.1 / 3**0.5, rel=1e-6)
+    assert effect["relative"] == pytest.approx(-0.2 / 1.5)
+    assert effect["detectable"] == pytest.approx((T_2 + 1.060660) * 0.1 / 3**0.5, rel=1e-5)
+    assert effect["verdict"] == "not told apart"
+
+
+def test_a_verdict_knows_the_direction_of_its_metric() -> None:
+    down = np.array([-0.21, -0.2, -0.19])
+    assert tables.verdict(down, METRIC) == "better" and tables.verdict(-down, METRIC) == "worse"
+    assert tables.verdict(down, "eval/recall@256") == "worse"
+    assert tables.verdict(down[:1], METRIC) == "one pair"
+
+
+def test_the_papers_figures_stand_beside_ours(runs: list[Run], tmp_path: Path) -> None:
+    file = tmp_path / "paper.csv"
+    file.write_text(
+        "objective.path,metric,value,protocol,source\n"
+        'linear,FID,34.8,50K ODE,"Table 1"\ngvp,FID,34.6,50K ODE,"Table 1"\nvp,FID,39.8,50K ODE,"Table 1"\n'
+    )
+    frame, remark = tables.beside_paper(runs, METRIC, file)
+    assert frame[["objective.path", "value", "runs"]].to_numpy().tolist() == [["linear", "34.8", 3], ["gvp", "34.6", 3]]
+    assert frame["ours"].tolist() == pytest.approx([1.5, 1.3])
+    assert remark == "fewer than three settings are in both"
+    file.write_text("objective.path,metric,value\nlinear,FID,34.8\n")
+    with pytest.raises(
+        ValueError, match=r"paper\.csv has no column protocol; it needs metric, value, protocol, source"
+    ):
+        tables.beside_paper(runs, METRIC, file)
+
+
+@pytest.mark.parametrize(("theirs", "rho"), [((3.0, 2.0, 4.0), "1.00"), ((4.0, 5.0, 3.0), "-1.00")])
+def test_the_order_of_the_paper_is_compared(theirs: tuple[float, ...], rho: str, tmp_path: Path) -> None:
+    for path, end in (("linear", 0.5), ("gvp", 0.4), ("vp", 0.6)):
+        made_run(tmp_path / f"s/{path}", [f"objective.path={path}"], {METRIC: [end]})
+    rows = zip(("linear", "gvp", "vp"), theirs, strict=True)
+    lines = [f"{path},FID,{value},50K,Table 1\n" for path, value in rows]
+    (tmp_path / "paper.csv").write_text("objective.path,metric,value,protocol,source\n" + "".join(lines))
+    _, remark = tables.beside_paper(read_study(tmp_path / "s"), METRIC, tmp_path / "paper.csv")
+    assert f"rank correlation {rho} over 3 settings" in remark and "FID by 50K; ours is val/velocity_mse" in remark
+
+
+def test_jobs_that_failed_are_listed_with_their_reason(runs: list[Run]) -> None:
+    failed = tables.jobs(runs).iloc[-1]
+    assert (failed["state"], failed["reason"]) == ("failed", "RuntimeError: no room <on> the disk")
+    assert failed["images"] == "0 of 400"
