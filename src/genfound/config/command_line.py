@@ -66,10 +66,16 @@ ReadOrigin = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 """From {key: value} of overrides, the configuration of the model that they name; `None` if they name none."""
 
 
-def hydra_main(task: Callable[[DictConfig], None], config_name: str, read_origin: ReadOrigin | None = None) -> None:
+def hydra_main(
+    task: Callable[[DictConfig], None],
+    config_name: str,
+    read_origin: ReadOrigin | None = None,
+    may_lack: Collection[str] = (),
+) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
 
-    With `read_origin`, sampler and guidance are those of the model in `from=`; see `with_origin`.
+    With `read_origin`, sampler and guidance are those of the model in `from=`; see `with_origin`. Keys in `may_lack`
+    may be missing.
     Exits with 1, after one line on standard error for each, if the configuration or a job is wrong.
     """
     errors: list[str] = []
@@ -80,7 +86,7 @@ def hydra_main(task: Callable[[DictConfig], None], config_name: str, read_origin
         try:
             if read_origin and not _added:  # a sweep varies the model
                 cfg = hydra.compose(config_name, with_origin(read_origin, HydraConfig.get().overrides.task))
-            _check(cfg, config_name)
+            _check(cfg, config_name, may_lack)
             _check_copies(cfg, size, copies, config_name)
             with explain_oom(config_name):
                 task(cfg)
@@ -150,9 +156,9 @@ def _check_copies(cfg: DictConfig, size: str, copies: int, config_name: str) -> 
         )
 
 
-def _check(cfg: DictConfig, config_name: str) -> None:
+def _check(cfg: DictConfig, config_name: str, may_lack: Collection[str]) -> None:
     """Refuse values that are missing, or of another type than the default."""
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
+    if missing := sorted(OmegaConf.missing_keys(cfg) - {*may_lack}):
         raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
     choices = [f"{key}={value}" for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key and value]
     composed = hydra.compose(config_name, choices), cfg
