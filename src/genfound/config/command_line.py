@@ -66,11 +66,12 @@ ReadOrigin = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 """From {key: value} of overrides, the configuration of the model that they name; `None` if they name none."""
 
 
+Task = Callable[[DictConfig], None]
+"""What a command does with its composed configuration."""
+
+
 def hydra_main(
-    task: Callable[[DictConfig], None],
-    config_name: str,
-    read_origin: ReadOrigin | None = None,
-    may_lack: Collection[str] = (),
+    task: Task, config_name: str, read_origin: ReadOrigin | None = None, may_lack: Collection[str] = ()
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
 
