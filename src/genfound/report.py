@@ -19,9 +19,9 @@ def _task(cfg: DictConfig) -> None:
     if config["watch"]:
         watch(folder)
     runs = read_study(folder)
-    experiment = Path(config["experiment"] or Path("experiments") / config["study"])
+    notes = Path(config["notes"] or Path("experiments") / config["study"])
     out = Path(config["out"] or folder / "report")
-    print(write_report(runs, config["metrics"], experiment, out))
+    print(write_report(runs, config["metrics"], notes, out))
     print(f"{len(runs)} runs: {out / 'index.html'}")
 
 

@@ -40,7 +40,7 @@ def made_study(folder: Path) -> Path:
         for seed, shift in enumerate(shifts):
             end = 1.0 + 0.5 * seed + shift
             figures = {
-                "val/velocity_mse": [2.0, 1.7, 1.5, end],
+                "val/velocity_mse_ema": [2.0, 1.7, 1.5, end],
                 "train/loss": [3.0, 2.5, 2.2, 2.0],
                 "train/loss_t/0.00-0.50": [1.0] * 4,
                 "train/loss_t/0.50-1.00": [2.0] * 4,

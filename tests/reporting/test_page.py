@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from genfound.reporting import plots
 from genfound.reporting.collect import read_study
 from genfound.reporting.page import write_report
 from genfound.runtime.files import visible
 from tests.cli.commands import genfound, one_error
 from tests.reporting.studies import made_study
 
-METRIC = "val/velocity_mse"
+METRIC = "val/velocity_mse_ema"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,13 @@ def test_the_page_holds_all_that_it_shows(root: Path, tmp_path: Path) -> None:
     assert len(sources) == 4 + 3 and all(source.startswith("data:image/") for source in sources)
     written = {f"{name}.{suffix}" for name in ("effects", "jobs", "results") for suffix in ("csv", "md", "tex")}
     assert {file.name for file in visible(tmp_path)} == {"index.html", *written}
+
+
+def test_a_figure_of_several_sizes_is_drawn_against_them() -> None:
+    measured = pd.DataFrame({"model": ["a", "a", "b"], "size": ["16x16", "8x8", "16x16"], "fd": [1.0, 2.0, 3.0]})
+    drawn = plots.sizes(measured, "fd", ["model"])
+    assert drawn is not None and b"<svg" in drawn
+    assert plots.sizes(measured[:1], "fd", ["model"]) is None
 
 
 def test_the_command_writes_into_the_study(root: Path) -> None:

@@ -11,7 +11,7 @@ from genfound.reporting import tables
 from genfound.reporting.collect import Run, metric_names, read_study, varied
 from tests.reporting.studies import made_run, made_study
 
-METRIC = "val/velocity_mse"
+METRIC = "val/velocity_mse_ema"
 T_2 = 4.302653
 """Student's t of 95 % with two degrees of freedom."""
 
@@ -79,7 +79,7 @@ def test_the_order_of_the_paper_is_compared(theirs: tuple[float, ...], rho: str,
     lines = [f"{path},FID,{value},50K,Table 1\n" for path, value in rows]
     (tmp_path / "paper.csv").write_text("objective.path,metric,value,protocol,source\n" + "".join(lines))
     _, remark = tables.beside_paper(read_study(tmp_path / "s"), METRIC, tmp_path / "paper.csv")
-    assert f"rank correlation {rho} over 3 settings" in remark and "FID by 50K; ours is val/velocity_mse" in remark
+    assert f"rank correlation {rho} over 3 settings" in remark and "FID by 50K; ours is val/velocity_mse_ema" in remark
 
 
 def test_jobs_that_failed_are_listed_with_their_reason(runs: list[Run]) -> None:

@@ -21,7 +21,7 @@ FINDINGS, PUBLISHED = "findings.md", "paper.csv"
 """Beside a study: sentences for the top of the page, a paragraph a line; and the figures of the paper."""
 
 
-def write_report(runs: Sequence[Run], wanted: Sequence[str], experiment: Path, out: Path) -> str:
+def write_report(runs: Sequence[Run], wanted: Sequence[str], notes: Path, out: Path) -> str:
     """Write index.html, and each table as CSV, Markdown and LaTeX; returns the table of results as text.
 
     Raises:
@@ -35,12 +35,12 @@ def write_report(runs: Sequence[Run], wanted: Sequence[str], experiment: Path, o
         found["effects"] = tables.effects(runs, metrics[0])
     found |= {"evaluations": tables.evaluations(runs), "jobs": tables.jobs(runs)}
     remark = ""
-    if metrics and (experiment / PUBLISHED).is_file():
-        found["paper"], remark = tables.beside_paper(runs, metrics[0], experiment / PUBLISHED)
+    if metrics and (notes / PUBLISHED).is_file():
+        found["paper"], remark = tables.beside_paper(runs, metrics[0], notes / PUBLISHED)
     found = {name: frame for name, frame in found.items() if len(frame)}
     for name, frame in found.items():
         _write_table(out / name, frame)
-    page = _render(runs, metrics, found, remark, _paragraphs(experiment / FINDINGS))
+    page = _render(runs, metrics, found, remark, _paragraphs(notes / FINDINGS))
     atomic_write(out / "index.html", lambda temporary: temporary.write_text(page))
     return tables.rounded(found["results"]).to_string(index=False)
 
@@ -87,7 +87,7 @@ def _plots(
         yield f"{metrics[0]} against cost", plots.against_cost(runs, metrics[0])
     yield "Loss by time", plots.time_bins(runs)
     if (evaluated := found.get("evaluations")) is not None:
-        for name in (column for column in evaluated if "@" in column):
+        for name in evaluated.select_dtypes("float"):
             yield f"{name} by size", plots.sizes(evaluated, name, varied(runs))
     yield "Largest load of an expert", plots.expert_load(runs)
     yield "Speed", plots.speed(runs)

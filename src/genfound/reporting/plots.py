@@ -45,7 +45,7 @@ def _finish(figure: Figure, axes: Axes, lines: int) -> bytes:
 
 def curves(runs: Sequence[Run], metric: str) -> bytes | None:
     """A metric against images seen: a thin line for each seed, a thick one for their mean."""
-    groups = {key: [run for run in same if len(run.values(metric))] for key, same in by_setting(runs).items()}
+    groups = {key: [run for run in same if len(run.values(metric)) > 1] for key, same in by_setting(runs).items()}
     groups = {key: same for key, same in groups.items() if same}
     if not groups:
         return None
@@ -58,7 +58,8 @@ def curves(runs: Sequence[Run], metric: str) -> bytes | None:
         points = series[0].index[series[0].index <= ends]
         middle = np.mean([np.interp(points, values.index, values) for values in series], axis=0)
         axes.plot(points, middle, color=f"C{place % 10}", linewidth=2, marker=".", label=label(setting))
-    axes.set_yscale("log")
+    if all((run.values(metric) > 0).all() for same in groups.values() for run in same):
+        axes.set_yscale("log")
     return _finish(figure, axes, len(groups))
 
 

@@ -14,7 +14,7 @@ from genfound.reporting.collect import Run, varied
 CONFIDENCE, POWER = 0.95, 0.8
 """Of intervals; and how often an effect of the detectable size would be found."""
 
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "images_per_s", "tokens_per_s", "mfu")
+HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall", "images_per_s", "tokens_per_s", "mfu")
 """Parts of the names of metrics that grow as a model gets better; the others fall."""
 
 PAPER = ("metric", "value", "protocol", "source")
