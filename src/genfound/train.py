@@ -5,10 +5,10 @@ from omegaconf import DictConfig
 from genfound.config import command_line
 
 
-def _task(cfg: DictConfig) -> None:
+def _task(cfg: DictConfig) -> str | None:
     from genfound.training import train
 
-    train(cfg)
+    return train(cfg)
 
 
 def main() -> None:

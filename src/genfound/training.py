@@ -27,11 +27,10 @@ from genfound import build
 from genfound.callbacks import resuming
 from genfound.callbacks.checkpointing import AtomicCheckpointIO
 from genfound.checkpoints.initialise import initialise
-from genfound.config import compose, targets
+from genfound.config import compose, sweeps, targets
 from genfound.config.command_line import explain_oom
 from genfound.config.errors import USER_ERRORS, JobError
 from genfound.config.options import check, one_step
-from genfound.config.sweeps import swept_keys
 from genfound.config.targets import instantiate_own
 from genfound.data.datamodule import GenerativeDataModule
 from genfound.loggers.json_lines import JsonLines, lines_of
@@ -159,9 +158,17 @@ def _loggers(
 
 
 def _mark_done(folder: Path, images: int, steps: int, fingerprint: str) -> None:
-    losses = [line["train/loss"] for line in lines_of(folder / "metrics.jsonl") if "train/loss" in line]
-    loss = round(losses[-1], 5) if losses and losses[-1] is not None else None
+    loss = _reached(folder).get("loss")
     run_directory.mark_done(folder, {"images": images, "steps": steps, "loss": loss, "fingerprint": fingerprint})
+
+
+def _reached(folder: Path) -> dict[str, Any]:
+    """How far a run has come, by the last line of its training."""
+    lines = [line for line in lines_of(folder / "metrics.jsonl") if "train/loss" in line]
+    if not lines:
+        return {}
+    last, loss = lines[-1], lines[-1]["train/loss"]
+    return {"images": last["images_seen"], "steps": last["step"], "loss": None if loss is None else round(loss, 5)}
 
 
 def _quiet_lightning() -> None:
@@ -179,10 +186,10 @@ SHARED_WITHIN = 60
 """Seconds for a file to be seen by the other machines."""
 
 
-def train(cfg: DictConfig) -> None:
-    """Launch one job of `genfound.train`."""
+def train(cfg: DictConfig) -> str | None:
+    """Launch one job of `genfound.train`; another word for its end than `done`."""
     hydra_cfg = HydraConfig.get()
-    folder = run_directory.run_dir(cfg, list(hydra_cfg.overrides.task), swept_keys())
+    folder = run_directory.run_dir(cfg, list(hydra_cfg.overrides.task), sweeps.swept_keys())
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
     config = compose.with_own_targets(compose.to_dict(cfg))
     check(config)
@@ -192,15 +199,17 @@ def train(cfg: DictConfig) -> None:
         with tempfile.TemporaryDirectory(prefix="genfound-") as scratch:
             _start(Path(scratch) / folder.name, one_step(config), sweeping)
         print("fast_dev_run: one global step with every callback; nothing of it was kept", flush=True)
-        return
+        return None
     run_directory.refuse_changes(folder, config, cfg.allow_changes)
     run_directory.note_overrides(folder, list(hydra_cfg.overrides.task))
     result = run_directory.finished(folder)
     budget, steps = cfg.budget.images or cfg.optimizer.budget_images, cfg.trainer.max_steps or np.inf
     if result and (result["images"] >= budget or result["steps"] >= steps):
         _check_images(folder, config, result)
-        print(f"[done before] {folder}  {_summary(result)}", flush=True)
-        return
+        sweeps.tell(folder=str(folder), **result)
+        if not sweeping:
+            print(f"[done before] {folder}  {_summary(result)}", flush=True)
+        return "done before"
     job = hydra_cfg.job.num if sweeping else 0
     with launch.machines(cfg.trainer.num_nodes, cfg.rdzv, job) as machines:
         if machines and not machines.first:
@@ -208,11 +217,13 @@ def train(cfg: DictConfig) -> None:
         else:
             with lock(folder, "choose name=..."):
                 _start(folder, config, sweeping, machines)
+    return None
 
 
 def _start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: launch.Machines | None = None) -> None:
     """Check what can be known at once, write the configuration, and run the job."""
-    _check_at_once(folder, config, sweeping)
+    sweeps.tell(folder=str(folder))
+    _check_at_once(folder, config)
     run_directory.write_config(folder, config, config["allow_changes"])
     if machines:
         machines.agree(run_directory.config_hash(config))
@@ -240,7 +251,7 @@ def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
         raise
 
 
-def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> None:
+def _check_at_once(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse what can be known before a process or a logger starts; a new run has that in its FAILED."""
     evaluation = config["callbacks"].get("evaluation") or {}
     try:
@@ -254,8 +265,6 @@ def _check_at_once(folder: Path, config: Mapping[str, Any], sweeping: bool) -> N
         if not (folder / "config.yaml").exists():
             run_directory.write_config(folder, config, allow_changes=False)
             run_directory.mark_failed(folder, traceback.format_exc())
-        if sweeping:
-            print(f"[failed] {folder}", flush=True)
         raise
 
 
@@ -277,6 +286,8 @@ def _ranks(config: Mapping[str, Any]) -> int:
 def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machines | None) -> None:
     """Train in processes of its own, and print one summary line."""
     begin, ended, summary = time.monotonic(), "failed", ""
+    if sweeps.in_sweep():
+        print(f"[begun] {folder}", flush=True)
     try:
         hashed = {CONFIG: run_directory.config_hash(config)}
         launch.launch("genfound.training", folder, config["trainer"]["devices"], machines, **hashed)
@@ -285,8 +296,9 @@ def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machine
         run_directory.mark_failed(folder, f"{error}\n")  # unless a process could say more
         raise
     finally:
-        minutes, seconds = divmod(round(time.monotonic() - begin), 60)
-        print(f"[{ended}] {folder}  {minutes} min {seconds} s  {summary}", flush=True)
+        sweeps.tell(**(run_directory.finished(folder) or _reached(folder)))
+        if not sweeps.in_sweep():
+            print(f"[{ended}] {folder}  {sweeps.duration(time.monotonic() - begin)}  {summary}", flush=True)
 
 
 def _check_images(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ def test_a_launcher_runs_all_jobs_and_the_command_fails_if_one_did(launcher: str
     done = sorted(tmp_path.glob("runs/s/*/DONE"))
     assert len(done) == len(list(tmp_path.glob("runs/s/*/FAILED"))) == 2, result.stderr
     assert result.returncode == 1
-    assert not list(tmp_path.glob("runs/s/.failures*"))
+    assert not list(tmp_path.glob("runs/s/.sweep*"))
     if launcher == "joblib":  # two at once
         begun = [(file.parent / "config.yaml").stat().st_mtime for file in done]
         assert max(begun) < min(file.stat().st_mtime for file in done)

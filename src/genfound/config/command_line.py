@@ -14,6 +14,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -66,8 +67,8 @@ ReadOrigin = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 """From {key: value} of overrides, the configuration of the model that they name; `None` if they name none."""
 
 
-Task = Callable[[DictConfig], None]
-"""What a command does with its composed configuration."""
+Task = Callable[[DictConfig], str | None]
+"""What a command does with its composed configuration; how that ended, if it was not simply done."""
 
 
 def hydra_main(
@@ -84,31 +85,41 @@ def hydra_main(
     size, copies = _copies()
 
     def job(cfg: DictConfig) -> None:
-        try:
+        def work() -> str | None:
+            composed = cfg
             if read_origin and not _added:  # a sweep varies the model
-                cfg = hydra.compose(config_name, with_origin(read_origin, HydraConfig.get().overrides.task))
-            _check(cfg, config_name, may_lack)
-            _check_copies(cfg, size, copies, config_name)
+                composed = hydra.compose(config_name, with_origin(read_origin, HydraConfig.get().overrides.task))
+            _check(composed, config_name, may_lack)
+            _check_copies(composed, size, copies, config_name)
             with explain_oom(config_name):
-                task(cfg)
+                return task(composed)
+
+        if sweeps.in_sweep():
+            return sweeps.attempt(work)
+        try:
+            work()
         except USER_ERRORS as error:
             errors.append(str(error))
             print_error(sentence(error))
-            sweeps.note_failure(sentence(error))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        _refuse_new_keys(sys.argv[1:])
-        given, sys.argv[1:] = sys.argv[1:], with_origin(read_origin, sys.argv[1:])
-        _added[:] = [argument for argument in sys.argv[1:] if argument not in given]
-        if HELP.issuperset(flags := [a for a in sys.argv[1:] if a.startswith("-")]) and flags:
-            print(_help(config_name, [a for a in sys.argv[1:] if a not in flags]))
-        else:
-            hydra.main(version_base="1.3", config_path=compose.config_dir(), config_name=config_name)(job)()
+        _answer(job, config_name, read_origin)
     except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         errors.append(str(error))
-        print_error(_composition_error(error, config_name))
-    sys.exit(1 if errors or sweeps.Swept.failed else 0)
+        print_error(composition_error(error, config_name, sys.argv[1:]))
+    sys.exit(0 if sweeps.finish() and not errors else 1)
+
+
+def _answer(job: Callable[[DictConfig], None], config_name: str, read_origin: ReadOrigin | None) -> None:
+    """Help, or the jobs of the command line."""
+    _refuse_new_keys(sys.argv[1:])
+    given, sys.argv[1:] = sys.argv[1:], with_origin(read_origin, sys.argv[1:])
+    _added[:] = [argument for argument in sys.argv[1:] if argument not in given]
+    if HELP.issuperset(flags := [a for a in sys.argv[1:] if a.startswith("-")]) and flags:
+        print(_help(config_name, [a for a in sys.argv[1:] if a not in flags]))
+    else:
+        hydra.main(version_base="1.3", config_path=compose.config_dir(), config_name=config_name)(job)()
 
 
 def _copies() -> tuple[str, int]:
@@ -284,8 +295,8 @@ def _refuse_new_keys(arguments: list[str]) -> None:
             raise ValueError(f"{argument} would take away a key that is read; set {argument[1:]}=... instead")
 
 
-def _composition_error(error: Exception, config_name: str) -> str:
-    """Hydra's messages, in one line that names the key and the nearest real one."""
+def composition_error(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
+    """Hydra's messages about a command line, in one line that names the key and the nearest real one."""
     if isinstance(error, OverrideParseException):
         return _rewritten(error.override)
     text = f"{error} {error.__cause__ or ''}"
@@ -293,10 +304,10 @@ def _composition_error(error: Exception, config_name: str) -> str:
     if key and key[1] in options.MOVED:
         return f"{key[1]} has moved; set {options.MOVED[key[1]]}"
     if key and ("not in struct" in text or "Could not override" in text):
-        groups = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+        groups = dict(argument.partition("=")[::2] for argument in arguments)
         group = key[1].partition(".")[0]
         foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
-        near = difflib.get_close_matches(key[1], _known_keys(config_name, sys.argv[1:]), 1, 0.85 if foreign else 0.6)
+        near = difflib.get_close_matches(key[1], _known_keys(config_name, arguments), 1, 0.85 if foreign else 0.6)
         return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
     # Hydra lists nothing where the default is null
     if experiment := re.search(r"Could not find 'experiment/([^']+)'", text):
@@ -311,11 +322,15 @@ def _composition_error(error: Exception, config_name: str) -> str:
     return text
 
 
-def _known_keys(config_name: str, arguments: list[str]) -> list[str]:
+def _known_keys(config_name: str, arguments: Sequence[str]) -> list[str]:
     """The keys of a configuration with these choices of options."""
     groups = [path.name for path in Path(compose.config_dir()).iterdir() if path.is_dir()]
     choices = [argument for argument in arguments if argument.partition("=")[0] in groups]
-    with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
+    begun = GlobalHydra.instance().is_initialized()  # in a sweep
+    folder = (
+        contextlib.nullcontext() if begun else hydra.initialize_config_dir(compose.config_dir(), version_base="1.3")
+    )
+    with folder:
         try:
             composed = hydra.compose(config_name, choices)
         except HydraException:

@@ -1,10 +1,15 @@
 """What the jobs of a sweep are told by the command that starts them, and what they tell it.
 
-Jobs may run in other processes or on other machines: what they are told is a key of Hydra's configuration, and they
-write their failures to a file in the folder of the sweep.
+Jobs may run in other processes or on other machines: what they are told is a key of Hydra's configuration, and what
+they tell is a line of JSON for each event, in a file in the folder of the sweep.
 """
 
+import json
 import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +19,154 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from genfound.config.errors import USER_ERRORS, sentence
+
 KEY = "hydra.callbacks.swept"
+
+DONE = ("done", "done before")
+"""How a job ends that needs no further command."""
 
 
 class Swept(Callback):
-    """Adds the keys that a sweep varies, and a file for why jobs failed, to the overrides of each of its jobs."""
+    """Adds the keys that a sweep varies, and the file of what its jobs tell, to the overrides of each of its jobs."""
 
-    failed = False
-    """Whether a job of the sweep that this process has started failed."""
+    here: "Swept | None" = None
+    """The sweep that this process has started."""
 
-    def __init__(self, keys: list[str], failures: str | None) -> None:
-        self.keys, self.failures = keys, failures
+    def __init__(self, keys: list[str], notes: str | None) -> None:
+        self.keys, self.notes = keys, notes
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Look at the command line and at `hydra.sweeper.params`."""
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         given = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
         parsed = OverridesParser.create().parse_overrides(given)
-        keys = sorted({f"'{one.get_key_element().lstrip('+~')}'" for one in parsed if one.is_sweep_override()})
-        self.failures = str(Path(config.hydra.sweep.dir).absolute() / f".failures-{os.getpid()}")
-        Path(self.failures).unlink(missing_ok=True)  # of a command of before, with the same number, that was killed
-        quoted = QuotedString(self.failures, Quote.single).with_quotes()
+        self.keys = sorted({one.get_key_element().lstrip("+~") for one in parsed if one.is_sweep_override()})
+        self.notes = str(Path(config.hydra.sweep.dir).absolute() / f".sweep-{os.getpid()}")
+        Path(self.notes).unlink(missing_ok=True)  # of a command of before, with the same number, that was killed
+        keys, quoted = ",".join(f"'{key}'" for key in self.keys), QuotedString(self.notes, Quote.single).with_quotes()
         with read_write(config.hydra):
-            config.hydra.overrides.hydra += [f"{KEY}.keys=[{','.join(keys)}]", f"{KEY}.failures={quoted}"]
+            config.hydra.overrides.hydra += [f"{KEY}.keys=[{keys}]", f"{KEY}.notes={quoted}"]
+        Swept.here = self
 
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Find whether a job failed."""
-        assert self.failures
-        Swept.failed = Path(self.failures).exists()
-        Path(self.failures).unlink(missing_ok=True)
-
-
-def note_failure(reason: str) -> None:
-    """Tell the command that has started this job, if one has."""
-    swept = HydraConfig.get().callbacks.get("swept")
-    if swept and swept["failures"]:
-        Path(swept["failures"]).parent.mkdir(parents=True, exist_ok=True)
-        with Path(swept["failures"]).open("a") as file:
-            file.write(f"{reason}\n")
+    def shown(self, job: Sequence[str]) -> str:
+        """What tells a job from the others."""
+        varied = [override for override in job if override.lstrip("+~").partition("=")[0] in self.keys]
+        return " ".join(varied or job) or "default"
 
 
 def swept_keys() -> list[str]:
     """The keys that the sweep of this job varies, as they stand in its overrides; none outside a sweep."""
     swept = HydraConfig.get().callbacks.get("swept")
     return list(swept["keys"]) if swept else []
+
+
+def _notes() -> Path | None:
+    """The file of the sweep of this job; None outside a sweep."""
+    swept = HydraConfig.get().callbacks.get("swept")
+    return Path(swept["notes"]) if swept and swept["notes"] else None
+
+
+def _note(file: Path, job: Sequence[str], facts: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.write(
+            json.dumps({"job": [override for override in job if not override.startswith("hydra.")], **facts}) + "\n"
+        )
+
+
+def announce(jobs: Sequence[Sequence[str]]) -> None:
+    """Note the jobs of a sweep before any begins."""
+    if swept := Swept.here:
+        for job in jobs:
+            _note(Path(str(swept.notes)), job, {})
+
+
+def refuse(job: Sequence[str], reason: str) -> None:
+    """A job that cannot begin has failed."""
+    if swept := Swept.here:
+        _note(Path(str(swept.notes)), job, {"ended": "failed", "seconds": 0, "reason": reason})
+        print(f"[failed] {swept.shown(job)}  {reason}", flush=True)
+
+
+def tell(**facts: Any) -> None:
+    """From a job to the table of its sweep: folder, images, loss; nothing outside a sweep."""
+    if notes := _notes():
+        _note(notes, HydraConfig.get().overrides.task, facts)
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep."""
+    return _notes() is not None
+
+
+def attempt(task: Callable[[], str | None]) -> None:
+    """Run a job of a sweep; one line says how it ended, and only what ends the sweep is raised.
+
+    The task may return another word for its end than `done`.
+    """
+    begin, ended, reason = time.monotonic(), "failed", ""
+    tell(begun=time.time())
+    try:
+        ended = task() or "done"
+    except USER_ERRORS as error:
+        reason = sentence(error)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"a mistake in the program: {type(error).__name__}: {sentence(error)}"
+    except BaseException:
+        ended = "stopped"
+        raise
+    finally:
+        seconds = time.monotonic() - begin
+        tell(ended=ended, seconds=seconds, reason=reason)
+        notes, job = _notes(), list(HydraConfig.get().overrides.task)
+        facts = next((facts for own, facts in _told(notes) if own == job), {}) if notes else {}
+        name = facts.get("folder") or Swept(swept_keys(), None).shown(job)
+        print(f"[{ended}] {name}  {duration(seconds)}{_figures(facts)}  {reason}".rstrip(), flush=True)
+
+
+def _figures(facts: Mapping[str, Any]) -> str:
+    return "".join(f"  {key} {facts[key]}" for key in ("images", "steps", "loss") if facts.get(key) is not None)
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds."""
+    return "{} min {} s".format(*divmod(round(seconds), 60))
+
+
+def _told(notes: Path) -> list[tuple[list[str], dict[str, Any]]]:
+    """The jobs of a sweep in their order, each with the last of all that it told."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for line in map(json.loads, notes.read_text().splitlines() if notes.is_file() else ()):
+        job = line.pop("job")
+        found.setdefault(json.dumps(job), (job, {}))[1].update(line)
+    return list(found.values())
+
+
+def finish() -> bool:
+    """After a sweep that this process has started: print a table of its jobs, if any; whether all are done."""
+    swept = Swept.here
+    if swept is None or swept.notes is None:
+        return True
+    jobs = _told(Path(swept.notes))
+    Path(swept.notes).unlink(missing_ok=True)
+    rows = [("job", "ended", "images", "loss", "time", "reason")]
+    for job, facts in jobs:
+        ended = facts.get("ended") or ("stopped" if "begun" in facts else "not begun")
+        images, loss = (facts.get(key) for key in ("images", "loss"))
+        shown = "" if images is None else f"{images:,}", "" if loss is None else f"{loss:.5g}"
+        time_taken = duration(facts["seconds"]) if "seconds" in facts else ""
+        rows.append((swept.shown(job), ended, *shown, time_taken, facts.get("reason", "")))
+    _print_table(rows)
+    if undone := sum(row[1] not in DONE for row in rows[1:]):
+        print(f"error: {undone} of {len(jobs)} jobs are not done; the same command goes on with them", file=sys.stderr)
+    return not undone
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns in line, but for those of which only the title is there."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns, strict=True) if len(rows) > 1 else ():
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
