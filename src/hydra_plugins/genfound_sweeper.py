@@ -1,6 +1,7 @@
 """Hydra finds its plugins in this namespace: the sweeper of genfound, which loses no job to another one."""
 
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -11,6 +12,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf.errors import OmegaConfBaseException
 
 from genfound.config import sweeps
+from genfound.config.errors import sentence
 
 
 class Sweeper(BasicSweeper):
@@ -28,7 +30,7 @@ class Sweeper(BasicSweeper):
 
 
 class Jobs(Launcher):
-    """Has another launcher start the jobs that can be composed."""
+    """Has another launcher start the jobs that can be composed, whatever becomes of its processes."""
 
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
@@ -38,10 +40,18 @@ class Jobs(Launcher):
         self.loader, self.config = hydra_context.config_loader, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Say which jobs there are, and launch them."""
+        """Say which jobs there are, and launch them; again, once, those whose worker a signal has ended.
+
+        A pool of processes gives up all of its jobs then, of which it cannot tell which one that was.
+        """
         sweeps.announce(job_overrides)
         jobs = [job for job in job_overrides if self._composable(job)]
-        return self.launcher.launch(jobs, initial_job_idx) if jobs else []
+        while jobs:
+            try:
+                return self.launcher.launch(jobs, initial_job_idx)
+            except BrokenExecutor as error:
+                jobs = sweeps.left(jobs, f"a worker of the launcher has ended: {sentence(error)}")
+        return []
 
     def _composable(self, job: Sequence[str]) -> bool:
         from genfound.config.command_line import composition_error

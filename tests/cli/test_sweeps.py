@@ -1,10 +1,16 @@
 """`python -m genfound.train -m`: each job is done, or the table at the end says why it is not."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import TINY, genfound
+from tests.cli.commands import LIMIT, TINY, genfound, variables
 
 SMALL = [*TINY, "data.images=300", "callbacks.preview.every=4000", "study=s"]
 
@@ -55,3 +61,60 @@ def test_a_wrong_job_stops_no_other_and_the_same_command_goes_on(launcher: list[
     again = genfound("train", *command, cwd=tmp_path)
     assert again.returncode == 1 and table(again.stdout)[good].startswith("done before"), again.stdout
     assert metrics.read_text() == before
+
+
+def begun(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """The command, begun."""
+    command = [sys.executable, "-m", "genfound.train", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=variables(), stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for(found: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def training(folder: Path) -> int:
+    """The process that trains a run under a folder."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_text().split("\0")
+            if "genfound.training" in words and (file.parent / "cwd").resolve() == folder.resolve():
+                return int(file.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"nothing trains in {folder}")
+
+
+LONG = "trainer.max_steps=100000,2"
+"""A job that does not end by itself, and one that does at once."""
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_named_with_its_signal_and_stops_no_other(tmp_path: Path) -> None:
+    sweep = begun("-m", *SMALL, LONG, "budget.images=1000000", cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/s/*/metrics.jsonl")))
+    os.kill(training(tmp_path), signal.SIGKILL)
+    output, errors = sweep.communicate(timeout=LIMIT)
+    assert sweep.returncode == 1 and errors.startswith("error: 1 of 2 jobs are not done"), errors
+    killed, done = table(output).values()
+    assert killed.startswith("failed") and "ended by signal 9 (SIGKILL)" in killed, output
+    assert done.startswith("done")
+
+
+@pytest.mark.slow
+def test_jobs_of_a_killed_worker_are_begun_again(tmp_path: Path) -> None:
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    sweep = begun("-m", *SMALL, "trainer.max_steps=60,2", *joblib, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/s/*steps-60/metrics.jsonl")))
+    os.kill(parent_of(training(tmp_path)), signal.SIGKILL)
+    output, errors = sweep.communicate(timeout=LIMIT)
+    assert sweep.returncode == 0, errors
+    assert all(line.startswith("done") for line in table(output).values()), output

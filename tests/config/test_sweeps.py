@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from genfound.config import compose
+from genfound.config import compose, sweeps
 from genfound.config.sweeps import Swept, swept_keys
 
 
@@ -60,3 +61,39 @@ def job(overrides: list[str]) -> list[str]:
 
 def test_outside_a_sweep_nothing_is_varied(tmp_path: Path) -> None:
     assert job([]) == []
+
+
+def test_jobs_whose_launcher_fails_are_launched_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three jobs; the first was done, the second is killed twice, and the third waits for it."""
+    monkeypatch.setattr(Swept, "here", Swept(["seed"], str(tmp_path / "notes")))
+    jobs = [["seed=0"], ["seed=1"], ["seed=2"]]
+    sweeps.announce(jobs)
+
+    def told(job: list[str], **facts: Any) -> None:
+        with (tmp_path / "notes").open("a") as out:
+            out.write(json.dumps({"job": job, **facts}) + "\n")
+
+    told(jobs[0], begun=1, ended="done", seconds=1)
+    told(jobs[1], begun=1)
+    assert sweeps.left(jobs, "SIGKILL") == jobs[1:]
+    told(jobs[1], begun=2)
+    assert sweeps.left(jobs[1:], "SIGKILL") == jobs[2:]
+    assert sweeps.left(jobs[2:], "no worker begins") == []  # nothing was told since
+
+
+def test_the_table_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Swept, "here", Swept(["seed"], str(tmp_path / "notes")))
+    sweeps.announce([["model=nit_s", f"seed={seed}"] for seed in range(3)])
+    sweeps.refuse(["model=nit_s", "seed=1", "hydra.verbose=true"], "no such thing")
+    assert not sweeps.finish()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "[failed] seed=1  no such thing",
+        "job     ended      time       reason",
+        "seed=0  not begun",
+        "seed=1  failed     0 min 0 s  no such thing",
+        "seed=2  not begun",
+    ]
+    assert not (tmp_path / "notes").exists()

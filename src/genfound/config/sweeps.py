@@ -34,7 +34,7 @@ class Swept(Callback):
     """The sweep that this process has started."""
 
     def __init__(self, keys: list[str], notes: str | None) -> None:
-        self.keys, self.notes = keys, notes
+        self.keys, self.notes, self.read = keys, notes, 0
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Look at the command line and at `hydra.sweeper.params`."""
@@ -70,9 +70,7 @@ def _notes() -> Path | None:
 def _note(file: Path, job: Sequence[str], facts: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as out:
-        out.write(
-            json.dumps({"job": [override for override in job if not override.startswith("hydra.")], **facts}) + "\n"
-        )
+        out.write(json.dumps({"job": _own(job), **facts}) + "\n")
 
 
 def announce(jobs: Sequence[Sequence[str]]) -> None:
@@ -80,6 +78,7 @@ def announce(jobs: Sequence[Sequence[str]]) -> None:
     if swept := Swept.here:
         for job in jobs:
             _note(Path(str(swept.notes)), job, {})
+        swept.read = Path(str(swept.notes)).stat().st_size
 
 
 def refuse(job: Sequence[str], reason: str) -> None:
@@ -87,6 +86,31 @@ def refuse(job: Sequence[str], reason: str) -> None:
     if swept := Swept.here:
         _note(Path(str(swept.notes)), job, {"ended": "failed", "seconds": 0, "reason": reason})
         print(f"[failed] {swept.shown(job)}  {reason}", flush=True)
+
+
+ATTEMPTS = 2
+"""Of a job, if the process of the launcher does not live to see its end."""
+
+
+def left(jobs: Sequence[Sequence[str]], reason: str) -> list[Sequence[str]]:
+    """The jobs to launch again, of those whose launcher has failed; others that have no end have failed with it."""
+    swept = Swept.here
+    assert swept and swept.notes
+    notes = Path(swept.notes)
+    told = {tuple(job): facts for job, facts in _told(notes)}
+    allowed = ATTEMPTS if notes.stat().st_size > swept.read else 0  # where none has begun, none will
+    unended = [job for job in jobs if "ended" not in told[tuple(_own(job))]]
+    again = [job for job in unended if told[tuple(_own(job))].get("begun", 0) < allowed]
+    for job in unended:
+        if job not in again:
+            refuse(job, reason)
+    swept.read = notes.stat().st_size
+    return again
+
+
+def _own(job: Sequence[str]) -> list[str]:
+    """The overrides of a job that are none of Hydra's."""
+    return [override for override in job if not override.startswith("hydra.")]
 
 
 def tell(**facts: Any) -> None:
@@ -106,7 +130,7 @@ def attempt(task: Callable[[], str | None]) -> None:
     The task may return another word for its end than `done`.
     """
     begin, ended, reason = time.monotonic(), "failed", ""
-    tell(begun=time.time())
+    tell(begun=_facts().get("begun", 0) + 1)
     try:
         ended = task() or "done"
     except USER_ERRORS as error:
@@ -120,10 +144,15 @@ def attempt(task: Callable[[], str | None]) -> None:
     finally:
         seconds = time.monotonic() - begin
         tell(ended=ended, seconds=seconds, reason=reason)
-        notes, job = _notes(), list(HydraConfig.get().overrides.task)
-        facts = next((facts for own, facts in _told(notes) if own == job), {}) if notes else {}
-        name = facts.get("folder") or Swept(swept_keys(), None).shown(job)
+        facts = _facts()
+        name = facts.get("folder") or Swept(swept_keys(), None).shown(list(HydraConfig.get().overrides.task))
         print(f"[{ended}] {name}  {duration(seconds)}{_figures(facts)}  {reason}".rstrip(), flush=True)
+
+
+def _facts() -> dict[str, Any]:
+    """What this job has told."""
+    notes, job = _notes(), list(HydraConfig.get().overrides.task)
+    return next((facts for own, facts in _told(notes) if own == job), {}) if notes else {}
 
 
 def _figures(facts: Mapping[str, Any]) -> str:
