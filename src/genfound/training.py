@@ -290,7 +290,8 @@ def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machine
         print(f"[begun] {folder}", flush=True)
     try:
         hashed = {CONFIG: run_directory.config_hash(config)}
-        launch.launch("genfound.training", folder, config["trainer"]["devices"], machines, **hashed)
+        log = folder / run_directory.LOG if sweeps.in_sweep() else None
+        launch.launch("genfound.training", folder, config["trainer"]["devices"], machines, log, **hashed)
         ended, summary = "done", _summary(run_directory.finished(folder) or {})
     except JobError as error:
         run_directory.mark_failed(folder, f"{error}\n")  # unless a process could say more

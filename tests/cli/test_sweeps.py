@@ -1,6 +1,7 @@
 """`python -m genfound.train -m`: each job is done, or the table at the end says why it is not."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,19 +49,27 @@ def test_a_key_that_only_some_models_have_fails_the_others(tmp_path: Path) -> No
     "launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=["basic", "joblib"]
 )
 def test_a_wrong_job_stops_no_other_and_the_same_command_goes_on(launcher: list[str], tmp_path: Path) -> None:
-    command = ["-m", "model=nope,nit_tiny", "objective.path=foo,linear", *launcher, *SMALL, "trainer.max_steps=2"]
-    first = genfound("train", *command, cwd=tmp_path)
+    command = ["-m", "model=nope,nit_tiny", "objective.path=foo,linear", *launcher, *SMALL]
+    first = genfound("train", *command, "trainer.max_steps=2", cwd=tmp_path)
     assert first.returncode == 1
     told = table(first.stdout)
     good = "model=nit_tiny objective.path=linear"
     assert [line.split()[0] for line in told.values()] == ["failed", "failed", "failed", "done"], first.stdout
     images, loss = told[good].split()[1:3]
     assert int(images) > 0 and float(loss) > 0
+    shown = [line.partition(" ")[0] for line in first.stdout.partition("\njob ")[0].splitlines()]
+    assert sorted(shown) == ["[begun]", "[done]", "[failed]", "[failed]", "[failed]"], first.stdout
     metrics = next(tmp_path.glob("runs/s/*/DONE")).with_name("metrics.jsonl")
+    log = metrics.with_name("log.txt").read_text()
+    assert re.match(r"begun \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", log) and "starting from step 0" in log
     before = metrics.read_text()
-    again = genfound("train", *command, cwd=tmp_path)
+    again = genfound("train", *command, "trainer.max_steps=2", cwd=tmp_path)
     assert again.returncode == 1 and table(again.stdout)[good].startswith("done before"), again.stdout
     assert metrics.read_text() == before
+    longer = genfound("train", *command, "trainer.max_steps=3", cwd=tmp_path)
+    assert table(longer.stdout)[good].startswith("done "), longer.stdout
+    assert metrics.with_name("log.txt").read_text().startswith(log)
+    assert "step-00000002.ckpt" in metrics.with_name("log.txt").read_text().removeprefix(log)
 
 
 def begun(*arguments: str, cwd: Path) -> subprocess.Popen[str]:

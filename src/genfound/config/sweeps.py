@@ -4,6 +4,7 @@ Jobs may run in other processes or on other machines: what they are told is a ke
 they tell is a line of JSON for each event, in a file in the folder of the sweep.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -22,6 +23,9 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from genfound.config.errors import USER_ERRORS, sentence
 
 KEY = "hydra.callbacks.swept"
+
+FILE = ".sweep-"
+"""Followed by the number of the process that has started the sweep."""
 
 DONE = ("done", "done before")
 """How a job ends that needs no further command."""
@@ -42,7 +46,7 @@ class Swept(Callback):
         given = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
         parsed = OverridesParser.create().parse_overrides(given)
         self.keys = sorted({one.get_key_element().lstrip("+~") for one in parsed if one.is_sweep_override()})
-        self.notes = str(Path(config.hydra.sweep.dir).absolute() / f".sweep-{os.getpid()}")
+        self.notes = str(Path(config.hydra.sweep.dir).absolute() / f"{FILE}{os.getpid()}")
         Path(self.notes).unlink(missing_ok=True)  # of a command of before, with the same number, that was killed
         keys, quoted = ",".join(f"'{key}'" for key in self.keys), QuotedString(self.notes, Quote.single).with_quotes()
         with read_write(config.hydra):
@@ -191,6 +195,15 @@ def finish() -> bool:
     if undone := sum(row[1] not in DONE for row in rows[1:]):
         print(f"error: {undone} of {len(jobs)} jobs are not done; the same command goes on with them", file=sys.stderr)
     return not undone
+
+
+def running(folder: Path) -> bool:
+    """Whether a process of this machine is at work on a sweep with this folder."""
+    for file in folder.glob(f"{FILE}*"):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(file.name.removeprefix(FILE)), 0)
+            return True
+    return False
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from genfound.config import sweeps
 from genfound.reporting.collect import Run, read_study
 
 EVERY = 2.0
@@ -17,10 +18,10 @@ EVERY = 2.0
 
 
 def watch(folder: Path) -> None:
-    """Show the jobs of a study until none of them is at work."""
+    """Show the jobs of a study until none of them is at work, nor a sweep of this machine about to begin another."""
     runs = read_study(folder)
     with Live(table(runs), console=Console(), auto_refresh=False) as live:
-        while any(run.state == "at work" for run in runs):
+        while sweeps.running(folder) or any(run.state == "at work" for run in runs):
             time.sleep(EVERY)
             runs = read_study(folder)
             live.update(table(runs), refresh=True)

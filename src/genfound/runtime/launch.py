@@ -127,12 +127,13 @@ def _slurm_endpoint(count: int, environment: Mapping[str, str]) -> str | None:
 
 
 def launch(
-    module: str, request: Path | Mapping[str, Any], devices: int, others: Machines | None = None, /, **environment: str
-) -> None:
+    module: str, request: Path | Mapping[str, Any], devices: int, others: Machines | None = None,
+    log: Path | None = None, /, **environment: str
+) -> None:  # fmt: skip
     """Run `python -m <module> <request>` in so many processes of this machine, which end with this one.
 
     A mapping is given as a file of JSON. The module calls `reporting`, and learns its rank, which goes on over the
-    machines, from `processes.rank_info`.
+    machines, from `processes.rank_info`. What the processes print is appended to the file `log`, if there is one.
     """
     shared = dict(os.environ)
     forget_inherited(shared)
@@ -146,7 +147,7 @@ def launch(
             content, request = json.dumps(dict(request)), Path(folder) / "request.json"
             request.write_text(content)
         command = [sys.executable, "-m", *agent, module, str(request)]
-        code = run_command(command, shared | environment | {LAUNCH: folder})
+        code = run_command(command, shared | environment | {LAUNCH: folder}, log)
         if code:
             reason = Path(folder) / "reason"
             raise JobError(reason.read_text() if reason.exists() else _ending(code))
@@ -177,7 +178,7 @@ def _ending(code: int, process: str = "the process") -> str:
     """About a process that could say nothing itself, or has left a traceback."""
     number = -code if code < 0 else code - 128
     if number <= 0:
-        return f"{process} failed by a mistake in the program; its traceback is above"
+        return f"{process} failed by a mistake in the program; its traceback is in what it has printed"
     short = ": most often because memory was short" if number == signal.SIGKILL else ""
     ended = f"{process} was ended by signal {number} ({signal.Signals(number).name}){short}"
     return f"{ended}; the same command goes on with what is complete"

@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from genfound.config.environment import LAUNCH, PARENT
 
@@ -70,11 +71,11 @@ def wait_until(done: Callable[[], bool], patience: float = math.inf) -> bool:
     return True
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run_command(command: Sequence[str], environment: Mapping[str, str], log: Path | None = None) -> int:
     """Exit status of a command, which ends with this process: told to, or killed if it calls `end_with_parent`."""
-    with sigterm_as_exit():
+    with sigterm_as_exit(), _appended(log) as output:
         shared = {**environment, PARENT: str(os.getpid())}
-        process = subprocess.Popen(command, env=shared, start_new_session=True)
+        process = subprocess.Popen(command, env=shared, start_new_session=True, stdout=output, stderr=output)
         try:
             return process.wait()
         finally:
@@ -84,6 +85,17 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
                     process.wait(GRACE)
                 except subprocess.TimeoutExpired:
                     process.kill()
+
+
+@contextlib.contextmanager
+def _appended(log: Path | None) -> Iterator[IO[str] | None]:
+    """A file that goes on with a line of the time; None, for the streams of this process, if there is none."""
+    if log is None:
+        yield None
+        return
+    with log.open("a") as output:
+        print(f"begun {datetime.now():%Y-%m-%d %H:%M:%S}", file=output, flush=True)
+        yield output
 
 
 def end_with_parent() -> None:

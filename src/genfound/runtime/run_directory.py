@@ -1,12 +1,14 @@
 """Where things lie: the configuration folder and the run directories.
 
-A run directory `runs/<study>/<name>/` holds config.yaml, overrides.json, metrics.jsonl, checkpoints/, samples/,
-wandb/, and DONE or FAILED. Its name is made of the overrides that identify the run, so the same command finds it again.
+A run directory `runs/<study>/<name>/` holds config.yaml, overrides.json, metrics.jsonl, log.txt (of a sweep's jobs),
+checkpoints/, samples/, wandb/, and DONE, STOPPED or FAILED. Its name is made of the overrides that identify the run, so
+the same command finds it again.
 A run that is continued under another configuration has that one in config.next.yaml until everything fits.
 """
 
 import json
 import re
+import signal
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ PLACE = ("runs", "study", "name")
 
 NEXT = "config.next.yaml"
 OVERRIDES = "overrides.json"
+LOG = "log.txt"
 
 FORMAT = 2
 """Of config.yaml, checkpoints and files of weights, all of which say so."""
@@ -203,13 +206,34 @@ def claimed_hash(folder: Path) -> str:
 
 def mark_done(folder: Path, result: Mapping[str, Any]) -> None:
     """Record that a run reached its end, and where that was."""
-    (folder / "FAILED").unlink(missing_ok=True)
+    unmark(folder)
     atomic_write(folder / "DONE", lambda temporary: temporary.write_text(json.dumps(dict(result)) + "\n"))
 
 
+def unmark(folder: Path) -> None:
+    """The run goes on: it is neither stopped nor failed."""
+    for mark in ("FAILED", "STOPPED"):
+        (folder / mark).unlink(missing_ok=True)
+
+
+def mark_stopped(folder: Path, number: int, where: str) -> None:
+    """Record the signal that ended a run, unless it has failed before, and where that was."""
+    (folder / NEXT).unlink(missing_ok=True)
+    if not (folder / "FAILED").exists():
+        text = json.dumps({"signal": number, "reason": f"{signal.Signals(number).name}: {where}"})
+        atomic_write(folder / "STOPPED", lambda temporary: temporary.write_text(f"{text}\n"))
+
+
+def stopped(folder: Path) -> dict[str, Any] | None:
+    """`signal` and `reason` of `mark_stopped`, or None."""
+    file = folder / "STOPPED"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def mark_failed(folder: Path, traceback: str) -> bool:
-    """Record why a run stopped, unless another of its processes has; whether this one did."""
-    (folder / "DONE").unlink(missing_ok=True)
+    """Record why a run failed, unless another of its processes has; whether this one did."""
+    for mark in ("DONE", "STOPPED"):
+        (folder / mark).unlink(missing_ok=True)
     (folder / NEXT).unlink(missing_ok=True)
     try:
         with open(folder / "FAILED", "x") as out:
