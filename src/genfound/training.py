@@ -1,5 +1,6 @@
 """Training one run, from its directory: `config.yaml` in, checkpoints, curves and pictures out."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -26,10 +27,11 @@ from omegaconf import DictConfig
 from genfound import build
 from genfound.callbacks import resuming
 from genfound.callbacks.checkpointing import AtomicCheckpointIO
+from genfound.callbacks.stopping import Stopping
 from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, sweeps, targets
 from genfound.config.command_line import explain_oom
-from genfound.config.errors import USER_ERRORS, JobError
+from genfound.config.errors import USER_ERRORS, JobError, Stopped
 from genfound.config.options import check, one_step
 from genfound.config.targets import instantiate_own
 from genfound.data.datamodule import GenerativeDataModule
@@ -39,6 +41,7 @@ from genfound.loggers.terminal import Terminal
 from genfound.modules.base import module_of
 from genfound.runtime import checkpoint_io, devices, launch, processes, run_directory
 from genfound.runtime.files import lock
+from genfound.runtime.stopping import signal_of
 
 
 class OneProcess(LightningEnvironment):
@@ -82,13 +85,17 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
             print("\n".join(remarks), flush=True)
     if devices.compiled(config["compile"], parts.device):
         parts.net.compile_blocks()
-    callbacks = [*_callbacks(config), resuming.Continuation(folder, changes)]
+    stopping = Stopping()
+    callbacks = [*_callbacks(config), resuming.Continuation(folder, changes), stopping]
     loggers = [DummyLogger()] if rank else _loggers(folder, config, module.budget, start, changes)
     trainer = _trainer(folder, parts, callbacks, loggers)
     with devices.float32_products(trainer.precision, parts.device):
         trainer.fit(module, datamodule=GenerativeDataModule(parts), ckpt_path=newest, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    if stopping.signal:
+        if rank == 0:
+            run_directory.mark_stopped(folder, stopping.signal, f"ended after step {trainer.global_step:,}")
+            print(f"stopped after step {trainer.global_step:,}; the same command continues {folder}", flush=True)
+        raise Stopped(BY_SIGNAL + stopping.signal)
     if rank == 0:
         _mark_done(folder, module.images_seen, trainer.global_step, parts.images.fingerprint)
         print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps; everything is in {folder}")
@@ -179,8 +186,14 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
 
+BY_SIGNAL = 128
+"""Beyond which the code of a process is the number of a signal."""
+
 CONFIG = "GENFOUND_CONFIG"
 """Tells the processes of a job the hash of its configuration."""
+
+SUBMITIT = "SUBMITIT_EXECUTOR"
+"""Of the processes of submitit, which take what returns for done and requeue others as their scheduler does."""
 
 SHARED_WITHIN = 60
 """Seconds for a file to be seen by the other machines."""
@@ -213,38 +226,41 @@ def train(cfg: DictConfig) -> str | None:
     job = hydra_cfg.job.num if sweeping else 0
     with launch.machines(cfg.trainer.num_nodes, cfg.rdzv, job) as machines:
         if machines and not machines.first:
-            _follow(folder, config, machines)
-        else:
-            with lock(folder, "choose name=..."):
-                _start(folder, config, sweeping, machines)
-    return None
+            return _follow(folder, config, machines)
+        with lock(folder, "choose name=..."):
+            return _start(folder, config, sweeping, machines)
 
 
-def _start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: launch.Machines | None = None) -> None:
-    """Check what can be known at once, write the configuration, and run the job."""
+def _start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: launch.Machines | None = None) -> str:
+    """Check what can be known at once, write the configuration, and run the job; how it ended."""
     sweeps.tell(folder=str(folder))
     _check_at_once(folder, config)
     run_directory.write_config(folder, config, config["allow_changes"])
     if machines:
         machines.agree(run_directory.config_hash(config))
     if sweeping or machines or config["trainer"]["devices"] > 1:
-        _run_apart(folder, config, machines)
-    else:
-        run(folder)
+        return _run_apart(folder, config, machines)
+    run(folder)
+    return "done"
 
 
 def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> None:
-    """Train the run of a directory in this process; leave DONE or FAILED there.
+    """Train the run of a directory in this process; leave DONE, STOPPED or FAILED there.
 
     A JobError is raised where another of its processes has failed before, and has said why.
     """
     processes.tune_malloc()
     if place.rank == 0:
-        (folder / "FAILED").unlink(missing_ok=True)
+        run_directory.unmark(folder)
     try:
-        with processes.sigterm_as_exit(), explain_oom("train"):
+        with processes.signals_as_exit(), explain_oom("train"):
             fit(folder, place)
+    except Stopped:
+        raise
     except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > BY_SIGNAL:
+            run_directory.mark_stopped(folder, error.code - BY_SIGNAL, "ended at once")
+            raise
         first = run_directory.mark_failed(folder, traceback.format_exc())
         if isinstance(error, Exception) and not first:
             raise JobError from error
@@ -268,14 +284,14 @@ def _check_at_once(folder: Path, config: Mapping[str, Any]) -> None:
         raise
 
 
-def _follow(folder: Path, config: Mapping[str, Any], machines: launch.Machines) -> None:
+def _follow(folder: Path, config: Mapping[str, Any], machines: launch.Machines) -> str:
     """Take part in the job of another machine, which has locked the folder and written the configuration."""
     build.check(config, _ranks(config))
     expected = run_directory.config_hash(config)
     machines.agree(expected)
     if not processes.wait_until(lambda: run_directory.claimed_hash(folder) == expected, SHARED_WITHIN):
         raise ValueError(f"{folder} is not what the first machine has written; give runs=... on a disk that all share")
-    _run_apart(folder, config, machines)
+    return _run_apart(folder, config, machines)
 
 
 def _ranks(config: Mapping[str, Any]) -> int:
@@ -283,21 +299,34 @@ def _ranks(config: Mapping[str, Any]) -> int:
     return int(config["trainer"]["devices"] * config["trainer"]["num_nodes"])
 
 
-def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machines | None) -> None:
-    """Train in processes of its own, and print one summary line."""
+def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machines | None) -> str:
+    """Train in processes of its own, and print one summary line; `done`, or `stopped` if only they got a signal."""
     begin, ended, summary = time.monotonic(), "failed", ""
     if sweeps.in_sweep():
         print(f"[begun] {folder}", flush=True)
     try:
         hashed = {CONFIG: run_directory.config_hash(config)}
         log = folder / run_directory.LOG if sweeps.in_sweep() else None
-        launch.launch("genfound.training", folder, config["trainer"]["devices"], machines, log, **hashed)
+        launch.launch(
+            "genfound.training", folder, config["trainer"]["devices"], machines, log, sweeps.stop_signal, **hashed
+        )
         ended, summary = "done", _summary(run_directory.finished(folder) or {})
+        if halt := run_directory.stopped(folder):
+            ended = "stopped"
+            if not sweeps.in_sweep() or SUBMITIT in os.environ:
+                raise Stopped(BY_SIGNAL + halt["signal"])
+        return ended
+    except SystemExit as error:
+        ended = "stopped"
+        if not run_directory.stopped(folder):
+            run_directory.mark_stopped(folder, signal_of(error), "ended at once")
+        raise
     except JobError as error:
         run_directory.mark_failed(folder, f"{error}\n")  # unless a process could say more
         raise
     finally:
-        sweeps.tell(**(run_directory.finished(folder) or _reached(folder)))
+        reached = run_directory.finished(folder) or run_directory.stopped(folder) or {}
+        sweeps.tell(**{**_reached(folder), **reached})
         if not sweeps.in_sweep():
             print(f"[{ended}] {folder}  {sweeps.duration(time.monotonic() - begin)}  {summary}", flush=True)
 
@@ -325,7 +354,8 @@ def _worker(folder: Path) -> None:
             raise ValueError(f"the configuration in {folder} is not what the command has written; give it again")
         if place.world_size != _ranks(run_directory.claimed(folder)):
             raise ValueError(processes.NOT_LAUNCHED)
-        run(folder, place)
+        with contextlib.suppress(Stopped):  # the others may not be at their ends yet, and torchrun would kill them
+            run(folder, place)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Hydra finds its plugins in this namespace: the sweeper of genfound, which loses no job to another one."""
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
@@ -46,11 +48,13 @@ class Jobs(Launcher):
         """
         sweeps.announce(job_overrides)
         jobs = [job for job in job_overrides if self._composable(job)]
-        while jobs:
-            try:
-                return self.launcher.launch(jobs, initial_job_idx)
-            except BrokenExecutor as error:
-                jobs = sweeps.left(jobs, f"a worker of the launcher has ended: {sentence(error)}")
+        in_this_process = isinstance(self.launcher, BasicLauncher)
+        with contextlib.nullcontext() if in_this_process else sweeps.stopping_jobs():
+            while jobs:
+                try:
+                    return self.launcher.launch(jobs, initial_job_idx)
+                except BrokenExecutor as error:
+                    jobs = sweeps.left(jobs, f"a worker of the launcher has ended: {sentence(error)}")
         return []
 
     def _composable(self, job: Sequence[str]) -> bool:

@@ -90,12 +90,17 @@ def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def training(folder: Path) -> int:
-    """The process that trains a run under a folder."""
+def training(folder: Path, rank: int | None = None) -> int:
+    """A process that trains a run under a folder: the only one, or the one of a rank."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = file.read_text().split("\0")
-            if "genfound.training" in words and (file.parent / "cwd").resolve() == folder.resolve():
+            words = [word for word in file.read_text().split("\0") if word != "-u"]
+            alone = rank is None or f"\0RANK={rank}\0" in (file.parent / "environ").read_text()
+            if (
+                alone
+                and words[1:3] == ["-m", "genfound.training"]
+                and (file.parent / "cwd").resolve() == folder.resolve()
+            ):
                 return int(file.parent.name)
         except OSError:
             continue

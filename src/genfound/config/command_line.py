@@ -78,7 +78,8 @@ def hydra_main(
 
     With `read_origin`, sampler and guidance are those of the model in `from=`; see `with_origin`. Keys in `may_lack`
     may be missing.
-    Exits with 1, after one line on standard error for each, if the configuration or a job is wrong.
+    Exits with 1, after one line on standard error for each, if the configuration or a job is wrong; with 128 + the
+    number of a signal that has ended it.
     """
     errors: list[str] = []
     make_lasting()
@@ -102,17 +103,22 @@ def hydra_main(
             errors.append(str(error))
             print_error(sentence(error))
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    code: Any = 0
     try:
         _answer(job, config_name, read_origin)
     except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         errors.append(str(error))
         print_error(composition_error(error, config_name, sys.argv[1:]))
-    sys.exit(0 if sweeps.finish() and not errors else 1)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:
+        code = end.code
+    sys.exit(0 if sweeps.finish() and not (code or errors) else code or 1)
 
 
 def _answer(job: Callable[[DictConfig], None], config_name: str, read_origin: ReadOrigin | None) -> None:
     """Help, or the jobs of the command line."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     _refuse_new_keys(sys.argv[1:])
     given, sys.argv[1:] = sys.argv[1:], with_origin(read_origin, sys.argv[1:])
     _added[:] = [argument for argument in sys.argv[1:] if argument not in given]

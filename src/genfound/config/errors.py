@@ -21,6 +21,10 @@ class JobError(ValueError):
     """A job failed in another process, which has said why; or why it failed."""
 
 
+class Stopped(SystemExit):
+    """A signal has ended a run, which the same command continues; the code is that of the process, 128 + its number."""
+
+
 def sentence(error: BaseException) -> str:
     """One line about an error; what the system reports is led by the file and followed by the way out."""
     if not isinstance(error, OSError) or error.strerror is None:

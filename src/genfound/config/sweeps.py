@@ -7,10 +7,12 @@ they tell is a line of JSON for each event, in a file in the folder of the sweep
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ class Swept(Callback):
         parsed = OverridesParser.create().parse_overrides(given)
         self.keys = sorted({one.get_key_element().lstrip("+~") for one in parsed if one.is_sweep_override()})
         self.notes = str(Path(config.hydra.sweep.dir).absolute() / f"{FILE}{os.getpid()}")
-        Path(self.notes).unlink(missing_ok=True)  # of a command of before, with the same number, that was killed
+        for file in (Path(self.notes), _stop_file(self.notes)):
+            file.unlink(missing_ok=True)  # of a command of before, with the same number, that was killed
         keys, quoted = ",".join(f"'{key}'" for key in self.keys), QuotedString(self.notes, Quote.single).with_quotes()
         with read_write(config.hydra):
             config.hydra.overrides.hydra += [f"{KEY}.keys=[{keys}]", f"{KEY}.notes={quoted}"]
@@ -128,11 +131,51 @@ def in_sweep() -> bool:
     return _notes() is not None
 
 
+def _stop_file(notes: str | Path) -> Path:
+    """Holds the number of the signal that ends the sweep."""
+    return Path(f"{notes}.stop")
+
+
+def stop_signal() -> int:
+    """From a job: the signal that the command of its sweep has got, if jobs are processes of a launcher; or 0."""
+    notes = _notes()
+    return int(_stop_file(notes).read_text() or 0) if notes and _stop_file(notes).exists() else 0
+
+
+@contextlib.contextmanager
+def stopping_jobs() -> Iterator[None]:
+    """Let the jobs in the processes of a launcher end after a step, and no other begin, when a signal comes.
+
+    They are waited for; a second signal ends this process at once.
+    """
+    assert Swept.here and Swept.here.notes
+    file = _stop_file(Swept.here.notes)
+
+    def ask(number: int, _: Any) -> None:
+        if file.exists():
+            raise SystemExit(128 + number)
+        file.write_text(str(number))
+        print("ending each job after a global step, with a checkpoint; once more ends at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if file.exists():
+        raise SystemExit(128 + int(file.read_text()))
+
+
 def attempt(task: Callable[[], str | None]) -> None:
     """Run a job of a sweep; one line says how it ended, and only what ends the sweep is raised.
 
     The task may return another word for its end than `done`.
     """
+    if Swept.here is None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which asks this process to end
+    if stop_signal():
+        return
     begin, ended, reason = time.monotonic(), "failed", ""
     tell(begun=_facts().get("begun", 0) + 1)
     try:
@@ -144,10 +187,11 @@ def attempt(task: Callable[[], str | None]) -> None:
         reason = f"a mistake in the program: {type(error).__name__}: {sentence(error)}"
     except BaseException:
         ended = "stopped"
-        raise
+        if not stop_signal():
+            raise
     finally:
         seconds = time.monotonic() - begin
-        tell(ended=ended, seconds=seconds, reason=reason)
+        tell(ended=ended, seconds=seconds, **({"reason": reason} if reason else {}))
         facts = _facts()
         name = facts.get("folder") or Swept(swept_keys(), None).shown(list(HydraConfig.get().overrides.task))
         print(f"[{ended}] {name}  {duration(seconds)}{_figures(facts)}  {reason}".rstrip(), flush=True)
@@ -183,7 +227,8 @@ def finish() -> bool:
     if swept is None or swept.notes is None:
         return True
     jobs = _told(Path(swept.notes))
-    Path(swept.notes).unlink(missing_ok=True)
+    for file in (Path(swept.notes), _stop_file(swept.notes)):
+        file.unlink(missing_ok=True)
     rows = [("job", "ended", "images", "loss", "time", "reason")]
     for job, facts in jobs:
         ended = facts.get("ended") or ("stopped" if "begun" in facts else "not begun")

@@ -31,7 +31,7 @@ class Run:
     given: Mapping[str, str]  # {dotted key or group: value}, as on the command line
     curve: pd.DataFrame  # a row for each line of metrics.jsonl
     state: str  # done, failed, at work or stopped
-    reason: str  # why it failed
+    reason: str  # why it failed or was stopped
 
     @property
     def seed(self) -> int:
@@ -98,12 +98,14 @@ def read_run(folder: Path) -> Run:
 
 
 def _state(folder: Path) -> tuple[str, str]:
-    """How a run stands, and why it failed."""
+    """How a run stands, and why it failed or was stopped."""
     if (folder / "DONE").exists():
         return "done", ""
     if (folder / "FAILED").exists():
         lines = (folder / "FAILED").read_text().strip().splitlines()
         return "failed", lines[-1] if lines else "unknown"
+    if halt := run_directory.stopped(folder):
+        return "stopped", halt["reason"]
     written = [path.stat().st_mtime for path in visible(folder) if path.is_file()]
     return ("at work" if time.time() - max(written) < AT_WORK else "stopped"), ""
 

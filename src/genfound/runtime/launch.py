@@ -28,6 +28,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from genfound.config.environment import LAUNCH, PARENT, forget_inherited
 from genfound.config.errors import USER_ERRORS, JobError, sentence
 from genfound.config.streams import make_lasting
+from genfound.runtime import stopping
 from genfound.runtime.processes import end_with_parent, run_command, wait_until
 
 PATIENCE = 600
@@ -128,12 +129,13 @@ def _slurm_endpoint(count: int, environment: Mapping[str, str]) -> str | None:
 
 def launch(
     module: str, request: Path | Mapping[str, Any], devices: int, others: Machines | None = None,
-    log: Path | None = None, /, **environment: str
+    log: Path | None = None, asked: Callable[[], int] | None = None, /, **environment: str
 ) -> None:  # fmt: skip
     """Run `python -m <module> <request>` in so many processes of this machine, which end with this one.
 
     A mapping is given as a file of JSON. The module calls `reporting`, and learns its rank, which goes on over the
     machines, from `processes.rank_info`. What the processes print is appended to the file `log`, if there is one.
+    For `asked` see `run_command`.
     """
     shared = dict(os.environ)
     forget_inherited(shared)
@@ -146,8 +148,10 @@ def launch(
         if isinstance(request, Mapping):
             content, request = json.dumps(dict(request)), Path(folder) / "request.json"
             request.write_text(content)
+        if asked is None:
+            (Path(folder) / stopping.NOW).touch()
         command = [sys.executable, "-m", *agent, module, str(request)]
-        code = run_command(command, shared | environment | {LAUNCH: folder}, log)
+        code = run_command(command, shared | environment | {LAUNCH: folder}, log, asked)
         if code:
             reason = Path(folder) / "reason"
             raise JobError(reason.read_text() if reason.exists() else _ending(code))
@@ -194,8 +198,17 @@ def _torchrun(arguments: list[str]) -> None:
     end_with_parent()
     os.environ[PARENT] = str(os.getpid())
     logging.disable(logging.ERROR)
+    options, folder = run.parse_args(arguments), Path(os.environ[LAUNCH])
+    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+
+    def terminate(number: int, _: Any) -> None:
+        if (folder / stopping.NOW).exists():
+            raise SignalException("the command ends", signal.Signals(number))
+        stopping.ask(folder, number)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        run.run(run.parse_args(arguments))
+        run.run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         _leave_reason(_ending(failure.exitcode, f"process {rank}"))

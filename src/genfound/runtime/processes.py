@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from genfound.config.environment import LAUNCH, PARENT
+from genfound.config.errors import Stopped
+from genfound.runtime import stopping
 
 GRACE = 40
 """Seconds for processes to end when they are told to; torchrun takes up to 30 to end its own."""
@@ -71,20 +73,46 @@ def wait_until(done: Callable[[], bool], patience: float = math.inf) -> bool:
     return True
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str], log: Path | None = None) -> int:
-    """Exit status of a command, which ends with this process: told to, or killed if it calls `end_with_parent`."""
-    with sigterm_as_exit(), _appended(log) as output:
+def run_command(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path | None = None,
+    asked: Callable[[], int] | None = None,
+) -> int:
+    """Exit status of a command, which ends with this process: told to, or killed if it calls `end_with_parent`.
+
+    With `asked`, which gives the number of a signal that another process has got or 0, the command listens to requests
+    of `stopping`: then that signal, or a first one of this process, is such a request, and Stopped is raised.
+    """
+    launch = Path(environment[LAUNCH]) if LAUNCH in environment else None
+    with signals_as_exit(), _appended(log) as output:
         shared = {**environment, PARENT: str(os.getpid())}
         process = subprocess.Popen(command, env=shared, start_new_session=True, stdout=output, stderr=output)
         try:
-            return process.wait()
+            return _wait(process, launch, asked) if launch and asked else process.wait()
         finally:
             if process.poll() is None:
+                if launch:
+                    (launch / stopping.NOW).touch()
                 process.terminate()
                 try:
                     process.wait(GRACE)
                 except subprocess.TimeoutExpired:
                     process.kill()
+
+
+def _wait(process: "subprocess.Popen[bytes]", launch: Path, asked: Callable[[], int]) -> int:
+    """Exit status of a process that listens to requests."""
+    try:
+        while not (number := asked()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(PAUSE)
+    except SystemExit as end:
+        number = stopping.signal_of(end)
+        stopping.announce(number)
+    stopping.ask(launch, number)
+    process.wait()
+    raise Stopped(128 + number)
 
 
 @contextlib.contextmanager
@@ -108,18 +136,19 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def sigterm_as_exit() -> Iterator[None]:
+def signals_as_exit() -> Iterator[None]:
     """Signals that would end this process at once raise SystemExit, so that it can clean up."""
 
     def end(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
 
-    deadly = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    deadly = deadly if threading.current_thread() is threading.main_thread() else []
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    alone = threading.current_thread() is threading.main_thread()
+    deadly = {number: own for number, own in usual.items() if alone and signal.getsignal(number) is own}
     for number in deadly:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in deadly:
-            signal.signal(number, signal.SIG_DFL)
+        for number, own in deadly.items():
+            signal.signal(number, own)
