@@ -78,8 +78,7 @@ def hydra_main(
 
     With `read_origin`, sampler and guidance are those of the model in `from=`; see `with_origin`. Keys in `may_lack`
     may be missing.
-    Exits with 1, after one line on standard error for each, if the configuration or a job is wrong; with 128 + the
-    number of a signal that has ended it.
+    Exits with 1, after a line on standard error for what is wrong, or with 128 + the number of a signal.
     """
     errors: list[str] = []
     make_lasting()
@@ -87,9 +86,9 @@ def hydra_main(
 
     def job(cfg: DictConfig) -> None:
         def work() -> str | None:
-            composed = cfg
-            if read_origin and not _added:  # a sweep varies the model
-                composed = hydra.compose(config_name, with_origin(read_origin, HydraConfig.get().overrides.task))
+            varied = read_origin and not _added  # a sweep varies the model
+            overrides = HydraConfig.get().overrides.task
+            composed = hydra.compose(config_name, with_origin(read_origin, overrides)) if varied else cfg
             _check(composed, config_name, may_lack)
             _check_copies(composed, size, copies, config_name)
             with explain_oom(config_name):
@@ -109,10 +108,8 @@ def hydra_main(
     except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         errors.append(str(error))
         print_error(composition_error(error, config_name, sys.argv[1:]))
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as end:
-        code = end.code
+    except (KeyboardInterrupt, SystemExit) as end:
+        code = end.code if isinstance(end, SystemExit) else 130
     sys.exit(0 if sweeps.finish() and not (code or errors) else code or 1)
 
 

@@ -194,7 +194,8 @@ def attempt(task: Callable[[], str | None]) -> None:
         tell(ended=ended, seconds=seconds, **({"reason": reason} if reason else {}))
         facts = _facts()
         name = facts.get("folder") or Swept(swept_keys(), None).shown(list(HydraConfig.get().overrides.task))
-        print(f"[{ended}] {name}  {duration(seconds)}{_figures(facts)}  {reason}".rstrip(), flush=True)
+        if "folder" in facts or ended not in DONE:  # other commands than training say themselves what they have done
+            print(f"[{ended}] {name}  {duration(seconds)}{_figures(facts)}  {reason}".rstrip(), flush=True)
 
 
 def _facts() -> dict[str, Any]:
@@ -236,8 +237,10 @@ def finish() -> bool:
         shown = "" if images is None else f"{images:,}", "" if loss is None else f"{loss:.5g}"
         time_taken = duration(facts["seconds"]) if "seconds" in facts else ""
         rows.append((swept.shown(job), ended, *shown, time_taken, facts.get("reason", "")))
-    _print_table(rows)
-    if undone := sum(row[1] not in DONE for row in rows[1:]):
+    undone = sum(row[1] not in DONE for row in rows[1:])
+    if undone or any("folder" in facts for _, facts in jobs):
+        _print_table(rows)
+    if undone:
         print(f"error: {undone} of {len(jobs)} jobs are not done; the same command goes on with them", file=sys.stderr)
     return not undone
 
