@@ -1,5 +1,6 @@
 """`python -m genfound.train -m`: each job is done, or the table at the end says why it is not."""
 
+import functools
 import os
 import re
 import signal
@@ -76,7 +77,9 @@ def begun(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """The command, begun."""
     command = [sys.executable, "-m", "genfound.train", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=variables(), stdout=pipe, stderr=pipe, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which shells ignore in the background
+    options = {"stdout": pipe, "stderr": pipe, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=variables(), preexec_fn=heard, **options)  # noqa: PLW1509
 
 
 def wait_for(found: Callable[[], object]) -> None:
