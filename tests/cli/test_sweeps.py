@@ -129,8 +129,8 @@ def test_a_killed_job_is_named_with_its_signal_and_stops_no_other(tmp_path: Path
 @pytest.mark.slow
 def test_jobs_of_a_killed_worker_are_begun_again(tmp_path: Path) -> None:
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    sweep = begun("-m", *SMALL, "trainer.max_steps=60,2", *joblib, cwd=tmp_path)
-    wait_for(lambda: list(tmp_path.glob("runs/s/*steps-60/metrics.jsonl")))
+    sweep = begun("-m", *SMALL, "trainer.max_steps=60,2", "name=j", *joblib, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/s/j__trainer.max_steps-60/metrics.jsonl")))
     os.kill(parent_of(training(tmp_path)), signal.SIGKILL)
     output, errors = sweep.communicate(timeout=LIMIT)
     assert sweep.returncode == 0, errors
