@@ -92,7 +92,7 @@ def test_a_job_ends_with_the_process_that_launched_it(tmp_path: Path) -> None:
     job = next(job for job in jobs() if str(run.relative_to(tmp_path)) in job.read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
-    assert not job.exists() and (run / "FAILED").exists()
+    assert not job.exists() and (run / "STOPPED").exists()
 
 
 def jobs() -> list[Path]:
@@ -159,7 +159,7 @@ WRONG = {
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
-    "experiment=best": "experiment=best is unknown; choose one of official/dit",
+    "experiment=best": "experiment=best is unknown; choose one of lineage, lineage_mini, official/dit",
     "callbacks.checkpointing.keep=0": "callbacks.checkpointing.keep=0 must be a whole number of at least 1",
 }
 
@@ -174,7 +174,11 @@ WATCHERS = {
 def test_what_stops_a_preview_or_an_evaluation_is_found_before_a_logger_begins(options: str, tmp_path: Path) -> None:
     result = genfound("train", *TINY, *options.split(), "name=x", cwd=tmp_path)
     assert WATCHERS[options] in one_error(result)
-    assert {file.name for file in (tmp_path / "runs/default/x").glob("[!.]*")} == {"config.yaml", "FAILED"}
+    assert {file.name for file in (tmp_path / "runs/default/x").glob("[!.]*")} == {
+        "config.yaml",
+        "overrides.json",
+        "FAILED",
+    }
 
 
 @pytest.mark.parametrize("override", WRONG)
