@@ -41,10 +41,24 @@ def test_effects_are_paired_by_seed(runs: list[Run]) -> None:
     (effect,) = tables.effects(runs, METRIC).to_dict("records")
     assert (effect["from"], effect["to"], effect["pairs"]) == ("linear", "gvp", 3)
     assert effect["effect"] == pytest.approx(-0.2)
-    assert effect["+-"] == pytest.approx(T_2 * 0.1 / 3**0.5, rel=1e-6)
+    assert effect["effect +-"] == pytest.approx(T_2 * 0.1 / 3**0.5, rel=1e-6)
     assert effect["relative"] == pytest.approx(-0.2 / 1.5)
     assert effect["detectable"] == pytest.approx((T_2 + 1.060660) * 0.1 / 3**0.5, rel=1e-5)
-    assert effect["verdict"] == "not told apart"
+    assert (effect["verdict"], effect["where"]) == ("not told apart", "all")
+
+
+def test_effects_are_told_for_each_value_of_what_else_varies(tmp_path: Path) -> None:
+    ends = {("linear", "velocity"): 1.0, ("gvp", "velocity"): 0.9, ("linear", "score"): 2.0, ("gvp", "score"): 2.5}
+    for (path, prediction), end in ends.items():
+        overrides = [f"objective.path={path}", f"objective.prediction={prediction}"]
+        made_run(tmp_path / f"s/{path}-{prediction}", overrides, {METRIC: [end]})
+    frame = tables.effects(read_study(tmp_path / "s"), METRIC)
+    found = {row["where"]: (row["pairs"], row["effect"]) for _, row in frame[:3].iterrows()}
+    assert found == {
+        "all": (2, pytest.approx(0.2)),
+        "objective.prediction=velocity": (1, pytest.approx(-0.1)),
+        "objective.prediction=score": (1, pytest.approx(0.5)),
+    }
 
 
 def test_a_verdict_knows_the_direction_of_its_metric() -> None:

@@ -80,25 +80,34 @@ def mean(runs: Sequence[Run], metric: str) -> float:
 
 
 def effects(runs: Sequence[Run], metric: str) -> pd.DataFrame:
-    """What each value of a setting changes against its first one, over pairs that agree in all else, the seed too."""
+    """What each value of a setting changes against its first one, over pairs that agree in all else, the seed too.
+
+    Over all pairs, and for each combination of the other settings alone, where there are several.
+    """
     rows, keys = [], varied(runs)
     done = [run for run in runs if run.state == "done" and not np.isnan(run.last(metric))]
     for key in keys:
         values = list(dict.fromkeys(run.setting(key) for run in done))
         rest = [other for other in keys if other != key]
-        figure = {(run.setting(key), run.seed, *(run.setting(k) for k in rest)): run.last(metric) for run in done}
-        for value in values[1:]:
-            others = [place[1:] for place in figure if place[0] == value and (values[0], *place[1:]) in figure]
-            pairs = np.array([figure[value, *place] - figure[values[0], *place] for place in others])
-            if not len(pairs):
-                continue
-            base = np.mean([figure[values[0], *place] for place in others])
-            rows.append({
-                "setting": key, "from": values[0], "to": value, "pairs": len(pairs), "effect": float(pairs.mean()),
-                "+-": half_width(pairs), "relative": float(pairs.mean() / base), "detectable": detectable(pairs),
-                "verdict": verdict(pairs, metric),
-            })  # fmt: skip
+        figure = {(run.setting(key), tuple(run.setting(k) for k in rest), run.seed): run.last(metric) for run in done}
+        for value, other in itertools.product(values[1:], [None, *dict.fromkeys(place[1] for place in figure)]):
+            places = [place[1:] for place in figure if place[0] == value and other in (None, place[1])]
+            pairs = [(figure[values[0], *at], figure[value, *at]) for at in places if (values[0], *at) in figure]
+            if pairs and (other is None or len({place[1] for place in figure}) > 1):
+                where = ", ".join(f"{k}={v}" for k, v in zip(rest, other or (), strict=False)) or "all"
+                rows.append({"setting": key, "from": values[0], "to": value, "where": where, **_effect(pairs, metric)})
     return pd.DataFrame(rows)
+
+
+def _effect(pairs: Sequence[tuple[float, float]], metric: str) -> dict[str, object]:
+    """Of pairs (before, after)."""
+    before, after = np.array(pairs).T
+    change = after - before
+    return {
+        "pairs": len(change), "effect": float(change.mean()), "effect +-": half_width(change),
+        "relative": float(change.mean() / before.mean()), "detectable": detectable(change),
+        "verdict": verdict(change, metric),
+    }  # fmt: skip
 
 
 def verdict(pairs: np.ndarray, metric: str) -> str:
