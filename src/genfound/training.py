@@ -214,7 +214,6 @@ def train(cfg: DictConfig) -> str | None:
         print("fast_dev_run: one global step with every callback; nothing of it was kept", flush=True)
         return None
     run_directory.refuse_changes(folder, config, cfg.allow_changes)
-    run_directory.note_overrides(folder, list(hydra_cfg.overrides.task))
     result = run_directory.finished(folder)
     budget, steps = cfg.budget.images or cfg.optimizer.budget_images, cfg.trainer.max_steps or np.inf
     if result and (result["images"] >= budget or result["steps"] >= steps):
@@ -228,6 +227,7 @@ def train(cfg: DictConfig) -> str | None:
         if machines and not machines.first:
             return _follow(folder, config, machines)
         with lock(folder, "choose name=..."):
+            run_directory.note_overrides(folder, list(hydra_cfg.overrides.task))
             return _start(folder, config, sweeping, machines)
 
 
