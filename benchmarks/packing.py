@@ -18,8 +18,9 @@ import numpy as np
 from benchmarks.image_sizes import token_counts
 from benchmarks.lpfhp import BestFit, assign, costs, fill, lpfhp
 from benchmarks.report import facts, write
-from genfound.data.packing.batch_plan import Order, Plan
+from genfound.data.packing.batch_plan import Plan
 from genfound.data.packing.budget import max_images
+from genfound.data.packing.order import Order
 from genfound.data.packing.packer import LOOKAHEAD, Batcher, Packer
 
 RANKS, WIDTH = 8, 1152

@@ -19,10 +19,11 @@ from genfound.config.targets import instantiate, partial, trusted
 from genfound.data.images.base import ImageSource, LatentSource
 from genfound.data.images.views import VIEW_KEYS, ImageViews
 from genfound.data.latents import stored_tokenizer
-from genfound.data.packing.batch_plan import MicroBatch, Order, Plan
+from genfound.data.packing.batch_plan import MicroBatch, Plan
 from genfound.data.packing.budget import held_out_batches, max_images, micro_batches, token_budget, token_counts
 from genfound.data.packing.collate import Collate
 from genfound.data.packing.loader import MicroBatches, TrainLoader
+from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Batcher, FixedBatcher, Packer, Repeated
 from genfound.layers.attention import choose_backend
 from genfound.layouts import Layout

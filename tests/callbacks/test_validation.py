@@ -12,7 +12,7 @@ from genfound import build
 from genfound.callbacks.ema import Ema
 from genfound.data.datamodule import GenerativeDataModule
 from genfound.data.packing import budget
-from genfound.data.packing.batch_plan import Order
+from genfound.data.packing.order import Order
 from genfound.modules.base import TIMES, GenerativeModule, uniform_times, validation_metrics, validation_sums
 from genfound.tokenizers import PixelTokenizer
 from tests.helpers import composed, randomise, training_module

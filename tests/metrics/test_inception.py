@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from genfound.metrics.extractor import COUNTED, Inception
-from genfound.metrics.inception import InceptionV3, tf1_resize
+from genfound.metrics.inception import InceptionV3
+from genfound.metrics.resize import tf1_resize
 from tests.golden.runner import COMMITTED
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genfound.objectives.gaussian import discretised_bits, kl_bits
+from genfound.objectives.bits import discretised_bits, kl_bits
 
 
 def test_kl_of_two_normals() -> None:

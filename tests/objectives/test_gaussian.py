@@ -10,13 +10,14 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.layouts import Dense, Layout, Packed, Padded
-from genfound.objectives.gaussian import Gaussian, variational_bound
+from genfound.objectives.gaussian import Gaussian
 from genfound.objectives.process import (
     SCHEDULES,
     Process,
     linear,
     space_timesteps,
 )
+from genfound.objectives.vlb import variational_bound
 from genfound.objectives.weighting import EXPONENTS
 from genfound.rng import Rng
 from tests.helpers import latents, three_layouts

@@ -9,7 +9,7 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.layouts import Dense, Packed, Padded
 from genfound.objectives.times import time_grid
-from genfound.samplers.dopri5 import log_likelihood
+from genfound.samplers.log_likelihood import log_likelihood
 from tests.helpers import latents, linear_flow
 from tests.samplers.toys import MEAN, STD, SeededNoise, exact, solution
 

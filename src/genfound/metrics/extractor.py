@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfound.metrics.inception import SIDE, InceptionV3, tf1_resize
+from genfound.metrics.inception import SIDE, InceptionV3
+from genfound.metrics.resize import tf1_resize
 from genfound.runtime import checkpoint_io
 from genfound.runtime.devices import float32_products
 

@@ -1,4 +1,4 @@
-"""Gaussian diffusion (DDPM): predict the noise of a discrete process, and its variance if wanted; its bound in bits."""
+"""Gaussian diffusion (DDPM): predict the noise of a discrete process, and its variance if wanted."""
 
 import math
 from collections.abc import Callable
@@ -11,15 +11,12 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.config.checks import integer, one_of
 from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective, TimeAdapter
+from genfound.objectives.bits import discretised_bits, kl_bits
 from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import Predictions
 from genfound.objectives.process import SCHEDULES, Process, Tables, space_timesteps
 from genfound.objectives.times import TimeLaw, time_grid
 from genfound.objectives.weighting import EXPONENTS
-from genfound.rng import Rng
-
-HALF_LEVEL = 1 / 255
-"""Half the distance of neighbouring 8-bit values on [-1, 1]."""
 
 
 class ReverseStep(NamedTuple):
@@ -223,59 +220,3 @@ def vlb_bits(c: Tables, clean: Batch, noised: Batch, reverse: ReverseStep) -> Te
     likelihood = discretised_bits(clean.x, reverse.mean, reverse.log_variance)
     first = c.posterior_variance == 0
     return clean.per_image(torch.where(first, likelihood, kl))
-
-
-def kl_bits(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """KL(N(mean, ..) || N(other_mean, ..)) of each element, over ln 2."""
-    ratio, shift = (log_variance - other_log_variance).exp(), (mean - other_mean) ** 2 * (-other_log_variance).exp()
-    return 0.5 * (-1 + other_log_variance - log_variance + ratio + shift) / math.log(2)
-
-
-def discretised_bits(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log2 of the mass that N(mean, ..) gives to the 8-bit value x in [-1, 1]; the outermost bins are open.
-
-    Ho et al. 2020, eq. 13, with diffusion_utils.py:approx_standard_normal_cdf. Official DiT applies it to
-    latents as they are.
-    """
-    precision = (-0.5 * log_variance).exp()
-    below = _normal_cdf(precision * (x - mean - HALF_LEVEL))
-    above = _normal_cdf(precision * (x - mean + HALF_LEVEL))
-    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
-    return -mass.clamp(min=1e-12).log() / math.log(2)
-
-
-def _normal_cdf(z: Tensor) -> Tensor:
-    """The standard normal distribution function by its tanh approximation."""
-    return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
-
-
-class VariationalBound(NamedTuple):
-    """Bits per dimension of each image; columns go from the last step to the first."""
-
-    total: Tensor  # (B,), of vb and prior
-    prior: Tensor  # (B,), what x_T still tells of the data
-    vb: Tensor  # (B, T)
-    x0_mse: Tensor  # (B, T)
-    noise_mse: Tensor  # (B, T)
-
-
-@torch.no_grad()
-def variational_bound(objective: Gaussian, net: Net, batch: Batch, rng: Rng) -> VariationalBound:
-    """One draw of the bound of every step, with T network calls; clips data as the objective's sampling does."""
-    tables = objective.process.on(batch.x.device)
-    columns: list[tuple[Tensor, Tensor, Tensor]] = []
-    for step in reversed(range(len(objective.process))):
-        steps = torch.full((len(batch.y),), step, device=batch.x.device)
-        c = tables.at(batch, steps)
-        noise = rng.at(len(columns)).normal("noise", batch.x.shape, batch.x.device)
-        noised = replace(batch, x=c.q_sample(batch.x, noise))
-        prediction, v = objective.split(noised, net(noised, tables.timesteps[steps]).float())
-        reverse = objective.reverse(c, noised, prediction, v, objective.clip_x0)
-        implied = c.noise_from_x0(noised.x, reverse.x0)
-        vb = vlb_bits(c, batch, noised, reverse)
-        columns.append((vb, batch.per_image((reverse.x0 - batch.x) ** 2), batch.per_image((implied - noise) ** 2)))
-    bits, x0_mse, noise_mse = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    c = tables.at(batch, torch.full((len(batch.y),), len(objective.process) - 1, device=batch.x.device))
-    zero = torch.zeros((), device=batch.x.device)  # KL(q(x_T | x_0) || N(0, 1))
-    prior = batch.per_image(kl_bits(c.sqrt_alphas_cumprod * batch.x, c.log_one_minus_alphas_cumprod, zero, zero))
-    return VariationalBound(bits.sum(dim=1) + prior, prior, bits, x0_mse, noise_mse)

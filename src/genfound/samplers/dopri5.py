@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,44 +109,3 @@ def integrate(slope: Callable[[Tensor, Any], Any], start: Any, clock: Tensor, **
         raise ValueError(
             f"sampler=dopri5 cannot go on ({reason}); set sampler.clip=true, a larger sampler.rtol or sampler=heun"
         ) from None
-
-
-def log_likelihood(
-    field: Field,
-    batch: Batch,
-    times: Tensor,
-    rng: StepRng,
-    method: str = "dopri5",
-    atol: float = 1e-6,
-    rtol: float = 1e-3,
-) -> tuple[Tensor, Batch]:
-    """(B,) nats of each latent, 0 on rows that are not real, and the noise that it comes from.
-
-    Log-density by the instantaneous change of variables (Chen et al. 2018; Song et al. 2021). The divergence is
-    estimated with one random sign per number, drawn anew in every evaluation (Hutchinson), which is unbiased and exact
-    where numbers do not mix. Noise is taken for standard normal.
-
-    Args:
-        field: the network; it is differentiated, and its parameters need no gradients.
-        batch: data.
-        times: from data to noise; the steps of a fixed method.
-        rng: of the signs, those of standard normal numbers; `normal(k)` for evaluation k.
-        method: one of torchdiffeq's.
-        atol, rtol: error that a step may make in the state, absolute and relative.
-    """
-    evaluations = count()
-
-    def slope(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        signs = torch.where(rng.normal(next(evaluations)).to(batch.x) > 0, 1.0, -1.0)
-        with torch.enable_grad():
-            x = state[0].detach().requires_grad_()
-            velocity = field.velocity(replace(batch, x=x), t.item())
-            (gradient,) = torch.autograd.grad((velocity * signs).sum(), x)
-        return velocity.detach(), batch.sum_per_image(gradient * signs)
-
-    start = (batch.x.float(), torch.zeros(len(batch.y), device=batch.x.device))
-    with torch.no_grad():
-        options = {"method": method, "atol": [atol] * 2, "rtol": [rtol] * 2}
-        noise, gained = (states[-1] for states in integrate(slope, start, times.to(batch.x.device), **options))
-        prior = -0.5 * (batch.numbers(batch.x) * math.log(2 * math.pi) + batch.sum_per_image(noise**2))
-    return torch.where(batch.real, prior + gained, 0.0), replace(batch, x=noise)

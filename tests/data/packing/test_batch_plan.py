@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from benchmarks.image_sizes import token_counts
 from genfound import build
 from genfound.data.packing import budget
-from genfound.data.packing.batch_plan import MicroBatch, Order, Plan
+from genfound.data.packing.batch_plan import MicroBatch, Plan
 from genfound.data.packing.loader import TrainLoader
+from genfound.data.packing.order import Order
 from genfound.data.packing.packer import FixedBatcher, Packer
 from genfound.objectives.weighting import EXPONENTS
 from genfound.tokenizers import LatentSpec

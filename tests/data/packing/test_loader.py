@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from genfound.data.images.pixels import normalised, to_picture, to_uint8
-from genfound.data.packing.batch_plan import MicroBatch, Order, Plan
+from genfound.data.packing.batch_plan import MicroBatch, Plan
 from genfound.data.packing.collate import Collate
 from genfound.data.packing.loader import MicroBatches, TrainLoader
+from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Packer
 from genfound.layouts import Packed
 from genfound.rng import Rng

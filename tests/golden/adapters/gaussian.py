@@ -12,8 +12,9 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.layouts import Dense
-from genfound.objectives.gaussian import Gaussian, GaussianField, ReverseStep, variational_bound
+from genfound.objectives.gaussian import Gaussian, GaussianField, ReverseStep
 from genfound.objectives.process import StepSpec, linear, space_timesteps
+from genfound.objectives.vlb import variational_bound
 from genfound.rng import Rng
 from genfound.samplers.ddpm import ddim_invert
 from tests.golden.adapters import Results, adapter

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from genfound.data.images.pixels import to_uint8
 from genfound.metrics.frechet import Gaussian, Moments, frechet_distance
-from genfound.metrics.inception import InceptionV3, tf1_resize
+from genfound.metrics.inception import InceptionV3
 from genfound.metrics.inception_score import adm_score, probabilities, torch_fidelity_score
 from genfound.metrics.kid import kernel_distance
 from genfound.metrics.precision_recall import manifold, precision_recall, squared_distances
+from genfound.metrics.resize import tf1_resize
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import parameter, unit
 

@@ -19,7 +19,7 @@ from genfound.checkpoints.official.dit import to_official
 from genfound.layouts import Dense
 from genfound.objectives.flow import Flow
 from genfound.objectives.predictions import Predictions
-from genfound.samplers.dopri5 import log_likelihood
+from genfound.samplers.log_likelihood import log_likelihood
 from genfound.samplers.sde import DIFFUSIONS, sde_grid
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws, module_of, official

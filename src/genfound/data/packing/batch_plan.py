@@ -7,34 +7,17 @@ Micro-batches are planned in windows; within one they are sorted by attention co
 step have equal work, and the steps of a window are then shuffled, so that cost does not drift over a window.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Batcher
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.runtime.files import digest
-
-
-class Order:
-    """Position in the run -> index in the data set: infinite, shuffled pass by pass, and without state.
-
-    Position k of a run is image `k mod n` of a permutation drawn from (seed, k div n), so any position can be
-    looked up directly; a resumed run and any number of ranks see the same sequence.
-    """
-
-    def __init__(self, images: int, seed: int) -> None:
-        self.images = images
-        rng = Rng(seed, "order")
-        self._permutation = functools.lru_cache(maxsize=2)(lambda k: rng.at(k).permutation("pass", images).numpy())
-
-    def __getitem__(self, position: int) -> int:
-        number, within = divmod(position, self.images)
-        return int(self._permutation(number)[within])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 
 from genfound.config.checks import integer
 from genfound.data.images.base import ImageSource
-from genfound.data.packing.batch_plan import MicroBatch, Order
+from genfound.data.packing.batch_plan import MicroBatch
+from genfound.data.packing.order import Order
 from genfound.data.packing.packer import in_order
 from genfound.layouts import Dense, Layout, Packed
 from genfound.objectives.weighting import image_weight
