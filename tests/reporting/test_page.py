@@ -13,7 +13,7 @@ from genfound.reporting.collect import read_study
 from genfound.reporting.page import write_report
 from genfound.runtime.files import visible
 from tests.cli.commands import genfound, one_error
-from tests.reporting.studies import made_study
+from tests.reporting.studies import made_run, made_study
 
 METRIC = "val/velocity_mse_ema"
 
@@ -54,6 +54,13 @@ def test_the_command_writes_into_the_study(root: Path) -> None:
     assert (root / "runs/paths/report/results.md").read_text().startswith("| objective.path | done | Gflops | val/")
     again = genfound("report", "study=paths", "watch=true", f"out={root}/out", cwd=root)
     assert "failed" in again.stdout and "left" in again.stdout and (root / "out/index.html").is_file()
+
+
+def test_a_damaged_list_of_overrides_is_named(root: Path, tmp_path: Path) -> None:
+    made_run(tmp_path / "runs/s/a", [], {METRIC: [1.0, 0.5]})
+    (tmp_path / "runs/s/a/overrides.json").write_text("[")
+    error = one_error(genfound("report", "study=s", cwd=tmp_path))
+    assert "runs/s/a/overrides.json is damaged" in error and "remove it" in error
 
 
 WRONG = {

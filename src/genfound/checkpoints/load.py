@@ -83,15 +83,18 @@ def config_of(given: Mapping[str, Any]) -> Config:
     """The configuration of the model that {key: value} of overrides of conf/sample.yaml or conf/evaluate.yaml name."""
     told = {key.removeprefix("hints."): value for key, value in given.items() if key.startswith("hints.")}
     told.pop("tokenizer", None)
-    return find(Path(str(given["from"])), None, given.get("trust", ()), **told).config
+    path, known = Path(str(given["from"])), {key: value for key, value in told.items() if value is not None}
+    if (ours := read_ours(path, None, given.get("trust", ()))) is not None:
+        return ours.config
+    return _released_config(open_official(path, "ema", known.pop("family", None)), known, path)[0]
 
 
-def find(path: Path, weights: str | None, trust: Collection[str] = (), **hints: Any) -> Weights:
-    """Read weights of any origin; see `load`. With `weights=None` the averaged ones where there are any."""
+def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) -> Weights:
+    """Read weights of any origin; see `load`."""
     hints = {key: value for key, value in hints.items() if value is not None}
     found = read_ours(path, weights, trust)
     if found is None:
-        return _released(open_official(path, weights or "ema", hints.pop("family", None)), hints, path)
+        return _released(open_official(path, weights, hints.pop("family", None)), hints, path)
     codec = hints.pop("tokenizer", None)
     if hints:
         raise ValueError(f"{next(iter(hints))}: {path} tells all options itself")
@@ -191,6 +194,13 @@ def open_official(path: Path, weights: str, family: str | None) -> Official:
 
 
 def _released(official: Official, hints: dict[str, Any], path: Path) -> Weights:
+    config, names = _released_config(official, hints, path)
+    side, state = _side(config, official.state), official.state
+    return Weights(config, FAMILIES[official.family].ours(state), names, [(side, side)], {}, official=state)
+
+
+def _released_config(official: Official, hints: dict[str, Any], path: Path) -> tuple[Config, list[str]]:
+    """The configuration of a released model and the names of its classes; its weights are only looked at."""
     family, release, state, args = official
     codec = hints.pop("tokenizer", None)
     told = {"heads" if key == "num_heads" else key: value for key, value in hints.items()}
@@ -202,8 +212,7 @@ def _released(official: Official, hints: dict[str, Any], path: Path) -> Weights:
     for key in ("path_type", "prediction"):
         if key in args:
             config["objective"][key.removesuffix("_type")] = str(args[key]).lower()
-    side = _side(config, state)
-    return Weights(config, FAMILIES[family].ours(state), names, [(side, side)], {}, official=state)
+    return config, names
 
 
 def _config(family: str, release: str | None, options: Mapping[str, Any], path: Path) -> Config:

@@ -43,6 +43,16 @@ class Run:
         """Images after which it ends."""
         return int(self.config["budget.images"] or self.config["optimizer.budget_images"])
 
+    @property
+    def images_seen(self) -> int:
+        """By its last line."""
+        return int(self.curve["images_seen"].max()) if len(self.curve) else 0
+
+    @property
+    def progress(self) -> str:
+        """Images of its budget."""
+        return f"{self.images_seen:,} of {self.budget:,}"
+
     def last(self, metric: str) -> float:
         """The last value of a metric; NaN if there is none."""
         values = self.values(metric)

@@ -161,11 +161,10 @@ def evaluations(runs: Sequence[Run]) -> pd.DataFrame:
 
 def jobs(runs: Sequence[Run]) -> pd.DataFrame:
     """A row for each run: how it stands, and why it failed."""
-    seen = [int(run.curve["images_seen"].max()) if len(run.curve) else 0 for run in runs]
     return pd.DataFrame({
         "run": [run.folder.name for run in runs],
         "state": [run.state for run in runs],
-        "images": [f"{count:,} of {run.budget:,}" for run, count in zip(runs, seen, strict=True)],
+        "images": [run.progress for run in runs],
         "loss": [run.last("train/loss") for run in runs],
         "images/s": [float(run.values("perf/images_per_s").median()) for run in runs],
         "reason": [run.reason for run in runs],

@@ -31,10 +31,9 @@ def table(runs: Sequence[Run]) -> Table:
     """State, images, loss, speed and time left of each job."""
     shown = Table("job", "state", "images", "loss", "images/s", "left", "reason")
     for run in runs:
-        seen = int(run.curve["images_seen"].max()) if len(run.curve) else 0
         rate, loss = run.last("perf/images_per_s"), run.last("train/loss")
-        left = (run.budget - seen) / rate if run.state == "at work" and rate > 0 else float("nan")
+        left = (run.budget - run.images_seen) / rate if run.state == "at work" and rate > 0 else float("nan")
         numbers = ("" if isnan(value) else f"{value:{form}}" for value, form in ((loss, ".4f"), (rate, ",.1f")))
         clock = "" if isnan(left) else f"{timedelta(seconds=round(left))}"
-        shown.add_row(run.folder.name, run.state, f"{seen:,} of {run.budget:,}", *numbers, clock, run.reason[:60])
+        shown.add_row(run.folder.name, run.state, run.progress, *numbers, clock, run.reason[:60])
     return shown

@@ -109,7 +109,10 @@ def note_overrides(folder: Path, overrides: Sequence[str]) -> None:
 def overrides_of(folder: Path) -> list[str]:
     """What `note_overrides` kept; nothing of runs of before."""
     file = folder / OVERRIDES
-    return [str(override) for override in json.loads(file.read_text())] if file.is_file() else []
+    try:
+        return [str(override) for override in json.loads(file.read_text())] if file.is_file() else []
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}; remove it") from None
 
 
 def _yaml(config: Mapping[str, Any]) -> str:
