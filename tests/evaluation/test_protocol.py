@@ -144,6 +144,7 @@ def test_rope_and_the_images_of_a_call_are_differences_and_are_printed() -> None
     assert differences(PROTOCOL, changed) == ["drawing.batch", "drawing.rope.rule"]
     text = "\n".join(changed.lines())
     assert "steps 20, 16 images together" in text and "rope rule yarn" in text
+    assert changed.drawing.summary() == f"{DRAWING.summary()}, rope rule yarn"
 
 
 @pytest.mark.parametrize("note", [None, [1], 3.0, {"seed": 0}, {**asdict(DRAWING), "more": 1}])

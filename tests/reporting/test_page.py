@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from genfound.reporting import plots
-from genfound.reporting.collect import read_study
+from genfound.reporting.collect import Run, read_study
 from genfound.reporting.page import write_report
 from genfound.runtime.files import visible
 from tests.cli.commands import genfound, one_error
@@ -41,10 +41,15 @@ def test_the_page_holds_all_that_it_shows(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_figure_of_several_sizes_is_drawn_against_them() -> None:
-    measured = pd.DataFrame({"model": ["a", "a", "b"], "size": ["16x16", "8x8", "16x16"], "fd": [1.0, 2.0, 3.0]})
-    drawn = plots.sizes(measured, "fd", ["model"])
-    assert drawn is not None and b"<svg" in drawn
-    assert plots.sizes(measured[:1], "fd", ["model"]) is None
+    measured = [("a", "16x16", 1.0), ("a", "8x8", 2.0), ("b", "16x16", 3.0)]
+    runs = [
+        Run(
+            Path(model), {}, {"model": model, "size": size}, pd.DataFrame([{"images_seen": 0, "fd": value}]), "done", ""
+        )
+        for model, size, value in measured
+    ]
+    drawn = plots.sizes(runs, "fd")
+    assert b"<svg" in drawn and all(f"<!-- {text} -->".encode() in drawn for text in ("16x16", "8x8", "a", "b"))
 
 
 def test_the_command_writes_into_the_study(root: Path) -> None:

@@ -158,11 +158,13 @@ def evaluate_on_devices(request: EvaluationRequest) -> None:
 
 
 def _workspace(config: Mapping[str, Any], source: Path, place: processes.RankInfo) -> Workspace:
-    """Where this evaluation works: beside the images or the file, or in the run."""
+    """Where this evaluation works: in the folder of its study, in the run, or beside the images or the file."""
     run = source.parent.parent if source.suffix == ".ckpt" else source
     named = source if source.name not in ("", "..") else source.resolve()
     beside = named.parent / f"{named.name}.evaluations"
-    out = Path(config["out"]) if config["out"] else run / "evaluations" if (run / "config.yaml").is_file() else beside
+    own = run / "evaluations" if (run / "config.yaml").is_file() else beside
+    study = config["study"] and Path(config["runs"]) / config["study"] / (named if own == beside else run).name
+    out = Path(config["out"] or study or own)
     references = Path(config["references"])
     check_folder("out", out)
     check_folder("references", references)

@@ -48,8 +48,9 @@ class SamplingRecord:
         return cls(**note) if whole else cls.unknown()
 
     def summary(self) -> str:
-        """Sampler and guidance, in a line."""
-        return f"sampler {_text(self.sampler)}, guidance {_text(self.guidance)}"
+        """Sampler, guidance and what was changed of rotary positions, in a line."""
+        rope = "" if self.rope in (None, UNKNOWN) else f", rope {_text(self.rope)}"
+        return f"sampler {_text(self.sampler)}, guidance {_text(self.guidance)}{rope}"
 
     @classmethod
     def unknown(cls) -> Self:

@@ -1,16 +1,17 @@
 """The runs of a study: what was set, how far each one came, and its figures."""
 
 import functools
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from genfound.config.compose import flatten
-from genfound.evaluation.protocol import Result, read_results
+from genfound.evaluation.protocol import RESULTS, Protocol, Result, read_results, size_text
 from genfound.loggers.json_lines import lines_of
 from genfound.runtime import run_directory
 from genfound.runtime.files import visible
@@ -35,13 +36,13 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Of weights, data order and noise."""
-        return int(self.config["seed"])
+        """Of weights, data order and noise; 0 where it is unknown."""
+        return int(self.config.get("seed", 0))
 
     @property
     def budget(self) -> int:
         """Images after which it ends."""
-        return int(self.config["budget.images"] or self.config["optimizer.budget_images"])
+        return int(self.config.get("budget.images") or self.config.get("optimizer.budget_images", 0))
 
     @property
     def images_seen(self) -> int:
@@ -80,26 +81,34 @@ class Run:
 
 
 def read_study(folder: Path) -> list[Run]:
-    """The runs of a study, in the order in which they were first asked for.
+    """The runs of a study, in the order in which they were first asked for, and folders of results of others.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no runs.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"study={folder.name}: there is no folder {folder}; train with study={folder.name}")
-    runs = [path for path in visible(folder) if (path / "config.yaml").is_file()]
+    runs = [path for path in visible(folder) if _marker(path).is_file()]
     if not runs:
         raise FileNotFoundError(f"study={folder.name}: {folder} holds no run directories")
     return [read_run(path) for path in sorted(runs, key=_asked)]
 
 
+def _marker(folder: Path) -> Path:
+    """What a run directory has, or a folder of results alone."""
+    config = folder / "config.yaml"
+    return config if config.is_file() else folder / RESULTS
+
+
 def _asked(folder: Path) -> tuple[float, str]:
     noted = folder / run_directory.OVERRIDES
-    return (noted if noted.is_file() else folder / "config.yaml").stat().st_mtime, folder.name
+    return (noted if noted.is_file() else _marker(folder)).stat().st_mtime, folder.name
 
 
 def read_run(folder: Path) -> Run:
-    """A run directory, whatever has become of the run."""
+    """A run directory, whatever has become of the run; or a folder of results, of which nothing else is known."""
+    if not (folder / "config.yaml").is_file():
+        return Run(folder, {}, {}, pd.DataFrame(), "done", "")
     pairs = (override.lstrip("+~").partition("=") for override in run_directory.overrides_of(folder))
     state, reason = _state(folder)
     curve = pd.DataFrame([line for line in lines_of(folder / "metrics.jsonl") if "images_seen" in line])
@@ -118,6 +127,35 @@ def _state(folder: Path) -> tuple[str, str]:
         return "stopped", halt["reason"]
     written = [path.stat().st_mtime for path in visible(folder) if path.is_file()]
     return ("at work" if time.time() - max(written) < AT_WORK else "stopped"), ""
+
+
+def evaluated(runs: Sequence[Run]) -> list[Run]:
+    """A run for each way in which the networks of runs were sampled; none if each was sampled in one way.
+
+    What tells the ways apart, such as `size` or `guidance.scale`, is a setting, and the figures are metrics `eval/...`.
+    Of the same way, also at other times of a training, the last figures count.
+    """
+    found: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        for result in run.evaluations:
+            way, origin = _way(result.protocol), _origin(run, result)
+            figures = pd.DataFrame([{"images_seen": 0} | {f"eval/{key}": v for key, v in result.figures.items()}])
+            one = replace(origin, given={**origin.given, **way}, curve=figures, state="done")
+            found[str(origin.folder), *way.items()] = one
+    return list(found.values()) if len({folder for folder, *_ in found}) < len(found) else []
+
+
+def _way(protocol: Protocol) -> dict[str, str]:
+    """{setting: value} of how samples were drawn, as on the command line."""
+    drawing = flatten({group: getattr(protocol.drawing, group) for group in ("sampler", "guidance", "rope")})
+    written = {key: json.dumps(value, separators=(",", ":")).strip('"') for key, value in drawing.items()}
+    return {"size": size_text(protocol.size), **{key: text for key, text in written.items() if text != "null"}}
+
+
+def _origin(run: Run, result: Result) -> Run:
+    """The run that was evaluated, if it is still where it was."""
+    folder = Path(result.subject["from"])
+    return run if run.config or not (folder / "config.yaml").is_file() else read_run(folder)
 
 
 def varied(runs: Sequence[Run]) -> list[str]:

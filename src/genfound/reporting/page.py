@@ -12,7 +12,7 @@ from PIL import Image
 
 from genfound.loggers.provenance import provenance
 from genfound.reporting import plots, tables
-from genfound.reporting.collect import Run, metric_names, varied
+from genfound.reporting.collect import Run, evaluated, metric_names, varied
 from genfound.runtime.files import atomic_write
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -24,23 +24,27 @@ FINDINGS, PUBLISHED = "findings.md", "paper.csv"
 def write_report(runs: Sequence[Run], wanted: Sequence[str], notes: Path, out: Path) -> str:
     """Write index.html, and each table as CSV, Markdown and LaTeX; returns the table of results as text.
 
+    Where networks were sampled in several ways, the results are those of the ways, not of the training.
+
     Raises:
         ValueError: no run has any of the wanted metrics, or paper.csv lacks a column.
     """
-    metrics = metric_names(runs, wanted)
-    if not metrics and any(run.state == "done" for run in runs):
+    compared = evaluated(runs) or runs
+    metrics = metric_names(compared, wanted)
+    if not metrics and any(run.state == "done" for run in compared):
         raise ValueError(f"metrics={list(wanted)}: no run of the study has any of them")
-    found = {"results": tables.summary(runs, metrics)}
+    found = {"results": tables.summary(compared, metrics)}
     if metrics:
-        found["effects"] = tables.effects(runs, metrics[0])
+        found["effects"] = tables.effects(compared, metrics[0])
     found |= {"evaluations": tables.evaluations(runs), "jobs": tables.jobs(runs)}
     remark = ""
     if metrics and (notes / PUBLISHED).is_file():
-        found["paper"], remark = tables.beside_paper(runs, metrics[0], notes / PUBLISHED)
+        found["paper"], remark = tables.beside_paper(compared, metrics[0], notes / PUBLISHED)
     found = {name: frame for name, frame in found.items() if len(frame)}
     for name, frame in found.items():
         _write_table(out / name, frame)
-    page = _render(runs, metrics, found, remark, _paragraphs(notes / FINDINGS))
+    drawn = [*_plots(runs, metric_names(runs, wanted)), *_plots_by_size(compared, metrics)]
+    page = _render(runs, metrics, found, remark, _paragraphs(notes / FINDINGS), drawn)
     atomic_write(out / "index.html", lambda temporary: temporary.write_text(page))
     return tables.rounded(found["results"]).to_string(index=False)
 
@@ -59,8 +63,9 @@ def _paragraphs(file: Path) -> list[str]:
 
 
 def _render(
-    runs: Sequence[Run], metrics: Sequence[str], found: dict[str, pd.DataFrame], remark: str, findings: Sequence[str]
-) -> str:
+    runs: Sequence[Run], metrics: Sequence[str], found: dict[str, pd.DataFrame], remark: str, findings: Sequence[str],
+    drawn: Sequence[tuple[str, bytes | None]],
+) -> str:  # fmt: skip
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     facts = {key: value for key, value in provenance().items() if key in ("genfound", "torch", "commit")}
     counts = {state: sum(run.state == state for run in runs) for state in ("done", "failed", "at work", "stopped")}
@@ -71,26 +76,27 @@ def _render(
         counts={state: count for state, count in counts.items() if count},
         tables={name: tables.rounded(frame) for name, frame in found.items()},
         remark=remark,
-        plots=[(title, _embedded(drawn, "svg+xml")) for title, drawn in _plots(runs, metrics, found) if drawn],
+        plots=[(title, _embedded(image, "svg+xml")) for title, image in drawn if image],
         pictures=_pictures(runs),
         facts=facts,
     )
 
 
-def _plots(
-    runs: Sequence[Run], metrics: Sequence[str], found: dict[str, pd.DataFrame]
-) -> Iterator[tuple[str, bytes | None]]:
-    """(title, SVG) of every plot that the study has the figures for."""
+def _plots(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+    """(title, SVG) of every plot that the runs have the figures for."""
     for metric in metrics:
         yield f"{metric} against images seen", plots.curves(runs, metric)
     if metrics:
         yield f"{metrics[0]} against cost", plots.against_cost(runs, metrics[0])
     yield "Loss by time", plots.time_bins(runs)
-    if (evaluated := found.get("evaluations")) is not None:
-        for name in evaluated.select_dtypes("float"):
-            yield f"{name} by size", plots.sizes(evaluated, name, varied(runs))
     yield "Largest load of an expert", plots.expert_load(runs)
     yield "Speed", plots.speed(runs)
+
+
+def _plots_by_size(compared: Sequence[Run], metrics: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+    """(title, SVG) of each metric against the size of the samples, where there are several."""
+    for metric in metrics if "size" in varied(compared) else ():
+        yield f"{metric} by size", plots.sizes(compared, metric)
 
 
 def _pictures(runs: Sequence[Run]) -> list[tuple[str, str, int]]:

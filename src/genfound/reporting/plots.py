@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 
 mpl.use("Agg")
 
@@ -13,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from genfound.reporting.collect import Run
+from genfound.reporting.collect import Run, varied
 from genfound.reporting.tables import by_setting, half_width, label, mean
 
 TIME_BIN = "train/loss_t/"
@@ -96,15 +95,16 @@ def time_bins(runs: Sequence[Run]) -> bytes | None:
     return _finish(figure, axes, len(groups))
 
 
-def sizes(evaluated: pd.DataFrame, figure_name: str, keys: Sequence[str]) -> bytes | None:
-    """A figure against the size of the samples, where evaluations have several."""
-    if "size" not in evaluated or evaluated["size"].nunique() < 2:
-        return None
-    figure, axes = _axes("height x width of the samples", figure_name)
-    groups = evaluated.groupby(list(keys), sort=False) if keys else [(("all runs",), evaluated)]
-    for setting, rows in groups:
-        means = rows.groupby("size", sort=False)[figure_name].mean()
-        axes.plot(means.index, means, marker="o", label=label([str(part) for part in setting]))
+def sizes(compared: Sequence[Run], metric: str) -> bytes:
+    """A metric against the size of the samples: a line with its intervals for each setting of the rest."""
+    place, groups = varied(compared).index("size"), dict[tuple[str, ...], dict[str, list[float]]]()
+    for setting, same in by_setting(compared).items():
+        rest = (*setting[:place], *setting[place + 1 :])
+        groups.setdefault(rest, {})[setting[place]] = [run.last(metric) for run in same]
+    figure, axes = _axes("height x width of the samples", metric)
+    for rest, values in groups.items():
+        means, halves = map(np.mean, values.values()), map(half_width, values.values())
+        axes.errorbar([*values], [*means], np.nan_to_num([*halves]), marker="o", capsize=3, label=label(rest))
     return _finish(figure, axes, len(groups))
 
 

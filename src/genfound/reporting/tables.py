@@ -70,7 +70,9 @@ def summary(runs: Sequence[Run], metrics: Sequence[str]) -> pd.DataFrame:
             row[f"{metric} +-"] = half_width(values)
         rows.append(row)
     frame = pd.DataFrame(rows)
-    return frame.sort_values(metrics[0], ascending=not higher_is_better(metrics[0])) if metrics else frame
+    if metrics:
+        frame = frame.sort_values(metrics[0], ascending=not higher_is_better(metrics[0]))
+    return frame.dropna(axis="columns", how="all")
 
 
 def mean(runs: Sequence[Run], metric: str) -> float:

@@ -314,7 +314,7 @@ def test_the_square_view_is_the_centre_crop(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"view": "round"}, r"data\.view=round is unknown; choose native, square, mixed or flexible"),
+        ({"view": "round"}, r"data\.view=round is unknown; choose native, square, squares, mixed or flexible"),
         ({"view": "square", "size": 20}, r"data\.size=20 must be a multiple of 8 pixels"),
         ({"holdout": 0}, r"data\.holdout=0 must be a whole number of at least 2"),
         ({"max_image_tokens": -5}, r"data\.max_image_tokens=-5 must be a whole number of at least 1"),

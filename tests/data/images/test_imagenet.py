@@ -303,7 +303,7 @@ def test_a_wrong_root_is_named(tmp_path: Path, make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"view": "round"}, r"data\.view=round is unknown; choose native, square, mixed or flexible"),
+        ({"view": "round"}, r"data\.view=round is unknown; choose native, square, squares, mixed or flexible"),
         ({"check": "none"}, r"data\.check=none is unknown; choose header or full"),
         ({"view": "square", "size": 20}, r"data\.size=20 must be a multiple of 8 pixels"),
     ],

@@ -133,7 +133,7 @@ def test_the_crop_to_a_size_keeps_the_middle_and_the_aspect() -> None:
     assert np.asarray(center_crop(image, 10, 60)).shape == (10, 60, 3)
 
 
-VIEWS = ("native", "square", "mixed", "flexible")
+VIEWS = ("native", "square", "squares", "mixed", "flexible")
 MANY = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=12)
 
 
@@ -169,6 +169,8 @@ def test_entries_of_more_rules_than_a_view_needs_are_chosen_by_name() -> None:
     entries = mixed.entries([50, 70], [60, 80])
     assert entries.images.tolist() == [0, 0, 0, 1, 1, 1]
     assert mixed.items(entries).tolist() == [0, 3, 1, 4, 2, 5]
+    squares = ImageViews("squares", 32, 8, 500)
+    assert squares.items(entries, list(mixed.rules)).tolist() == [1, 4, 2, 5]
     square = ImageViews("square", 64, 8, 500)
     assert square.items(entries, list(mixed.rules)).tolist() == [2, 5]
     none = Entries(*(column[:0] for column in entries))

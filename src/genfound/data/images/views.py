@@ -62,6 +62,7 @@ class ImageViews:
     |---|---|
     | native | the image at its own size |
     | square | a square of `size` |
+    | squares | a square of `size`; a square of twice `size` |
     | mixed | native; a square of `size`; a square of twice `size` (NiT's recipe) |
     | flexible | FiT's resize to the area of `size`; the centre crop of images larger both ways, else the resize again |
 
@@ -73,8 +74,8 @@ class ImageViews:
     """
 
     def __init__(self, view: str, size: int, unit: int, max_tokens: int) -> None:
-        if view not in ("native", "square", "mixed", "flexible"):
-            raise ValueError(f"data.view={view} is unknown; choose native, square, mixed or flexible")
+        if view not in ("native", "square", "squares", "mixed", "flexible"):
+            raise ValueError(f"data.view={view} is unknown; choose native, square, squares, mixed or flexible")
         if view != "native" and size % unit:
             legal = dict.fromkeys(f"{max(side, 1) * unit}" for side in (size // unit, -(-size // unit)))
             raise ValueError(
@@ -90,6 +91,7 @@ class ImageViews:
         self.rules: dict[str, ViewRule] = {
             "native": native,
             "square": {one: square},
+            "squares": {one: square, f"{2 * size}": twice},
             "mixed": {**native, one: square, f"{2 * size}": twice},
             "flexible": {f"resized-{size}": whole, one: larger},
         }[view]

@@ -26,7 +26,8 @@ class NiTLatents(LatentSource):
 
     A line of a meta file names `latent_file`, `latent_h`, `latent_w` and `type`: `native-resolution`, or
     `fixed-256x256`. The folder of a type ends in `native-resolution` or `256x256`. A file holds `latent`
-    (2, C, h, w), the image and its mirror image, and its `label`. Views are native, square or mixed, of these types.
+    (2, C, h, w), the image and its mirror image, and its `label`. Views of these types:
+    native, square, squares or mixed.
     """
 
     def __init__(
