@@ -10,7 +10,9 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from genfound.reporting.collect import Run, varied
 from genfound.reporting.tables import by_setting, half_width, label, mean
@@ -27,6 +29,15 @@ def _axes(x: str, y: str, width: float = 6.4) -> tuple[Figure, Axes]:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _plain(axis: Axis) -> None:
+    """Plain numbers at the ticks of a logarithmic axis: at round ones where it has too few powers of ten."""
+    low, high = axis.get_view_interval()
+    if high < 30 * low:
+        axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _svg(figure: Figure) -> bytes:
@@ -59,6 +70,7 @@ def curves(runs: Sequence[Run], metric: str) -> bytes | None:
         axes.plot(points, middle, color=f"C{place % 10}", linewidth=2, marker=".", label=label(setting))
     if all((run.values(metric) > 0).all() for same in groups.values() for run in same):
         axes.set_yscale("log")
+        _plain(axes.yaxis)
     return _finish(figure, axes, len(groups))
 
 
@@ -77,6 +89,7 @@ def against_cost(runs: Sequence[Run], metric: str) -> bytes | None:
         bar, name = np.nan_to_num(half), label(setting)
         axes.errorbar(cost, value, bar, fmt="o", color=f"C{place % 10}", capsize=3, label=name)
     axes.set_xscale("log")
+    _plain(axes.xaxis)
     return _finish(figure, axes, len(points))
 
 
