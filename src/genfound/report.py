@@ -23,6 +23,10 @@ def _task(cfg: DictConfig) -> None:
     out = Path(config["out"] or folder / "report")
     print(write_report(runs, config["metrics"], notes, out))
     print(f"{len(runs)} runs: {out / 'index.html'}")
+    if config["wandb"]:
+        from genfound.reporting.dashboard import write_dashboards
+
+        print(write_dashboards(runs, config["metrics"], out))
 
 
 def main() -> None:

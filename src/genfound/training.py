@@ -150,14 +150,17 @@ def _loggers(
     step, file = start["global_step"], folder / "metrics.jsonl"
     ahead = any(line["step"] > step for line in lines_of(file))
     loggers: list[Logger] = [Terminal(budget, start["images_seen"]), JsonLines(file, step)]
-    given = {"folder": folder, "anew": ahead and bool(changes)}
+    known = {"folder": folder, "anew": ahead and bool(changes)}
     here = {"save_dir": str(folder), "purge_step": step + 1}
     for name, options in config["logger"].items():
         if options is not None:
             filled = {key: here.get(key) if value is None else value for key, value in options.items()}
-            loggers.append(instantiate_own(f"logger.{name}", filled, given))
+            loggers.append(instantiate_own(f"logger.{name}", filled, known))
+    given = run_directory.given(folder).items()
+    options = {key: value for key, value in given if "." not in key and isinstance(config.get(key, {}), Mapping)}
+    settings = compose.without_nulls({**config, "options": options, "provenance": provenance()})
     for logger in loggers:
-        logger.log_hyperparams({**config, "provenance": provenance()})
+        logger.log_hyperparams(settings)
         for line in lines_of(file) if isinstance(logger, CSVLogger) else ():  # which begins its file anew
             numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
             logger.log_metrics(numbers, line["step"])

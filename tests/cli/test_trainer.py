@@ -5,13 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+import torch
 
 from genfound.config import compose
 from genfound.config.options import MOVED, OTHER_KEYS
 from tests.cli.commands import TINY, genfound, one_error
+from tests.loggers.test_tensorboard import hparams, scalars
+from tests.loggers.test_wandb import records, rows
 
 QUIET = [option for option in TINY if not option.startswith("logger=")]
+EVERY_STEP = ["callbacks.preview.every=1", "callbacks.validation.every=1"]
 
 OWN = {
     "mine/model/mine.yaml": "# @package _global_\ndefaults: [nit_tiny, _self_]\nmodel: {depth: 2}\n",
@@ -49,23 +52,29 @@ def test_options_callbacks_and_loggers_of_lightning_and_of_the_user(place: Path)
         of_csv = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
         assert of_csv == [(line["step"], pytest.approx(line[key])) for line in lines if key in line]
     assert [int(row["step"]) for row in rows if row["train/loss"]] == [1, 2, 3, 4]
-    assert losses_of_tensorboard(run / "tensorboard") == [1, 2, 3, 4]
+    assert [step for step, _ in scalars(run / "tensorboard", "train/loss")] == [1, 2, 3, 4]
 
 
 def python_path(place: Path) -> str:
     return f"{place}:{Path(compose.config_dir()).parent / 'src'}"
 
 
-def losses_of_tensorboard(folder: Path) -> list[int]:
-    """The steps of its training losses."""
-    steps = []
-    for file in sorted(folder.glob("events.*")):
-        with open(file, "rb") as stream:
-            while header := stream.read(12):
-                event = Event.FromString(stream.read(int.from_bytes(header[:8], "little")))
-                stream.read(4)
-                steps += [event.step for value in event.summary.value if value.tag == "train/loss"]
-    return steps
+def test_wandb_and_tensorboard_have_what_runs_are_compared_by(tmp_path: Path) -> None:
+    options = [*QUIET, "model=nit_tiny", "logger=[wandb,tensorboard]", "trainer.max_steps=2", "name=run"]
+    result = genfound("train", *options, *EVERY_STEP, cwd=tmp_path, WANDB_MODE="offline")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs/default/run"
+    [sent] = [record.run for _, record in records(run) if record.WhichOneof("record_type") == "run"]
+    config = {item.key: json.loads(item.value_json) for item in sent.config.update}
+    assert list(sent.tags) == ["NiT", "Shapes", "Flow", "nit_tiny"] and sent.job_type == "train"
+    assert config["options"]["model"] == "nit_tiny" and config["model"]["width"] == 32
+    assert config["provenance"]["torch"] == torch.__version__
+    settings = compose.flatten(config)
+    assert None not in settings.values() and "budget.images" in settings and "trainer.max_time" not in settings
+    assert any(values.get("samples_table._type") == "table-file" for _, _, values in rows(run))
+    of_tensorboard, metrics = hparams(run / "tensorboard")
+    assert of_tensorboard["options/model"] == "nit_tiny" and of_tensorboard["model/width"] == 32
+    assert metrics[0] == "val/velocity_mse_ema" and scalars(run / "tensorboard", metrics[0])
 
 
 def test_the_profiler_of_lightning_reports(tmp_path: Path) -> None:

@@ -6,11 +6,15 @@ from lightning import Trainer
 
 from genfound.callbacks.ema import averaged
 from genfound.callbacks.every_n_images import EveryNImages
+from genfound.evaluation.protocol import size_text
 from genfound.loggers.base import note, picture
 from genfound.modules.base import GenerativeModule
 from genfound.sampling.grid import save_grid
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import preview_requests, typical_sizes
+
+SEED = 0
+"""Of the noise of every preview."""
 
 
 class Preview(EveryNImages):
@@ -33,9 +37,11 @@ class Preview(EveryNImages):
             return
         try:
             with averaged(trainer, module):
-                images = self.sampling(module.net, self.requests, seed=0)
+                images = self.sampling(module.net, self.requests, SEED)
         except FloatingPointError as error:
             note(trainer, f"no preview: {error}")
             return
         save_grid(file, images, self.requests, self.class_names)
-        picture(trainer, "samples", file, module.images_seen)
+        about = ((self.class_names[request.label], size_text(request.size), SEED) for request in self.requests)
+        samples = [(image, *of_it) for image, of_it in zip(images, about, strict=True)]
+        picture(trainer, "samples", file, module.images_seen, samples)

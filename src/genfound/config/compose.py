@@ -98,6 +98,12 @@ def refuse_interpolations(config: Mapping[str, Any]) -> None:
         raise ValueError(f"{next(iter(found), 'it')} holds an interpolation; files hold values only")
 
 
+def without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with what is set alone, also in its groups."""
+    values = {key: without_nulls(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings -> {dotted key: leaf}."""
     flat: dict[str, Any] = {}

@@ -1,12 +1,12 @@
 """The terminal: a progress bar for a person, plain lines for a log file."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from genfound.loggers.base import RunLogger
+from genfound.loggers.base import RunLogger, Sample
 
 
 class Terminal(RunLogger):
@@ -45,7 +45,7 @@ class Terminal(RunLogger):
         """Print a line; above the bar where there is one."""
         print(text, flush=True)
 
-    def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
+    def picture(self, name: str, file: Path, images_seen: int, step: int, samples: Sequence[Sample] = ()) -> None:
         """Say where a picture is."""
         print(f"{name}: {file}", flush=True)
 

@@ -2,19 +2,21 @@
 
 W&B takes no line back. A killed process has sent lines of steps that no checkpoint has, which the continued run makes
 again, and W&B may have lost the last ones. So a run that goes on finds out which steps W&B has: lines of those are not
-sent again, and earlier ones that it lacks are sent from metrics.jsonl.
+sent again, and earlier ones that it lacks are sent from metrics.jsonl. The best values of the summary are of the whole
+run likewise, which W&B's own (`define_metric(summary="min")`) are not: they begin anew where a run goes on.
 """
 
 import contextlib
 import functools
 import os
+import shlex
 import struct
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genfound.loggers.base import RunLogger
+from genfound.loggers.base import RunLogger, Sample, improve
 from genfound.loggers.json_lines import lines_of
 from genfound.runtime.files import visible
 
@@ -48,7 +50,7 @@ class WandbLogger(RunLogger):
         self.folder, self.project, self.anew, self.stopped = folder, project, anew, False
         self._config: dict[str, Any] = {}
         self._run: Any = None
-        self._step, self._row = -1, dict[str, Any]()
+        self._step, self._row, self._best = -1, dict[str, Any](), dict[str, float]()
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The configuration of the run, before its first metrics."""
@@ -73,7 +75,8 @@ class WandbLogger(RunLogger):
             id_file.write_text(uuid.uuid4().hex[:12])
         run = wandb.init(
             id=id_file.read_text(), resume="allow", project=self.project, group=self.folder.parent.name,
-            name=self.folder.name, dir=self.folder, config=self._config, mode=_mode(),
+            name=self.folder.name, job_type="train", tags=tags(self._config), dir=self.folder, config=self._config,
+            mode=mode(),
             settings=wandb.Settings(silent=True),
         )  # fmt: skip
         run.define_metric("images_seen")
@@ -95,6 +98,8 @@ class WandbLogger(RunLogger):
                 self._send()
             self._step = step
             self._row |= values
+            if better := improve(self._best, values):
+                self._run.summary.update(better)
 
     def _send(self) -> None:
         if self._row and self._step > self._sent:
@@ -106,19 +111,34 @@ class WandbLogger(RunLogger):
         self.log_metrics({"note": text}, step)
 
     @optional
-    def picture(self, name: str, file: Path, images_seen: int, step: int) -> None:
-        """Log a picture."""
+    def picture(self, name: str, file: Path, images_seen: int, step: int, samples: Sequence[Sample] = ()) -> None:
+        """Log a picture, and a table of its samples."""
         import wandb
 
-        self._add({name: wandb.Image(str(file)), "images_seen": images_seen}, step)
+        rows = [[wandb.Image(image), *about, images_seen] for image, *about in samples]
+        table = {f"{name}_table": wandb.Table(columns=list(COLUMNS), data=rows)} if rows else {}
+        self._add({name: wandb.Image(str(file)), **table, "images_seen": images_seen}, step)
 
     @optional
     def finalize(self, status: str) -> None:
-        """Finish the W&B run."""
+        """Finish the W&B run; where it was offline, say how to send it."""
         if self._run is not None:
             self._send()
             self._run.finish()
             self.stopped = True
+            if offline := visible(self.folder / "wandb", f"offline-run-*-{self._run.id}*"):
+                print(f"for Weights & Biases, once logged in: wandb sync {shlex.join(map(str, offline))}", flush=True)
+
+
+COLUMNS = ("picture", "class", "size", "seed", "images_seen")
+"""Of a table of samples."""
+
+
+def tags(config: Mapping[str, Any]) -> list[str]:
+    """The family, data and objective of a run, and the options of them that were chosen; at most 64 letters each."""
+    groups, chosen = ("model", "data", "objective"), config.get("options", {})
+    classes = (config.get(group, {}).get("_target_", "").rpartition(".")[2] for group in groups)
+    return [tag[:64] for tag in dict.fromkeys([*classes, *map(chosen.get, groups)]) if tag]
 
 
 def last_step(folder: Path, run_id: str) -> int:
@@ -126,7 +146,7 @@ def last_step(folder: Path, run_id: str) -> int:
     from wandb.proto import wandb_internal_pb2
 
     message: Any = vars(wandb_internal_pb2)["Record"]
-    files = [own / f"run-{run_id}.wandb" for own in visible(folder, f"offline-run-*-{run_id}")]
+    files = [own / f"run-{run_id}.wandb" for own in visible(folder, f"offline-run-*-{run_id}*")]
     records = (message.FromString(data) for file in filter(Path.is_file, files) for data in stored_records(file))
     history = (record.history for record in records if record.WhichOneof("record_type") == "history")
     return max((line.step.num for line in history), default=-1)
@@ -158,7 +178,7 @@ def stored_records(file: Path) -> Iterator[bytes]:
             record = b""
 
 
-def _mode() -> Any:
+def mode() -> Any:
     """WANDB_MODE if set; otherwise online for who is logged in, offline (sync later) for who is not."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]

@@ -109,11 +109,10 @@ def read_run(folder: Path) -> Run:
     """A run directory, whatever has become of the run; or a folder of results, of which nothing else is known."""
     if not (folder / "config.yaml").is_file():
         return Run(folder, {}, {}, pd.DataFrame(), "done", "")
-    pairs = (override.lstrip("+~").partition("=") for override in run_directory.overrides_of(folder))
     state, reason = _state(folder)
     curve = pd.DataFrame([line for line in lines_of(folder / "metrics.jsonl") if "images_seen" in line])
     config = flatten(run_directory.read_config(folder))
-    return Run(folder, config, {key: value for key, _, value in pairs}, curve, state, reason)
+    return Run(folder, config, run_directory.given(folder), curve, state, reason)
 
 
 def _state(folder: Path) -> tuple[str, str]:

@@ -9,21 +9,14 @@ import pandas as pd
 from scipy import stats
 
 from genfound.evaluation.protocol import differences, size_text
+from genfound.loggers.base import higher_is_better
 from genfound.reporting.collect import Run, varied
 
 CONFIDENCE, POWER = 0.95, 0.8
 """Of intervals; and how often an effect of the detectable size would be found."""
 
-HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall", "images_per_s", "tokens_per_s", "mfu")
-"""Parts of the names of metrics that grow as a model gets better; the others fall."""
-
 PAPER = ("metric", "value", "protocol", "source")
 """Columns of a paper.csv that are no settings."""
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a metric grows as a model gets better."""
-    return any(part in metric for part in HIGHER_IS_BETTER)
 
 
 def half_width(values: Sequence[float] | np.ndarray) -> float:

@@ -115,6 +115,12 @@ def overrides_of(folder: Path) -> list[str]:
         raise ValueError(f"{file} is damaged: {error}; remove it") from None
 
 
+def given(folder: Path) -> dict[str, str]:
+    """{dotted key or group: value} of the overrides that were kept."""
+    pairs = (override.lstrip("+~").partition("=") for override in overrides_of(folder))
+    return {key: value for key, _, value in pairs}
+
+
 def _yaml(config: Mapping[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create({**config, "format": FORMAT}))
 

@@ -1,0 +1,57 @@
+"""Saves a workspace and a report that compare the runs of a study in Weights & Biases: `python wandb_report.py`.
+
+What they compare is in wandb_report.json beside it. Needs `pip install wandb-workspaces` and `wandb login` alone.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+from wandb_workspaces import expr
+
+
+def panels(keys: Sequence[str], metrics: Sequence[str], best: Sequence[str]) -> list[Any]:
+    """Curves over images seen, best values, what the swept keys do to the first of them, and samples."""
+    curves = [wr.LinePlot(title=metric, x="images_seen", y=[metric]) for metric in metrics]
+    bars = [wr.BarPlot(title=metric, metrics=[metric]) for metric in best]
+    swept = []
+    if len(keys) > 1 and best:
+        axes = [*map(wr.Config, keys), wr.SummaryMetric(best[0])]
+        columns = [wr.ParallelCoordinatesPlotColumn(metric=axis) for axis in axes]
+        swept = [wr.ParameterImportancePlot(with_respect_to=best[0]), wr.ParallelCoordinatesPlot(columns=columns)]
+    samples = [wr.MediaBrowser(media_keys=["samples"]), wr.WeavePanelSummaryTable(table_name="samples_table")]
+    return [*curves, *bars, *swept, *samples]
+
+
+def workspace(entity: str, project: str, study: str, keys: Sequence[str], **shown: Sequence[str]) -> ws.Workspace:
+    """The runs of the study alone, grouped by the swept keys, so that a curve is the mean over seeds."""
+    groups = [expr.Config(key) for key in keys]
+    columns = [f"summary:{metric}" for metric in (*shown["best"], *shown["metrics"])]
+    runs = ws.RunsetSettings(filters=[expr.Metric("Group") == study], groupby=groups, pinned_columns=columns)
+    sections = [ws.Section(name=study, panels=panels(keys, **shown), is_open=True)]
+    axis = ws.WorkspaceSettings(x_axis="images_seen")
+    return ws.Workspace(entity, project, study, sections, settings=axis, runset_settings=runs)
+
+
+def report(entity: str, project: str, study: str, keys: Sequence[str], **shown: Sequence[str]) -> wr.Report:
+    """The same as a report, with a table of what differs between the runs."""
+    of_study = {"entity": entity, "project": project, "filters": [expr.Metric("Group") == study]}
+    grouped = wr.Runset(name=study, groupby=[f"config.{key}" for key in keys], **of_study)
+    each = wr.PanelGrid(runsets=[wr.Runset(name="all runs", **of_study)], panels=[wr.RunComparer(diff_only="split")])
+    blocks = [wr.PanelGrid(runsets=[grouped], panels=panels(keys, **shown)), wr.H2("Settings of each run"), each]
+    return wr.Report(project=project, entity=entity, title=study, blocks=blocks, width="fluid")
+
+
+def save(**compared: Any) -> list[str]:
+    """Save both for who is logged in, or for the team of WANDB_ENTITY; returns their addresses."""
+    entity = os.environ.get("WANDB_ENTITY") or str(wandb.Api().default_entity)
+    return [make(entity, **compared).save().url for make in (workspace, report)]
+
+
+if __name__ == "__main__":
+    print(*save(**json.loads(Path(__file__).with_suffix(".json").read_text())), sep="\n")
