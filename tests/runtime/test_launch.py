@@ -103,6 +103,17 @@ def test_a_launch_ends_with_the_reason_and_nothing_else(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_mistake_is_named_and_its_traceback_printed(
+    devices: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "request").write_text("[][rank]")
+    with pytest.raises(JobError, match=r"^a mistake in the program: IndexError: list index out of range; its traceback"):
+        launch.launch("worker", tmp_path / "request", devices, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert "Traceback" in capfd.readouterr().err
+
+
 def slurm(monkeypatch: pytest.MonkeyPatch, folder: Path, nodes: str) -> dict[str, str]:
     """The environment of a job on node07 and node09, and a `scontrol` that knows them."""
     (folder / "scontrol").write_text("#!/bin/sh\n[ \"$3\" = 'node[07,09]' ] && printf 'node07\\nnode09\\n'\n")

@@ -157,6 +157,9 @@ def launch(
             raise JobError(reason.read_text() if reason.exists() else _ending(code))
 
 
+TRACEBACK = "its traceback is in what the process has printed"
+
+
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
     """Leave the reason of a failure to the process that has launched this one; the first of a group is the one."""
@@ -169,6 +172,10 @@ def reporting() -> Iterator[None]:
             sys.exit(f"error: {sentence(error)}")
         _leave_reason(sentence(error))
         sys.exit(1)
+    except Exception as error:
+        if Path(os.environ.get(LAUNCH, os.devnull)).is_dir():
+            _leave_reason(f"a mistake in the program: {type(error).__name__}: {sentence(error)}; {TRACEBACK}")
+        raise
 
 
 def _leave_reason(reason: str) -> None:
@@ -182,7 +189,7 @@ def _ending(code: int, process: str = "the process") -> str:
     """About a process that could say nothing itself, or has left a traceback."""
     number = -code if code < 0 else code - 128
     if number <= 0:
-        return f"{process} failed by a mistake in the program; its traceback is in what it has printed"
+        return f"{process} failed by a mistake in the program; {TRACEBACK}"
     short = ": most often because memory was short" if number == signal.SIGKILL else ""
     ended = f"{process} was ended by signal {number} ({signal.Signals(number).name}){short}"
     return f"{ended}; the same command goes on with what is complete"
