@@ -109,7 +109,7 @@ def test_a_mistake_is_named_and_its_traceback_printed(
 ) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "request").write_text("[][rank]")
-    with pytest.raises(JobError, match=r"^a mistake in the program: IndexError: list index out of range; its traceback"):
+    with pytest.raises(JobError, match=r"^a mistake in the program: IndexError: list index out of range; "):
         launch.launch("worker", tmp_path / "request", devices, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert "Traceback" in capfd.readouterr().err
 
