@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install demo test test-all test-gpu test-lowest lint type bench bench-gpu clean
+.PHONY: help install demo test test-all test-gpu test-lowest test-ray lint type bench bench-gpu clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -40,6 +40,11 @@ test-lowest:  ## with the lowest versions of the dependencies that pyproject.tom
 	$(MAKE) install VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
 	$(VENV)-lowest/bin/python -m pytest -m 'not slow and not gpu' -n 2 --dist worksteal $(LOWEST_TESTS)
 
+test-ray:  ## sweeps on Ray, whose launcher and joblib need different versions of cloudpickle
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[ray]' pytest hypothesis
+	$(VENV)-ray/bin/python -m pytest tests/cli/test_ray.py
+
 lint: install  ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -58,4 +63,4 @@ bench-gpu: install  ## what a graphics card must show, in eight minutes
 	PYTHON=$(BIN)/python bash benchmarks/gpu.sh
 
 clean:  ## remove what the tasks made, but not the runs
-	rm -rf $(VENV) $(VENV)-lowest dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-ray dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,8 @@
 """Hydra finds its plugins in this namespace: the sweeper of genfound, which loses no job to another one."""
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from omegaconf.errors import OmegaConfBaseException
 
-from genfound.config import sweeps
+from genfound.config import compose, sweeps
 from genfound.config.errors import sentence
 
 
@@ -40,6 +41,7 @@ class Jobs(Launcher):
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         """Keep what composes a job."""
         self.loader, self.config = hydra_context.config_loader, config
+        sweeps.refuse_varied(config.hydra.launcher, config.hydra.runtime.choices["hydra/launcher"])
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Say which jobs there are, and launch them; again, once, those whose worker a signal has ended.
@@ -49,12 +51,17 @@ class Jobs(Launcher):
         sweeps.announce(job_overrides)
         jobs = [job for job in job_overrides if self._composable(job)]
         in_this_process = isinstance(self.launcher, BasicLauncher)
-        with contextlib.nullcontext() if in_this_process else sweeps.stopping_jobs():
-            while jobs:
+        while jobs:
+            with (
+                _engine(self.launcher) as lost,
+                contextlib.nullcontext() if in_this_process else sweeps.stopping_jobs(),
+            ):
                 try:
                     return self.launcher.launch(jobs, initial_job_idx)
-                except BrokenExecutor as error:
+                except lost as error:
                     jobs = sweeps.left(jobs, f"a worker of the launcher has ended: {sentence(error)}")
+                except RuntimeError as error:  # what submitit raises
+                    raise ValueError(f"{type(self.launcher).__name__}: {sentence(error)}") from error
         return []
 
     def _composable(self, job: Sequence[str]) -> bool:
@@ -66,6 +73,30 @@ class Jobs(Launcher):
             sweeps.refuse(job, composition_error(error, self.config.hydra.job.config_name, job))
             return False
         return True
+
+
+@contextlib.contextmanager
+def _engine(launcher: Launcher) -> Iterator[type[Exception]]:
+    """What a launcher raises if one of its workers has been killed; Ray is started and ended here.
+
+    Its launcher would give a cluster options that it refuses, and Ray would take the signals that are for the jobs.
+    """
+    if not hasattr(launcher, "ray_cfg"):
+        yield BrokenExecutor
+        return
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # what jobs print is alike
+    import ray
+    from ray.exceptions import RayError
+
+    ray.init(**compose.to_dict(launcher.ray_cfg.init))
+    try:
+        needed = launcher.ray_cfg.remote.get("num_gpus", 0)
+        most = max(node["Resources"].get("GPU", 0) for node in ray.nodes())
+        if needed > most:
+            raise ValueError(f"a job takes {needed} GPUs of one machine, and Ray finds {most:g}; see trainer.devices")
+        yield RayError
+    finally:
+        ray.shutdown()
 
 
 ConfigStore.instance().store(

@@ -93,8 +93,8 @@ def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def training(folder: Path, rank: int | None = None) -> int:
-    """A process that trains a run under a folder: the only one, or the one of a rank."""
+def training(folder: Path, rank: int | None = None, run: str = "") -> int:
+    """A process that trains a run under a folder: the only one, the one of a rank, or that of a part of its name."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = [word for word in file.read_text().split("\0") if word != "-u"]
@@ -102,6 +102,7 @@ def training(folder: Path, rank: int | None = None) -> int:
             if (
                 alone
                 and words[1:3] == ["-m", "genfound.training"]
+                and run in words[3]
                 and (file.parent / "cwd").resolve() == folder.resolve()
             ):
                 return int(file.parent.name)

@@ -38,6 +38,9 @@ ALWAYS_SET = ("objective.", "sampler.", "guidance.")
 OF_THE_ORIGIN = ("sampler", "guidance")
 """Groups that a command with `from=` takes from the model, unless they are chosen."""
 
+EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm"}
+"""The extra of this package that holds each of Hydra's launchers."""
+
 HELP = {"--help", "-h"}
 
 OOM_ADVICE = {
@@ -319,7 +322,10 @@ def composition_error(error: Exception, config_name: str, arguments: Sequence[st
         return f"experiment={experiment[1]} is unknown; choose one of {', '.join(names)}"
     listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"
     option = re.search(listed, text, re.DOTALL)
-    if found := option or re.search(r"Could not load '([^'/]+)/([^']+)'", text):  # the latter of a list of options
+    plugin = re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text)
+    if plugin and plugin[1] in EXTRAS:
+        text = f"hydra/launcher={plugin[1]} is not installed; pip install 'genfound[{EXTRAS[plugin[1]]}]'"
+    elif found := option or re.search(r"Could not load '([^'/]+)/([^']+)'", text):  # the latter of a list of options
         names = option[3].split() if option else compose.option_names(found[1])
         return f"{found[1]}={found[2]} is unknown; choose one of {', '.join(names)}"
     return text

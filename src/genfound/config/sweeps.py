@@ -80,6 +80,16 @@ def _note(file: Path, job: Sequence[str], facts: Mapping[str, Any]) -> None:
         out.write(json.dumps({"job": _own(job), **facts}) + "\n")
 
 
+def refuse_varied(launcher: DictConfig, name: str) -> None:
+    """Raise a ValueError for a key that the sweep varies, and of which its launcher makes what it asks for all jobs."""
+    text = OmegaConf.to_yaml(launcher)
+    for key in Swept.here.keys if Swept.here else ():
+        if f"${{{key}}}" in text:
+            raise ValueError(
+                f"hydra/launcher={name} asks for the same {key} for all jobs; give a sweep for each of them"
+            )
+
+
 def announce(jobs: Sequence[Sequence[str]]) -> None:
     """Note the jobs of a sweep before any begins."""
     if swept := Swept.here:
@@ -177,7 +187,7 @@ def attempt(task: Callable[[], str | None]) -> None:
     if stop_signal():
         return
     begin, ended, reason = time.monotonic(), "failed", ""
-    tell(begun=_facts().get("begun", 0) + 1)
+    tell(begun=_facts().get("begun", 0) + 1, reason="")
     try:
         ended = task() or "done"
     except USER_ERRORS as error:
@@ -223,7 +233,7 @@ def _told(notes: Path) -> list[tuple[list[str], dict[str, Any]]]:
 
 
 def finish() -> bool:
-    """After a sweep that this process has started: print a table of its jobs, if any; whether all are done."""
+    """After a sweep that this process has started: print the table of its jobs, if any began; whether all are done."""
     swept = Swept.here
     if swept is None or swept.notes is None:
         return True
@@ -238,6 +248,8 @@ def finish() -> bool:
         time_taken = duration(facts["seconds"]) if "seconds" in facts else ""
         rows.append((swept.shown(job), ended, *shown, time_taken, facts.get("reason", "")))
     undone = sum(row[1] not in DONE for row in rows[1:])
+    if not any(facts for _, facts in jobs):  # the launcher has failed
+        return not undone
     if undone or any("folder" in facts for _, facts in jobs):
         _print_table(rows)
     if undone:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from genfound.config.environment import LAUNCH, PARENT
-from genfound.config.errors import Stopped
+from genfound.config.errors import JobError, Stopped
 from genfound.runtime import stopping
 
 GRACE = 40
@@ -127,7 +127,12 @@ def _appended(log: Path | None) -> Iterator[IO[str] | None]:
 
 
 def end_with_parent() -> None:
-    """Be killed, from now on, when the process that started this one ends, however that ends (on Linux)."""
+    """Be killed, from now on, when the process that started this one ends, however that ends (on Linux).
+
+    That one alone hears a scheduler, which may give its signals to all processes of a job.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     parent = os.environ.pop(PARENT, None)
     if parent is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -135,20 +140,41 @@ def end_with_parent() -> None:
             os._exit(1)
 
 
+OF_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
+"""With which they say that a job has to end; submitit listens to one, and puts the job in Slurm's queue again."""
+
+
 @contextlib.contextmanager
 def signals_as_exit() -> Iterator[None]:
-    """Signals that would end this process at once raise SystemExit, so that it can clean up."""
+    """Signals that would end this process at once raise SystemExit, so that it can clean up.
 
-    def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
+    So do those of a scheduler that have a handler, which is called afterwards: once a job is in the queue again, Slurm
+    begins to kill its processes.
+    """
     usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     alone = threading.current_thread() is threading.main_thread()
-    deadly = {number: own for number, own in usual.items() if alone and signal.getsignal(number) is own}
-    for number in deadly:
+    deadly: dict[int, Any] = {number: own for number, own in usual.items() if alone and signal.getsignal(number) is own}
+    later: dict[int, Any] = {n: own for n in OF_SCHEDULERS if alone and callable(own := signal.getsignal(n))}
+    received = set()
+
+    def end(number: int, _: Any) -> None:
+        received.add(number)
+        raise SystemExit(128 + number)
+
+    for number in deadly | later:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number, own in deadly.items():
+        for number, own in (deadly | later).items():
             signal.signal(number, own)
+        for number in received & later.keys():
+            _call(later[number], number)
+
+
+def _call(handler: Any, number: int) -> None:
+    """A handler of submitit, which raises a RuntimeError if it does not put the job in the queue again."""
+    try:
+        handler(number, None)
+    except RuntimeError as error:
+        raise JobError(str(error)) from None

@@ -1,0 +1,106 @@
+"""Sweeps on Ray, which shares out graphics cards; its launcher needs an environment of its own: make test-ray."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import LIMIT, genfound, one_error
+from tests.cli.test_sweeps import SMALL, begun, parent_of, table, training, wait_for
+
+pytest.importorskip("ray", reason="needs the extra `ray`, see make test-ray")
+
+CARDS = [
+    "hydra/launcher=ray_gpus", "+hydra.launcher.ray.init.num_gpus=2", "+hydra.launcher.ray.init.num_cpus=4",
+    "+hydra.launcher.ray.init.object_store_memory=80000000",
+]  # fmt: skip
+"""Two cards that Ray believes in."""
+
+STAMP = """
+import json, os, time
+from pathlib import Path
+from lightning import Callback
+
+class Stamp(Callback):
+    def note(self, event):
+        own = {"card": os.environ["CUDA_VISIBLE_DEVICES"], "event": event, "time": time.time()}
+        with Path(f"stamps-{os.getpid()}").open("a") as out:
+            out.write(json.dumps(own) + "\\n")
+
+    def on_fit_start(self, trainer, module):
+        self.note("begin")
+
+    def on_fit_end(self, trainer, module):
+        time.sleep(2)
+        self.note("end")
+"""
+
+
+def left_of_ray(folder: Path) -> list[str]:
+    """Processes in a folder that Ray has started."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if (file.parent / "cwd").resolve() == folder.resolve() and "ray" in file.read_text():
+                found.append(file.read_text())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_two_cards_hold_one_job_each(tmp_path: Path) -> None:
+    (tmp_path / "stamping.py").write_text(STAMP)
+    jobs = ["-m", *SMALL, "seed=0,1,2,3,4,5", "trainer.max_steps=2", *CARDS, "+callbacks.stamp._target_=stamping.Stamp"]
+    result = genfound(
+        "train", *jobs, cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line.split()[0] for line in table(result.stdout).values()] == ["done"] * 6
+    stamps = [[json.loads(line) for line in file.read_text().splitlines()] for file in tmp_path.glob("stamps-*")]
+    spans = [(begin["card"], begin["time"], end["time"]) for begin, end in stamps]
+    assert {card for card, *_ in spans} == {"0", "1"} and len(spans) == 6
+    at_once = [
+        (a, b) for (a, *one), (b, *two) in itertools.combinations(spans, 2) if max(one[0], two[0]) < min(one[1], two[1])
+    ]
+    assert at_once and all(a != b for a, b in at_once), spans
+    wait_for(lambda: not left_of_ray(tmp_path))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
+    varied = genfound("train", "-m", *SMALL, *CARDS, "trainer.devices=1,2", cwd=tmp_path)
+    assert "hydra/launcher=ray_gpus asks for the same trainer.devices for all jobs" in one_error(varied)
+    many = genfound("train", "-m", *SMALL, *CARDS, "trainer.devices=3", cwd=tmp_path)
+    assert "a job takes 3 GPUs of one machine, and Ray finds 2; see trainer.devices" in one_error(many)
+
+
+@pytest.mark.slow
+def test_a_wrong_job_and_a_killed_worker_stop_no_other(tmp_path: Path) -> None:
+    jobs = ["-m", *SMALL, "objective.path=foo,linear", "trainer.max_steps=150,2", "name=r", *CARDS]
+    sweep = begun(*jobs, cwd=tmp_path)
+    run = tmp_path / "runs/s/r__objective.path-linear__trainer.max_steps-150"
+    wait_for((run / "metrics.jsonl").is_file)
+    os.kill(parent_of(training(tmp_path, run="max_steps-150")), signal.SIGKILL)
+    output, errors = sweep.communicate(timeout=LIMIT)
+    assert sweep.returncode == 1, errors
+    assert [line.split()[0] for line in table(output).values()] == ["failed"] * 2 + ["done"] * 2
+    assert (run / "log.txt").read_text().count("begun ") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_jobs(number: signal.Signals, tmp_path: Path) -> None:
+    sweep = begun("-m", *SMALL, "seed=0,1,2", "budget.images=1000000", "name=r", *CARDS, cwd=tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("runs/s/*/metrics.jsonl"))) == 2)
+    sweep.send_signal(number)
+    output, errors = sweep.communicate(timeout=LIMIT)
+    assert sweep.returncode == 128 + number, output + errors
+    assert sorted(line.split()[0] for line in table(output).values()) == ["not", "stopped", "stopped"]
+    assert output.count(f"{number.name}: ended after step") == 2
+    wait_for(lambda: not left_of_ray(tmp_path))
