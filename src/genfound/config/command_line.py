@@ -319,6 +319,7 @@ def composition_error(error: Exception, config_name: str, arguments: Sequence[st
     if experiment := re.search(r"Could not find 'experiment/([^']+)'", text):
         folder = Path(compose.config_dir()) / "experiment"
         names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+        names = [name for name in names if name.startswith("evaluate/") == (config_name == "evaluate")]
         return f"experiment={experiment[1]} is unknown; choose one of {', '.join(names)}"
     listed = r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':(.*?)(Config search|$)"
     option = re.search(listed, text, re.DOTALL)
