@@ -60,8 +60,8 @@ class Jobs(Launcher):
                     return self.launcher.launch(jobs, initial_job_idx)
                 except lost as error:
                     jobs = sweeps.left(jobs, f"a worker of the launcher has ended: {sentence(error)}")
-                except RuntimeError as error:  # what submitit raises
-                    raise ValueError(f"{type(self.launcher).__name__}: {sentence(error)}") from error
+                except RuntimeError as error:  # of submitit, which repeats what sbatch has printed
+                    raise ValueError(f"{type(self.launcher).__name__}: {str(error).strip().splitlines()[0]}") from error
         return []
 
     def _composable(self, job: Sequence[str]) -> bool:

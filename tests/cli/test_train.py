@@ -159,7 +159,7 @@ WRONG = {
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
-    "experiment=best": "experiment=best is unknown; choose one of dit_scaling, dit_scaling_mini, fit_extrapolation, lineage",
+    "experiment=best": "experiment=best is unknown; choose one of dit_scaling, dit_scaling_mini, fit_extra",
     "callbacks.checkpointing.keep=0": "callbacks.checkpointing.keep=0 must be a whole number of at least 1",
 }
 

@@ -17,7 +17,12 @@ def test_the_wheel_runs_from_another_folder(tmp_path: Path) -> None:
     install = ["install", "-q", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target), str(ROOT)]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, timeout=120)
     assert (target / "genfound/conf/train.yaml").is_file()
-    for arguments, expected in ((["--help"], "nit_xl"), (["--cfg", "job", "model=nit_tiny"], "width: ")):
+    preset = ["--cfg", "hydra", "hydra/launcher=slurm_node"]
+    for arguments, expected in (
+        (["--help"], "nit_xl"),
+        (["--cfg", "job", "model=nit_tiny"], "width: "),
+        (preset, "requeue: true"),
+    ):
         result = subprocess.run(
             [sys.executable, "-m", "genfound.train", *arguments],
             cwd=tmp_path,

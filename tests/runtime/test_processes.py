@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from genfound.runtime.processes import run_command
+from genfound.config.errors import JobError
+from genfound.runtime.processes import run_command, signals_as_exit
 from tests.runtime.children import alive, started
 
 APART = """
@@ -34,3 +35,28 @@ def test_the_status_is_that_of_the_command() -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert run_command([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("error", "raised"), [(None, SystemExit), (RuntimeError("timed-out too often"), JobError)])
+def test_a_scheduler_puts_a_job_in_its_queue_after_the_checkpoint(
+    error: Exception | None, raised: type[BaseException]
+) -> None:
+    events: list[object] = []
+
+    def queue_again(number: int, _: object) -> None:
+        events.append(number)
+        if error:
+            raise error
+
+    before = signal.signal(signal.SIGUSR2, queue_again)
+    try:
+        with pytest.raises(raised), signals_as_exit():
+            try:
+                os.kill(os.getpid(), signal.SIGUSR2)
+                time.sleep(60)
+            finally:
+                events.append("checkpoint")
+        assert signal.getsignal(signal.SIGUSR2) is queue_again
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert events == ["checkpoint", signal.SIGUSR2]
