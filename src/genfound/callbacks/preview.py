@@ -42,6 +42,6 @@ class Preview(EveryNImages):
             note(trainer, f"no preview: {error}")
             return
         save_grid(file, images, self.requests, self.class_names)
-        about = ((self.class_names[request.label], size_text(request.size), SEED) for request in self.requests)
-        samples = [(image, *of_it) for image, of_it in zip(images, about, strict=True)]
+        pairs = zip(images, self.requests, strict=True)
+        samples = [(image, self.class_names[of.label], size_text(of.size), SEED) for image, of in pairs]
         picture(trainer, "samples", file, module.images_seen, samples)

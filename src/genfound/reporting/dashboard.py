@@ -31,11 +31,8 @@ def write_dashboards(runs: Sequence[Run], wanted: Sequence[str], out: Path) -> s
     compared |= {"metrics": metrics, "best": best}
     spec = wandb_report.workspace("", **compared)._spec
     script = out / Path(wandb_report.__file__).name
-    texts = {
-        script: Path(wandb_report.__file__).read_text(),
-        script.with_suffix(".json"): json.dumps(compared, indent=1),
-    }
-    for file, text in {**texts, out / "wandb_workspace.json": json.dumps(spec, indent=1)}.items():
+    texts = {script: Path(wandb_report.__file__).read_text(), out / "wandb_workspace.json": json.dumps(spec, indent=1)}
+    for file, text in {**texts, script.with_suffix(".json"): json.dumps(compared, indent=1)}.items():
         atomic_write(file, functools.partial(Path.write_text, data=text))
     if mode() != "online":
         return f"W&B dashboards, once you are logged in and the runs are synced: python {script}"
