@@ -6,12 +6,15 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cli.commands import LIMIT, genfound, one_error
 from tests.cli.test_sweeps import SMALL, begun, parent_of, table, training, wait_for
+from tests.distributed.test_devices import free_port
 
 pytest.importorskip("ray", reason="needs the extra `ray`, see make test-ray")
 
@@ -104,3 +107,21 @@ def test_a_signal_reaches_the_jobs(number: signal.Signals, tmp_path: Path) -> No
     assert sorted(line.split()[0] for line in table(output).values()) == ["not", "stopped", "stopped"]
     assert output.count(f"{number.name}: ended after step") == 2
     wait_for(lambda: not left_of_ray(tmp_path))
+
+
+@pytest.mark.slow
+def test_jobs_on_a_cluster_work_in_the_folder_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    address = f"127.0.0.1:{free_port()}"
+    options = [f"--port={address.partition(':')[2]}", "--num-gpus=1", "--num-cpus=2", "--object-store-memory=80000000"]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
+    with subprocess.Popen([*ray, *options], cwd=tmp_path / "elsewhere", stdout=subprocess.PIPE, text=True) as head:
+        assert head.stdout and any("Ray runtime started" in line for line in head.stdout)
+        jobs = ["-m", *SMALL, "seed=0,1", "trainer.max_steps=2", "hydra/launcher=ray_gpus"]
+        result = genfound("train", *jobs, cwd=tmp_path / "here", RAY_ADDRESS=address)
+        head.terminate()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(list(tmp_path.glob("here/runs/s/*/DONE"))) == 2 and not list(tmp_path.glob("elsewhere/runs/s/*"))
+    wait_for(lambda: not left_of_ray(tmp_path / "elsewhere"))

@@ -189,6 +189,7 @@ def attempt(task: Callable[[], str | None]) -> None:
     begin, ended, reason = time.monotonic(), "failed", ""
     tell(begun=_facts().get("begun", 0) + 1, reason="")
     try:
+        os.chdir(HydraConfig.get().runtime.cwd)  # workers of a cluster may have begun elsewhere
         ended = task() or "done"
     except USER_ERRORS as error:
         reason = sentence(error)
