@@ -8,13 +8,15 @@ from genfound.config import command_line, compose
 
 
 def _task(cfg: DictConfig) -> None:
+    config = compose.to_dict(cfg)
     try:
+        if config["wandb"]:
+            from genfound.reporting.dashboard import write_dashboards
         from genfound.reporting.collect import read_study
         from genfound.reporting.page import write_report
         from genfound.reporting.watch import watch
     except ImportError as error:
         raise ValueError(f"{error}; reports need more packages: pip install genfound[report]") from None
-    config = compose.to_dict(cfg)
     folder = Path(config["runs"]) / config["study"]
     if config["watch"]:
         watch(folder)
@@ -24,8 +26,6 @@ def _task(cfg: DictConfig) -> None:
     print(write_report(runs, config["metrics"], notes, out))
     print(f"{len(runs)} runs: {out / 'index.html'}")
     if config["wandb"]:
-        from genfound.reporting.dashboard import write_dashboards
-
         print(write_dashboards(runs, config["metrics"], out))
 
 

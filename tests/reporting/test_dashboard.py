@@ -116,6 +116,10 @@ def test_with_a_login_they_are_saved(
     [section] = sent[0]["spec"]["section"]["panelBankConfig"]["sections"]
     assert "Parallel Coordinates Plot" not in kinds(section["panels"])  # of one key there is nothing to weigh
 
+    monkeypatch.setattr(wandb.Api, "default_entity", None)
+    with pytest.raises(ValueError, match="no default team; name one in WANDB_ENTITY; try again later"):
+        write_dashboards(of_one_path, METRICS, tmp_path)
+
     def fail(**_: Any) -> None:
         raise wandb.errors.CommError("no way to the server")
 

@@ -25,6 +25,11 @@ class Stopped(SystemExit):
     """A signal has ended a run, which the same command continues; the code is that of the process, 128 + its number."""
 
 
+def mistake(error: Exception) -> str:
+    """One line about an error of the program, which is no user's."""
+    return f"a mistake in the program: {type(error).__name__}: {sentence(error)}"
+
+
 def sentence(error: BaseException) -> str:
     """One line about an error; what the system reports is led by the file and followed by the way out."""
     if not isinstance(error, OSError) or error.strerror is None:

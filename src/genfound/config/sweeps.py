@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from genfound.config.errors import USER_ERRORS, sentence
+from genfound.config.errors import USER_ERRORS, mistake, sentence
 
 KEY = "hydra.callbacks.swept"
 
@@ -195,7 +195,7 @@ def attempt(task: Callable[[], str | None]) -> None:
         reason = sentence(error)
     except Exception as error:
         traceback.print_exc()
-        reason = f"a mistake in the program: {type(error).__name__}: {sentence(error)}"
+        reason = mistake(error)
     except BaseException:
         ended = "stopped"
         if not stop_signal():

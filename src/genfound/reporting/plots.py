@@ -86,8 +86,7 @@ def against_cost(runs: Sequence[Run], metric: str) -> bytes | None:
         return None
     figure, axes = _axes("Gflops of a forward pass for one image", metric)
     for place, (setting, cost, value, half) in enumerate(points):
-        bar, name = np.nan_to_num(half), label(setting)
-        axes.errorbar(cost, value, bar, fmt="o", color=f"C{place % 10}", capsize=3, label=name)
+        axes.errorbar(cost, value, half, fmt="o", color=f"C{place % 10}", capsize=3, label=label(setting))
     axes.set_xscale("log")
     _plain(axes.xaxis)
     return _finish(figure, axes, len(points))
@@ -117,7 +116,7 @@ def sizes(compared: Sequence[Run], metric: str) -> bytes:
     figure, axes = _axes("height x width of the samples", metric)
     for rest, values in groups.items():
         means, halves = map(np.mean, values.values()), map(half_width, values.values())
-        axes.errorbar([*values], [*means], np.nan_to_num([*halves]), marker="o", capsize=3, label=label(rest))
+        axes.errorbar([*values], [*means], [*halves], marker="o", capsize=3, label=label(rest))
     return _finish(figure, axes, len(groups))
 
 

@@ -48,8 +48,14 @@ def report(entity: str, project: str, study: str, keys: Sequence[str], **shown: 
 
 
 def save(**compared: Any) -> list[str]:
-    """Save both for who is logged in, or for the team of WANDB_ENTITY; returns their addresses."""
-    entity = os.environ.get("WANDB_ENTITY") or str(wandb.Api().default_entity)
+    """Save both for who is logged in, or for the team of WANDB_ENTITY; returns their addresses.
+
+    Raises:
+        ValueError: the login has no default team, and none is named.
+    """
+    entity = os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity
+    if not entity:
+        raise ValueError("this login has no default team; name one in WANDB_ENTITY")
     return [make(entity, **compared).save().url for make in (workspace, report)]
 
 

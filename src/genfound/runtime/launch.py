@@ -26,7 +26,7 @@ from typing import Any
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from genfound.config.environment import LAUNCH, PARENT, forget_inherited
-from genfound.config.errors import USER_ERRORS, JobError, sentence
+from genfound.config.errors import USER_ERRORS, JobError, mistake, sentence
 from genfound.config.streams import make_lasting
 from genfound.runtime import stopping
 from genfound.runtime.processes import end_with_parent, run_command, wait_until
@@ -168,14 +168,19 @@ def reporting() -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
-        if not Path(os.environ.get(LAUNCH, os.devnull)).is_dir():
+        if not _launched():
             sys.exit(f"error: {sentence(error)}")
         _leave_reason(sentence(error))
         sys.exit(1)
     except Exception as error:
-        if Path(os.environ.get(LAUNCH, os.devnull)).is_dir():
-            _leave_reason(f"a mistake in the program: {type(error).__name__}: {sentence(error)}; {TRACEBACK}")
+        if _launched():
+            _leave_reason(f"{mistake(error)}; {TRACEBACK}")
         raise
+
+
+def _launched() -> bool:
+    """Whether the process that has launched this one waits for its reason."""
+    return Path(os.environ.get(LAUNCH, os.devnull)).is_dir()
 
 
 def _leave_reason(reason: str) -> None:
