@@ -72,14 +72,19 @@ def test_a_signal_that_the_scheduler_sends_to_all_is_no_second_one(
         request.close()
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
+def test_a_second_signal_ends_the_process_at_once_and_an_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     request = StopRequest()
     request.listen()
     try:
         assert request.asked() == 0
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert request.asked() == signal.SIGTERM
+        monkeypatch.setattr("genfound.runtime.stopping.ECHO", 0)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        monkeypatch.undo()
         with pytest.raises(SystemExit) as end:
             signal.raise_signal(signal.SIGINT)
         assert end.value.code == 130

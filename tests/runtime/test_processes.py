@@ -55,6 +55,7 @@ def test_a_scheduler_puts_a_job_in_its_queue_after_the_checkpoint(
                 os.kill(os.getpid(), signal.SIGUSR2)
                 time.sleep(60)
             finally:
+                os.kill(os.getpid(), signal.SIGUSR2)  # as Slurm's srun does a few milliseconds later
                 events.append("checkpoint")
         assert signal.getsignal(signal.SIGUSR2) is queue_again
     finally:

@@ -155,11 +155,11 @@ def signals_as_exit() -> Iterator[None]:
     alone = threading.current_thread() is threading.main_thread()
     deadly: dict[int, Any] = {number: own for number, own in usual.items() if alone and signal.getsignal(number) is own}
     later: dict[int, Any] = {n: own for n in OF_SCHEDULERS if alone and callable(own := signal.getsignal(n))}
-    received = set()
+    received = stopping.Received()
 
     def end(number: int, _: Any) -> None:
-        received.add(number)
-        raise SystemExit(128 + number)
+        if received.new(number):
+            raise SystemExit(128 + number)
 
     for number in deadly | later:
         signal.signal(number, end)
@@ -168,8 +168,9 @@ def signals_as_exit() -> Iterator[None]:
     finally:
         for number, own in (deadly | later).items():
             signal.signal(number, own)
-        for number in received & later.keys():
-            _call(later[number], number)
+        for number, own in later.items():
+            if number in received:
+                _call(own, number)
 
 
 def _call(handler: Any, number: int) -> None:

@@ -4,10 +4,12 @@ A process that trains listens to signals itself. One that was launched also look
 `stop`, which holds the number of a signal that the command has got, and `now`, with which no signal waits for a step.
 """
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from genfound.config.environment import LAUNCH
 STOP, NOW = "stop", "now"
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+ECHO = 1.0
+"""Seconds in which a signal that comes again is the same one: Slurm and its srun both give it to a process."""
 
 
 def ask(launch: Path, number: int) -> None:
@@ -35,18 +40,34 @@ def announce(number: int) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class Received:
+    """The signals that a process has got."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, float] = {}
+
+    def new(self, number: int) -> bool:
+        """Whether a signal that has just come is no echo of one before."""
+        last, self._last[number] = self._last.get(number, -math.inf), time.monotonic()
+        return self._last[number] - last > ECHO
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._last
+
+
 class StopRequest:
     """Whether this process has been asked to end, itself or by the command that has launched it."""
 
     def __init__(self) -> None:
         self._launch = Path(os.environ[LAUNCH]) if LAUNCH in os.environ else None
         self._number = 0  # of a signal that this process has got; schedulers send it to all of them
+        self._received = Received()
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
         """From now on a first signal is a request."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._received) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def close(self) -> None:
         """Signals are what they were before."""
@@ -60,8 +81,10 @@ class StopRequest:
             return int((self._launch / STOP).read_text() or 0)
         return self._number
 
-    def _received(self, number: int, _: Any) -> None:
-        if self._number or (self._launch and (self._launch / NOW).exists()):
+    def _handle(self, number: int, _: Any) -> None:
+        new = self._received.new(number)
+        if (new and self._number) or (self._launch and (self._launch / NOW).exists()):
             raise SystemExit(128 + number)
-        self._number = number
-        announce(number)
+        if new:
+            self._number = number
+            announce(number)
