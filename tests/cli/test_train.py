@@ -191,7 +191,7 @@ def test_wrong_input_is_one_clear_line(override: str, tmp_path: Path) -> None:
 def test_a_changed_configuration_is_refused_and_can_be_allowed(straight: Path) -> None:
     arguments = [*TINY, "name=run", "optimizer.lr=0.5", "trainer.max_steps=13"]
     error = one_error(genfound("train", *arguments, cwd=straight.parents[2]))
-    assert "optimizer.lr: 0.002 in the run, 0.5 now" in error and "allow_changes=true" in error
+    assert "optimizer.lr: 0.003 in the run, 0.5 now" in error and "allow_changes=true" in error
 
 
 def test_help_lists_the_groups(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_part_that_is_trained_needs_moments_for_this_part_alone(monkeypatch: p
 
 def test_of_data_that_are_there_tokens_are_counted() -> None:
     found = estimate(composed("model=nit_tiny", "data.sides=[16]", *SMALL))
-    assert (found.tokens, found.counted, found.step_images) == (64, True, 16)
+    assert (found.tokens, found.counted, found.step_images) == (64, True, 8)
 
 
 def test_the_time_is_that_of_a_short_run_if_there_is_one(tmp_path: Path) -> None:
