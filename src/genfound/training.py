@@ -95,7 +95,7 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
         if rank == 0:
             run_directory.mark_stopped(folder, stopping.signal, f"ended after step {trainer.global_step:,}")
             print(f"stopped after step {trainer.global_step:,}; the same command continues {folder}", flush=True)
-        raise Stopped(BY_SIGNAL + stopping.signal)
+        raise Stopped(stopping.signal)
     if rank == 0:
         _mark_done(folder, module.images_seen, trainer.global_step, parts.images.fingerprint)
         print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps; everything is in {folder}")
@@ -317,7 +317,7 @@ def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machine
         if halt := run_directory.stopped(folder):
             ended = "stopped"
             if not sweeps.in_sweep() or SUBMITIT in os.environ:
-                raise Stopped(BY_SIGNAL + halt["signal"])
+                raise Stopped(halt["signal"])
         return ended
     except SystemExit as error:
         ended = "stopped"

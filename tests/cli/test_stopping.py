@@ -45,10 +45,10 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path: Path) -> None:
     straight = genfound("train", *SAME, "name=straight", cwd=tmp_path)
     assert straight.returncode == 0, straight.stderr
     run = tmp_path / "runs/default/run"
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         process = begun(*SAME, "name=run", cwd=tmp_path)
         said = told_during_training(process, run, number, process.pid)
-        assert process.returncode == 128 + number, said
+        assert process.returncode == 75, said
         assert said.count(f"{number.name}: ending after a global step, with a checkpoint") == 1
         assert_stopped(run, number)
         again = genfound("train", *SAME, "name=run", cwd=tmp_path)
@@ -65,9 +65,10 @@ def test_two_processes_stop_after_the_same_step(whom: str, tmp_path: Path) -> No
     run = tmp_path / "runs/default/run"
     wait_for((run / "metrics.jsonl").is_file)
     target = process.pid if whom == "command" else training(tmp_path, rank=1)
-    said = told_during_training(process, run, signal.SIGTERM, target)
-    assert process.returncode == 143, said
-    assert_stopped(run, signal.SIGTERM)
+    number = signal.SIGUSR2 if whom == "command" else signal.SIGTERM
+    said = told_during_training(process, run, number, target)
+    assert process.returncode == 75, said
+    assert_stopped(run, number)
     assert genfound("train", *same, "name=run", cwd=tmp_path).returncode == 0
     assert genfound("train", *same, "name=straight", cwd=tmp_path).returncode == 0
     assert_continued(run, tmp_path / "runs/default/straight")
@@ -83,7 +84,7 @@ def test_a_sweep_stops_after_its_jobs_and_the_same_command_goes_on(launcher: str
     wait_for(lambda: len(list(tmp_path.glob("runs/s/*/metrics.jsonl"))) == running)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130, output + errors
+    assert process.returncode == 75, output + errors
     assert [line.split()[0] for line in table(output).values()] == ["stopped"] * running + ["not"] * (3 - running)
     assert "SIGINT: ended after step" in table(output)["seed=0"]
     steps = [json.loads(file.read_text())["reason"].rpartition(" ")[2] for file in tmp_path.glob("runs/s/*/STOPPED")]

@@ -81,7 +81,8 @@ def hydra_main(
 
     With `read_origin`, sampler and guidance are those of the model in `from=`; see `with_origin`. Keys in `may_lack`
     may be missing.
-    Exits with 1, after a line on standard error for what is wrong, or with 128 + the number of a signal.
+    Exits with 1, after a line on standard error for what is wrong, with the code of `Stopped`, or with 128 + the number
+    of a signal.
     """
     errors: list[str] = []
     make_lasting()

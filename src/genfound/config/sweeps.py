@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from genfound.config.errors import USER_ERRORS, mistake, sentence
+from genfound.config.errors import STOPPING, USER_ERRORS, Stopped, mistake, sentence
 
 KEY = "hydra.callbacks.swept"
 
@@ -167,14 +167,14 @@ def stopping_jobs() -> Iterator[None]:
         file.write_text(str(number))
         print("ending each job after a global step, with a checkpoint; once more ends at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in STOPPING}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if file.exists():
-        raise SystemExit(128 + int(file.read_text()))
+        raise Stopped(int(file.read_text()))
 
 
 def attempt(task: Callable[[], str | None]) -> None:

@@ -112,7 +112,7 @@ def _wait(process: "subprocess.Popen[bytes]", launch: Path, asked: Callable[[], 
         stopping.announce(number)
     stopping.ask(launch, number)
     process.wait()
-    raise Stopped(128 + number)
+    raise Stopped(number)
 
 
 @contextlib.contextmanager
@@ -151,7 +151,8 @@ def signals_as_exit() -> Iterator[None]:
     So do those of a scheduler that have a handler, which is called afterwards: once a job is in the queue again, Slurm
     begins to kill its processes.
     """
-    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ending = (signal.SIGTERM, signal.SIGHUP, *OF_SCHEDULERS)
+    usual: dict[int, Any] = {**dict.fromkeys(ending, signal.SIG_DFL), signal.SIGINT: signal.default_int_handler}
     alone = threading.current_thread() is threading.main_thread()
     deadly: dict[int, Any] = {number: own for number, own in usual.items() if alone and signal.getsignal(number) is own}
     later: dict[int, Any] = {n: own for n in OF_SCHEDULERS if alone and callable(own := signal.getsignal(n))}

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from genfound.config.environment import LAUNCH
+from genfound.config.errors import STOPPING, Stopped
 
 STOP, NOW = "stop", "now"
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 ECHO = 1.0
 """Seconds in which a signal that comes again is the same one: Slurm and its srun both give it to a process."""
@@ -29,7 +28,9 @@ def ask(launch: Path, number: int) -> None:
 
 
 def signal_of(end: SystemExit) -> int:
-    """The number of the signal that has led to an exit; SIGTERM where the code tells none."""
+    """The number of the signal that has led to an exit; SIGTERM where it tells none."""
+    if isinstance(end, Stopped):
+        return end.number
     number = end.code - 128 if isinstance(end.code, int) else 0
     return number if number > 0 else signal.SIGTERM
 
@@ -67,7 +68,8 @@ class StopRequest:
     def listen(self) -> None:
         """From now on a first signal is a request."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
 
     def close(self) -> None:
         """Signals are what they were before."""
