@@ -37,7 +37,7 @@ class Training:
     ) -> None:
         self.net = Toy(names)
         self.module = training_module(self.net)
-        self.trainer: Any = SimpleNamespace(global_step=step)
+        self.trainer: Any = SimpleNamespace(global_step=step, is_global_zero=True)
         self.ema = Ema(decays)
         if checkpoint is not None:
             self.ema.on_load_checkpoint(self.trainer, self.module, checkpoint)

@@ -28,7 +28,7 @@ def test_a_preview_that_diverges_does_not_end_the_training(tmp_path: Path, monke
     preview, parts = Preview(10), build.build_run(composed(*TINY), 1)
     trainer: Any = SimpleNamespace(
         is_global_zero=True, global_step=7, loggers=[logger], callbacks=[], default_root_dir=tmp_path,
-        datamodule=SimpleNamespace(parts=parts),
+        datamodule=SimpleNamespace(parts=parts), strategy=SimpleNamespace(broadcast=lambda value: value),
     )  # fmt: skip
     module = module_of(parts)
     preview.setup(trainer, module, "fit")

@@ -99,7 +99,7 @@ REFUSED = {
     "trainer.fast_dev_run=3": "trainer.fast_dev_run=3 must be true or false",
     "compile=perhaps": "compile=perhaps must be auto, true or false",
     "trainer.num_nodes=null": "trainer.num_nodes=null must be a whole number of at least 1",
-    "strategy=deepspeed": "strategy=deepspeed is unknown; choose one of auto, ddp",
+    "strategy=deepspeed": "strategy=deepspeed is unknown; choose one of auto, ddp, fsdp",
     "logger=[csv,mlflow]": "logger=mlflow is unknown",
     "callbacks.ema=null": "callbacks.ema is part of every run",
     "+callbacks.x._target_=lightning.Nope": "callbacks.x cannot be built: module 'lightning' has no attribute 'Nope'",

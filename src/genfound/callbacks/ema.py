@@ -9,6 +9,7 @@ from lightning import Callback, Trainer
 from torch import Tensor, nn
 
 from genfound.modules.base import GenerativeModule
+from genfound.runtime.fsdp import gathered, local, sharded_like, unsharded
 
 
 class Ema(Callback):
@@ -55,24 +56,26 @@ class Ema(Callback):
         for decay in self.decays or ():
             weights = dict(_trained(module)) if self._saved is None else self._saved[str(decay)]
             self.averages[decay] = {
-                name: weights[name].detach().to(p.device, torch.float32, copy=True) for name, p in _trained(module)
+                name: sharded_like(weights[name].detach(), p).to(p.device, torch.float32, copy=True)
+                for name, p in _trained(module)
             }
         self._saved = None
         self._steps = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
         """Save the averages."""
-        checkpoint["ema"] = {str(decay): average for decay, average in self.averages.items()}
+        averages = {str(decay): average for decay, average in self.averages.items()}
+        checkpoint["ema"] = gathered(averages, trainer.is_global_zero)
 
     def on_train_batch_end(self, trainer: Trainer, module: GenerativeModule, *_: Any) -> None:
         """Update after each optimizer step."""
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        live = [p.detach().float() for _, p in _trained(module)]
+        live = [local(p.detach()).float() for _, p in _trained(module)]
         most = (1 + self._steps) / (10 + self._steps) if self.warmup else 1.0
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), live, 1 - min(decay, most))
+            torch._foreach_lerp_([local(value) for value in average.values()], live, 1 - min(decay, most))
 
     def on_validation_epoch_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """The metrics of the first average, with the suffix `_ema`, beside those of the live weights."""
@@ -102,11 +105,14 @@ def the_ema(trainer: Trainer) -> Ema | None:
 
 @contextmanager
 def averaged(trainer: Trainer, module: GenerativeModule) -> Iterator[None]:
-    """Within this context the network is in eval mode, and holds the average where a callback of the run has one."""
+    """Within this context the network is whole and in eval mode, and holds the average where a callback has one.
+
+    All ranks enter and leave together.
+    """
     ema = the_ema(trainer)
     module.eval()
     try:
-        with ema.ema_weights(module) if ema else nullcontext():
+        with ema.ema_weights(module) if ema else nullcontext(), unsharded(module.net):
             yield
     finally:
         module.train()

@@ -31,15 +31,17 @@ class Preview(EveryNImages):
         self.sampling.check(module.net)
 
     def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
-        """Draw and write the grid, on rank 0."""
+        """Draw and write the grid, on rank 0; the others give it their parts of the weights."""
         file = self.folder / f"images-{module.images_seen:09d}.png"
-        if not trainer.is_global_zero or file.exists():
+        if trainer.strategy.broadcast(file.exists()):
             return
         try:
             with averaged(trainer, module):
-                images = self.sampling(module.net, self.requests, SEED)
+                images = self.sampling(module.net, self.requests, SEED) if trainer.is_global_zero else []
         except FloatingPointError as error:
             note(trainer, f"no preview: {error}")
+            return
+        if not trainer.is_global_zero:
             return
         save_grid(file, images, self.requests, self.class_names)
         pairs = zip(images, self.requests, strict=True)

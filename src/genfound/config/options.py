@@ -26,10 +26,10 @@ MOVED = {
 """Keys of earlier versions, and what replaces them."""
 
 OTHER_KEYS = {
-    "strategy": "choose strategy=auto or ddp",
+    "strategy": "choose strategy=auto, ddp or fsdp",
     "logger": "choose logger=wandb, tensorboard, csv or jsonl, or a list of them",
     "callbacks": "choose callbacks=[default,mine], with conf/callbacks/mine.yaml in --config-dir",
-    "plugins": "set trainer.precision, or choose strategy=auto or ddp",
+    "plugins": "set trainer.precision, or choose strategy=auto, ddp or fsdp",
     "barebones": "choose logger=jsonl, and take callbacks away with callbacks.NAME=null",
     "model_registry": "W&B keeps artifacts; checkpoints are files of the run directory",
     "default_root_dir": "set runs, study or name",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -102,7 +103,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
             if micro.number not in self._encoded:
                 self._encoded[micro.number] = self.val_collate(batch, micro.positions, device).to("cpu")
             batch = self._encoded[micro.number]
-        return HeldOut(batch.to(device), micro, self._noise(batch, micro.positions).to(device))
+        return replace(item, images=batch.to(device), noise=self._noise(batch, micro.positions).to(device))
 
     def _noise(self, batch: Batch, positions: Sequence[int]) -> torch.Tensor:
         """Standard normal numbers, laid out as the batch is."""

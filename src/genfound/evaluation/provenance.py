@@ -44,7 +44,8 @@ def model_identity(source: Path) -> dict[str, Any]:
 def network_hash(net: Backbone, config: Config) -> str:
     """Of the weights of a network, and of the options that make it of them."""
     options = {key: value for key, value in config["model"].items() if key not in NO_CHANGE}
-    return digest(tensors_hash(net.state_dict()), json.dumps(options, sort_keys=True))
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}  # `state_dict` would shard it
+    return digest(tensors_hash(tensors), json.dumps(options, sort_keys=True))
 
 
 def decoder_identity(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """16 hexadecimal digits of the names, shapes and values of tensors."""
     hashed = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach().to("cpu", copy=True).contiguous()  # numpy fixes the size of what it views
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         hashed.update(tensor.flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()

@@ -16,6 +16,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from genfound import build
 from genfound.backbones.base import Backbone
@@ -27,6 +28,7 @@ from genfound.modules.muon import Muon
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
+from genfound.runtime import fsdp
 
 TrainItem = tuple[Batch, MicroBatch]
 Named = list[tuple[str, nn.Parameter]]
@@ -115,6 +117,11 @@ class GenerativeModule(lightning.LightningModule):
         """Weights of another model, in our names, as this network can start from; remarks for the user."""
         return dict(state), []
 
+    def configure_model(self) -> None:
+        """Shard the network where the strategy of the trainer has a mesh of devices."""
+        if self.device_mesh is not None:
+            fsdp.shard(self.net, self.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
         """Take ranks and accumulation from the trainer."""
         self.loss_scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
@@ -193,7 +200,8 @@ class GenerativeModule(lightning.LightningModule):
         """Measure the norm, clip at `optimizer.clip`, and let the fused step skip itself if it is not finite."""
         limit = self.settings["clip"]
         parameters = list(self.net.parameters())
-        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if limit is not None:
             nn.utils.clip_grads_with_norm_(parameters, limit, self.grad_norm)
         optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
@@ -271,7 +279,7 @@ def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> floa
 
 
 def validation_sums(net: Backbone, objective: Objective, item: HeldOut) -> Tensor:
-    """(4,) float64 of a micro-batch: weighted losses, weights, velocity errors, images."""
+    """(4,) float64 of a micro-batch, zeros if it does not count: weighted losses, weights, velocity errors, images."""
     batch, noise, positions = item.images, item.noise, item.micro.positions
     assert isinstance(batch, Batch) and noise is not None
     part = torch.cat([objective.time_law(Rng(0, "val", k), 1, torch.device("cpu")) for k in positions])
@@ -282,7 +290,7 @@ def validation_sums(net: Backbone, objective: Objective, item: HeldOut) -> Tenso
     loss = objective.loss_at(net, batch, drawn, noise).total
     error = objective.velocity_error(net, batch, times, noise)
     sums = (weights * loss, weights, error, batch.real)
-    return torch.stack([values.double().sum() for values in sums])
+    return torch.stack([values.double().sum() for values in sums]) * item.counts
 
 
 def validation_metrics(sums: Tensor) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ class HeldOut:
     images: Batch | RawImages  # raw ones are still to be encoded
     micro: MicroBatch
     noise: Tensor | None = None  # shaped like the batch; each image has its own, whatever it is packed with
+    counts: bool = True  # else another rank has it, and all compute as often as each other
 
 
 @dataclass(eq=False)
@@ -80,7 +82,7 @@ class TrainLoader(IterableDataset[Item]):
 
 @dataclass
 class ValidationLoader:
-    """The micro-batches of held-out images that one rank validates on."""
+    """The micro-batches of held-out images that one rank validates on; every rank has as many."""
 
     batches: MicroBatches
     micros: Sequence[MicroBatch]
@@ -89,8 +91,10 @@ class ValidationLoader:
     ranks: int = 1
 
     def __len__(self) -> int:
-        return len(self.micros[self.rank :: self.ranks])
+        return ceil(len(self.micros) / self.ranks)
 
     def __iter__(self) -> Iterator[HeldOut]:
-        for images, micro in read_ahead(self.batches, self.micros[self.rank :: self.ranks], self.workers):
-            yield HeldOut(images, micro)
+        places = range(self.rank, len(self) * self.ranks, self.ranks)
+        share = [self.micros[place % len(self.micros)] for place in places]
+        for place, (images, micro) in zip(places, read_ahead(self.batches, share, self.workers), strict=True):
+            yield HeldOut(images, micro, counts=place < len(self.micros))

@@ -1,0 +1,124 @@
+"""Fully sharded data parallelism: every process keeps its part of each tensor, and gathers a block as it is computed.
+
+This is torch's FSDP2 (`torch.distributed.fsdp.fully_shard`) under Lightning's `ModelParallelStrategy`. Checkpoints are
+those of one process: tensors are gathered as they are saved and sharded as they are restored, so that a run may change
+its strategy.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from genfound.backbones.base import Backbone
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """One mesh of all processes, and whole tensors in one checkpoint, written by the first of them."""
+
+    lightning_restore_optimizer = True
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Lightning's `auto` is the number of machines."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """See `gathered`."""
+        assert self.lightning_module is not None
+        return gathered(self.lightning_module.state_dict(), self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """See `gathered`."""
+        return gathered(optimizer.state_dict(), self.is_global_zero)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Every process opens the file, and takes its parts later."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take this process's part of each weight."""
+        assert self.lightning_module is not None
+        own, saved = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        state = {name: sharded_like(value, own.get(name)) for name, value in saved.items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this process's part of each moment."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            owners = {number: p for number, p in zip(numbers, parameters, strict=True) if number in saved["state"]}
+            parts = {
+                number: {key: sharded_like(value, p) for key, value in saved["state"][number].items()}
+                for number, p in owners.items()
+            }
+            optimizer.load_state_dict({**saved, "state": parts})
+
+
+def shard(net: Backbone, mesh: DeviceMesh) -> None:
+    """Shard the blocks of a network, each as a unit, then the rest of it; once.
+
+    A tensor is divided along its first dimension that the processes divide evenly, such as a few experts' second one.
+    """
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        even = (dim for dim, size in enumerate(parameter.shape) if size % mesh.size() == 0)
+        return Shard(next(even, 0))
+
+    if not isinstance(net, FSDPModule):
+        for part in (*net.blocks, net):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
+
+
+@contextmanager
+def unsharded(net: nn.Module) -> Iterator[None]:
+    """Within this context a network is whole in every process, which may call it as often as it likes.
+
+    All processes enter and leave together. `state_dict` is not for within: it shards.
+    """
+    parts = [part for part in net.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+def gathered(state: Any, here: bool) -> Any:
+    """A tree with sharded tensors whole and on the host in this process; elsewhere `None` is in their places.
+
+    All processes gather together.
+    """
+
+    def whole(value: DTensor) -> Tensor | None:
+        full = value.full_tensor().detach()
+        return full.cpu() if here else None
+
+    return tree_map_only(DTensor, whole, state)
+
+
+def sharded_like(value: Any, own: Tensor | None) -> Any:
+    """This process's part of a whole tensor that belongs to a sharded one, such as a moment of a weight."""
+    if not isinstance(own, DTensor) or isinstance(value, DTensor) or value.shape != own.shape:
+        return value
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).clone()  # not a view of it
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process keeps; all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,142 @@
+"""Two processes that share out weights, gradients, moments and averages train the run of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing as mp
+
+from genfound import training
+from genfound.callbacks.ema import the_ema
+from genfound.config import compose
+from genfound.evaluation.protocol import read_results
+from genfound.modules.base import GenerativeModule
+from genfound.runtime import checkpoint_io
+from genfound.runtime.fsdp import local
+from genfound.runtime.processes import RankInfo
+from tests.callbacks.test_evaluation import FEW
+from tests.distributed.test_devices import curve, free_port
+from tests.evaluation.runs import TINY
+from tests.helpers import run_dir
+
+SMALL = [
+    *TINY, "model.depth=2", "model.heads=2", "batch.packs=4", "trainer.precision=fp32", "trainer.max_steps=6",
+    "trainer.log_every_n_steps=1", "callbacks.validation.every=20", "callbacks.validation.images=17",
+    "callbacks.preview.every=1000", "ema.decays=[0.9,0.99]",
+]  # fmt: skip
+"""Two micro-batches of each of two processes in a step, and three of validation, which two do not divide."""
+
+DENSE = ["data.view=square", "data.size=8", "data.batch_size=4", "batch.packs=null", "batch.images=16"]
+NETS = {
+    "nit": ["model=nit_tiny"],
+    "dit": ["model=dit_tiny", *DENSE],
+    "dit_moe": ["model=dit_moe_tiny", "model.experts=3", *DENSE],  # which two do not divide
+    "frozen": ["model=nit_tiny", "optimizer.trainable=[blocks.1,final_layer]"],
+    "recomputed": ["model=nit_tiny", "model.activation_checkpointing=true"],
+}
+CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/velocity_mse_ema")
+
+
+def of_one(rank: int, ranks: int, port: int, runs: Sequence[Path]) -> None:
+    """One process of a group, which trains several runs."""
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port, "GROUP_RANK": 0}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "1", **{k: str(v) for k, v in place.items()}}
+    torch.set_num_threads(1)
+    composed, step = compose.compose, GenerativeModule.configure_gradient_clipping
+    compose.compose = lambda name, over: composed(name, over) | (FEW if name == "evaluate" else {})
+    sizes: dict[str, int] = {}
+
+    def measured(module: GenerativeModule, optimizer: Any, *arguments: Any, **named: Any) -> None:
+        step(module, optimizer, *arguments, **named)
+        if module.trainer.global_step == 1:  # moments are there
+            sizes[str(module.trainer.default_root_dir)] = live_bytes(module)
+
+    GenerativeModule.configure_gradient_clipping = measured  # type: ignore[method-assign]
+    for run in runs:
+        training.fit(run, RankInfo(rank, ranks, rank))
+    Path(f"{runs[0]}/../bytes-{rank}.json").write_text(json.dumps(sizes))
+
+
+def live_bytes(module: GenerativeModule) -> int:
+    """Of what this process keeps of weights, gradients, moments and averages."""
+    ema = the_ema(module.trainer)
+    assert ema is not None
+    optimizer = module.trainer.optimizers[0]
+    weights = list(module.net.parameters())
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    averages = [value for average in ema.averages.values() for value in average.values()]
+    kept = [local(t) for t in (*weights, *(p.grad for p in weights if p.grad is not None), *moments, *averages)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(storages.values())
+
+
+def train_on_two(*runs: Path) -> None:
+    mp.spawn(of_one, (2, free_port(), runs), nprocs=2)
+
+
+def prepared(folder: Path, devices: int, *overrides: str) -> Path:
+    return run_dir(folder, *SMALL, f"runs={folder.parent}", f"trainer.devices={devices}", *overrides)
+
+
+@pytest.mark.slow
+def test_ddp_and_fsdp_train_what_one_process_trains(tmp_path: Path) -> None:
+    pairs = {f"{net}_{strategy}": [*options, f"strategy={strategy}"] for net, options in NETS.items()
+             for strategy in ("ddp", "fsdp")}  # fmt: skip
+    pairs.pop("recomputed_ddp")
+    train_on_two(*(prepared(tmp_path / name, 2, *options) for name, options in pairs.items()))
+    for net, options in NETS.items():
+        one = prepared(tmp_path / net, 1, *options)
+        training.fit(one)
+        for two in (tmp_path / name for name in pairs if name.rpartition("_")[0] == net):
+            for key in CURVES:
+                assert curve(two, key) == pytest.approx(curve(one, key), rel=1e-5), f"{two.name} {key}"
+            assert len(curve(two)) == 6 and len(curve(two, "val/loss")) >= 2
+    for rank in (0, 1):
+        sizes = json.loads((tmp_path / f"bytes-{rank}.json").read_text())
+        for net in ("nit", "dit", "dit_moe"):
+            ddp, fsdp = (sizes[str(tmp_path / f"{net}_{strategy}")] for strategy in ("ddp", "fsdp"))
+            assert 0.45 * ddp < fsdp < 0.55 * ddp
+
+
+EVALUATED = ["callbacks.evaluation.every=40", "callbacks.evaluation.protocol=quick", "callbacks.preview.every=40"]
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_strategies_with_its_evaluations_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = compose.compose
+    monkeypatch.setattr(compose, "compose", lambda *of: composed(*of) | (FEW if of[0] == "evaluate" else {}))
+    moved, stayed = tmp_path / "moved", tmp_path / "stayed"
+    for steps, strategy in ((2, "ddp"), (5, "fsdp"), (6, "fsdp"), (8, None)):
+        options = ["model=nit_tiny", f"strategy={strategy or 'auto'}", f"trainer.max_steps={steps}", *EVALUATED]
+        prepared(moved, 2 if strategy else 1, *options)
+        train_on_two(moved) if strategy else training.fit(moved)
+    training.fit(prepared(stayed, 1, *options))
+    for key in CURVES:
+        assert curve(moved, key) == pytest.approx(curve(stayed, key), rel=1e-5)
+    pictures, figures, kept = ([of(run) for run in (moved, stayed)] for of in (pictures_of, figures_of, weights_of))
+    assert len(pictures[1]) >= 2 and pictures[0] == pictures[1]
+    assert len(figures[1]) >= 2 and figures[0] == pytest.approx(figures[1], rel=1e-3)
+    torch.testing.assert_close(*kept, rtol=0, atol=1e-6)
+
+
+def pictures_of(run: Path) -> list[str]:
+    return sorted(file.name for file in (run / "samples").iterdir())
+
+
+def figures_of(run: Path) -> list[float]:
+    return [result.figures["fd_probe"] for result in read_results(run)]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint_io.newest(run / "checkpoints")
+    assert newest is not None
+    state = checkpoint_io.read(newest)
+    return {**state["state_dict"], **state["ema"]["0.9"]}
