@@ -32,7 +32,8 @@ from genfound.rng import Rng
 from genfound.runtime.devices import device, precision
 from genfound.samplers import Sampler
 from genfound.tokenizers import LatentSpec, Tokenizer, Undecodable
-from genfound.tokenizers.weights import option_of
+from genfound.tokenizers.autoencoder import Autoencoder
+from genfound.tokenizers.weights import locate, option_of
 
 Config = Mapping[str, Any]
 
@@ -144,6 +145,17 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a configuration."""
     return instantiate("tokenizer", config["tokenizer"], trusted(config))
+
+
+def fetch_tokenizer(config: Config) -> Path | None:
+    """The folder with the weights of a tokenizer, downloaded if they are not at hand; `None` if it needs none.
+
+    Commands call this before they start processes, which never download.
+    """
+    kind = targets.target("tokenizer", config["tokenizer"], trusted(config))
+    weights = config["tokenizer"].get("weights")
+    of_hub = isinstance(kind, type) and issubclass(kind, Autoencoder) and weights not in stored_tokenizer.RANDOM
+    return locate(str(weights)) if of_hub else None
 
 
 def hinted_tokenizer(options: Mapping[str, Any], codec: str) -> dict[str, Any]:

@@ -308,6 +308,7 @@ def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machine
     if sweeps.in_sweep():
         print(f"[begun] {folder}", flush=True)
     try:
+        _fetch_tokenizer(config)
         hashed = {CONFIG: run_directory.config_hash(config)}
         log = folder / run_directory.LOG if sweeps.in_sweep() else None
         launch.launch(
@@ -324,7 +325,7 @@ def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machine
         if not run_directory.stopped(folder):
             run_directory.mark_stopped(folder, signal_of(error), "ended at once")
         raise
-    except JobError as error:
+    except (JobError, FileNotFoundError) as error:
         run_directory.mark_failed(folder, f"{error}\n")  # unless a process could say more
         raise
     finally:
@@ -332,6 +333,15 @@ def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machine
         sweeps.tell(**{**_reached(folder), **reached})
         if not sweeps.in_sweep():
             print(f"[{ended}] {folder}  {sweeps.duration(time.monotonic() - begin)}  {summary}", flush=True)
+
+
+def _fetch_tokenizer(config: Mapping[str, Any]) -> None:
+    """Download the weights of the tokenizer, if the processes of a job will read them and would not have them."""
+    latents, callbacks = build.reads_latents(config), config["callbacks"]
+    decodes = any((callbacks.get(name) or {}).get("every") for name in ("preview", "evaluation"))
+    if decodes or not latents:
+        with contextlib.suppress(*[FileNotFoundError] * latents):  # pictures then show channels of the latents
+            build.fetch_tokenizer(config)
 
 
 def _check_images(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:

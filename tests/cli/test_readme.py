@@ -17,6 +17,7 @@ from genfound.runtime import run_directory
 from tests.cli.commands import TINY, genfound, variables
 from tests.cli.test_image_folder import photographs
 from tests.helpers import composed
+from tests.hub import hub
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,7 +58,11 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
             continue
         if name == "train" and "-m" not in shown and not any(word.startswith("name=") for word in shown):
             arguments.append(f"name={run_directory.run_name(shown)}")
-        result = genfound(name, *arguments, cwd=tmp_path)
+        if name == "fetch":
+            with hub(tmp_path / "hub") as (address, _):
+                result = genfound(name, *arguments, cwd=tmp_path, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hf"))
+        else:
+            result = genfound(name, *arguments, cwd=tmp_path)
         assert result.returncode == 0, (name, arguments, result.stderr)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genfound.metrics import extractor
 from genfound.metrics.extractor import COUNTED, Inception
 from genfound.metrics.inception import InceptionV3
 from genfound.metrics.resize import tf1_resize
@@ -107,3 +108,22 @@ def test_doubling_puts_values_between_and_repeats_the_last() -> None:
 def test_reducing_takes_pixels_without_averaging() -> None:
     image = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8)
     assert torch.equal(tf1_resize(image, 4, 4), image[:, :, ::2, ::2].float())
+
+
+def test_the_public_weights_are_downloaded_once_and_only_whole(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, folder = tmp_path / "served.pth", tmp_path / "weights"
+    monkeypatch.setattr(extractor, "SOURCES", (served.as_uri(), "elsewhere"))
+    with pytest.raises(ValueError, match=r"served\.pth cannot be downloaded: .*No such file.*; inception=false"):
+        extractor.download(folder)
+    assert not folder.exists()
+    served.symlink_to(weights)
+    file = extractor.download(folder)
+    assert file == folder / extractor.WEIGHTS and file.read_bytes() == weights.read_bytes()
+    served.unlink()
+    assert extractor.download(folder) == file
+    served.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        extractor.download(tmp_path / "cut")
+    assert not list((tmp_path / "cut").iterdir())

@@ -198,3 +198,9 @@ def test_importing_the_tokenizers_does_not_import_diffusers() -> None:
     heavy = "{'diffusers', 'huggingface_hub', 'torchvision', 'lightning'}"
     code = f"import sys, {modules}; sys.exit(len({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_processes_of_a_command_never_download(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GENFOUND_LAUNCH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"the processes of a command do not download; put .*genfound\.fetch"):
+        sd_vae(NAME)

@@ -196,6 +196,7 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
     if count == 1:
         processes.tune_malloc()
         return encode(config, node, nodes, device)
+    build.fetch_tokenizer(config)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // count, 1))
     launch.launch("genfound.encoding.encode", config, count, OMP_NUM_THREADS=threads)
 

@@ -1,10 +1,12 @@
 """What turns images into features: one interface, two extractors."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -14,13 +16,43 @@ from genfound.metrics.inception import SIDE, InceptionV3
 from genfound.metrics.resize import tf1_resize
 from genfound.runtime import checkpoint_io
 from genfound.runtime.devices import float32_products
+from genfound.runtime.files import atomic_write
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SOURCES = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
 )
+PATIENCE = 30
+"""Seconds for a server to answer."""
+
 COUNTED = "num_batches_tracked"
+
+
+def download(folder: Path) -> Path:
+    """The file of Inception's public weights in a folder, downloaded if it is not there, and read once to check it.
+
+    Raises:
+        ValueError: it cannot be downloaded, or is damaged.
+    """
+    file, cpu = folder / WEIGHTS, torch.device("cpu")
+    if file.is_file():
+        Inception(file, cpu)
+        return file
+    print(f"downloading {SOURCES[0]}", flush=True)
+    try:
+        answer = urlopen(SOURCES[0], timeout=PATIENCE)
+    except OSError as error:
+        raise ValueError(f"{SOURCES[0]} cannot be downloaded: {error}; inception=false does without it") from None
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "wb") as out:
+            shutil.copyfileobj(answer, out)
+        Inception(temporary, cpu)
+
+    with answer:
+        atomic_write(file, save)
+    return file
 
 
 class Extractor(Protocol):

@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from genfound.config.environment import LAUNCH
 from genfound.tokenizers.base import LatentSpec
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -52,7 +54,10 @@ def load(kind: Architecture, weights: str) -> Any:
 
 
 def locate(weights: str) -> Path:
-    """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it."""
+    """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it.
+
+    Only a command itself downloads, none of the processes that it starts.
+    """
     folder = Path(weights).expanduser()
     if folder.is_dir():
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -82,6 +87,8 @@ def _snapshot(name: str, local_files_only: bool) -> Path | None:
 def _download(name: str) -> Path:
     if importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE forbids a download"
+    elif LAUNCH in os.environ:
+        reason = "the processes of a command do not download"
     else:
         print(f"downloading {name} from the Hugging Face hub", flush=True)
         try:
@@ -94,7 +101,8 @@ def _download(name: str) -> Path:
             reason = "the hub has no such files under this name"
     raise FileNotFoundError(
         f"tokenizer.weights={name} is neither a folder nor in the cache of the Hugging Face hub: {reason}; "
-        f"put its {CONFIG} and {WEIGHTS} into a folder and give tokenizer.weights=FOLDER"
+        f"put its {CONFIG} and {WEIGHTS} into a folder (python -m genfound.fetch does so where there is internet) and "
+        "give tokenizer.weights=FOLDER"
     )
 
 

@@ -1,0 +1,52 @@
+"""Weights that others publish, downloaded where there is internet for machines that have none."""
+
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genfound import build
+from genfound.config import compose
+from genfound.metrics import extractor
+from genfound.runtime.files import atomic_write, check_folder
+from genfound.tokenizers.weights import CONFIG, WEIGHTS
+
+
+def fetch(tokenizer: Mapping[str, Any], inception: bool, to: Path | None) -> list[str]:
+    """Download what is not at hand, read it as a training would, and say where it is and what to set.
+
+    Args:
+        tokenizer: its options.
+        inception: whether the Inception weights of evaluations are wanted too.
+        to: a folder that gets a copy of all; without one, weights stay in the caches of their libraries.
+
+    Raises:
+        FileNotFoundError, ValueError: they cannot be downloaded, or are damaged.
+    """
+    if to is not None:
+        check_folder("to", to)
+    config = compose.with_own_targets({"tokenizer": tokenizer})
+    found, settings = [f"tokenizer {build.name_of(tokenizer)} needs no weights of the hub"], []
+    if folder := build.fetch_tokenizer(config):
+        build.tokenizer(config)
+        if to is None:
+            settings.append("HF_HUB_OFFLINE=1 in the environment")
+        else:
+            folder = _copied(folder, to / Path(tokenizer["weights"]).name)
+            settings.append(f"tokenizer.weights={folder.resolve()}")
+        found = [f"tokenizer {build.name_of(tokenizer)}, {tokenizer['weights']}: {folder}"]
+    if inception:
+        file = extractor.download(to or Path(torch.hub.get_dir()) / "checkpoints")
+        found.append(f"Inception: {file}")
+        settings.append(f"extractor_weights={file.resolve()} of genfound.evaluate")
+    return found + [f"on machines without internet that see these files, set {setting}" for setting in settings]
+
+
+def _copied(folder: Path, to: Path) -> Path:
+    """A folder with the files of an autoencoder."""
+    for name in (CONFIG, WEIGHTS):
+        atomic_write(to / name, functools.partial(shutil.copyfile, folder / name))
+    return to
