@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import multiprocessing as mp
+from torch._dynamo.utils import counters
 
 from genfound import training
 from genfound.callbacks.ema import the_ema
@@ -38,7 +39,8 @@ NETS = {
     "dit": ["model=dit_tiny", *DENSE],
     "dit_moe": ["model=dit_moe_tiny", "model.experts=3", *DENSE],  # which two do not divide
     "frozen": ["model=nit_tiny", "optimizer.trainable=[blocks.1,final_layer]"],
-    "recomputed": ["model=nit_tiny", "model.activation_checkpointing=true"],
+    "muon": ["model=nit_tiny", "optimizer=muon"],
+    "compiled": ["model=nit_tiny", "model.activation_checkpointing=2"],
 }
 CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/velocity_mse_ema")
 
@@ -60,6 +62,7 @@ def of_one(rank: int, ranks: int, port: int, runs: Sequence[Path]) -> None:
     GenerativeModule.configure_gradient_clipping = measured  # type: ignore[method-assign]
     for run in runs:
         training.fit(run, RankInfo(rank, ranks, rank))
+    assert not counters["graph_break"] and bool(counters["stats"]) == any(run.name == "compiled_fsdp" for run in runs)
     Path(f"{runs[0]}/../bytes-{rank}.json").write_text(json.dumps(sizes))
 
 
@@ -88,7 +91,8 @@ def prepared(folder: Path, devices: int, *overrides: str) -> Path:
 def test_ddp_and_fsdp_train_what_one_process_trains(tmp_path: Path) -> None:
     pairs = {f"{net}_{strategy}": [*options, f"strategy={strategy}"] for net, options in NETS.items()
              for strategy in ("ddp", "fsdp")}  # fmt: skip
-    pairs.pop("recomputed_ddp")
+    del pairs["compiled_ddp"], pairs["muon_ddp"]  # see test_devices
+    pairs["compiled_fsdp"].append("compile=true")
     train_on_two(*(prepared(tmp_path / name, 2, *options) for name, options in pairs.items()))
     for net, options in NETS.items():
         one = prepared(tmp_path / net, 1, *options)

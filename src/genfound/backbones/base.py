@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -50,7 +51,6 @@ class Backbone(nn.Module):
     null_label: int | None  # the label that means "no label"
     blocks: nn.ModuleList  # in their order
     activation_checkpointing: bool | int = False  # recompute each block, or every k-th, in the backward pass
-    _compiled: Callable[..., Any] | None = None
 
     @classmethod
     def from_preset(cls, name: str, *, num_classes: int = 1000, seed: int = 0, **options: Any) -> Self:
@@ -122,15 +122,16 @@ class Backbone(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks for training, all of one kind together; evaluation, of any shape, stays eager."""
         torch._dynamo.config.optimize_ddp = False  # a block is small enough to overlap with communication as it is
-        self._compiled = torch.compile(_call)
+        compiled = torch.compile(_forward)
+        for block in self.blocks:  # not their hooks, by which FSDP gathers the weights
+            block.forward = partial(_in_training, compiled, block)  # type: ignore[method-assign]
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """A block's output; with activation checkpointing nothing else of it is kept for the backward pass."""
-        call = self._compiled if self._compiled is not None and self.training else _call
         every = int(self.activation_checkpointing)
         if every and self.training and [*self.blocks].index(block) % every == 0:
-            return checkpoint(call, block, *inputs, use_reentrant=False)
-        return call(block, *inputs)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def flops(self) -> Flops:
         """Of the linear layers and of the attention that ends in them; a backbone with other products adds its own."""
@@ -180,5 +181,9 @@ def _target(option: str) -> Any:
     return own if own or not parents else _target(parents[0])
 
 
-def _call(block: nn.Module, *inputs: Any) -> Any:
-    return block(*inputs)
+def _forward(block: nn.Module, *inputs: Any) -> Any:
+    return type(block).forward(block, *inputs)
+
+
+def _in_training(compiled: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
+    return (compiled if block.training else _forward)(block, *inputs)
