@@ -34,6 +34,18 @@ def test_the_published_sizes_need_what_was_published(monkeypatch: pytest.MonkeyP
     assert memory.moments == 2 * memory.weights
 
 
+def test_fsdp_divides_what_ddp_holds_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genfound.reporting.estimate.activations", lambda *_: (0, 0))
+    options = ("model=nit_xl", "data=imagenet_native", "trainer.devices=8")
+    ddp, fsdp = (estimate(composed(*options, f"strategy={name}", resolve=False)) for name in ("ddp", "fsdp"))
+    assert fsdp.parameters == ddp.parameters and ddp.memory.gathered == 0
+    assert fsdp.memory[:4] == tuple(size // 8 for size in ddp.memory[:4])
+    assert fsdp.memory.gathered == pytest.approx(4 / 28 * ddp.memory.weights, rel=0.15)  # two of 28 blocks, twice
+    assert f"gathered {fsdp.memory.gathered / 1e9:,.2f} GB" in "\n".join(fsdp.lines())
+    alone = estimate(composed(*options[:2], "strategy=fsdp", resolve=False))
+    assert alone.memory == ddp.memory
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", FAMILIES)
 def test_activations_are_those_of_a_forward_pass(model: str, precision: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genfound import build
 from genfound.backbones.base import Backbone, Flops
+from genfound.config import compose
 from genfound.data.packing.budget import micro_batches, token_counts
 from genfound.loggers.json_lines import lines_of
 from genfound.modules.base import train_only
@@ -56,6 +57,7 @@ class Memory(NamedTuple):
     moments: int
     averages: int
     activations: int  # what the forward pass of a micro-batch keeps for the backward pass
+    gathered: int = 0  # whole weights and gradients of what is computed, where each device has but a part of them
 
     @property
     def total(self) -> int:
@@ -104,7 +106,7 @@ class Estimate:
         m, origin = self.memory, "counted in the data" if self.counted else "by the configuration"
         sides = (side * self.unit for side in SIDES)
         sizes = [f"{side}x{side} {self.gflops(side, side):,.1f}" for side in sides]
-        parts = "  ".join(f"{key} {_gigabytes(value)}" for key, value in m._asdict().items())
+        parts = "  ".join(f"{key} {_gigabytes(value)}" for key, value in m._asdict().items() if value)
         saved = m.total - m.activations + self.recomputed
         lines = [
             f"{self.name}: {self.parameters:,} parameters, {self.trained:,} of them trained",
@@ -159,13 +161,23 @@ def estimate(config: Config) -> Estimate:
     images = config["data"]["batch_size"] if dense else config["data"]["max_tokens"] / tokens
     kept, recomputed = activations(config, images, tokens)
     decays = [config["optimizer"]["ema_decay"]] if config["ema"]["decays"] is None else config["ema"]["decays"]
-    per = FLOAT * trained
-    memory = Memory(FLOAT * parameters, per, 2 * per, len(decays) * per, kept)
+    fsdp = compose.read_option("strategy", "fsdp")[compose.TARGET]
+    sharded = ranks > 1 and (config["strategy"] or {}).get(compose.TARGET) == fsdp
+    divided, gathered = (ranks, _gathered(net)) if sharded else (1, 0)
+    per = FLOAT * trained // divided
+    memory = Memory(FLOAT * parameters // divided, per, 2 * per, len(decays) * per, kept, gathered)
     budget = config["budget"]["images"] or config["optimizer"]["budget_images"]
     name, step = type(net).__name__, per_step * images
     return Estimate(
         name, parameters, trained, net.flops(), unit, tokens, counted, ranks, step, budget, memory, recomputed
     )
+
+
+def _gathered(net: Backbone) -> int:
+    """Bytes of FSDP at most: of two blocks, since the next one is gathered ahead, and of what is outside of blocks."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in net.blocks]
+    outside = sum(p.numel() for p in net.parameters()) - sum(blocks)
+    return 2 * FLOAT * (outside + 2 * max(blocks))
 
 
 def _of_data(config: Config, unit: int) -> tuple[float, int, bool]:
