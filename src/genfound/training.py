@@ -213,7 +213,7 @@ def train(cfg: DictConfig) -> str | None:
         if cfg.trainer.num_nodes > 1:
             raise ValueError("trainer.fast_dev_run tries a single machine; set trainer.num_nodes=1")
         with tempfile.TemporaryDirectory(prefix="genfound-") as scratch:
-            _start(Path(scratch) / folder.name, one_step(config), sweeping)
+            start(Path(scratch) / folder.name, one_step(config), sweeping)
         print("fast_dev_run: one global step with every callback; nothing of it was kept", flush=True)
         return None
     run_directory.refuse_changes(folder, config, cfg.allow_changes)
@@ -231,10 +231,10 @@ def train(cfg: DictConfig) -> str | None:
             return _follow(folder, config, machines)
         with lock(folder, "choose name=..."):
             run_directory.note_overrides(folder, list(hydra_cfg.overrides.task))
-            return _start(folder, config, sweeping, machines)
+            return start(folder, config, sweeping, machines)
 
 
-def _start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: launch.Machines | None = None) -> str:
+def start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: launch.Machines | None = None) -> str:
     """Check what can be known at once, write the configuration, and run the job; how it ended."""
     sweeps.tell(folder=str(folder))
     _check_at_once(folder, config)

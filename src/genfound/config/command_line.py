@@ -80,9 +80,8 @@ def hydra_main(
     """Compose `conf/<config_name>.yaml` with the command line and run `task`, once or for each job of a sweep.
 
     With `read_origin`, sampler and guidance are those of the model in `from=`; see `with_origin`. Keys in `may_lack`
-    may be missing.
-    Exits with 1, after a line on standard error for what is wrong, with the code of `Stopped`, or with 128 + the number
-    of a signal.
+    may be missing. Exits with 1, after a line on standard error for what is wrong, with the code of `Stopped`, or with
+    128 + the number of a signal.
     """
     errors: list[str] = []
     make_lasting()

@@ -12,7 +12,7 @@ from genfound.data.images.sets import image_files, read_note
 from genfound.evaluation.protocol import LIBRARIES, SamplingRecord
 from genfound.loggers.provenance import versions
 from genfound.metrics.extractor import tensors_hash
-from genfound.runtime import checkpoint_io
+from genfound.runtime import checkpoint_io, receipts
 from genfound.runtime.files import digest, visible
 from genfound.sampling.pipeline import Pipeline
 from genfound.tokenizers import Tokenizer
@@ -38,7 +38,10 @@ def model_identity(source: Path) -> dict[str, Any]:
     run = source.parent.parent
     if source.suffix != ".ckpt" or not (run / "config.yaml").is_file():
         return {"from": str(source)}
-    return {"from": str(run), "checkpoint": source.name, "images_seen": checkpoint_io.read(source)["images_seen"]}
+    receipt = receipts.head_at(run / receipts.FILE, source.name)
+    known = {} if receipt is None else {"receipt": receipt}
+    seen = checkpoint_io.read(source)["images_seen"]
+    return {"from": str(run), "checkpoint": source.name, "images_seen": seen, **known}
 
 
 def network_hash(net: Backbone, config: Config) -> str:

@@ -28,7 +28,7 @@ class Terminal(RunLogger):
         figures = [f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith("eval")]
         if figures:
             print(f"step {step:,}  {'  '.join(figures)}", flush=True)
-        if "train/loss" not in metrics:
+        if "perf/images_per_s" not in metrics:  # of TrainLog
             return
         seen = int(metrics["images_seen"])
         text = (

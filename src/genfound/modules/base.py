@@ -138,6 +138,7 @@ class GenerativeModule(lightning.LightningModule):
         loss = loss / micro.weight_sum * self.loss_scale
         if self.logs_losses:
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(micro.indices))
+            self.log("images_seen", float(micro.images_seen), batch_size=len(micro.indices))
         return {"loss": loss, "losses": losses}
 
     def on_validation_epoch_start(self) -> None:
