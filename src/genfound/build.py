@@ -142,6 +142,12 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
     return RunComponents(config, ranks, place, codec, images, held_out, backbone, goal, arranged, steps)
 
 
+def sharded(config: Config, ranks: int) -> bool:
+    """Whether each of several processes keeps a part of the network (`strategy=fsdp`)."""
+    fsdp = compose.read_option("strategy", "fsdp")[TARGET]
+    return ranks > 1 and (config["strategy"] or {}).get(TARGET) == fsdp
+
+
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a configuration."""
     return instantiate("tokenizer", config["tokenizer"], trusted(config))

@@ -66,7 +66,8 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     _quiet_lightning()
     config = run_directory.claimed(folder)
     devices.device(config["trainer"]["accelerator"], local_rank)
-    parts = build.build_run(config, ranks)
+    apart = build.sharded(config, ranks) and not config["init_from"]  # then each process draws its part
+    parts = build.build_run(config, ranks, with_values=not apart)
     newest = checkpoint_io.newest(folder / "checkpoints")
     start: dict[str, Any] = {"global_step": 0, "images_seen": 0} if newest is None else checkpoint_io.read(newest)
     module = module_of(parts)

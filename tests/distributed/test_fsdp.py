@@ -13,13 +13,15 @@ import torch
 from torch import multiprocessing as mp
 from torch._dynamo.utils import counters
 
-from genfound import training
+from genfound import build, training
+from genfound.backbones.base import Backbone
 from genfound.callbacks.ema import the_ema
 from genfound.config import compose
 from genfound.evaluation.protocol import read_results
+from genfound.layers.initial import local
 from genfound.modules.base import GenerativeModule
-from genfound.runtime import checkpoint_io
-from genfound.runtime.fsdp import local
+from genfound.rng import Rng
+from genfound.runtime import checkpoint_io, run_directory
 from genfound.runtime.processes import RankInfo
 from tests.callbacks.test_evaluation import FEW
 from tests.distributed.test_devices import curve, free_port
@@ -144,3 +146,29 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     assert newest is not None
     state = checkpoint_io.read(newest)
     return {**state["state_dict"], **state["ema"]["0.9"]}
+
+
+def held_at_most(rank: int, port: int, run: Path) -> None:
+    """One of two processes, which never has memory for the whole network."""
+    materialise, parts = Backbone.materialise, []
+
+    def measured(net: Backbone, rng: Rng) -> None:
+        parts.append(sum(local(p).numel() for p in net.parameters()) / sum(p.numel() for p in net.parameters()))
+        materialise(net, rng)
+
+    Backbone.materialise = measured  # type: ignore[method-assign]
+    of_one(rank, 2, port, [run])
+    assert len(parts) == 1 and parts[0] < 0.55
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["nit", "dit_moe"])
+def test_parts_are_drawn_where_they_lie_with_the_values_of_the_whole(model: str, tmp_path: Path) -> None:
+    options = ["strategy=fsdp", "optimizer.lr=0", "trainer.max_steps=1"]
+    run = prepared(tmp_path / "run", 2, *NETS[model], *options)
+    mp.spawn(held_at_most, (free_port(), run), nprocs=2)
+    whole = build.build_run(run_directory.read_config(run), 2).net.state_dict()
+    kept = weights_of(run)
+    assert whole.keys() == {name.removeprefix("net.") for name in kept if name.startswith("net.")}
+    for name, values in whole.items():
+        assert torch.equal(kept[f"net.{name}"], values), name

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from genfound.batch import Batch
 from genfound.config import compose, targets
 from genfound.layers.embed import TimestepEmbedder
-from genfound.layers.initial import Draw
+from genfound.layers.initial import Draw, local
 from genfound.layers.moe import Experts, Router
 from genfound.layers.rope import Rope
 from genfound.rng import Rng
@@ -108,9 +108,12 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def materialise(self, rng: Rng) -> None:
-        """Give a network that was built on `meta` memory on the default device, and its initial values."""
+        """Give a network that was built on `meta` memory on the default device, and its initial values.
+
+        One that was sharded there gets those of its part.
+        """
         self.to_empty(device=torch.get_default_device())
-        own = [(name, x.view(-1)[:1]) for name, x in chain(self.named_parameters(), self.named_buffers())]
+        own = [(name, local(x).view(-1)[:1]) for name, x in chain(self.named_parameters(), self.named_buffers())]
         own = [(name, first) for name, first in own if first.is_floating_point()]
         for _, first in own:
             first.fill_(torch.nan)

@@ -8,8 +8,9 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
+from genfound.layers.initial import local
 from genfound.modules.base import GenerativeModule
-from genfound.runtime.fsdp import gathered, local, sharded_like, unsharded
+from genfound.runtime.fsdp import gathered, sharded_like, unsharded
 
 
 class Ema(Callback):

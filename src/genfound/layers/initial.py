@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from genfound.rng import Rng
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor (`DTensor`) that this process keeps; all of another one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class Draw:
     """Draws each parameter of a network from a stream of its own.
 
@@ -26,7 +31,14 @@ class Draw:
         if parameter.is_meta:
             return
         generator = self.streams[parameter].generator("values") if self.streams else None
-        values = parameter if parameter.device.type == "cpu" else torch.empty_like(parameter, device="cpu")
+        placements = getattr(parameter, "placements", None)  # of a part of a sharded one, all of which is drawn
+        in_place = parameter.device.type == "cpu" and placements is None
+        values = parameter if in_place else torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
         law(values, **options, generator=generator)
-        if values is not parameter:
+        if placements is not None:
+            from torch.distributed.tensor import distribute_tensor  # slow to import
+
+            mesh = parameter.device_mesh  # type: ignore[attr-defined]
+            parameter.copy_(distribute_tensor(values, mesh, placements, src_data_rank=None))
+        elif not in_place:
             parameter.copy_(values)

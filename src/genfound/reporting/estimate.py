@@ -12,7 +12,6 @@ from torch import Tensor
 
 from genfound import build
 from genfound.backbones.base import Backbone, Flops
-from genfound.config import compose
 from genfound.data.packing.budget import micro_batches, token_counts
 from genfound.loggers.json_lines import lines_of
 from genfound.modules.base import train_only
@@ -161,9 +160,7 @@ def estimate(config: Config) -> Estimate:
     images = config["data"]["batch_size"] if dense else config["data"]["max_tokens"] / tokens
     kept, recomputed = activations(config, images, tokens)
     decays = [config["optimizer"]["ema_decay"]] if config["ema"]["decays"] is None else config["ema"]["decays"]
-    fsdp = compose.read_option("strategy", "fsdp")[compose.TARGET]
-    sharded = ranks > 1 and (config["strategy"] or {}).get(compose.TARGET) == fsdp
-    divided, gathered = (ranks, _gathered(net)) if sharded else (1, 0)
+    divided, gathered = (ranks, _gathered(net)) if build.sharded(config, ranks) else (1, 0)
     per = FLOAT * trained // divided
     memory = Memory(FLOAT * parameters // divided, per, 2 * per, len(decays) * per, kept, gathered)
     budget = config["budget"]["images"] or config["optimizer"]["budget_images"]

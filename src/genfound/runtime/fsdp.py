@@ -117,8 +117,3 @@ def sharded_like(value: Any, own: Tensor | None) -> Any:
     if not isinstance(own, DTensor) or isinstance(value, DTensor) or value.shape != own.shape:
         return value
     return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).clone()  # not a view of it
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process keeps; all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
