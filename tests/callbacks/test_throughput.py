@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from genfound import build
 from genfound.callbacks import throughput, train_log
 from genfound.callbacks.checkpointing import Checkpointing
+from genfound.callbacks.receipt import Receipt
 from genfound.callbacks.validation import Validation
 from genfound.loggers.json_lines import JsonLines
 from genfound.tokenizers import PixelTokenizer
@@ -75,6 +76,7 @@ def test_the_clock_has_all_of_a_step_and_nothing_else(tmp_path: Path, monkeypatc
     monkeypatch.setattr(JsonLines, "log_metrics", logged)
     monkeypatch.setattr(Validation, "on_interval", slowed(Validation.on_interval))
     monkeypatch.setattr(Checkpointing, "_save", slowed(Checkpointing._save))
+    monkeypatch.setattr(Receipt, "_note_checkpoint", slowed(Receipt._note_checkpoint))
     options = [
         "trainer.max_steps=9",
         "trainer.log_every_n_steps=3",

@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from genfound.callbacks.throughput import paused
 from genfound.data.packing.loader import Item
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io, receipts, run_directory
@@ -32,7 +33,8 @@ class Receipt(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: GenerativeModule, *_: Any) -> None:
         """Add a checkpoint that was written after the last step."""
         if self._saved >= 0:
-            self._note_checkpoint()
+            with paused(trainer, module):
+                self._note_checkpoint()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: GenerativeModule, outputs: Any, batch: Item, *_: Any
