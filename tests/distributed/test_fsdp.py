@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from genfound.callbacks.ema import the_ema
 from genfound.config import compose
 from genfound.evaluation.protocol import read_results
 from genfound.layers.initial import local
-from genfound.modules.base import GenerativeModule
+from genfound.modules.base import GenerativeModule, TrainItem
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io, run_directory
 from genfound.runtime.processes import RankInfo
@@ -172,3 +173,26 @@ def test_parts_are_drawn_where_they_lie_with_the_values_of_the_whole(model: str,
     assert whole.keys() == {name.removeprefix("net.") for name in kept if name.startswith("net.")}
     for name, values in whole.items():
         assert torch.equal(kept[f"net.{name}"], values), name
+
+
+def with_a_gradient_that_is_not_finite(rank: int, port: int, runs: Sequence[Path]) -> None:
+    step = GenerativeModule.training_step
+
+    def wrong(module: GenerativeModule, item: TrainItem, batch_idx: int) -> dict[str, Any]:
+        found = step(module, item, batch_idx)
+        return {**found, "loss": found["loss"] * (math.nan if rank == 1 and item[1].step == 2 else 1)}
+
+    GenerativeModule.training_step = wrong  # type: ignore[method-assign]
+    of_one(rank, 2, port, runs)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    options = ["model=nit_tiny", "trainer.precision=bf16"]
+    runs = [prepared(tmp_path / name, 2, *options, f"strategy={name}") for name in ("ddp", "fsdp")]
+    mp.spawn(with_a_gradient_that_is_not_finite, (free_port(), runs), nprocs=2)
+    for run in runs:
+        assert curve(run, "train/skipped") == [0, 0, 1, 0, 0, 0]
+        assert '"step": 2' in (run / "nonfinite.jsonl").read_text()
+        assert all(values.isfinite().all() for values in weights_of(run).values())
+    assert curve(runs[1], "val/loss") == pytest.approx(curve(runs[0], "val/loss"), rel=1e-4)
