@@ -12,7 +12,9 @@ from genfound.reporting import plots
 from genfound.reporting.collect import Run, read_study
 from genfound.reporting.page import write_report
 from genfound.runtime.files import visible
+from genfound.training import fit
 from tests.cli.commands import genfound, one_error
+from tests.helpers import run_dir
 from tests.reporting.studies import made_run, made_study
 
 METRIC = "val/velocity_mse_ema"
@@ -50,6 +52,14 @@ def test_a_figure_of_several_sizes_is_drawn_against_them() -> None:
     ]
     drawn = plots.sizes(runs, "fd")
     assert b"<svg" in drawn and all(f"<!-- {text} -->".encode() in drawn for text in ("16x16", "8x8", "a", "b"))
+
+
+def test_the_load_of_experts_is_drawn_from_what_a_run_logs(tmp_path: Path) -> None:
+    small = ["model=dit_moe_tiny", "model.width=32", "model.depth=1", "model.heads=1", "data.images=300"]
+    steps = ["trainer.max_steps=2", "trainer.log_every_n_steps=1", "callbacks.preview=null", "logger=jsonl"]
+    fit(run_dir(tmp_path / "study/run", *small, *steps))
+    drawn = plots.expert_load(read_study(tmp_path / "study"))
+    assert drawn and b"<!-- largest load of an expert -->" in drawn
 
 
 def test_the_command_writes_into_the_study(root: Path) -> None:

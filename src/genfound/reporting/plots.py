@@ -1,10 +1,11 @@
 """Plots of a study, each as SVG: curves, cost, time bins, sizes, experts and speed."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 
 mpl.use("Agg")
 
@@ -55,20 +56,23 @@ def _finish(figure: Figure, axes: Axes, lines: int) -> bytes:
 
 def curves(runs: Sequence[Run], metric: str) -> bytes | None:
     """A metric against images seen: a thin line for each seed, a thick one for their mean."""
-    groups = {key: [run for run in same if len(run.values(metric)) > 1] for key, same in by_setting(runs).items()}
-    groups = {key: same for key, same in groups.items() if same}
+    return _curves(metric, {key: [run.values(metric) for run in same] for key, same in by_setting(runs).items()})
+
+
+def _curves(name: str, groups: Mapping[tuple[str, ...], Sequence[pd.Series]]) -> bytes | None:
+    long = ((setting, [values for values in same if len(values) > 1]) for setting, same in groups.items())
+    groups = {setting: same for setting, same in long if same}
     if not groups:
         return None
-    figure, axes = _axes("images seen", metric)
-    for place, (setting, same) in enumerate(groups.items()):
-        series = [run.values(metric) for run in same]
+    figure, axes = _axes("images seen", name)
+    for place, (setting, series) in enumerate(groups.items()):
         for values in series:
             axes.plot(values.index, values, color=f"C{place % 10}", alpha=0.35, linewidth=0.8)
         ends = min(values.index.max() for values in series)
         points = series[0].index[series[0].index <= ends]
         middle = np.mean([np.interp(points, values.index, values) for values in series], axis=0)
         axes.plot(points, middle, color=f"C{place % 10}", linewidth=2, marker=".", label=label(setting))
-    if all((run.values(metric) > 0).all() for same in groups.values() for run in same):
+    if all((values > 0).all() for series in groups.values() for values in series):
         axes.set_yscale("log")
         _plain(axes.yaxis)
     return _finish(figure, axes, len(groups))
@@ -122,17 +126,13 @@ def sizes(compared: Sequence[Run], metric: str) -> bytes:
 
 def expert_load(runs: Sequence[Run]) -> bytes | None:
     """The largest load of an expert in any block against images seen; 1 / experts would be balanced."""
-    figure, axes, drawn = *_axes("images seen", "largest load of an expert"), 0
-    for run in runs:
-        names = [column for column in run.curve if column.startswith("experts/") and column.endswith("load_max")]
-        if names:
-            most = run.curve.set_index("images_seen")[names].max(axis=1).dropna()
-            axes.plot(most.index, most, label=run.folder.name)
-            drawn += 1
-    if not drawn:
-        plt.close(figure)
-        return None
-    return _finish(figure, axes, drawn)
+    groups = {setting: [_largest_load(run) for run in same] for setting, same in by_setting(runs).items()}
+    return _curves("largest load of an expert", groups)
+
+
+def _largest_load(run: Run) -> pd.Series:
+    names = [column for column in run.curve if column.startswith("train/experts/") and column.endswith("/load_max")]
+    return run.curve.set_index("images_seen")[names].max(axis=1).dropna() if names else pd.Series(dtype=float)
 
 
 def speed(runs: Sequence[Run]) -> bytes | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from genfound.evaluation.protocol import differences, size_text
+from genfound.evaluation.protocol import Protocol, differences, size_text
 from genfound.loggers.base import higher_is_better
 from genfound.reporting.collect import Run, varied
 
@@ -143,13 +143,13 @@ def beside_paper(runs: Sequence[Run], metric: str, file: Path) -> tuple[pd.DataF
 
 
 def evaluations(runs: Sequence[Run]) -> pd.DataFrame:
-    """Figures with their protocols; the last column says what keeps a row from being compared with the first."""
-    rows, keys, first = [], varied(runs), None
+    """Figures with their protocols; last, what keeps a row from being compared with the first of its seed and size."""
+    rows, keys, firsts = [], varied(runs), dict[tuple[int, str], Protocol]()
     for run, result in itertools.chain.from_iterable(((run, each) for each in run.evaluations) for run in runs):
-        drawn, first = result.protocol.drawing, first or result.protocol
-        differing = differences(first, result.protocol)
+        drawn, size = result.protocol.drawing, size_text(result.protocol.size)
+        differing = differences(firsts.setdefault((run.seed, size), result.protocol), result.protocol)
         row = {**{key: run.setting(key) for key in keys}, "seed": run.seed}
-        row |= {"size": size_text(result.protocol.size), "drawn": drawn.summary(), **result.figures}
+        row |= {"size": size, "drawn": drawn.summary(), **result.figures}
         rows.append({**row, "protocol": result.protocol.name, "differs in": ", ".join(differing)})
     return pd.DataFrame(rows)
 
