@@ -100,6 +100,7 @@ def test_a_sweep_of_samples_and_a_folder_with_other_images(run: Path, tmp_path: 
     arguments = [f"from={run}", "labels=[1]", "size=[16,16]", "batch=1", "sampler.steps=1,2"]
     swept = genfound("sample", "-m", *arguments, "out=out-${sampler.steps}", cwd=tmp_path)
     assert swept.returncode == 0, swept.stderr
+    assert not (tmp_path / "multirun").exists()
     assert sorted(folder.name for folder in tmp_path.glob("out-*")) == ["out-1", "out-2"]
     again = [f"from={run}", "size=[16,16]", "batch=1", "sampler.steps=1", "out=out-1"]
     assert genfound("sample", *again, "labels=[1]", cwd=tmp_path).returncode == 0

@@ -155,10 +155,11 @@ WRONG = {
     "data.view=round": "data.view=round is unknown",
     "objective.path=curved": "objective.path=curved is unknown",
     "optimizer.schedule=step": "optimizer.schedule=step is unknown",
-    "trainer.precision=fp8": "precision=fp8 is unknown",
+    "trainer.precision=fp8": "trainer.precision=fp8 is unknown",
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
+    "experiment=evaluate/nit_resolutions_mini": "another command: python -m genfound.evaluate experiment=",
     "experiment=best": "experiment=best is unknown; choose one of dit_scaling, dit_scaling_mini, fit_extra",
     "callbacks.checkpointing.keep=0": "callbacks.checkpointing.keep=0 must be a whole number of at least 1",
 }

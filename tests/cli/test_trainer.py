@@ -103,7 +103,8 @@ REFUSED = {
     "logger=[csv,mlflow]": "logger=mlflow is unknown",
     "callbacks.ema=null": "callbacks.ema is part of every run",
     "+callbacks.x._target_=lightning.Nope": "callbacks.x cannot be built: module 'lightning' has no attribute 'Nope'",
-    "trainer.profiler=complete": "trainer: ",
+    "trainer.profiler=complete": "trainer.profiler=complete is unknown; choose simple, advanced, pytorch or null",
+    "trainer.max_time=soon": "trainer.max_time=soon must be days:hours:minutes:seconds",
     "trainer.benchmark=foo": "trainer: set_benchmark_cudnn expects a bool",
     "seed=null": "seed=null must be a whole number of at least 0",
 }

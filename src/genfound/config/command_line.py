@@ -301,8 +301,21 @@ def _refuse_new_keys(arguments: list[str]) -> None:
             raise ValueError(f"{argument} would take away a key that is read; set {argument[1:]}=... instead")
 
 
+def _of_another_command(config_name: str, arguments: Sequence[str]) -> str | None:
+    """About an experiment on the command line that this command cannot compose."""
+    chosen = next((text.partition("=")[2] for text in arguments if text.startswith("experiment=")), "")
+    command = "evaluate" if chosen.startswith("evaluate/") else "train"
+    if command == config_name or not (Path(compose.config_dir()) / "experiment" / f"{chosen}.yaml").is_file():
+        return None
+    return f"experiment={chosen} is one of another command: python -m genfound.{command} experiment={chosen}"
+
+
 def composition_error(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     """Hydra's messages about a command line, in one line that names the key and the nearest real one."""
+    return _of_another_command(config_name, arguments) or _composition_error(error, config_name, arguments)
+
+
+def _composition_error(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         return _rewritten(error.override)
     text = f"{error} {error.__cause__ or ''}"

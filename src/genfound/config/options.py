@@ -1,5 +1,6 @@
 """Which settings of a run make sense, and where keys have gone."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +67,9 @@ OF_CALLBACKS = {
 }  # fmt: skip
 """Whole numbers of at least 1 of the callbacks that there are; only evaluation.every may be null."""
 
+PROFILERS = ("simple", "advanced", "pytorch")
+"""Of Lightning, by name."""
+
 OR_NULL = (("trainer", "max_steps"), ("budget", "images"), ("batch", "packs"), ("batch", "images"))
 """Whole numbers of at least 1, or null."""
 
@@ -129,6 +133,11 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
     for key, instead in OTHER_KEYS.items():
         if config["trainer"].get(key) is not None:
             raise ValueError(f"trainer.{key} cannot be set: {instead}")
+    profiler, limit = config["trainer"]["profiler"], config["trainer"]["max_time"]
+    if profiler not in (None, *PROFILERS):
+        raise ValueError(f"trainer.profiler={profiler} is unknown; choose {', '.join(PROFILERS)} or null")
+    if limit is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(limit)):
+        raise ValueError(f"trainer.max_time={limit} must be days:hours:minutes:seconds, as 01:12:00:00, or null")
     if config["compile"] not in (True, False, "auto"):
         raise ValueError(f"compile={config['compile']} must be auto, true or false")
     callbacks = config["callbacks"]

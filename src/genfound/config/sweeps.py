@@ -7,6 +7,7 @@ they tell is a line of JSON for each event, in a file in the folder of the sweep
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -241,6 +242,7 @@ def finish() -> bool:
     jobs = _told(Path(swept.notes))
     for file in (Path(swept.notes), _stop_file(swept.notes)):
         file.unlink(missing_ok=True)
+    _remove_empty(Path(swept.notes).parent)
     rows = [("job", "ended", "images", "loss", "time", "reason")]
     for job, facts in jobs:
         ended = facts.get("ended") or ("stopped" if "begun" in facts else "not begun")
@@ -256,6 +258,16 @@ def finish() -> bool:
     if undone:
         print(f"error: {undone} of {len(jobs)} jobs are not done; the same command goes on with them", file=sys.stderr)
     return not undone
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove what Hydra has written for a sweep whose command puts its results elsewhere."""
+    if [path.name for path in folder.rglob("*") if not path.is_dir()] == ["multirun.yaml"]:
+        shutil.rmtree(folder)
+        above = folder.parent
+        while Path.cwd() in above.parents and not any(above.iterdir()):
+            above.rmdir()
+            above = above.parent
 
 
 def running(folder: Path) -> bool:

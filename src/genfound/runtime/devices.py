@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 
-def precision(wanted: str, device: torch.device) -> str:
+def precision(wanted: str, device: torch.device, key: str = "trainer.precision") -> str:
     """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic."""
     if wanted == "auto":
         cuda = device.type == "cuda"  # its own arithmetic, since PyTorch also emulates bf16, slowly
@@ -15,7 +15,7 @@ def precision(wanted: str, device: torch.device) -> str:
         wanted = "bf16" if has else "fp32"
     names = {"bf16": "bf16-mixed", "fp32": "32-true"}
     if wanted not in names:
-        raise ValueError(f"precision={wanted} is unknown; choose auto, bf16 or fp32")
+        raise ValueError(f"{key}={wanted} is unknown; choose auto, bf16 or fp32")
     return names[wanted]
 
 

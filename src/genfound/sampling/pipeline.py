@@ -64,7 +64,7 @@ class Pipeline:
             sampler=build.sampler(config),
             guidance=build.guidance(config, **({} if guide is None else {"guide": objective.adapt(guide)})),
             micro_batch=micro_batch,
-            precision=devices.precision(config["trainer"]["precision"], device),
+            precision=devices.precision(config["trainer"]["precision"], device, "precision"),
             uint8=config["sample"]["uint8"],
             device=device,
             guide=guide,
