@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from genfound.reporting import plots
-from genfound.reporting.collect import Run, read_study
+from genfound.reporting.collect import Run, metric_names, read_study
 from genfound.reporting.page import write_report
 from genfound.runtime.files import visible
 from genfound.training import fit
@@ -52,6 +52,15 @@ def test_a_figure_of_several_sizes_is_drawn_against_them() -> None:
     ]
     drawn = plots.sizes(runs, "fd")
     assert b"<svg" in drawn and all(f"<!-- {text} -->".encode() in drawn for text in ("16x16", "8x8", "a", "b"))
+
+
+def test_a_metric_that_is_wanted_twice_is_there_once(root: Path) -> None:
+    runs = read_study(root / "runs/paths")
+    assert metric_names(runs, ["train/loss", "train"]) == [
+        "train/loss",
+        "train/loss_t/0.00-0.50",
+        "train/loss_t/0.50-1.00",
+    ]
 
 
 def test_the_load_of_experts_is_drawn_from_what_a_run_logs(tmp_path: Path) -> None:

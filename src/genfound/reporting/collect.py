@@ -165,6 +165,7 @@ def varied(runs: Sequence[Run]) -> list[str]:
 
 
 def metric_names(runs: Sequence[Run], wanted: Sequence[str]) -> list[str]:
-    """The metrics that runs have, of those that are wanted: by name, or all that begin with a name and a slash."""
-    found = dict.fromkeys(column for run in runs for column in run.curve)
-    return [name for want in wanted for name in found if name == want or name.startswith(f"{want}/")]
+    """The metrics that runs have, each once, of those that are wanted: by name, or by what is before a slash."""
+    there = dict.fromkeys(column for run in runs for column in run.curve)
+    names = (name for want in wanted for name in there if name == want or name.startswith(f"{want}/"))
+    return [*dict.fromkeys(names)]
