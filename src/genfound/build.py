@@ -153,7 +153,7 @@ def tokenizer(config: Config) -> Tokenizer:
     return instantiate("tokenizer", config["tokenizer"], trusted(config))
 
 
-def fetch_tokenizer(config: Config) -> Path | None:
+def fetch_tokenizer(config: Config, download: bool = True) -> Path | None:
     """The folder with the weights of a tokenizer, downloaded if they are not at hand; `None` if it needs none.
 
     Commands call this before they start processes, which never download.
@@ -161,7 +161,7 @@ def fetch_tokenizer(config: Config) -> Path | None:
     kind = targets.target("tokenizer", config["tokenizer"], trusted(config))
     weights = config["tokenizer"].get("weights")
     of_hub = isinstance(kind, type) and issubclass(kind, Autoencoder) and weights not in stored_tokenizer.RANDOM
-    return locate(str(weights)) if of_hub else None
+    return locate(str(weights), download) if of_hub else None
 
 
 def hinted_tokenizer(options: Mapping[str, Any], codec: str) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def test_the_cache_of_the_hub_is_used_without_the_network(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_into_cache(cache, folder)
-    monkeypatch.setattr(weights, "_download", lambda name: pytest.fail("asked the network"))
+    monkeypatch.setattr(weights, "_download", lambda *_: pytest.fail("asked the network"))
     assert states_equal(sd_vae(NAME), sd_vae("random_tiny"))
 
 

@@ -85,21 +85,32 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def available_backends(device: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Backends that run for this device and dtype, best first.
+    """Backends that run for this device and dtype, best first."""
+    return tuple(name for name, lack in lacking(device, dtype).items() if not lack)
+
+
+def lacking(device: str, dtype: torch.dtype) -> dict[str, str]:
+    """What each backend lacks to run for this device and dtype, best first; empty where it runs.
 
     The flash kernels are made for 16 bits from capability 8.0. `flex` is never the best: where they do not run, in
     float32, its kernels need a compiler and may not fit the shared memory of a card, and no measurement shows them
     faster than `loop`, which runs anywhere.
     """
     capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else (0, 0)
-    flash = capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
-    found = {
-        "flash": flash and _installed("flash_attn"),
-        "varlen": flash and _installed("torch.nn.attention.varlen"),
-        "loop": True,
-        "flex": capability >= (7, 0) and _installed("triton"),
+
+    def lack(least: tuple[int, int], module: str, bits: str = "") -> str:
+        if capability < least:
+            return f"a CUDA device of capability {least[0]}.{least[1]}"
+        if bits and dtype not in (torch.float16, torch.bfloat16):
+            return bits
+        return "" if _installed(module) else f"the package {module}"
+
+    return {
+        "flash": lack((8, 0), "flash_attn", bits="bf16"),
+        "varlen": lack((8, 0), "torch.nn.attention.varlen", bits="bf16"),
+        "loop": "",
+        "flex": lack((7, 0), "triton"),
     }
-    return tuple(name for name, available in found.items() if available)
 
 
 def _installed(module: str) -> bool:

@@ -53,7 +53,7 @@ def load(kind: Architecture, weights: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def locate(weights: str) -> Path:
+def locate(weights: str, download: bool = True) -> Path:
     """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it.
 
     Only a command itself downloads, none of the processes that it starts.
@@ -69,7 +69,7 @@ def locate(weights: str) -> Path:
             f"tokenizer.weights={weights} is not a folder; give one with {CONFIG} and {WEIGHTS}, a name on the "
             "Hugging Face hub, or random"
         )
-    return _snapshot(weights, local_files_only=True) or _download(weights)
+    return _snapshot(weights, local_files_only=True) or _download(weights, download)
 
 
 def _snapshot(name: str, local_files_only: bool) -> Path | None:
@@ -84,11 +84,13 @@ def _snapshot(name: str, local_files_only: bool) -> Path | None:
     return found if all((found / file).is_file() for file in (CONFIG, WEIGHTS)) else None
 
 
-def _download(name: str) -> Path:
+def _download(name: str, allowed: bool) -> Path:
     if importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE forbids a download"
     elif LAUNCH in os.environ:
         reason = "the processes of a command do not download"
+    elif not allowed:
+        reason = "it has not been downloaded"
     else:
         print(f"downloading {name} from the Hugging Face hub", flush=True)
         try:
