@@ -34,7 +34,7 @@ def test_a_process_has_its_device_before_anything_is_built(
     """What is built goes to `cuda`, which is the first device of the machine until another one is set."""
     current: list[int | None] = []
 
-    def parts(*_: Any) -> None:
+    def parts(*_: Any, **__: Any) -> None:
         raise InterruptedError("building begins")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,6 +1,5 @@
 """`python -m genfound.train -m`: each job is done, or the table at the end says why it is not."""
 
-import functools
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from genfound.config.errors import STOPPING
 from tests.cli.commands import LIMIT, TINY, genfound, variables
 
 SMALL = [*TINY, "data.images=300", "callbacks.preview.every=4000", "study=s"]
@@ -77,9 +77,14 @@ def begun(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """The command, begun."""
     command = [sys.executable, "-m", "genfound.train", *arguments]
     pipe = subprocess.PIPE
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which shells ignore in the background
     options = {"stdout": pipe, "stderr": pipe, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=variables(), preexec_fn=heard, **options)  # noqa: PLW1509
+    return subprocess.Popen(command, cwd=cwd, env=variables(), preexec_fn=_hear, **options)  # noqa: PLW1509
+
+
+def _hear() -> None:
+    """Ignore no signal, as shells do in the background and processes of a command, as a test may have become."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(found: Callable[[], object]) -> None:

@@ -68,7 +68,8 @@ class StopRequest:
     def listen(self) -> None:
         """From now on a first signal is a request."""
         if threading.current_thread() is threading.main_thread():
-            heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+            usual = (signal.SIGTERM, signal.SIGINT)  # a process of a command leaves those of schedulers to the command
+            heard = [number for number in STOPPING if number in usual or signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in heard}
 
     def close(self) -> None:
