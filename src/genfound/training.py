@@ -31,8 +31,9 @@ from genfound.callbacks.stopping import Stopping
 from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, sweeps, targets
 from genfound.config.command_line import explain_oom
-from genfound.config.errors import USER_ERRORS, JobError, Stopped
+from genfound.config.errors import USER_ERRORS, JobError
 from genfound.config.options import check, one_step
+from genfound.config.signals import Stopped
 from genfound.config.targets import instantiate_own
 from genfound.data.datamodule import GenerativeDataModule
 from genfound.loggers.json_lines import JsonLines, lines_of

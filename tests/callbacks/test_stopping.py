@@ -81,7 +81,7 @@ def test_a_second_signal_ends_the_process_at_once_and_an_echo_does_not(monkeypat
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert request.asked() == signal.SIGTERM
-        monkeypatch.setattr("genfound.runtime.stopping.ECHO", 0)
+        monkeypatch.setattr("genfound.config.signals.ECHO", 0)
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)
         monkeypatch.undo()

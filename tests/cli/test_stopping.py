@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,9 @@ def test_a_sweep_stops_after_its_jobs_and_the_same_command_goes_on(launcher: str
     process = begun(*jobs, "budget.images=1000000", cwd=tmp_path)
     running = 2 if at_once else 1
     wait_for(lambda: len(list(tmp_path.glob("runs/s/*/metrics.jsonl"))) == running)
-    process.send_signal(signal.SIGINT)
+    for _ in range(2):  # as Slurm and its srun
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
     output, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 75, output + errors
     assert [line.split()[0] for line in table(output).values()] == ["stopped"] * running + ["not"] * (3 - running)

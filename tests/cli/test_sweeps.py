@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from genfound.config.errors import STOPPING
+from genfound.config.signals import STOPPING
 from tests.cli.commands import LIMIT, TINY, genfound, variables
 
 SMALL = [*TINY, "data.images=300", "callbacks.preview.every=4000", "study=s"]

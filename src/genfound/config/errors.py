@@ -1,7 +1,6 @@
 """What a user can mend, and how it is said: in one line, with the file and the way out."""
 
 import errno
-import signal
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 """Said in one line, with the traceback in the run's FAILED."""
@@ -20,21 +19,6 @@ WAYS_OUT = {
 
 class JobError(ValueError):
     """A job failed in another process, which has said why; or why it failed."""
-
-
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals of users and schedulers that end a run after a global step, with a checkpoint."""
-
-REQUEUE = 75
-"""Code of a command that the same command continues: EX_TEMPFAIL of sysexits.h, on which a scheduler may requeue."""
-
-
-class Stopped(SystemExit):
-    """A signal has ended a run, which the same command continues."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(REQUEUE)
-        self.number = number
 
 
 def mistake(error: Exception) -> str:

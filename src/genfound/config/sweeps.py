@@ -23,7 +23,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from genfound.config.errors import STOPPING, USER_ERRORS, Stopped, mistake, sentence
+from genfound.config.errors import USER_ERRORS, mistake, sentence
+from genfound.config.signals import STOPPING, Received, Stopped
 
 KEY = "hydra.callbacks.swept"
 
@@ -160,9 +161,11 @@ def stopping_jobs() -> Iterator[None]:
     They are waited for; a second signal ends this process at once.
     """
     assert Swept.here and Swept.here.notes
-    file = _stop_file(Swept.here.notes)
+    file, received = _stop_file(Swept.here.notes), Received()
 
     def ask(number: int, _: Any) -> None:
+        if not received.new(number):
+            return
         if file.exists():
             raise SystemExit(128 + number)
         file.write_text(str(number))

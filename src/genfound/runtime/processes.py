@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from genfound.config.environment import LAUNCH, PARENT
-from genfound.config.errors import JobError, Stopped
+from genfound.config.errors import JobError
+from genfound.config.signals import Received, Stopped
 from genfound.runtime import stopping
 
 GRACE = 40
@@ -156,7 +157,7 @@ def signals_as_exit() -> Iterator[None]:
     alone = threading.current_thread() is threading.main_thread()
     deadly: dict[int, Any] = {number: own for number, own in usual.items() if alone and signal.getsignal(number) is own}
     later: dict[int, Any] = {n: own for n in OF_SCHEDULERS if alone and callable(own := signal.getsignal(n))}
-    received = stopping.Received()
+    received = Received()
 
     def end(number: int, _: Any) -> None:
         if received.new(number):

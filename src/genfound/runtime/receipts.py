@@ -5,6 +5,7 @@ beginning of a process that trains (`ranks`), or a checkpoint (hashes of what it
 and the hash of the line before.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -99,7 +100,12 @@ def hashes(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _hash(part: Any) -> str:
-    return digest(*(piece for name, leaf in leaves(part) for piece in (f"{name}=", _bytes(leaf))), size=16)
+    """Of one tensor after another: a checkpoint is mapped, and need not fit into memory beside the training."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, leaf in leaves(part):
+        for piece in (f"{name}=".encode(), *_bytes(leaf)):
+            hashed.update(piece)
+    return hashed.hexdigest()
 
 
 def leaves(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -119,8 +125,9 @@ def same(leaf: Any, other: Any) -> bool:
     return _bytes(leaf) == _bytes(other)
 
 
-def _bytes(leaf: Any) -> bytes:
+def _bytes(leaf: Any) -> tuple[bytes, memoryview]:
+    """What a value is, and the bytes of a tensor."""
     if not isinstance(leaf, Tensor):
-        return repr(leaf).encode()
+        return repr(leaf).encode(), memoryview(b"")
     values = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{leaf.dtype}{tuple(leaf.shape)}".encode() + values.numpy().tobytes()
+    return f"{leaf.dtype}{tuple(leaf.shape)}".encode(), values.numpy().data

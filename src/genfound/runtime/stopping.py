@@ -4,22 +4,17 @@ A process that trains listens to signals itself. One that was launched also look
 `stop`, which holds the number of a signal that the command has got, and `now`, with which no signal waits for a step.
 """
 
-import math
 import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 from genfound.config.environment import LAUNCH
-from genfound.config.errors import STOPPING, Stopped
+from genfound.config.signals import STOPPING, Received, Stopped
 
 STOP, NOW = "stop", "now"
-
-ECHO = 1.0
-"""Seconds in which a signal that comes again is the same one: Slurm and its srun both give it to a process."""
 
 
 def ask(launch: Path, number: int) -> None:
@@ -39,21 +34,6 @@ def announce(number: int) -> None:
     """Say what will happen."""
     text = f"{signal.Signals(number).name}: ending after a global step, with a checkpoint; once more ends at once"
     print(text, file=sys.stderr, flush=True)
-
-
-class Received:
-    """The signals that a process has got."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, float] = {}
-
-    def new(self, number: int) -> bool:
-        """Whether a signal that has just come is no echo of one before."""
-        last, self._last[number] = self._last.get(number, -math.inf), time.monotonic()
-        return self._last[number] - last > ECHO
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._last
 
 
 class StopRequest:
