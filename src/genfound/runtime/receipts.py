@@ -41,7 +41,8 @@ def read(file: Path) -> list[Line]:
         except (ValueError, TypeError, KeyError):
             intact = False
         if not intact:
-            raise ValueError(f"{file} was changed: line {number} does not follow from those before it")
+            what = f"line {number} does not follow from those before it"
+            raise ValueError(f"{file} was changed: {what}; without this file a run goes on, and proves less")
         lines.append(line)
     return lines
 
