@@ -104,7 +104,7 @@ class RunComponents:
 
 def check(config: Config, ranks: int) -> None:
     """Look for what is wrong with a training run and can be known at once, without reading weights or images."""
-    place = device(config["trainer"]["accelerator"])
+    place = device(config["trainer"]["accelerator"], key="trainer.accelerator")
     wanted, there = config["trainer"]["devices"], torch.cuda.device_count()
     if place.type == "cuda" and wanted > there:
         raise ValueError(f"trainer.devices={wanted}, but this machine has {there} CUDA device(s)")

@@ -66,7 +66,7 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     rank, ranks, local_rank = place
     _quiet_lightning()
     config = run_directory.claimed(folder)
-    devices.device(config["trainer"]["accelerator"], local_rank)
+    devices.device(config["trainer"]["accelerator"], local_rank, "trainer.accelerator")
     apart = build.sharded(config, ranks) and not config["init_from"]  # then each process draws its part
     parts = build.build_run(config, ranks, with_values=not apart)
     newest = checkpoint_io.newest(folder / "checkpoints")
@@ -100,7 +100,8 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
         raise Stopped(stopping.signal)
     if rank == 0:
         _mark_done(folder, module.images_seen, trainer.global_step, parts.images.fingerprint)
-        print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps; everything is in {folder}")
+        kept = "" if config["trainer"]["fast_dev_run"] else f"; everything is in {folder}"
+        print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps{kept}")
 
 
 def _callbacks(config: Mapping[str, Any]) -> list[lightning.Callback]:
@@ -159,7 +160,8 @@ def _loggers(
             filled = {key: here.get(key) if value is None else value for key, value in options.items()}
             loggers.append(instantiate_own(f"logger.{name}", filled, known))
     given = run_directory.given(folder).items()
-    options = {key: value for key, value in given if "." not in key and isinstance(config.get(key, {}), Mapping)}
+    chosen = {key: value for key, value in given if "." not in key and isinstance(config.get(key, {}), Mapping)}
+    options = {**run_directory.options_of(folder), **chosen}  # Hydra knows no choice of several
     settings = compose.without_nulls({**config, "options": options, "provenance": provenance()})
     for logger in loggers:
         logger.log_hyperparams(settings)
@@ -233,6 +235,7 @@ def train(cfg: DictConfig) -> str | None:
             return _follow(folder, config, machines)
         with lock(folder, "choose name=..."):
             run_directory.note_overrides(folder, list(hydra_cfg.overrides.task))
+            run_directory.note_options(folder, hydra_cfg.runtime.choices)
             return start(folder, config, sweeping, machines)
 
 

@@ -156,6 +156,7 @@ WRONG = {
     "objective.path=curved": "objective.path=curved is unknown",
     "optimizer.schedule=step": "optimizer.schedule=step is unknown",
     "trainer.precision=fp8": "trainer.precision=fp8 is unknown",
+    "trainer.accelerator=gpu": "error: trainer.accelerator=gpu is unknown; choose auto, cpu or cuda",
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
@@ -178,6 +179,7 @@ def test_what_stops_a_preview_or_an_evaluation_is_found_before_a_logger_begins(o
     assert {file.name for file in (tmp_path / "runs/default/x").glob("[!.]*")} == {
         "config.yaml",
         "overrides.json",
+        "options.json",
         "FAILED",
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from genfound.config import compose
 from genfound.config.options import MOVED, OTHER_KEYS
@@ -66,7 +67,7 @@ def test_wandb_and_tensorboard_have_what_runs_are_compared_by(tmp_path: Path) ->
     run = tmp_path / "runs/default/run"
     [sent] = [record.run for _, record in records(run) if record.WhichOneof("record_type") == "run"]
     config = {item.key: json.loads(item.value_json) for item in sent.config.update}
-    assert list(sent.tags) == ["NiT", "Shapes", "Flow", "nit_tiny"] and sent.job_type == "train"
+    assert list(sent.tags) == ["NiT", "Shapes", "Flow", "nit_tiny", "shapes", "flow"] and sent.job_type == "train"
     assert config["options"]["model"] == "nit_tiny" and config["model"]["width"] == 32
     assert config["provenance"]["torch"] == torch.__version__
     settings = compose.flatten(config)
@@ -88,6 +89,19 @@ def test_fast_dev_run_touches_no_run_and_calls_every_callback(tmp_path: Path) ->
     assert result.returncode == 0, result.stderr
     assert "step 1 " in result.stdout and "step 2 " not in result.stdout and "samples: " in result.stdout
     assert "nothing of it was kept" in result.stdout and not list(tmp_path.iterdir())
+    assert "everything is in" not in result.stdout
+
+
+def test_loggers_know_the_option_of_each_group_chosen_or_not(tmp_path: Path) -> None:
+    result = genfound(
+        "train", *TINY, "trainer.max_steps=1", "logger=[csv,tensorboard]", "objective=flow_nit", "name=x", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    [table] = (tmp_path / "runs/default/x").rglob("metrics.csv")
+    options = OmegaConf.load(table.with_name("hparams.yaml")).options
+    assert (options.objective, options.model, options.data) == ("flow_nit", "nit_tiny", "shapes")
+    assert options.logger == "[csv,tensorboard]"
+    assert {"tokenizer", "layout", "sampler", "guidance", "optimizer", "callbacks", "trainer"} <= set(options)
 
 
 REFUSED = {

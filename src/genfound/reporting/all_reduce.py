@@ -33,7 +33,7 @@ def all_reduce(config: Mapping[str, Any]) -> str:
     trainer, there = config["trainer"], torch.cuda.device_count()
     if trainer["devices"] * trainer["num_nodes"] == 1:
         return "one process has nothing to reduce; trainer.devices=N tries N"
-    if devices.device(trainer["accelerator"]).type == "cuda" and trainer["devices"] > there:
+    if devices.device(trainer["accelerator"], key="trainer.accelerator").type == "cuda" and trainer["devices"] > there:
         raise ValueError(f"trainer.devices={trainer['devices']}, but this machine has {there} CUDA device(s)")
     with (
         tempfile.TemporaryDirectory(prefix="genfound-") as folder,

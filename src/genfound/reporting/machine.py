@@ -106,7 +106,7 @@ def _hardware(machine: Machine) -> Iterator[Finding]:
     """Processor and CUDA devices."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("processor", f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
-    devices.device(machine.config["trainer"]["accelerator"])
+    devices.device(machine.config["trainer"]["accelerator"], key="trainer.accelerator")
     for number in range(torch.cuda.device_count() if machine.device.type == "cuda" else 0):
         free, total = (size / GB for size in torch.cuda.mem_get_info(number))
         capability = ".".join(map(str, torch.cuda.get_device_capability(number)))

@@ -35,12 +35,12 @@ def compiled(wanted: bool | str, device: torch.device) -> bool:
     return device.type == "cuda" if wanted == "auto" else bool(wanted)
 
 
-def device(wanted: str, local_rank: int | None = None) -> torch.device:
+def device(wanted: str, local_rank: int | None = None, key: str = "accelerator") -> torch.device:
     """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` now means."""
     if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"accelerator={wanted} is unknown; choose auto, cpu or cuda")
+        raise ValueError(f"{key}={wanted} is unknown; choose auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator=cuda, but this machine has no CUDA device")
+        raise ValueError(f"{key}=cuda, but this machine has no CUDA device")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank is None:

@@ -1,8 +1,8 @@
 """Where things lie: the configuration folder and the run directories.
 
-A run directory `runs/<study>/<name>/` holds config.yaml, overrides.json, metrics.jsonl, log.txt (of a sweep's jobs),
-checkpoints/, samples/, wandb/, and DONE, STOPPED or FAILED. Its name is made of the overrides that identify the run, so
-the same command finds it again.
+A run directory `runs/<study>/<name>/` holds config.yaml, overrides.json, options.json, metrics.jsonl, log.txt (of a
+sweep's jobs), checkpoints/, samples/, wandb/, and DONE, STOPPED or FAILED. Its name is made of the overrides that
+identify the run, so the same command finds it again.
 A run that is continued under another configuration has that one in config.next.yaml until everything fits.
 """
 
@@ -38,6 +38,8 @@ PLACE = ("runs", "study", "name")
 
 NEXT = "config.next.yaml"
 OVERRIDES = "overrides.json"
+
+OPTIONS = "options.json"
 LOG = "log.txt"
 
 FORMAT = 2
@@ -101,7 +103,22 @@ def write_config(folder: Path, config: Mapping[str, Any], allow_changes: bool) -
 
 def note_overrides(folder: Path, overrides: Sequence[str]) -> None:
     """Keep what was set on the command line, for reports; the file is as old as the first command that set it."""
-    file, text = folder / OVERRIDES, json.dumps(list(overrides)) + "\n"
+    _note(folder / OVERRIDES, list(overrides))
+
+
+def note_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Keep the option of each group of the configuration, chosen or by default, for loggers."""
+    _note(folder / OPTIONS, {group: option for group, option in options.items() if "/" not in group and option})
+
+
+def options_of(folder: Path) -> dict[str, Any]:
+    """{group: option} as `note_options` kept it; nothing of runs of before."""
+    file = folder / OPTIONS
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def _note(file: Path, value: Any) -> None:
+    text = json.dumps(value) + "\n"
     if not file.is_file() or file.read_text() != text:
         atomic_write(file, lambda temporary: temporary.write_text(text))
 
