@@ -9,7 +9,7 @@ import pytest
 from tests.cli.commands import genfound, one_error
 
 ROWS = (
-    "versions", "processor", "bf16", "attention loop", "grouped matmul", "torch.compile", "runs", "file locks", "W&B",
+    "versions", "processor", "bf16", "attention loop", "grouped matmul", "torch.compile", "runs", "W&B",
     "Slurm", "tokenizer", "all-reduce",
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ from genfound.config.errors import JobError
 from genfound.layers import attention, expert_kernels
 from genfound.reporting import all_reduce, kernels, machine
 from genfound.reporting.machine import CHECKS, Finding, examine
-from genfound.runtime import files, launch
+from genfound.runtime import launch
 
 Find = Callable[..., dict[str, Finding]]
 
@@ -81,7 +81,7 @@ def test_devices_that_are_not_there(find: Find, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert find("hardware")["CUDA"][1:3] == ("there is a driver, but torch is built without CUDA", "warning")
     asked = find("hardware", "trainer.accelerator=cuda")["hardware"]
-    assert asked[1:3] == ("accelerator=cuda, but this machine has no CUDA device", "problem")
+    assert asked[1:3] == ("trainer.accelerator=cuda, but this machine has no CUDA device", "problem")
 
 
 def test_a_device_that_others_use(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,16 +156,13 @@ def test_compiling(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status(find("torch.compile")["torch.compile"]) == ("problem", "compile=false")
 
 
-def test_disk_and_locks(find: Find, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_disk(find: Find, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**12))
     right = find("runs")
     assert right["runs"].found.startswith(f"{tmp_path}/runs: 1,000 of 1,000 GB free")
-    assert (right["runs"].status, right["file locks"][1:3]) == ("ok", ("they hold", "ok"))
+    assert right["runs"].status == "ok"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**9))
-    monkeypatch.setattr(files, "_acquire", lambda *_: None)
-    wrong = find("runs")
-    assert status(wrong["runs"]) == ("warning", "runs=... on another disk")
-    assert wrong["file locks"][1:3] == ("this disk has none", "warning")
+    assert status(find("runs")["runs"]) == ("warning", "runs=... on another disk")
 
 
 def test_a_folder_that_cannot_be_made(find: Find, tmp_path: Path) -> None:

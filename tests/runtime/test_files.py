@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from genfound.runtime import files
 from genfound.runtime.files import atomic_write, check_folder, digest, lock, makedirs, remove, visible
 from tests.runtime.children import started
 
 HOLD = """
-import sys, time
+import socket, sys, time
 from pathlib import Path
-from genfound.runtime.files import lock
-with lock(Path(sys.argv[1])):
+from genfound.runtime import files
+files.LEASE = float(sys.argv[3]) if sys.argv[3:] else files.LEASE
+socket.gethostname = (lambda: sys.argv[4]) if sys.argv[4:] else socket.gethostname
+with files.lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -66,7 +69,10 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
 def test_work_belongs_to_one_process(tmp_path: Path) -> None:
     other, told = started(HOLD, str(tmp_path / "out/work/a"), "60")
     assert told == "held"
-    with pytest.raises(ValueError, match=r"another process is at work on .*/a; wait"), lock(tmp_path / "out/work/a"):
+    with (
+        pytest.raises(ValueError, match=rf"another process \({other.pid} on .*\) is at work on .*/a; wait"),
+        lock(tmp_path / "out/work/a"),
+    ):
         pass
     with lock(tmp_path / "out/work/b"):
         pass
@@ -81,16 +87,42 @@ def test_work_belongs_to_one_process(tmp_path: Path) -> None:
 def test_one_can_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     other, _ = started(HOLD, str(tmp_path / "a"), "60")
-    monkeypatch.setattr(builtins, "print", lambda *told, **_: (said.append(told[0]), other.kill()))
+    monkeypatch.setattr(builtins, "print", lambda *told, **_: (said.append(told[0]), other.kill(), other.wait()))
     with lock(tmp_path / "a", wait=True):
-        assert other.wait(60) == -signal.SIGKILL
+        assert other.returncode == -signal.SIGKILL
     assert said == [f"waiting for another process, which makes {tmp_path / 'a'}"]
 
 
-def test_without_locks_the_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_belongs_to_one_process_where_the_file_system_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fcntl, "flock", none)
-    with lock(tmp_path / "a"), lock(tmp_path / "a"):
-        assert list(tmp_path.iterdir()) == []
+    other, _ = started(HOLD, str(tmp_path / "a"), "60")
+    with pytest.raises(ValueError, match="another process"), lock(tmp_path / "a"):
+        pass
+    other.kill()
+    other.wait()
+    with lock(tmp_path / "a"):
+        pass
+    assert not tmp_path.exists()  # which was empty
+
+
+def test_another_machine_is_believed_as_long_as_its_heart_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files, "LEASE", 6.0)
+    other, _ = started(HOLD, str(tmp_path / "a"), "60", "6", "node7")
+    with (
+        pytest.raises(ValueError, match=rf"another process \({other.pid} on node7.*\) is at work"),
+        lock(tmp_path / "a"),
+    ):
+        pass
+    os.kill(other.pid, signal.SIGSTOP)  # as a machine that is suspended, or cut off
+    with lock(tmp_path / "a"):
+        os.kill(other.pid, signal.SIGCONT)
+        assert other.wait(30) == -signal.SIGTERM
+    assert f"waiting at most 6 s for a sign of process {other.pid} on node7" in capfd.readouterr().out
+    assert not tmp_path.exists()  # which was empty
 
 
 def test_a_digest_has_two_digits_for_each_byte() -> None:

@@ -27,7 +27,7 @@ from genfound.layers.expert_kernels import choose_kernel
 from genfound.reporting import kernels
 from genfound.reporting.all_reduce import all_reduce
 from genfound.runtime import devices
-from genfound.runtime.files import check_folder, lock
+from genfound.runtime.files import check_folder
 
 GB = 1e9
 STYLES = {"ok": "", "warning": "yellow", "problem": "bold red"}
@@ -170,7 +170,7 @@ def _judged(what: str, error: float, dtype: torch.dtype, note: str, way_out: str
 
 
 def _disk(machine: Machine) -> Iterator[Finding]:
-    """The folder of the runs: how large and fast its disk is, and whether locks hold there."""
+    """The folder of the runs: how large and fast its disk is."""
     runs, content = Path(machine.config["runs"]).absolute(), os.urandom(2**25)
     check_folder("runs", runs)
     there = next(folder for folder in (runs, *runs.parents) if folder.is_dir())
@@ -180,19 +180,10 @@ def _disk(machine: Machine) -> Iterator[Finding]:
             file.write(content)
             os.fsync(file.fileno())
         speed = len(content) / 1e6 / (time.perf_counter() - begin)
-        held = _lock_holds(Path(scratch) / "run")
     usage = shutil.disk_usage(there)
     bad = ("warning", "runs=... on another disk") if usage.free < 10 * GB or speed < 20 else ()
     space = f"{usage.free / GB:,.0f} of {usage.total / GB:,.0f} GB free"
     yield Finding("runs", f"{there}: {space}, {speed:,.0f} MB/s", *bad)
-    alone = ("warning", "never give the command of a run twice at once")
-    yield Finding("file locks", "they hold" if held else "this disk has none", *(() if held else alone))
-
-
-def _lock_holds(path: Path) -> bool:
-    with lock(path), contextlib.suppress(ValueError), lock(path):
-        return False
-    return True
 
 
 def _surroundings(machine: Machine) -> Iterator[Finding]:

@@ -5,11 +5,13 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, LeaseCompromise, SoftFileLease, Timeout
 
 ATTEMPTS = 100
 """To make a folder that other processes remove."""
@@ -22,6 +24,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 WAIT = 0.02
 """Seconds between two attempts to take a lock."""
+
+LEASE = 60.0
+"""Seconds without a heartbeat after which another machine's work on a folder is over; the same on all machines."""
+
+BEATS = 30
+"""Heartbeats in that time."""
 
 
 def makedirs(folder: Path) -> None:
@@ -68,7 +76,7 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
     same file take turns; where the file system has no locks, each has a name of its own.
     """
     try:
-        with _locked(file.with_name(f".{file.name}.partial.lock"), -1) as alone:
+        with _locked(file.with_name(f".{file.name}.partial.lock")) as alone:
             own = "" if alone else f"{os.uname().nodename}-{os.getpid()}-"
             temporary = file.with_name(f".partial-{own}{file.name}")
             try:
@@ -92,18 +100,22 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
 def lock(path: Path, way_out: str = "give out=...", wait: bool = False) -> Iterator[None]:
     """Keep other processes from work on a file or folder, which need not exist and may be removed meanwhile.
 
-    The lock is a file beside it, `.<name>.lock`, and ends with this process. Another one's is an error, unless we wait.
+    The lock is a file beside it, `.<name>.lock`, with process, host and a heartbeat: locks of the file system may be
+    absent, or known to one machine only. It ends with this process, which others of this machine see at once, and those
+    of another one after `LEASE` seconds. Another process's lock is an error, unless we wait.
+
+    Raises:
+        ValueError: another process is at work there.
     """
     file = path.with_name(f".{path.name}.lock")
+    lease = SoftFileLease(file, lease_duration=LEASE, heartbeat_interval=LEASE / BEATS, on_compromise=_stop)
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, file.parent)
         try:
-            stack.enter_context(_locked(file, 0))
+            _acquire(lease, 0)
         except Timeout:
-            if not wait:
-                raise ValueError(f"another process is at work on {path}; wait for it, or {way_out}") from None
-            print(f"waiting for another process, which makes {path}", flush=True)
-            stack.enter_context(_locked(file, -1))
+            _wait(lease, path, way_out, wait)
+        stack.callback(lease.release)
         yield
 
 
@@ -121,35 +133,66 @@ def digest(*parts: str | bytes, size: int = 8) -> str:
     return hashed.hexdigest()
 
 
-@contextlib.contextmanager
-def _locked(file: Path, timeout: float) -> Iterator[bool]:
-    """Hold a lock on a file, which is made, or find out that the file system has no locks; see `_acquire`."""
-    held = _acquire(file, timeout)
-    try:
-        yield held is not None
-    finally:
-        if held:
-            file.unlink(missing_ok=True)  # those who wait look for a new one
-            held.release()
-
-
-def _acquire(file: Path, timeout: float) -> FileLock | None:
-    """A lock on a file, which is made; None where the file system has none; Timeout if another process has it."""
-    for attempt in range(ATTEMPTS):
-        makedirs(file.parent)
+def _wait(lease: SoftFileLease, path: Path, way_out: str, until_free: bool) -> None:
+    """Take a lock that another process has: when it is through, or has had no heartbeat for `LEASE` seconds."""
+    if until_free:
+        print(f"waiting for another process, which makes {path}", flush=True)
+    seen, owner, silent = _beat(lease), lease.owner, 0
+    while True:
         try:
-            lock = FileLock(file)
+            _acquire(lease, LEASE / BEATS)
+            return
+        except Timeout:
+            silent += 1
+        if not until_free and _beat(lease) != seen:
+            who = f"another process ({owner.pid} on {owner.hostname})" if owner else "another process"
+            raise ValueError(f"{who} is at work on {path}; wait for it, or {way_out}") from None
+        if not until_free and silent == 2 and owner:
+            print(f"waiting at most {LEASE:.0f} s for a sign of process {owner.pid} on {owner.hostname}", flush=True)
+
+
+def _beat(lease: SoftFileLease) -> int | None:
+    """When the heart of a lock's owner beat last; None if the lock is free."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(lease.lock_file).stat().st_mtime_ns
+    return None
+
+
+def _stop(lost: LeaseCompromise) -> None:
+    """End this process, whose work another one may have taken over, as by SIGTERM; called by the heartbeat."""
+    print(
+        f"{lost.lock_file} was lost: this process was silent for {LEASE:.0f} s, or its folder is gone", file=sys.stderr
+    )
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[bool]:
+    """Hold a lock on a file, which is made, or find out that the file system has no locks; see `_acquire`."""
+    lock = FileLock(file)
+    held = _acquire(lock, -1)
+    try:
+        yield held
+    finally:
+        file.unlink(missing_ok=True)  # those who wait look for a new one
+        lock.release()
+
+
+def _acquire(lock: BaseFileLock, timeout: float) -> bool:
+    """Take a lock, whose file is made; whether the file system has locks; Timeout if another process has it."""
+    for attempt in range(ATTEMPTS):
+        makedirs(Path(lock.lock_file).parent)
+        try:
             lock.acquire(timeout, poll_interval=WAIT)
-            return lock
+            return True
         except FileNotFoundError:  # another process has just removed the empty folder
             if attempt == ATTEMPTS - 1:
                 raise
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            file.unlink(missing_ok=True)
-            return None
-    return None
+            return False
+    return False
 
 
 def _remove_empty(folder: Path) -> None:
