@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from genfound.reporting import tables
 from genfound.reporting.collect import Run, metric_names, read_study, varied
+from tests.evaluation.test_protocol import PROTOCOL, result
 from tests.reporting.studies import made_run, made_study
 
 METRIC = "val/velocity_mse_ema"
@@ -100,3 +102,17 @@ def test_jobs_that_failed_are_listed_with_their_reason(runs: list[Run]) -> None:
     failed = tables.jobs(runs).iloc[-1]
     assert (failed["state"], failed["reason"]) == ("failed", "RuntimeError: no room <on> the disk")
     assert failed["images"] == "0 of 400"
+
+
+def test_ways_of_sampling_keep_no_figures_from_being_compared_and_another_extractor_does(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        network = tmp_path / f"networks/{seed}"
+        made_run(network, ["model.depth=1", f"seed={seed}"], {})
+        known = replace(PROTOCOL, reference={"hash": f"{seed}"})
+        other = replace(known, extractor={"name": "inception", "hash": "456"})
+        ways = [replace(known.drawing, guidance={"name": "cfg", "scale": scale}) for scale in (1.5, 2.5)]
+        for protocol in (*(replace(known, drawing=way) for way in ways), other):
+            result(protocol=protocol, **{"from": str(network)}).append_to(tmp_path / f"ways/{seed}")
+    rows = tables.evaluations(read_study(tmp_path / "ways"))
+    assert list(rows["seed"]) == [0, 0, 0, 1, 1, 1]  # of the networks; each has its own reference
+    assert list(rows["differs in"]) == ["", "", "extractor.hash"] * 2

@@ -137,7 +137,7 @@ def evaluated(runs: Sequence[Run]) -> list[Run]:
     found: dict[tuple[Any, ...], Run] = {}
     for run in runs:
         for result in run.evaluations:
-            way, origin = _way(result.protocol), _origin(run, result)
+            way, origin = _way(result.protocol), evaluated_run(run, result)
             figures = pd.DataFrame([{"images_seen": 0} | {f"eval/{key}": v for key, v in result.figures.items()}])
             one = replace(origin, given={**origin.given, **way}, curve=figures, state="done")
             found[str(origin.folder), *way.items()] = one
@@ -151,7 +151,7 @@ def _way(protocol: Protocol) -> dict[str, str]:
     return {"size": size_text(protocol.size), **{key: text for key, text in written.items() if text != "null"}}
 
 
-def _origin(run: Run, result: Result) -> Run:
+def evaluated_run(run: Run, result: Result) -> Run:
     """The run that was evaluated, if it is still where it was."""
     folder = Path(result.subject["from"])
     return run if run.config or not (folder / "config.yaml").is_file() else read_run(folder)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from genfound.evaluation.protocol import Protocol, differences, size_text
 from genfound.loggers.base import higher_is_better
-from genfound.reporting.collect import Run, varied
+from genfound.reporting.collect import Run, evaluated, evaluated_run, varied
 
 CONFIDENCE, POWER = 0.95, 0.8
 """Of intervals; and how often an effect of the detectable size would be found."""
@@ -143,14 +143,19 @@ def beside_paper(runs: Sequence[Run], metric: str, file: Path) -> tuple[pd.DataF
 
 
 def evaluations(runs: Sequence[Run]) -> pd.DataFrame:
-    """Figures with their protocols; last, what keeps a row from being compared with the first of its seed and size."""
-    rows, keys, firsts = [], varied(runs), dict[tuple[int, str], Protocol]()
-    for run, result in itertools.chain.from_iterable(((run, each) for each in run.evaluations) for run in runs):
+    """Figures with their protocols; last, what keeps a row from being compared with the first of its seed and size.
+
+    Ways of drawing samples do not, where each network was sampled in several, which are then what is compared.
+    """
+    results = [(evaluated_run(run, result), result) for run in runs for result in run.evaluations]
+    rows, keys, firsts = [], varied([run for run, _ in results]), dict[tuple[int, str], Protocol]()
+    compared = ("drawing.",) if evaluated(runs) else ()
+    for run, result in results:
         drawn, size = result.protocol.drawing, size_text(result.protocol.size)
         differing = differences(firsts.setdefault((run.seed, size), result.protocol), result.protocol)
         row = {**{key: run.setting(key) for key in keys}, "seed": run.seed}
-        row |= {"size": size, "drawn": drawn.summary(), **result.figures}
-        rows.append({**row, "protocol": result.protocol.name, "differs in": ", ".join(differing)})
+        row |= {"size": size, "drawn": drawn.summary(), **result.figures, "protocol": result.protocol.name}
+        rows.append({**row, "differs in": ", ".join(key for key in differing if not key.startswith(compared))})
     return pd.DataFrame(rows)
 
 
