@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +16,7 @@ from genfound.reporting.page import write_report
 from genfound.runtime.files import visible
 from genfound.training import fit
 from tests.cli.commands import genfound, one_error
+from tests.evaluation.test_protocol import DRAWING, PROTOCOL, result
 from tests.helpers import run_dir
 from tests.reporting.studies import made_run, made_study
 
@@ -50,8 +53,22 @@ def test_a_figure_of_several_sizes_is_drawn_against_them() -> None:
         )
         for model, size, value in measured
     ]
-    drawn = plots.sizes(runs, "fd")
+    drawn = plots.against(runs, "fd", "size")
     assert b"<svg" in drawn and all(f"<!-- {text} -->".encode() in drawn for text in ("16x16", "8x8", "a", "b"))
+
+
+def test_ways_of_sampling_are_drawn_against_their_numbers(tmp_path: Path) -> None:
+    made_run(tmp_path / "network", ["model.depth=1"], {})
+    for scale, interval in itertools.product((1.5, 2.5), ([0.0, 1.0], [0.0, 0.7])):
+        drawing = replace(DRAWING, guidance={"name": "cfg", "scale": scale, "interval": interval})
+        figures = result(fid=scale, protocol=replace(PROTOCOL, drawing=drawing), **{"from": str(tmp_path / "network")})
+        figures.append_to(tmp_path / "study/ways")
+    write_report(read_study(tmp_path / "study"), ["eval"], tmp_path, tmp_path / "out")
+    page = (tmp_path / "out/index.html").read_text()
+    assert re.findall(r'alt="(.*) by (.*)"', page) == [
+        ("eval/fid", "guidance.scale"),
+        ("eval/recall", "guidance.scale"),
+    ]
 
 
 def test_a_metric_that_is_wanted_twice_is_there_once(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def write_report(runs: Sequence[Run], wanted: Sequence[str], notes: Path, out: P
     Raises:
         ValueError: no run has any of the wanted metrics, or paper.csv lacks a column.
     """
-    compared = evaluated(runs) or runs
+    ways = evaluated(runs)
+    compared = ways or runs
     metrics = metric_names(compared, wanted)
     if not metrics and any(run.state == "done" for run in compared):
         raise ValueError(f"metrics={list(wanted)}: no run of the study has any of them")
@@ -43,7 +45,7 @@ def write_report(runs: Sequence[Run], wanted: Sequence[str], notes: Path, out: P
     found = {name: frame for name, frame in found.items() if len(frame)}
     for name, frame in found.items():
         _write_table(out / name, frame)
-    drawn = [*_plots(runs, metric_names(runs, wanted)), *_plots_by_size(compared, metrics)]
+    drawn = [*_plots(runs, metric_names(runs, wanted)), *_plots_of_ways(ways, metrics)]
     page = _render(runs, metrics, found, remark, _paragraphs(notes / FINDINGS), drawn)
     atomic_write(out / "index.html", lambda temporary: temporary.write_text(page))
     return tables.rounded(found["results"]).to_string(index=False)
@@ -93,10 +95,11 @@ def _plots(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[tuple[str, b
     yield "Speed", plots.speed(runs)
 
 
-def _plots_by_size(compared: Sequence[Run], metrics: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-    """(title, SVG) of each metric against the size of the samples, where there are several."""
-    for metric in metrics if "size" in varied(compared) else ():
-        yield f"{metric} by size", plots.sizes(compared, metric)
+def _plots_of_ways(ways: Sequence[Run], metrics: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+    """(title, SVG) of each metric against each size and number in which ways of sampling differ."""
+    for metric, key in itertools.product(metrics, varied(ways)):
+        if key == "size" or all(run.setting(key).replace(".", "", 1).isdecimal() for run in ways):
+            yield f"{metric} by {key}", plots.against(ways, metric, key)
 
 
 def _pictures(runs: Sequence[Run]) -> list[tuple[str, str, int]]:

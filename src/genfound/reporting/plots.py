@@ -111,13 +111,13 @@ def time_bins(runs: Sequence[Run]) -> bytes | None:
     return _finish(figure, axes, len(groups))
 
 
-def sizes(compared: Sequence[Run], metric: str) -> bytes:
-    """A metric against the size of the samples: a line with its intervals for each setting of the rest."""
-    place, groups = varied(compared).index("size"), dict[tuple[str, ...], dict[str, list[float]]]()
-    for setting, same in by_setting(compared).items():
+def against(ways: Sequence[Run], metric: str, key: str) -> bytes:
+    """A metric against one setting, as the size of samples: a line with its intervals for each setting of the rest."""
+    place, groups = varied(ways).index(key), dict[tuple[str, ...], dict[str, list[float]]]()
+    for setting, same in by_setting(ways).items():
         rest = (*setting[:place], *setting[place + 1 :])
         groups.setdefault(rest, {})[setting[place]] = [run.last(metric) for run in same]
-    figure, axes = _axes("height x width of the samples", metric)
+    figure, axes = _axes("height x width of the samples" if key == "size" else key, metric)
     for rest, values in groups.items():
         means, halves = map(np.mean, values.values()), map(half_width, values.values())
         axes.errorbar([*values], [*means], [*halves], marker="o", capsize=3, label=label(rest))
