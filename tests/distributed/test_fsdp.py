@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from genfound import build, training
 from genfound.backbones.base import Backbone
@@ -21,13 +24,14 @@ from genfound.config import compose
 from genfound.evaluation.protocol import read_results
 from genfound.layers.initial import local
 from genfound.modules.base import GenerativeModule, TrainItem
+from genfound.reporting import estimate
 from genfound.rng import Rng
-from genfound.runtime import checkpoint_io, run_directory
+from genfound.runtime import checkpoint_io, fsdp, run_directory
 from genfound.runtime.processes import RankInfo
 from tests.callbacks.test_evaluation import FEW
 from tests.distributed.test_devices import curve, free_port
 from tests.evaluation.runs import TINY
-from tests.helpers import run_dir
+from tests.helpers import composed, run_dir
 
 SMALL = [
     *TINY, "model.depth=2", "model.heads=2", "batch.packs=4", "trainer.precision=fp32", "trainer.max_steps=6",
@@ -173,6 +177,23 @@ def test_parts_are_drawn_where_they_lie_with_the_values_of_the_whole(model: str,
     assert whole.keys() == {name.removeprefix("net.") for name in kept if name.startswith("net.")}
     for name, values in whole.items():
         assert torch.equal(kept[f"net.{name}"], values), name
+
+
+def test_the_largest_network_is_divided_among_eight_processes_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "activations", lambda *_: (0, 0))
+    config = composed("model=dit_moe_g_16e2a", "data=imagenet_256", "strategy=fsdp", "trainer.devices=8")
+    plan, parts = estimate.estimate(config), []
+    for rank in range(8):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+        try:
+            with torch.device("meta"):
+                net = build.net(config, build.published_spec(config), estimate.CLASSES)
+            fsdp.shard(net, init_device_mesh("cpu", (8,)))
+            parts.append(sum(local(p).numel() for p in net.parameters()))
+        finally:
+            dist.destroy_process_group()
+    assert sum(parts) == plan.parameters == 16_503_370_784 and max(parts) == plan.parameters / 8
+    assert plan.memory.weights == 4 * max(parts)
 
 
 def with_a_gradient_that_is_not_finite(rank: int, port: int, runs: Sequence[Path]) -> None:

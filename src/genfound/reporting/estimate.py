@@ -209,14 +209,16 @@ def activations(config: Config, images: float, tokens: float) -> tuple[int, int]
 
 
 def _kept(config: Config, blocks: int, rows: int, side: int, low: bool) -> int:
-    """Bytes that a network of a few blocks keeps of a few square images for the backward pass, without its weights."""
+    """Bytes that a network of a few blocks keeps of a few square images for the backward pass, without its weights.
+
+    Each weight is one number in memory, seen as a tensor of its shape.
+    """
     small = {**config, "model": {**config["model"], "depth": blocks, "activation_checkpointing": False}}
     spec = build.published_spec(config)
     with torch.device("meta"):
         net = build.net(small, spec, CLASSES)
-    net = net.to_empty(device="cpu").train()
-    for value in (*net.parameters(), *net.buffers()):
-        value.data.zero_()
+    net._apply(lambda value: torch.zeros((), dtype=value.dtype).expand(value.shape))  # type: ignore[no-untyped-call]
+    net.train()
     latent = torch.zeros(spec.channels, *(side * config["model"]["patch_size"],) * 2)
     batch = build.sampling_layout(config).to_batch([latent] * rows, torch.zeros(rows, dtype=torch.int64))
     return saved_bytes(net, batch, low)
