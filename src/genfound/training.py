@@ -70,7 +70,9 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     apart = build.sharded(config, ranks) and not config["init_from"]  # then each process draws its part
     parts = build.build_run(config, ranks, with_values=not apart)
     newest = checkpoint_io.newest(folder / "checkpoints")
-    start: dict[str, Any] = {"global_step": 0, "images_seen": 0} if newest is None else checkpoint_io.read(newest)
+    start: dict[str, Any] = {"global_step": 0, "images_seen": 0}
+    if newest is not None:
+        start = checkpoint_io.read(newest, parts=())
     module = module_of(parts)
     if rank == 0:
         print("\n".join([*parts.report(), f"continuing from {newest}" if newest else "starting from step 0"]))

@@ -16,7 +16,7 @@ from genfound.sampling.requests import typical_sizes
 
 
 class Checkpointing(EveryNImages):
-    """Writes `step-<n>.ckpt`; older ones are deleted after the new one is complete."""
+    """Writes `step-<n>.ckpt`, a file or a folder as the strategy has it; older ones are deleted after the new one is complete."""
 
     def __init__(self, every: int, keep: int) -> None:
         super().__init__(every)
@@ -50,7 +50,7 @@ class Checkpointing(EveryNImages):
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
         if trainer.is_global_zero:
             for old in visible(self.folder, "step-*.ckpt")[: -self.keep]:
-                old.unlink()
+                checkpoint_io.remove(old)
 
     def on_save_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
         """Add what sampling must know of the data."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from genfound.layers.initial import local
 from genfound.modules.base import GenerativeModule
-from genfound.runtime.fsdp import gathered, sharded_like, unsharded
+from genfound.runtime.fsdp import sharded_like, unsharded
 
 
 class Ema(Callback):
@@ -65,8 +65,7 @@ class Ema(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
         """Save the averages."""
-        averages = {str(decay): average for decay, average in self.averages.items()}
-        checkpoint["ema"] = gathered(averages, trainer.is_global_zero)
+        checkpoint["ema"] = {str(decay): average for decay, average in self.averages.items()}
 
     def on_train_batch_end(self, trainer: Trainer, module: GenerativeModule, *_: Any) -> None:
         """Update after each optimizer step."""

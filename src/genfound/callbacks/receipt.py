@@ -77,8 +77,9 @@ class Receipt(Callback):
         """Add what a checkpoint holds that has been written since the last look."""
         step, self._saved = self._saved, -1
         file = self._folder / "checkpoints" / f"step-{step:08d}.ckpt"
-        if self._receipt and step not in self._receipt.checkpoints and file.is_file():
-            state = checkpoint_io.read(file)
+        if self._receipt and step not in self._receipt.checkpoints and file.exists():
+            state = checkpoint_io.read(file, parts=())
             config = receipts.config_hash(run_directory.claimed(self._folder))
             facts = {"images_seen": state["images_seen"], "config": config, "data": state["run"]["fingerprint"]}
-            self._receipt.add({"step": step, "checkpoint": file.name, **facts, **receipts.hashes(state)})
+            held = receipts.hashes(state, checkpoint_io.values(file))
+            self._receipt.add({"step": step, "checkpoint": file.name, **facts, **held})

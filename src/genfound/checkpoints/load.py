@@ -108,7 +108,7 @@ def read_ours(path: Path, weights: str | None, trust: Collection[str]) -> Weight
     """Weights of a run or of a file of ours, `None` if it is something else; see `find`."""
     if weights not in ("ema", "raw", None):
         raise ValueError(f"weights={weights} is unknown; choose ema or raw")
-    folder = path.parent.parent if path.is_file() else path
+    folder = path.parent.parent if path.is_file() or path.suffix == ".ckpt" else path
     if (folder / "config.yaml").is_file() and (path.is_dir() or path.suffix == ".ckpt"):
         return _of_run(folder, path, weights, trust)
     note = formats.ours(path)
@@ -155,15 +155,19 @@ def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str
     saved = run_directory.read_config(folder)
     config = _checked(saved, _version(saved, folder), trust, folder / "config.yaml")
     file = newest_checkpoint(path)
-    state = checkpoint_io.read(file)
+    state = checkpoint_io.read(file, parts=())
     absent = [key for key in ("state_dict", "ema", "run") if key not in state]
     if absent:
         raise ValueError(f"{file} is no checkpoint of a run: it has no {absent[0]}")
-    tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
     if weights == "ema" and not state["ema"]:
         raise ValueError(f"{folder} keeps no average of its weights (ema.decays=[]); set weights=raw")
-    if weights != "raw" and state["ema"]:
-        tensors |= next(iter(state["ema"].values()))  # weights that are not trained have no average
+    # weights that are not trained have no average
+    decay, average = next(iter(state["ema"].items())) if weights == "ema" else ("", {})
+    live = [f"state_dict.{key}" for key in state["state_dict"] if key.removeprefix("net.") not in average]
+    if weights is not None and file.is_dir():
+        state = checkpoint_io.read(file, parts=[*live, f"ema.{decay}."])
+    tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+    tensors |= state["ema"].get(decay, {})
     if _version(state, file) != formats.FORMAT:
         tensors = format_1.weights(tensors, config["model"])
     names, sizes = list(state["run"]["class_names"]), _pairs(state["run"]["sizes"])

@@ -40,7 +40,7 @@ def model_identity(source: Path) -> dict[str, Any]:
         return {"from": str(source)}
     receipt = receipts.head_at(run / receipts.FILE, source.name)
     known = {} if receipt is None else {"receipt": receipt}
-    seen = checkpoint_io.read(source)["images_seen"]
+    seen = checkpoint_io.read(source, parts=())["images_seen"]
     return {"from": str(run), "checkpoint": source.name, "images_seen": seen, **known}
 
 

@@ -58,7 +58,7 @@ def _checkpoints(run: Path, lines: Sequence[Line]) -> tuple[dict[int, str], list
     intact, problems = {}, []
     for file in visible(run / "checkpoints", "step-*.ckpt"):
         if line := noted.get(file.name):
-            held = receipts.hashes(checkpoint_io.read(file))
+            held = receipts.hashes(checkpoint_io.read(file, parts=()), checkpoint_io.values(file))
             if wrong := [name for name, value in held.items() if line[name] != value]:
                 problems.append(f"{file.name} has other {' and '.join(wrong)} than the receipt says")
             else:
@@ -116,9 +116,10 @@ def _steps(lines: Sequence[Line], again: Sequence[Line], start: int) -> list[str
 def _values(run: Path, again: Path, end: int) -> list[str]:
     """What differs in the checkpoint of the last step, if the run has kept it."""
     file = Path("checkpoints") / f"step-{end:08d}.ckpt"
-    if not (run / file).is_file():
+    if not (run / file).exists():
         return []
-    states = (checkpoint_io.read(folder / file) for folder in (run, again))
+    states = [checkpoint_io.read(folder / file, parts=()) for folder in (run, again)]
     kept, new = (dict(receipts.leaves({key: state[key] for key in receipts.HELD.values()})) for state in states)
-    other = [name for name, leaf in kept.items() if not receipts.same(leaf, new.get(name))]
+    was, now = (checkpoint_io.values(folder / file) for folder in (run, again))
+    other = [name for name, leaf in kept.items() if not receipts.same(was(name, leaf), now(name, new.get(name)))]
     return [f"{file.name}: {len(other)} of {len(kept)} values differ, first {other[0]}"] if other else []

@@ -1,20 +1,33 @@
-"""Checkpoint files: written whole or not at all, read without running code."""
+"""Checkpoints, files or folders: written whole or not at all, read without running code.
+
+A sharded one is a folder: `state.ckpt` is what a file would be, but for the values of sharded tensors, which
+`sharded_values` keeps beside it.
+"""
 
 import pickle
+import shutil
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from genfound.runtime import sharded_values
 from genfound.runtime.files import atomic_write, visible
+from genfound.runtime.sharded_values import damaged
+
+STATE = "state.ckpt"
+"""Of a sharded checkpoint."""
+
+PARTIAL = ".partial-"
+"""Before the name of a folder that is not written yet, or is being removed."""
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; the old file survives any failure."""
+    """Write a checkpoint; the old one survives any failure."""
 
     def dump(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # a full disk is an OSError only of a file object
@@ -23,34 +36,110 @@ def save(state: dict[str, Any], path: Path) -> None:
             except RuntimeError as error:  # torch's archive, closing on a disk that has just filled
                 raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
+        if path.is_dir():
+            remove(path)
+
     atomic_write(path, dump)
 
 
-def read(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
-    """Open a file of torch.save: mapped into memory, or loaded where it is of the format before torch 1.6.
+def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Callable[[], object]) -> None:
+    """Write a checkpoint as a folder, in which each process writes its part of sharded tensors; all together.
 
-    It may hold tensors, plain values and the allowed classes; no code in it is run.
+    It takes its name when all of it is on the disk. What a killed process has left, the next call removes.
+
+    Args:
+        first: whether this process writes the rest; the one with rank 0.
+        barrier: waits for all processes.
     """
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    if first:
+        for left in (path for path in folder.parent.glob(f"{PARTIAL}*") if path.is_dir()):
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+    barrier()
+    plain, tensors = sharded_values.without_values(state)
+    try:
+        sharded_values.write(tensors, partial)
+        if first:
+            save(plain, partial / STATE)
+            if folder.exists():
+                remove(folder)
+            partial.rename(folder)
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+    barrier()
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, which is none any more from the beginning."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    gone = path.with_name(f"{PARTIAL}removed-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(path.rename(gone))
+
+
+def read(path: Path, allowed: Sequence[type] = (), parts: Collection[str] | None = None) -> dict[str, Any]:
+    """Open a sharded checkpoint, or a file of torch.save; no code in it is run.
+
+    A file is mapped into memory, or loaded where it is of the format before torch 1.6.
+
+    Args:
+        path: of a file or a folder.
+        allowed: classes that it may hold beside tensors and plain values.
+        parts: beginnings of the names of the sharded tensors to read, see `sharded_values`; `None`: of all. The others
+            have shape and dtype, and are on `meta`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is damaged, or holds other things.
+    """
+    if not path.is_dir():
+        return _read_file(path, allowed)
+    try:
+        if not (path / STATE).is_file():
+            raise damaged(path, f"it has no {STATE}")
+        state, values = _read_file(path / STATE, allowed), sharded_values.Values(path)
+    except (FileNotFoundError, ValueError):
+        if not path.is_dir():  # it was removed meanwhile
+            raise FileNotFoundError(f"there is no checkpoint {path}") from None
+        raise
+
+    def target(name: str, shape: Tensor) -> Tensor:
+        wanted = parts is None or name.startswith(tuple(parts))
+        return torch.empty_like(shape, device="cpu") if wanted else shape
+
+    return values.filled(state, target)
+
+
+def values(path: Path) -> Callable[[str, Any], Any]:
+    """Reads a leaf of `read(path, parts=())`, one after another, so that no more than one need fit into memory."""
+    return sharded_values.Values(path).value if path.is_dir() else lambda name, leaf: leaf
+
+
+def _read_file(path: Path, allowed: Sequence[type]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if not path.stat().st_size:
-        raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: it is empty")
+        raise damaged(path, "it is empty")
     try:
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual versions of pickle
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}") from None
+        raise damaged(path, reason) from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is damaged or is not a checkpoint of tensors: it holds a {type(state).__name__}")
+        raise damaged(path, f"it holds a {type(state).__name__}")
     return state
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the largest step recorded inside it, or None."""
     try:
-        return max(visible(folder, "*.ckpt"), key=lambda file: int(read(file)["global_step"]), default=None)
+        return max(visible(folder, "*.ckpt"), key=lambda file: int(read(file, parts=())["global_step"]), default=None)
     except FileNotFoundError:  # the run goes on, and has removed one meanwhile
         return newest(folder)
 

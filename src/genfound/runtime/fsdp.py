@@ -1,32 +1,40 @@
 """Fully sharded data parallelism: every process keeps its part of each tensor, and gathers a block as it is computed.
 
 This is torch's FSDP2 (`torch.distributed.fsdp.fully_shard`) under Lightning's `ModelParallelStrategy`. Checkpoints are
-those of one process: tensors are gathered as they are saved and sharded as they are restored, so that a run may change
-its strategy.
+files of one process, in which tensors are whole, or folders to which each process adds its parts; a run may change its
+strategy with both.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from genfound.backbones.base import Backbone
+from genfound.runtime import checkpoint_io
+from genfound.runtime.sharded_values import Values
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """One mesh of all processes, and whole tensors in one checkpoint, written by the first of them."""
+    """One mesh of all processes.
+
+    Args:
+        save_distributed_checkpoint: checkpoints are folders in which each process writes its part; otherwise the first
+            one gathers all tensors and writes a file.
+    """
 
     lightning_restore_optimizer = True
 
-    def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+    def __init__(self, save_distributed_checkpoint: bool = False) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
         """Lightning's `auto` is the number of machines."""
@@ -34,17 +42,34 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """See `gathered`."""
+        """With sharded tensors, as all of a checkpoint until it is saved."""
         assert self.lightning_module is not None
-        return gathered(self.lightning_module.state_dict(), self.is_global_zero)
+        return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """See `gathered`."""
-        return gathered(optimizer.state_dict(), self.is_global_zero)
+        """With sharded moments."""
+        return optimizer.state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a folder together, or a file of whole tensors."""
+        if self._save_distributed_checkpoint:
+            checkpoint_io.save_sharded(checkpoint, Path(filepath), self.is_global_zero, self.barrier)
+            return
+        whole = gathered(checkpoint, self.is_global_zero)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(whole, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every process opens the file, and takes its parts later."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        """Every process reads its parts of a folder; it opens a file, and takes its parts later."""
+        path = Path(checkpoint_path)
+        if not path.is_dir():
+            return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        mesh = self.device_mesh["data_parallel"]
+
+        def part(name: str, whole: Tensor) -> Tensor:
+            return empty(whole.shape, dtype=whole.dtype, device_mesh=mesh, placements=[placement(whole, mesh)])
+
+        return Values(path).filled(checkpoint_io.read(path, parts=()), part)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this process's part of each weight."""
@@ -67,18 +92,16 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def shard(net: Backbone, mesh: DeviceMesh) -> None:
-    """Shard the blocks of a network, each as a unit, then the rest of it; once.
-
-    A tensor is divided along its first dimension that the processes divide evenly, such as a few experts' second one.
-    """
-
-    def placement(parameter: nn.Parameter) -> Shard:
-        even = (dim for dim, size in enumerate(parameter.shape) if size % mesh.size() == 0)
-        return Shard(next(even, 0))
-
+    """Shard the blocks of a network, each as a unit, then the rest of it; once."""
     if not isinstance(net, FSDPModule):
         for part in (*net.blocks, net):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, shard_placement_fn=lambda p: placement(p, mesh))
+
+
+def placement(tensor: Tensor, mesh: DeviceMesh) -> Shard:
+    """A tensor is divided along its first dimension that the processes divide evenly, such as a few experts' second."""
+    even = (dim for dim, size in enumerate(tensor.shape) if size % mesh.size() == 0)
+    return Shard(next(even, 0))
 
 
 @contextmanager

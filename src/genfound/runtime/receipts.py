@@ -7,7 +7,7 @@ and the hash of the line before.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -95,16 +95,17 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return digest(json.dumps(keys, sort_keys=True, default=str), size=16)
 
 
-def hashes(state: Mapping[str, Any]) -> dict[str, str]:
-    """Of the parts of a checkpoint that decide how the training goes on."""
-    return {name: _hash(state.get(key)) for name, key in HELD.items()}
+def hashes(state: Mapping[str, Any], value: Callable[[str, Any], Any] = lambda name, leaf: leaf) -> dict[str, str]:
+    """Of the parts of a checkpoint that decide how the training goes on; `value` is that of a leaf and its name."""
+    return {name: _hash(state.get(key), key, value) for name, key in HELD.items()}
 
 
-def _hash(part: Any) -> str:
-    """Of one tensor after another: a checkpoint is mapped, and need not fit into memory beside the training."""
+def _hash(part: Any, key: str, value: Callable[[str, Any], Any]) -> str:
+    """Of one tensor after another: a checkpoint need not fit into memory beside the training."""
     hashed = hashlib.blake2b(digest_size=16)
-    for name, leaf in leaves(part):
-        for piece in (f"{name}=".encode(), *_bytes(leaf)):
+    for name, leaf in leaves(part, key):
+        own = name.removeprefix(key).removeprefix(".")
+        for piece in (f"{own}=".encode(), *_bytes(value(name, leaf))):
             hashed.update(piece)
     return hashed.hexdigest()
 
