@@ -1,0 +1,146 @@
+"""Tensors of which each process writes its part, in a folder of torch.distributed.checkpoint; read without running code.
+
+They have the names of `receipts.leaves`, such as `state_dict.net.blocks.0.attn.qkv.weight`.
+"""
+
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import KeyPath, SequenceKey, tree_map_with_path
+
+METADATA = ".metadata"
+"""What torch.distributed.checkpoint writes last."""
+
+KNOWN = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+}  # fmt: skip
+"""Module -> what the metadata of tensors may name; not that of pickled objects, which torch would load with code."""
+
+Tree = TypeVar("Tree")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "pathlib":  # of the folder where they were written
+            return PurePosixPath
+        if name not in KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+class Values(dcp.FileSystemReader):
+    """The tensors in a folder.
+
+    Raises:
+        ValueError: a file of it is absent, cut short or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        ends: dict[str, int] = {}
+        try:
+            with open(folder / METADATA, "rb") as file:
+                self._metadata: metadata.Metadata = _MetadataUnpickler(file).load()
+            for info in self._metadata.storage_data.values():
+                name, end = PurePosixPath(info.relative_path).name, info.offset + info.length
+                ends[name] = max(end, ends.get(name, 0))
+            short = [name for name, end in ends.items() if (folder / name).stat().st_size < end]
+        except FileNotFoundError as error:
+            raise damaged(folder, f"it has no {Path(str(error.filename)).name}") from None
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
+            raise damaged(folder, f"{METADATA}: {error}") from None
+        if short:
+            raise damaged(folder, f"{short[0]} is cut short")
+
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
+        """Torch's own would run code in the file."""
+        self._metadata.storage_meta = self._metadata.storage_meta or metadata.StorageMeta()
+        return self._metadata
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Read values into tensors, of DTensors this process's part."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it does not ask the other processes
+                dcp.load(dict(tensors), storage_reader=self, no_dist=True)
+        except CheckpointException as error:
+            raise damaged(self._folder, str(_first(error)).strip().splitlines()[0][:150]) from None
+
+    def filled(self, state: Tree, target: Callable[[str, Tensor], Tensor]) -> Tree:
+        """A tree of `without_values` with values in the targets of (name, shape); those on `meta` get none."""
+        targets: dict[str, Tensor] = {}
+
+        def chosen(path: KeyPath, value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_meta:
+                value = target(_name(path), value)
+                targets.update({} if value.is_meta else {_name(path): value})
+            return value
+
+        full = tree_map_with_path(chosen, state)
+        self.fill(targets)
+        return full  # type: ignore[no-any-return]
+
+    def value(self, name: str, leaf: Any) -> Any:
+        """A leaf of a tree of `without_values`, with its value, whole and on the host."""
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            leaf = torch.empty_like(leaf, device="cpu")
+            self.fill({name: leaf})
+        return leaf
+
+
+def without_values(state: Tree) -> tuple[Tree, dict[str, DTensor]]:
+    """A tree in which sharded tensors have only shape and dtype, on `meta`; these tensors by name."""
+    tensors: dict[str, DTensor] = {}
+
+    def shape(path: KeyPath, value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        tensors[_name(path)] = value.detach()
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+    return tree_map_with_path(shape, state), tensors
+
+
+def write(tensors: Mapping[str, DTensor], folder: Path) -> None:
+    """Write this process's part of sharded tensors; all processes together.
+
+    Raises:
+        OSError: one of them could not, such as on a full disk; in all.
+    """
+    try:
+        dcp.save(dict(tensors), storage_writer=filesystem.FileSystemWriter(folder))
+    except CheckpointException as error:
+        cause = _first(error)
+        number = cause.errno if isinstance(cause, OSError) else None
+        what = cause.strerror if isinstance(cause, OSError) else str(cause).strip().splitlines()[0]
+        raise OSError(number, what, str(folder)) from None
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """What is said of a checkpoint that cannot be read."""
+    return ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}")
+
+
+def _first(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
+
+
+def _name(path: KeyPath) -> str:
+    keys = (f"[{key.idx}]" if isinstance(key, SequenceKey) else f".{key.key}" for key in path)  # type: ignore[attr-defined]
+    return "".join(keys).removeprefix(".")
