@@ -16,7 +16,7 @@ from genfound.sampling.requests import typical_sizes
 
 
 class Checkpointing(EveryNImages):
-    """Writes `step-<n>.ckpt`, a file or a folder as the strategy has it; older ones are deleted after the new one is complete."""
+    """Writes `step-<n>.ckpt`, a file or a folder; older ones are deleted after the new one is complete."""
 
     def __init__(self, every: int, keep: int) -> None:
         super().__init__(every)

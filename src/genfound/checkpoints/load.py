@@ -108,8 +108,8 @@ def read_ours(path: Path, weights: str | None, trust: Collection[str]) -> Weight
     """Weights of a run or of a file of ours, `None` if it is something else; see `find`."""
     if weights not in ("ema", "raw", None):
         raise ValueError(f"weights={weights} is unknown; choose ema or raw")
-    folder = path.parent.parent if path.is_file() or path.suffix == ".ckpt" else path
-    if (folder / "config.yaml").is_file() and (path.is_dir() or path.suffix == ".ckpt"):
+    folder = path if (path / "config.yaml").is_file() else path.parent.parent
+    if (folder / "config.yaml").is_file() and (folder == path or path.suffix == ".ckpt"):
         return _of_run(folder, path, weights, trust)
     note = formats.ours(path)
     if note is None:

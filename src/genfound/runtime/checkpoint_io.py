@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound.runtime import sharded_values
 from genfound.runtime.files import atomic_write, visible
-from genfound.runtime.sharded_values import damaged
 
 STATE = "state.ckpt"
 """Of a sharded checkpoint."""
@@ -51,6 +49,8 @@ def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Call
         first: whether this process writes the rest; the one with rank 0.
         barrier: waits for all processes.
     """
+    from genfound.runtime import sharded_values
+
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     if first:
         for left in (path for path in folder.parent.glob(f"{PARTIAL}*") if path.is_dir()):
@@ -98,10 +98,12 @@ def read(path: Path, allowed: Sequence[type] = (), parts: Collection[str] | None
     """
     if not path.is_dir():
         return _read_file(path, allowed)
+    from genfound.runtime.sharded_values import Values
+
     try:
         if not (path / STATE).is_file():
             raise damaged(path, f"it has no {STATE}")
-        state, values = _read_file(path / STATE, allowed), sharded_values.Values(path)
+        state, stored = _read_file(path / STATE, allowed), Values(path)
     except (FileNotFoundError, ValueError):
         if not path.is_dir():  # it was removed meanwhile
             raise FileNotFoundError(f"there is no checkpoint {path}") from None
@@ -111,12 +113,21 @@ def read(path: Path, allowed: Sequence[type] = (), parts: Collection[str] | None
         wanted = parts is None or name.startswith(tuple(parts))
         return torch.empty_like(shape, device="cpu") if wanted else shape
 
-    return values.filled(state, target)
+    return stored.filled(state, target)
 
 
 def values(path: Path) -> Callable[[str, Any], Any]:
     """Reads a leaf of `read(path, parts=())`, one after another, so that no more than one need fit into memory."""
-    return sharded_values.Values(path).value if path.is_dir() else lambda name, leaf: leaf
+    if not path.is_dir():
+        return lambda name, leaf: leaf
+    from genfound.runtime.sharded_values import Values
+
+    return Values(path).value
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """What is said of a checkpoint that cannot be read."""
+    return ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}")
 
 
 def _read_file(path: Path, allowed: Sequence[type]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tensors of which each process writes its part, in a folder of torch.distributed.checkpoint; read without running code.
+"""Tensors in a folder of torch.distributed.checkpoint, of which each process writes its part; no code in it is run.
 
 They have the names of `receipts.leaves`, such as `state_dict.net.blocks.0.attn.qkv.weight`.
 """
@@ -11,11 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import KeyPath, SequenceKey, tree_map_with_path
+
+from genfound.runtime.checkpoint_io import damaged
 
 METADATA = ".metadata"
 """What torch.distributed.checkpoint writes last."""
@@ -43,7 +47,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class Values(dcp.FileSystemReader):
+class Values(FileSystemReader):
     """The tensors in a folder.
 
     Raises:
@@ -56,7 +60,7 @@ class Values(dcp.FileSystemReader):
         ends: dict[str, int] = {}
         try:
             with open(folder / METADATA, "rb") as file:
-                self._metadata: metadata.Metadata = _MetadataUnpickler(file).load()
+                self._metadata: Metadata = _MetadataUnpickler(file).load()
             for info in self._metadata.storage_data.values():
                 name, end = PurePosixPath(info.relative_path).name, info.offset + info.length
                 ends[name] = max(end, ends.get(name, 0))
@@ -68,9 +72,9 @@ class Values(dcp.FileSystemReader):
         if short:
             raise damaged(folder, f"{short[0]} is cut short")
 
-    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Torch's own would run code in the file."""
-        self._metadata.storage_meta = self._metadata.storage_meta or metadata.StorageMeta()
+        self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
         return self._metadata
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -78,7 +82,7 @@ class Values(dcp.FileSystemReader):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it does not ask the other processes
-                dcp.load(dict(tensors), storage_reader=self, no_dist=True)
+                load(dict(tensors), storage_reader=self, no_dist=True)
         except CheckpointException as error:
             raise damaged(self._folder, str(_first(error)).strip().splitlines()[0][:150]) from None
 
@@ -104,9 +108,9 @@ class Values(dcp.FileSystemReader):
         return leaf
 
 
-def without_values(state: Tree) -> tuple[Tree, dict[str, DTensor]]:
+def without_values(state: Tree) -> tuple[Tree, dict[str, Tensor]]:
     """A tree in which sharded tensors have only shape and dtype, on `meta`; these tensors by name."""
-    tensors: dict[str, DTensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def shape(path: KeyPath, value: Any) -> Any:
         if not isinstance(value, DTensor):
@@ -117,24 +121,19 @@ def without_values(state: Tree) -> tuple[Tree, dict[str, DTensor]]:
     return tree_map_with_path(shape, state), tensors
 
 
-def write(tensors: Mapping[str, DTensor], folder: Path) -> None:
+def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write this process's part of sharded tensors; all processes together.
 
     Raises:
         OSError: one of them could not, such as on a full disk; in all.
     """
     try:
-        dcp.save(dict(tensors), storage_writer=filesystem.FileSystemWriter(folder))
+        save(dict(tensors), storage_writer=FileSystemWriter(folder))
     except CheckpointException as error:
         cause = _first(error)
         number = cause.errno if isinstance(cause, OSError) else None
         what = cause.strerror if isinstance(cause, OSError) else str(cause).strip().splitlines()[0]
         raise OSError(number, what, str(folder)) from None
-
-
-def damaged(path: Path, reason: str) -> ValueError:
-    """What is said of a checkpoint that cannot be read."""
-    return ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}")
 
 
 def _first(error: CheckpointException) -> BaseException:
