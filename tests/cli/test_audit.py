@@ -109,9 +109,9 @@ def test_wrong_requests_are_one_line(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp strategy.save_distributed_checkpoint=true"])
 def test_a_run_of_two_processes_is_recomputed_by_two(strategy: str, tmp_path: Path) -> None:
-    two = [*SAME, "batch.packs=2", "trainer.devices=2", f"strategy={strategy}", "name=two"]
+    two = [*SAME, "batch.packs=2", "trainer.devices=2", *f"strategy={strategy}".split(), "name=two"]
     trained = genfound("train", *two, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert audited(tmp_path / "runs/default/two").startswith("equal: ")

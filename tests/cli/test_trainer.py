@@ -114,6 +114,7 @@ REFUSED = {
     "compile=perhaps": "compile=perhaps must be auto, true or false",
     "trainer.num_nodes=null": "trainer.num_nodes=null must be a whole number of at least 1",
     "strategy=deepspeed": "strategy=deepspeed is unknown; choose one of auto, ddp, fsdp",
+    "strategy.save_distributed_checkpoint=true": "strategy.save_distributed_checkpoint",  # of strategy=fsdp alone
     "logger=[csv,mlflow]": "logger=mlflow is unknown",
     "callbacks.ema=null": "callbacks.ema is part of every run",
     "+callbacks.x._target_=lightning.Nope": "callbacks.x cannot be built: module 'lightning' has no attribute 'Nope'",

@@ -65,6 +65,9 @@ def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Call
             if folder.exists():
                 remove(folder)
             partial.rename(folder)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)

@@ -67,7 +67,7 @@ class Values(FileSystemReader):
             short = [name for name, end in ends.items() if (folder / name).stat().st_size < end]
         except FileNotFoundError as error:
             raise damaged(folder, f"it has no {Path(str(error.filename)).name}") from None
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise damaged(folder, f"{METADATA}: {error}") from None
         if short:
             raise damaged(folder, f"{short[0]} is cut short")
@@ -133,7 +133,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
         cause = _first(error)
         number = cause.errno if isinstance(cause, OSError) else None
         what = cause.strerror if isinstance(cause, OSError) else str(cause).strip().splitlines()[0]
-        raise OSError(number, what, str(folder)) from None
+        raise OSError(number, what) from None
 
 
 def _first(error: CheckpointException) -> BaseException:

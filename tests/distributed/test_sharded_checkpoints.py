@@ -1,0 +1,156 @@
+"""Checkpoints to which each process adds its part: a run goes on from them with any strategy, and is read by all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor, multiprocessing as mp
+from torch.distributed.tensor import DTensor
+
+import genfound
+from genfound import training
+from genfound.evaluation.protocol import read_results
+from genfound.runtime import checkpoint_io, receipts, sharded_values
+from tests.cli.commands import genfound as command
+from tests.distributed.test_devices import curve, free_port
+from tests.distributed.test_fsdp import NETS, of_one, prepared, train_on_two
+from tests.helpers import differences, state_differences
+
+SHARDED = ["strategy=fsdp", "strategy.save_distributed_checkpoint=true"]
+SAVING = ["callbacks.checkpointing.every=24", "callbacks.checkpointing.keep=2"]
+"""Of which more than two are written."""
+
+pytestmark = pytest.mark.slow
+
+
+def without_gathering(rank: int, ranks: int, port: int, runs: Sequence[Path]) -> None:
+    """One process of a group that may gather numbers, and no tensors."""
+    full_tensor = DTensor.full_tensor
+
+    def only_numbers(tensor: DTensor, **named: Any) -> Tensor:
+        assert tensor.numel() == 1, "a tensor is gathered"
+        return full_tensor(tensor, **named)
+
+    DTensor.full_tensor = only_numbers  # type: ignore[method-assign,assignment]
+    of_one(rank, ranks, port, runs)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`straight` of six steps and `cut` of three, on two processes, of NiT and of a DiT-MoE; `file`, as straight."""
+    folder = tmp_path_factory.mktemp("sharded")
+    made = [
+        prepared(folder / f"{net}_{name}", 2, *NETS[net], *SHARDED, *SAVING, f"trainer.max_steps={steps}")
+        for net in ("nit", "dit_moe")
+        for name, steps in (("straight", 6), ("cut", 3))
+    ]
+    mp.spawn(without_gathering, (2, free_port(), made), nprocs=2)
+    train_on_two(prepared(folder / "nit_file", 2, *NETS["nit"], "strategy=fsdp", *SAVING))
+    return folder
+
+
+def going_on(runs: Path, name: str, folder: Path, devices: int, *options: str) -> Path:
+    """A copy of a run, which is to reach its sixth step."""
+    shutil.copytree(runs / name, folder)
+    net = name.rpartition("_")[0]
+    return prepared(folder, devices, *NETS[net], *SAVING, *options)
+
+
+def newest(run: Path) -> Path:
+    found = checkpoint_io.newest(run / "checkpoints")
+    assert found is not None
+    return found
+
+
+def test_a_folder_holds_the_state_of_a_file_and_old_ones_are_removed(runs: Path) -> None:
+    sharded, file = runs / "nit_straight", runs / "nit_file"
+    assert newest(sharded).is_dir() and newest(file).is_file()
+    parts = {path.name for path in newest(sharded).iterdir()}
+    assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp", "state.ckpt"}
+    assert not state_differences(sharded, file)
+    assert len(list((sharded / "checkpoints").iterdir())) == 2
+    noted = [[line for line in receipts.read(run / receipts.FILE) if "checkpoint" in line] for run in (sharded, file)]
+    assert noted[0] == noted[1] and len(noted[0]) >= 3
+
+
+def test_a_run_goes_on_from_a_folder_and_from_a_file_with_the_bits_of_one_that_was_not_cut(
+    runs: Path, tmp_path: Path
+) -> None:
+    again = [going_on(runs, f"{net}_cut", tmp_path / net, 2, *SHARDED) for net in ("nit", "dit_moe")]
+    back = [going_on(runs, "nit_cut", tmp_path / name, 2, "strategy=fsdp", *steps) for name, steps in
+            (("filed", []), ("back", ["trainer.max_steps=4"]))]  # fmt: skip
+    mp.spawn(without_gathering, (2, free_port(), again), nprocs=2)
+    train_on_two(*back)
+    assert newest(back[1]).is_file()
+    train_on_two(prepared(back[1], 2, *NETS["nit"], *SAVING, *SHARDED))
+    for run in (*again, *back):
+        straight = runs / ("dit_moe_straight" if run.name == "dit_moe" else "nit_straight")
+        assert curve(run) == curve(straight) and len(curve(run)) == 6
+        assert not state_differences(run, straight), run.name
+    assert [newest(run).is_dir() for run in (*again, *back)] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("net", ["nit", "dit_moe"])
+def test_another_number_of_processes_goes_on_from_a_folder(net: str, runs: Path, tmp_path: Path) -> None:
+    one = going_on(runs, f"{net}_cut", tmp_path / "one", 1)
+    training.fit(one)
+    four = going_on(runs, f"{net}_cut", tmp_path / "four", 4, *SHARDED)
+    mp.spawn(of_one, (4, free_port(), [four]), nprocs=4)
+    assert newest(one).is_file() and newest(four).is_dir()
+    for run in (one, four):
+        for key in ("train/loss", "train/grad_norm"):
+            assert curve(run, key) == pytest.approx(curve(runs / f"{net}_straight", key), rel=1e-5)
+        assert len(curve(run)) == 6
+
+
+def killed_at_the_last_moment(rank: int, port: int, run: Path) -> None:
+    """One of two processes, of which the first is killed when all parts of a checkpoint are on the disk."""
+    write = sharded_values.write
+
+    def last_act(tensors: Any, folder: Path) -> None:
+        write(tensors, folder)
+        if rank == 0:
+            os._exit(9)
+
+    sharded_values.write = last_act
+    of_one(rank, 2, port, [run])
+
+
+def test_a_kill_while_a_folder_is_written_costs_the_steps_since_the_last(runs: Path, tmp_path: Path) -> None:
+    run = going_on(runs, "nit_cut", tmp_path / "run", 2, *SHARDED)
+    before = newest(run)
+    with pytest.raises(mp.ProcessExitedException):
+        mp.spawn(killed_at_the_last_moment, (free_port(), run), nprocs=2)
+    assert newest(run) == before and list((run / "checkpoints").glob(".partial-*"))
+    train_on_two(run)
+    assert not state_differences(run, runs / "nit_straight")
+    assert not list((run / "checkpoints").glob(".partial-*"))
+
+
+def test_the_commands_read_a_folder(runs: Path, tmp_path: Path) -> None:
+    sharded, file = runs / "nit_straight", runs / "nit_file"
+    for weights in ("ema", "raw"):
+        nets = [genfound.load(of, weights).net.state_dict() for of in (sharded, newest(sharded), file)]
+        assert not differences(nets[0], nets[1]) and not differences(nets[0], nets[2])
+    for name, of in (("sharded", sharded), ("one", newest(sharded)), ("file", file)):
+        (tmp_path / name).mkdir()
+        for each in ("sample n=1 size=[[16,16]] out=x", "convert to=x.safetensors format=genfound"):
+            verb, *arguments = each.split()
+            result = command(verb, f"from={of}", *arguments, cwd=tmp_path / name)
+            assert result.returncode == 0, result.stderr
+    pictures = [(tmp_path / name / "x/grid.png").read_bytes() for name in ("sharded", "one", "file")]
+    tensors = [load_file(tmp_path / name / "x.safetensors") for name in ("sharded", "one", "file")]
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert not differences(tensors[0], tensors[1]) and not differences(tensors[0], tensors[2])
+    for run in (sharded, file):
+        result = command("evaluate", f"from={run}", "protocol=mini", "extractor=probe", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    one, other = (read_results(run)[-1] for run in (sharded, file))
+    assert one.figures == other.figures and one.subject["hash"] == other.subject["hash"]
+    assert one.subject["checkpoint"] == newest(sharded).name
