@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from torch import Tensor, multiprocessing as mp
+from torch import Tensor
+from torch import multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 import genfound
@@ -82,31 +83,35 @@ def test_a_folder_holds_the_state_of_a_file_and_old_ones_are_removed(runs: Path)
 def test_a_run_goes_on_from_a_folder_and_from_a_file_with_the_bits_of_one_that_was_not_cut(
     runs: Path, tmp_path: Path
 ) -> None:
+    filed = going_on(runs, "nit_cut", tmp_path / "filed", 2, "strategy=fsdp")
+    back = going_on(runs, "nit_cut", tmp_path / "back", 2, "strategy=fsdp", "trainer.max_steps=4")
+    train_on_two(filed, back)
+    assert newest(back).is_file()
     again = [going_on(runs, f"{net}_cut", tmp_path / net, 2, *SHARDED) for net in ("nit", "dit_moe")]
-    back = [going_on(runs, "nit_cut", tmp_path / name, 2, "strategy=fsdp", *steps) for name, steps in
-            (("filed", []), ("back", ["trainer.max_steps=4"]))]  # fmt: skip
+    again.append(prepared(back, 2, *NETS["nit"], *SAVING, *SHARDED))
     mp.spawn(without_gathering, (2, free_port(), again), nprocs=2)
-    train_on_two(*back)
-    assert newest(back[1]).is_file()
-    train_on_two(prepared(back[1], 2, *NETS["nit"], *SAVING, *SHARDED))
-    for run in (*again, *back):
+    for run in (*again, filed):
         straight = runs / ("dit_moe_straight" if run.name == "dit_moe" else "nit_straight")
         assert curve(run) == curve(straight) and len(curve(run)) == 6
         assert not state_differences(run, straight), run.name
-    assert [newest(run).is_dir() for run in (*again, *back)] == [True, True, False, True]
+    assert all(newest(run).is_dir() for run in again) and newest(filed).is_file()
 
 
-@pytest.mark.parametrize("net", ["nit", "dit_moe"])
-def test_another_number_of_processes_goes_on_from_a_folder(net: str, runs: Path, tmp_path: Path) -> None:
-    one = going_on(runs, f"{net}_cut", tmp_path / "one", 1)
-    training.fit(one)
-    four = going_on(runs, f"{net}_cut", tmp_path / "four", 4, *SHARDED)
-    mp.spawn(of_one, (4, free_port(), [four]), nprocs=4)
-    assert newest(one).is_file() and newest(four).is_dir()
-    for run in (one, four):
+def test_another_number_of_processes_goes_on_from_a_folder(runs: Path, tmp_path: Path) -> None:
+    one, four = (
+        [going_on(runs, f"{net}_cut", tmp_path / f"{net}_{devices}", devices, *options) for net in ("nit", "dit_moe")]
+        for devices, options in ((1, []), (4, SHARDED))
+    )
+    mp.spawn(of_one, (4, free_port(), four), nprocs=4)
+    for run in one:
+        training.fit(run)
+        assert newest(run).is_file()
+    for run in (*one, *four):
+        straight = runs / f"{run.name[:-2]}_straight"
         for key in ("train/loss", "train/grad_norm"):
-            assert curve(run, key) == pytest.approx(curve(runs / f"{net}_straight", key), rel=1e-5)
+            assert curve(run, key) == pytest.approx(curve(straight, key), rel=1e-5)
         assert len(curve(run)) == 6
+    assert all(newest(run).is_dir() for run in four)
 
 
 def killed_at_the_last_moment(rank: int, port: int, run: Path) -> None:

@@ -94,8 +94,6 @@ def check(config: Mapping[str, Any]) -> None:
     for key, value in (("ema.decays", decays or ()), ("optimizer.betas", optimizer["betas"])):
         for decay in value:
             number(key, decay, 0, 1)
-    if not isinstance(folders := (config["strategy"] or {}).get("save_distributed_checkpoint", False), bool):
-        raise ValueError(f"strategy.save_distributed_checkpoint={folders} must be true or false")
     for key in SIZES & model.keys():
         integer(f"model.{key}", model[key], 1)
     if not isinstance(every := model.get("activation_checkpointing", False), bool):
