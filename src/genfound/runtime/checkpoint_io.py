@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound.runtime.files import atomic_write, visible
+from genfound.runtime.files import atomic_write, damaged, visible
 
 STATE = "state.ckpt"
 """Of a sharded checkpoint."""
@@ -126,11 +126,6 @@ def values(path: Path) -> Callable[[str, Any], Any]:
     from genfound.runtime.sharded_values import Values
 
     return Values(path).value
-
-
-def damaged(path: Path, reason: str) -> ValueError:
-    """What is said of a checkpoint that cannot be read."""
-    return ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}")
 
 
 def _read_file(path: Path, allowed: Sequence[type]) -> dict[str, Any]:

@@ -125,6 +125,11 @@ def remove(work: Path) -> None:
     _remove_empty(work.parent)
 
 
+def damaged(path: Path, reason: str) -> ValueError:
+    """What is said of a checkpoint that cannot be read."""
+    return ValueError(f"{path} is damaged or is not a checkpoint of tensors: {reason}")
+
+
 def digest(*parts: str | bytes, size: int = 8) -> str:
     """The BLAKE2b hash of parts one after another, of so many bytes, in hexadecimal digits."""
     hashed = hashlib.blake2b(digest_size=size)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import KeyPath, SequenceKey, tree_map_with_path
 
-from genfound.runtime.checkpoint_io import damaged
+from genfound.runtime.files import damaged
 
 METADATA = ".metadata"
 """What torch.distributed.checkpoint writes last."""
