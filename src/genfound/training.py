@@ -70,9 +70,7 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     apart = build.sharded(config, ranks) and not config["init_from"]  # then each process draws its part
     parts = build.build_run(config, ranks, with_values=not apart)
     newest = checkpoint_io.newest(folder / "checkpoints")
-    start: dict[str, Any] = {"global_step": 0, "images_seen": 0}
-    if newest is not None:
-        start = checkpoint_io.read(newest, parts=())
+    start: dict[str, Any] = checkpoint_io.read(newest, parts=()) if newest else {"global_step": 0, "images_seen": 0}
     module = module_of(parts)
     if rank == 0:
         print("\n".join([*parts.report(), f"continuing from {newest}" if newest else "starting from step 0"]))

@@ -84,7 +84,7 @@ def config_of(given: Mapping[str, Any]) -> Config:
     told = {key.removeprefix("hints."): value for key, value in given.items() if key.startswith("hints.")}
     told.pop("tokenizer", None)
     path, known = Path(str(given["from"])), {key: value for key, value in told.items() if value is not None}
-    if (ours := read_ours(path, None, given.get("trust", ()))) is not None:
+    if (ours := read_ours(path, None, given.get("trust", ()), values=False)) is not None:
         return ours.config
     return _released_config(open_official(path, "ema", known.pop("family", None)), known, path)[0]
 
@@ -104,13 +104,16 @@ def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) ->
     return replace(found, config={**found.config, "tokenizer": tokenizer})
 
 
-def read_ours(path: Path, weights: str | None, trust: Collection[str]) -> Weights | None:
-    """Weights of a run or of a file of ours, `None` if it is something else; see `find`."""
+def read_ours(path: Path, weights: str | None, trust: Collection[str], values: bool = True) -> Weights | None:
+    """Weights of a run or of a file of ours, `None` if it is something else; see `find`.
+
+    Without `weights` they are averaged ones where there are any; without `values` those of a folder have only shapes.
+    """
     if weights not in ("ema", "raw", None):
         raise ValueError(f"weights={weights} is unknown; choose ema or raw")
     folder = path if (path / "config.yaml").is_file() else path.parent.parent
     if (folder / "config.yaml").is_file() and (folder == path or path.suffix == ".ckpt"):
-        return _of_run(folder, path, weights, trust)
+        return _of_run(folder, path, weights, trust, values)
     note = formats.ours(path)
     if note is None:
         return None
@@ -151,7 +154,7 @@ def newest_checkpoint(path: Path) -> Path:
     return file
 
 
-def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str]) -> Weights:
+def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str], values: bool) -> Weights:
     saved = run_directory.read_config(folder)
     config = _checked(saved, _version(saved, folder), trust, folder / "config.yaml")
     file = newest_checkpoint(path)
@@ -161,13 +164,14 @@ def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str
         raise ValueError(f"{file} is no checkpoint of a run: it has no {absent[0]}")
     if weights == "ema" and not state["ema"]:
         raise ValueError(f"{folder} keeps no average of its weights (ema.decays=[]); set weights=raw")
-    # weights that are not trained have no average
-    decay, average = next(iter(state["ema"].items())) if weights == "ema" else ("", {})
-    live = [f"state_dict.{key}" for key in state["state_dict"] if key.removeprefix("net.") not in average]
-    if weights is not None and file.is_dir():
-        state = checkpoint_io.read(file, parts=[*live, f"ema.{decay}."])
+    decay = None if weights == "raw" else next(iter(state["ema"]), None)
+    average = {} if decay is None else state["ema"][decay]
+    if values and file.is_dir():
+        live = [key for key in state["state_dict"] if key.removeprefix("net.") not in average]
+        state = checkpoint_io.read(file, parts=[*(f"state_dict.{key}" for key in live), f"ema.{decay}."])
+        average = average and state["ema"][decay]
     tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
-    tensors |= state["ema"].get(decay, {})
+    tensors |= average  # weights that are not trained have none
     if _version(state, file) != formats.FORMAT:
         tensors = format_1.weights(tensors, config["model"])
     names, sizes = list(state["run"]["class_names"]), _pairs(state["run"]["sizes"])
