@@ -79,7 +79,6 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
             print(f"{folder} has reached its end: {start['images_seen']:,} images in {start['global_step']:,} steps")
             _mark_done(folder, start["images_seen"], start["global_step"], start["run"]["fingerprint"])
         return
-
     changes = resuming.changes(folder, parts, start, newest) if newest else {}
     if newest is None and config["init_from"]:
         remarks = initialise(module, Path(config["init_from"]), targets.trusted(config))
