@@ -74,7 +74,7 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     module = module_of(parts)
     if rank == 0:
         print("\n".join([*parts.report(), f"continuing from {newest}" if newest else "starting from step 0"]))
-    if start["images_seen"] >= module.budget or start["global_step"] >= (config["trainer"]["max_steps"] or np.inf):
+    if start["global_step"] >= (config["trainer"]["max_steps"] or np.inf):
         if rank == 0:
             print(f"{folder} has reached its end: {start['images_seen']:,} images in {start['global_step']:,} steps")
             _mark_done(folder, start["images_seen"], start["global_step"], start["run"]["fingerprint"])
@@ -242,6 +242,7 @@ def start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: lau
     """Check what can be known at once, write the configuration, and run the job; how it ended."""
     sweeps.tell(folder=str(folder))
     _check_at_once(folder, config)
+    checkpoint_io.set_aside_damaged(folder / "checkpoints")
     run_directory.write_config(folder, config, config["allow_changes"])
     if machines:
         machines.agree(run_directory.config_hash(config))

@@ -8,6 +8,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.resuming import facts
+from genfound.callbacks.throughput import paused
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import visible
@@ -34,13 +35,20 @@ class Checkpointing(EveryNImages):
         super().on_train_start(trainer, module)
         self._saved = trainer.global_step
 
+    def on_train_batch_end(self, trainer: Trainer, module: GenerativeModule, *_: Any) -> None:
+        """Save the last step before what else is done at the end."""
+        super().on_train_batch_end(trainer, module)
+        if module.images_seen >= module.budget:
+            with paused(trainer, module):
+                self._save(trainer)
+
     def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
-        """Save; the end of the run comes after what else is done there."""
+        """Save, unless the run ends here."""
         if not trainer.should_stop:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: GenerativeModule) -> None:
-        """Save the last step."""
+        """Save the last step of a run that was cut short."""
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -15,18 +15,23 @@ class JsonLines(RunLogger):
     """One line per moment, appended and flushed.
 
     Args:
-        step: where the run continues; later lines, of steps that a killed run did not save, are dropped.
+        step: where the run continues; later lines, of steps that a killed run did not save, are dropped, and what is
+            said again of this one is not written twice.
     """
 
     def __init__(self, file: Path, step: int) -> None:
-        kept = "".join(json.dumps(line) + "\n" for line in lines_of(file) if line["step"] <= step)
-        atomic_write(file, lambda temporary: temporary.write_text(kept))
+        kept = [line for line in lines_of(file) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        atomic_write(file, lambda temporary: temporary.write_text(text))
+        self._there = [line for line in kept if line["step"] == step]
         self._out = open(file, "a", buffering=1)  # noqa: SIM115  closed by `finalize`
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a line; a number that is not finite becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._out.write(json.dumps({"step": step, **finite}) + "\n")
+        line = {"step": step, **finite}
+        if line not in self._there:
+            self._out.write(json.dumps(line) + "\n")
 
     def note(self, text: str, step: int) -> None:
         """Append a line."""

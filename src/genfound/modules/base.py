@@ -125,6 +125,10 @@ class GenerativeModule(lightning.LightningModule):
             with self.trainer.strategy.root_device:
                 self.net.materialise(Rng(self.seed, "initialise"))
 
+    def on_train_start(self) -> None:
+        """Train no more where the budget has been seen; what is done at the end of a run still is."""
+        self.trainer.should_stop = self.images_seen >= self.budget
+
     def on_fit_start(self) -> None:
         """Take ranks and accumulation from the trainer."""
         self.loss_scale = self.trainer.world_size * self.trainer.accumulate_grad_batches

@@ -153,6 +153,48 @@ def newest(folder: Path) -> Path | None:
         return newest(folder)
 
 
+def set_aside_damaged(folder: Path) -> None:
+    """Rename the last checkpoints to `<name>.damaged` if their bytes are not those that were written.
+
+    The run then continues from the newest one that is whole.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    wrong: dict[Path, str] = {}
+    for path in reversed(visible(folder, "*.ckpt")):
+        try:
+            _check_bytes(path)
+            break
+        except ValueError as error:
+            wrong[path] = str(error)
+    else:
+        if wrong:
+            reason = next(iter(wrong.values()))
+            raise ValueError(f"{reason}; no checkpoint before it is whole: remove {folder} to begin anew")
+    for path, reason in wrong.items():
+        aside = path.rename(path.with_name(f"{path.name}.damaged"))
+        print(f"{reason}; it is {aside.name} now, and the run goes back to the one before", flush=True)
+
+
+def _check_bytes(path: Path) -> None:
+    """Read a checkpoint and compare the checksums in it.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    read(path)
+    file = path / STATE if path.is_dir() else path
+    if zipfile.is_zipfile(file):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                changed = archive.testzip()
+        except zipfile.BadZipFile as error:
+            raise damaged(path, str(error)) from None
+        if changed:
+            raise damaged(path, f"{changed} is not what was written")
+
+
 def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Copy tensors into a network."""
     compare_keys(net, tensors, file)
