@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install demo test test-all test-gpu test-lowest test-ray lint type bench bench-gpu clean
+.PHONY: help install demo test test-all chaos test-gpu test-lowest test-ray lint type bench bench-gpu clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test: install  ## the tests, on the CPU and offline
 
 test-all: install  ## also the slow ones
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal
+
+chaos: install  ## kill 200 trainings at random moments, and compare what becomes of them
+	CHAOS=200 $(BIN)/python -m pytest -n 2 --dist worksteal tests/chaos
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

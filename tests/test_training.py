@@ -12,7 +12,9 @@ import genfound
 from genfound import build, training
 from genfound.callbacks import preview
 from genfound.config import compose, environment, options
+from genfound.loggers.json_lines import lines_of
 from genfound.metrics.extractor import full_precision
+from genfound.modules.base import GenerativeModule
 from genfound.runtime import devices, run_directory
 from genfound.sampling.requests import typical_sizes
 from genfound.training import fit
@@ -285,3 +287,31 @@ def test_float32_products_take_tf32_beside_bf16_on_cuda_alone() -> None:
                 assert torch.get_float32_matmul_precision() == "highest"
             assert torch.get_float32_matmul_precision() == expected
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_run_that_ends_in_its_last_preview_trains_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*TINY, "budget.images=40", "callbacks.validation.every=20", "callbacks.preview.every=20"]
+    runs = {name: run_dir(tmp_path / name, *few) for name in ("straight", "cut")}
+    fit(runs["straight"])
+    with monkeypatch.context() as patch:
+        draw = preview.Preview.on_interval
+
+        def killed_at_the_end(self: preview.Preview, trainer: Any, module: GenerativeModule) -> None:
+            if module.images_seen >= module.budget:
+                raise SystemExit(1)
+            draw(self, trainer, module)
+
+        patch.setattr(preview.Preview, "on_interval", killed_at_the_end)
+        with pytest.raises(SystemExit):
+            fit(runs["cut"])
+    monkeypatch.setattr(GenerativeModule, "training_step", lambda *_: pytest.fail("a step was trained again"))
+    fit(runs["cut"])
+    found, expected = (
+        [{key: v for key, v in line.items() if not key.startswith("perf/")} for line in lines_of(run / "metrics.jsonl")]
+        for run in (runs["cut"], runs["straight"])
+    )
+    assert [line for line in found if len(line) > 2] == [line for line in expected if len(line) > 2]
+    pictures = [sorted(file.name for file in (run / "samples").iterdir()) for run in runs.values()]
+    assert pictures[0] == pictures[1] and (runs["cut"] / "DONE").is_file()

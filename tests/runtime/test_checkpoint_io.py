@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,33 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chance, state = random.Random(0), {**STATE, "weights": torch.arange(1000.0)}
+    for step in (1, 2):
+        checkpoint_io.save({**state, "global_step": step}, tmp_path / f"step-{step}.ckpt")
+    newest, found = tmp_path / "step-2.ckpt", 0
+    whole = newest.read_bytes()
+    for place in (chance.randrange(len(whole)) for _ in range(300)):
+        newest.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+        checkpoint_io.set_aside_damaged(tmp_path)
+        if newest.is_file():
+            assert torch.equal(checkpoint_io.read(newest)["weights"], state["weights"]), place
+        else:
+            assert "step-2.ckpt is damaged" in capsys.readouterr().out
+            (tmp_path / "step-2.ckpt.damaged").rename(newest)
+            found += 1
+    assert found > 200
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_renamed(tmp_path: Path) -> None:
+    checkpoint_io.set_aside_damaged(tmp_path / "none")
+    damage(tmp_path / "step-1.ckpt", "half")
+    damage(tmp_path / "step-2.ckpt", "empty")
+    with pytest.raises(ValueError, match=r"step-2.ckpt is damaged .* it is empty; no checkpoint before it is"):
+        checkpoint_io.set_aside_damaged(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"step-1.ckpt", "step-2.ckpt"}
 
 
 def test_no_such_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def _check_bytes(path: Path) -> None:
         try:
             with zipfile.ZipFile(file) as archive:
                 changed = archive.testzip()
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError) as error:
             raise damaged(path, str(error)) from None
         if changed:
             raise damaged(path, f"{changed} is not what was written")
