@@ -100,12 +100,12 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chance, state = random.Random(0), {**STATE, "weights": torch.arange(1000.0)}
+    chance, state = random.Random(0), {**STATE, "weights": torch.arange(10.0)}
     for step in (1, 2):
         checkpoint_io.save({**state, "global_step": step}, tmp_path / f"step-{step}.ckpt")
     newest, found = tmp_path / "step-2.ckpt", 0
     whole = newest.read_bytes()
-    for place in (chance.randrange(len(whole)) for _ in range(300)):
+    for place in range(len(whole)):
         newest.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
         checkpoint_io.set_aside_damaged(tmp_path)
         if newest.is_file():

@@ -184,16 +184,17 @@ def _check_bytes(path: Path) -> None:
     Raises:
         ValueError: it is damaged.
     """
-    read(path)
     file = path / STATE if path.is_dir() else path
-    if zipfile.is_zipfile(file):
-        try:
+    try:
+        changed = None
+        if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 changed = archive.testzip()
-        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError) as error:
-            raise damaged(path, str(error)) from None
-        if changed:
-            raise damaged(path, f"{changed} is not what was written")
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise damaged(path, str(error)) from None
+    if changed:
+        raise damaged(path, f"{changed} is not what was written")
+    read(path)  # after the checksums, which keep changed bytes from the unpickler
 
 
 def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
