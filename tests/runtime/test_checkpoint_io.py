@@ -117,11 +117,19 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, capsys: pytes
     assert found > 200
 
 
+def test_an_older_one_that_cannot_be_read_is_in_no_ones_way(tmp_path: Path) -> None:
+    damage(tmp_path / "step-1.ckpt", "half")
+    checkpoint_io.save(STATE, tmp_path / "step-2.ckpt")
+    checkpoint_io.set_aside_damaged(tmp_path)
+    assert checkpoint_io.newest(tmp_path) == tmp_path / "step-2.ckpt"
+    assert (tmp_path / "step-1.ckpt.damaged").is_file()
+
+
 def test_where_no_checkpoint_is_whole_nothing_is_renamed(tmp_path: Path) -> None:
     checkpoint_io.set_aside_damaged(tmp_path / "none")
     damage(tmp_path / "step-1.ckpt", "half")
     damage(tmp_path / "step-2.ckpt", "empty")
-    with pytest.raises(ValueError, match=r"step-2.ckpt is damaged .* it is empty; no checkpoint before it is"):
+    with pytest.raises(ValueError, match=r"step-2.ckpt is damaged .* it is empty; no other checkpoint is whole"):
         checkpoint_io.set_aside_damaged(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"step-1.ckpt", "step-2.ckpt"}
 

@@ -155,27 +155,26 @@ def newest(folder: Path) -> Path | None:
 
 
 def set_aside_damaged(folder: Path) -> None:
-    """Rename the last checkpoints to `<name>.damaged` if their bytes are not those that were written.
+    """Rename checkpoints to `<name>.damaged` that cannot be read, or whose bytes are not those that were written.
 
-    The run then continues from the newest one that is whole.
+    The bytes are looked at from the last one back to the first that is whole, from which a run then continues.
 
     Raises:
         ValueError: there are checkpoints, and none is whole.
     """
     wrong: dict[Path, str] = {}
+    whole = False
     for path in reversed(visible(folder, "*.ckpt")):
         try:
-            _check_bytes(path)
-            break
+            read(path, parts=()) if whole else _check_bytes(path)
+            whole = True
         except ValueError as error:
             wrong[path] = str(error)
-    else:
-        if wrong:
-            reason = next(iter(wrong.values()))
-            raise ValueError(f"{reason}; no checkpoint before it is whole: remove {folder} to begin anew")
+    if wrong and not whole:
+        raise ValueError(f"{next(iter(wrong.values()))}; no other checkpoint is whole: remove {folder} to begin anew")
     for path, reason in wrong.items():
         aside = path.rename(path.with_name(f"{path.name}.damaged"))
-        print(f"{reason}; it is {aside.name} now, and the run goes back to the one before", flush=True)
+        print(f"{reason}; it is {aside.name} now", flush=True)
 
 
 def _check_bytes(path: Path) -> None:
@@ -194,7 +193,7 @@ def _check_bytes(path: Path) -> None:
         raise damaged(path, str(error)) from None
     if changed:
         raise damaged(path, f"{changed} is not what was written")
-    read(path)  # after the checksums, which keep changed bytes from the unpickler
+    read(path, parts=())  # after the checksums, which keep changed bytes from the unpickler
 
 
 def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
