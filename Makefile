@@ -29,8 +29,10 @@ test: install  ## the tests, on the CPU and offline
 test-all: install  ## also the slow ones
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal
 
-chaos: install  ## kill 200 trainings at random moments, and compare what becomes of them
-	CHAOS=200 $(BIN)/python -m pytest -n 2 --dist worksteal tests/chaos
+CASES ?= 200
+
+chaos: install  ## trainings killed at random moments, CASES=200 of them, compared with undisturbed ones
+	$(BIN)/python -m tests.chaos $(CASES)
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
