@@ -147,3 +147,20 @@ def test_values_that_are_code_or_not_there_are_one_line(
     with pytest.raises(ValueError, match=r"step\.ckpt is damaged or is not a checkpoint of tensors") as error:
         checkpoint_io.read(path)
     assert "\n" not in str(error.value) and not (tmp_path / "owned").exists()
+
+
+def test_a_flipped_bit_in_the_values_is_found_or_changes_nothing(save: Save, tmp_path: Path) -> None:
+    save(tmp_path / "step-1.ckpt", 1)
+    newest, found = tmp_path / "step-2.ckpt", 0
+    expected = save(newest, 2)
+    values = newest / "__0_0.distcp"
+    whole = values.read_bytes()
+    for place in range(0, len(whole), 17):
+        values.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        checkpoint_io.set_aside_damaged(tmp_path)
+        if newest.is_dir():
+            assert not differences(checkpoint_io.read(newest), expected), place
+        else:
+            (tmp_path / "step-2.ckpt.damaged").rename(newest)
+            found += 1
+    assert found > len(whole) / 17 / 4

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -178,22 +178,35 @@ def set_aside_damaged(folder: Path) -> None:
 
 
 def _check_bytes(path: Path) -> None:
-    """Read a checkpoint and compare the checksums in it.
+    """Compare the checksums in a checkpoint, then read it: changed bytes are kept from the unpickler.
 
     Raises:
         ValueError: it is damaged.
     """
-    file = path / STATE if path.is_dir() else path
+    _check_archive(path / STATE if path.is_dir() else path, path)
+    read(path, parts=())
+    if path.is_dir():
+        from genfound.runtime.sharded_values import Values
+
+        for archive in Values(path).archives():
+            _check_archive(archive, path)
+            archive.seek(0)
+            try:
+                torch.load(archive, weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise damaged(path, str(error).splitlines()[0][:150]) from None
+
+
+def _check_archive(file: Path | IO[bytes], path: Path) -> None:
     try:
-        changed = None
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                changed = archive.testzip()
+        if isinstance(file, Path) and not zipfile.is_zipfile(file):
+            return  # torch's format before 1.6, or nothing that `read` knows
+        with zipfile.ZipFile(file) as archive:
+            changed = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError) as error:
         raise damaged(path, str(error)) from None
     if changed:
         raise damaged(path, f"{changed} is not what was written")
-    read(path, parts=())  # after the checksums, which keep changed bytes from the unpickler
 
 
 def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:

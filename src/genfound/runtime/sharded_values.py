@@ -3,9 +3,10 @@
 They have the names of `receipts.leaves`, such as `state_dict.net.blocks.0.attn.qkv.weight`.
 """
 
+import io
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -76,6 +77,13 @@ class Values(FileSystemReader):
         """Torch's own would run code in the file."""
         self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
         return self._metadata
+
+    def archives(self) -> Iterator[io.BytesIO]:
+        """The archive of each part of a tensor, with checksums."""
+        for info in self._metadata.storage_data.values():
+            with open(self._folder / PurePosixPath(info.relative_path).name, "rb") as file:
+                file.seek(info.offset)
+                yield io.BytesIO(file.read(info.length))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Read values into tensors, of DTensors this process's part."""
