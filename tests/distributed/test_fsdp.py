@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from genfound.layers.initial import local
 from genfound.modules.base import GenerativeModule, TrainItem
 from genfound.reporting import estimate
 from genfound.rng import Rng
-from genfound.runtime import checkpoint_io, fsdp, run_directory
+from genfound.runtime import checkpoint_io, fsdp, launch, run_directory
 from genfound.runtime.processes import RankInfo
 from tests.callbacks.test_evaluation import FEW
 from tests.distributed.test_devices import curve, free_port
@@ -86,8 +86,18 @@ def live_bytes(module: GenerativeModule) -> int:
     return sum(storages.values())
 
 
+def spawn(work: Callable[..., None], *arguments: Any, processes: int = 2) -> None:
+    """Call a function with the ranks of a group and arguments, each in a process that ends as those of a command."""
+    mp.spawn(_to_its_end, (work, arguments), nprocs=processes)
+
+
+def _to_its_end(rank: int, work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    work(rank, *arguments)
+    launch.end_process()
+
+
 def train_on_two(*runs: Path) -> None:
-    mp.spawn(of_one, (2, free_port(), runs), nprocs=2)
+    spawn(of_one, 2, free_port(), runs)
 
 
 def prepared(folder: Path, devices: int, *overrides: str) -> Path:
@@ -171,7 +181,7 @@ def held_at_most(rank: int, port: int, run: Path) -> None:
 def test_parts_are_drawn_where_they_lie_with_the_values_of_the_whole(model: str, tmp_path: Path) -> None:
     options = ["strategy=fsdp", "optimizer.lr=0", "trainer.max_steps=1"]
     run = prepared(tmp_path / "run", 2, *NETS[model], *options)
-    mp.spawn(held_at_most, (free_port(), run), nprocs=2)
+    spawn(held_at_most, free_port(), run)
     whole = build.build_run(run_directory.read_config(run), 2).net.state_dict()
     kept = weights_of(run)
     assert whole.keys() == {name.removeprefix("net.") for name in kept if name.startswith("net.")}
@@ -211,7 +221,7 @@ def with_a_gradient_that_is_not_finite(rank: int, port: int, runs: Sequence[Path
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
     options = ["model=nit_tiny", "trainer.precision=bf16"]
     runs = [prepared(tmp_path / name, 2, *options, f"strategy={name}") for name in ("ddp", "fsdp")]
-    mp.spawn(with_a_gradient_that_is_not_finite, (free_port(), runs), nprocs=2)
+    spawn(with_a_gradient_that_is_not_finite, free_port(), runs)
     for run in runs:
         assert curve(run, "train/skipped") == [0, 0, 1, 0, 0, 0]
         assert '"step": 2' in (run / "nonfinite.jsonl").read_text()

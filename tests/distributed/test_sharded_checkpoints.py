@@ -20,7 +20,7 @@ from genfound.evaluation.protocol import read_results
 from genfound.runtime import checkpoint_io, receipts, sharded_values
 from tests.cli.commands import genfound as command
 from tests.distributed.test_devices import curve, free_port
-from tests.distributed.test_fsdp import NETS, of_one, prepared, train_on_two
+from tests.distributed.test_fsdp import NETS, of_one, prepared, spawn, train_on_two
 from tests.helpers import differences, state_differences
 
 SHARDED = ["strategy=fsdp", "strategy.save_distributed_checkpoint=true"]
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for net in ("nit", "dit_moe")
         for name, steps in (("straight", 6), ("cut", 3))
     ]
-    mp.spawn(without_gathering, (2, free_port(), made), nprocs=2)
+    spawn(without_gathering, 2, free_port(), made)
     train_on_two(prepared(folder / "nit_file", 2, *NETS["nit"], "strategy=fsdp", *SAVING))
     return folder
 
@@ -89,7 +89,7 @@ def test_a_run_goes_on_from_a_folder_and_from_a_file_with_the_bits_of_one_that_w
     assert newest(back).is_file()
     again = [going_on(runs, f"{net}_cut", tmp_path / net, 2, *SHARDED) for net in ("nit", "dit_moe")]
     again.append(prepared(back, 2, *NETS["nit"], *SAVING, *SHARDED))
-    mp.spawn(without_gathering, (2, free_port(), again), nprocs=2)
+    spawn(without_gathering, 2, free_port(), again)
     for run in (*again, filed):
         straight = runs / ("dit_moe_straight" if run.name == "dit_moe" else "nit_straight")
         assert curve(run) == curve(straight) and len(curve(run)) == 6
@@ -102,7 +102,7 @@ def test_another_number_of_processes_goes_on_from_a_folder(runs: Path, tmp_path:
         [going_on(runs, f"{net}_cut", tmp_path / f"{net}_{devices}", devices, *options) for net in ("nit", "dit_moe")]
         for devices, options in ((1, []), (4, SHARDED))
     )
-    mp.spawn(of_one, (4, free_port(), four), nprocs=4)
+    spawn(of_one, 4, free_port(), four, processes=4)
     for run in one:
         training.fit(run)
         assert newest(run).is_file()

@@ -15,7 +15,7 @@ from genfound.config.environment import copies as environment_copies
 from genfound.config.errors import JobError
 from genfound.runtime import launch, processes
 from genfound.runtime.processes import SINGLE_PROCESS, RankInfo
-from tests.runtime.children import alive
+from tests.runtime.children import alive, started
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 
@@ -181,3 +181,18 @@ def test_processes_of_a_launch_end_with_it_however_it_ends(tmp_path: Path) -> No
     while any(alive(int(file.read_text())) for file in files):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_process_of_a_group_ends_without_taking_python_down() -> None:
+    """Else torch may abort it; what is registered for its end is done."""
+    code = """
+import atexit
+from torch import distributed
+from genfound.runtime import launch
+atexit.register(lambda: print("at the end", distributed.is_initialized()))
+with launch.reporting():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+print("beyond it")
+"""
+    process, told = started(code)
+    assert process.wait(60) == 0 and told == "at the end False"

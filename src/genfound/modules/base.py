@@ -127,7 +127,7 @@ class GenerativeModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Train no more where the budget has been seen; what is done at the end of a run still is."""
-        self.trainer.should_stop = self.images_seen >= self.budget
+        self.trainer.should_stop |= self.images_seen >= self.budget
 
     def on_fit_start(self) -> None:
         """Take ranks and accumulation from the trainer."""

@@ -65,7 +65,6 @@ def _measure(accelerator: str, place: processes.RankInfo) -> str:
     float(tensor[0])  # waits for the device
     speed = 2 * (ranks - 1) / ranks * tensor.nbytes * REPEATS / (time.perf_counter() - begin) / 1e9
     distributed.all_gather_object(places, f"{socket.gethostname()} {device}")
-    distributed.destroy_process_group()
     return f"{ranks} processes, {speed:.1f} GB/s: {', '.join(places)}"
 
 

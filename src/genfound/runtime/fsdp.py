@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_map_only
 
 from genfound.backbones.base import Backbone
 from genfound.runtime import checkpoint_io
-from genfound.runtime.sharded_values import Values
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -64,6 +63,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         path = Path(checkpoint_path)
         if not path.is_dir():
             return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        from genfound.runtime.sharded_values import Values
+
         mesh = self.device_mesh["data_parallel"]
 
         def part(name: str, whole: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ On several machines the same command is given on each. They meet at a store at H
 and so do the agents of torchrun on them.
 """
 
+import atexit
 import contextlib
 import json
 import logging
@@ -21,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from torch import distributed
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from genfound.config.environment import LAUNCH, PARENT, forget_inherited
@@ -162,11 +164,16 @@ TRACEBACK = "its traceback is in what the process has printed"
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """Leave the reason of a failure to the process that has launched this one; the first of a group is the one."""
+    """Leave the reason of a failure to the process that has launched this one; the first of a group is the one.
+
+    A process of a group that comes to the end of the context ends there, see `end_process`.
+    """
     make_lasting()
     end_with_parent()
     try:
         yield
+        if distributed.is_initialized():
+            end_process()
     except USER_ERRORS as error:
         if not _launched():
             sys.exit(f"error: {sentence(error)}")
@@ -176,6 +183,19 @@ def reporting() -> Iterator[None]:
         if _launched():
             _leave_reason(f"{mistake(error)}; {TRACEBACK}")
         raise
+
+
+def end_process() -> NoReturn:
+    """Leave the group of processes, and end without taking Python down.
+
+    Caches of DTensor keep groups, and with them threads of gloo, which abort the process if they free a tensor while
+    Python is taken down.
+    """
+    distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _launched() -> bool:
