@@ -289,12 +289,16 @@ def test_float32_products_take_tf32_beside_bf16_on_cuda_alone() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize("at_last_step", [False, True])
 def test_a_run_that_ends_in_its_last_preview_trains_nothing_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_last_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = [*TINY, "budget.images=40", "callbacks.validation.every=20", "callbacks.preview.every=20"]
-    runs = {name: run_dir(tmp_path / name, *few) for name in ("straight", "cut")}
+    runs = {"straight": run_dir(tmp_path / "straight", *few)}
     fit(runs["straight"])
+    if at_last_step:  # trainer.max_steps is reached with the budget
+        few.append(f"trainer.max_steps={lines_of(runs['straight'] / 'metrics.jsonl')[-1]['step']}")
+    runs["cut"] = run_dir(tmp_path / "cut", *few)
     with monkeypatch.context() as patch:
         draw = preview.Preview.on_interval
 

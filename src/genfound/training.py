@@ -74,7 +74,8 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     module = module_of(parts)
     if rank == 0:
         print("\n".join([*parts.report(), f"continuing from {newest}" if newest else "starting from step 0"]))
-    if start["global_step"] >= (config["trainer"]["max_steps"] or np.inf):
+    limit = -1 if start["images_seen"] >= module.budget else config["trainer"]["max_steps"] or -1
+    if 0 < limit <= start["global_step"]:  # a run that has seen its budget may have been cut short in its last preview
         if rank == 0:
             print(f"{folder} has reached its end: {start['images_seen']:,} images in {start['global_step']:,} steps")
             _mark_done(folder, start["images_seen"], start["global_step"], start["run"]["fingerprint"])
@@ -86,10 +87,9 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
             print("\n".join(remarks), flush=True)
     if devices.compiled(config["compile"], parts.device):
         parts.net.compile_blocks()
-    stopping = Stopping()
-    callbacks = [*_callbacks(config), resuming.Continuation(folder, changes), stopping]
+    callbacks = [*_callbacks(config), resuming.Continuation(folder, changes), stopping := Stopping()]
     loggers = [DummyLogger()] if rank else _loggers(folder, config, module.budget, start, changes)
-    trainer = _trainer(folder, parts, callbacks, loggers)
+    trainer = _trainer(folder, parts, limit, callbacks, loggers)
     with devices.float32_products(trainer.precision, parts.device):
         trainer.fit(module, datamodule=GenerativeDataModule(parts), ckpt_path=newest, weights_only=True)
     if stopping.signal:
@@ -112,7 +112,11 @@ def _callbacks(config: Mapping[str, Any]) -> list[lightning.Callback]:
 
 
 def _trainer(
-    folder: Path, parts: build.RunComponents, callbacks: Sequence[lightning.Callback], loggers: Sequence[Logger]
+    folder: Path,
+    parts: build.RunComponents,
+    max_steps: int,
+    callbacks: Sequence[lightning.Callback],
+    loggers: Sequence[Logger],
 ) -> lightning.Trainer:
     """`lightning.Trainer` with what the configuration sets, and what genfound decides."""
     options, ranks = parts.config["trainer"], parts.ranks
@@ -120,7 +124,7 @@ def _trainer(
         "accelerator": "gpu" if parts.device.type == "cuda" else "cpu",
         "strategy": _strategy(parts) if ranks > 1 else "auto",
         "precision": devices.precision(options["precision"], parts.device),
-        "max_steps": options["max_steps"] or -1,
+        "max_steps": max_steps,
         "max_epochs": -1,
         "accumulate_grad_batches": parts.micro_batches,
         "callbacks": list(callbacks),
