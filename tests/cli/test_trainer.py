@@ -115,6 +115,7 @@ REFUSED = {
     "trainer.num_nodes=null": "trainer.num_nodes=null must be a whole number of at least 1",
     "strategy=deepspeed": "strategy=deepspeed is unknown; choose one of auto, ddp, fsdp",
     "strategy.save_distributed_checkpoint=true": "strategy.save_distributed_checkpoint",  # of strategy=fsdp alone
+    "strategy=fsdp strategy.reduce_dtype=fp16": "strategy.reduce_dtype=fp16 must be bf16 or null",
     "logger=[csv,mlflow]": "logger=mlflow is unknown",
     "callbacks.ema=null": "callbacks.ema is part of every run",
     "+callbacks.x._target_=lightning.Nope": "callbacks.x cannot be built: module 'lightning' has no attribute 'Nope'",
@@ -127,7 +128,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_what_is_not_for_the_trainer_is_one_clear_line(override: str, tmp_path: Path) -> None:
-    result = genfound("train", *TINY, "trainer.max_steps=1", override, cwd=tmp_path)
+    result = genfound("train", *TINY, "trainer.max_steps=1", *override.split(), cwd=tmp_path)
     assert REFUSED[override] in one_error(result)
     assert not list(tmp_path.rglob("*.ckpt"))
 

@@ -125,6 +125,20 @@ def test_ddp_and_fsdp_train_what_one_process_trains(tmp_path: Path) -> None:
             assert 0.45 * ddp < fsdp < 0.55 * ddp
 
 
+@pytest.mark.slow
+def test_gradients_are_summed_in_bf16_where_that_is_chosen(tmp_path: Path) -> None:
+    runs = {}
+    for name in ("default", "null", "bf16"):
+        chosen = [] if name == "default" else [f"strategy.reduce_dtype={name}"]
+        runs[name] = prepared(tmp_path / name, 2, "model=nit_tiny", "strategy=fsdp", *chosen)
+    train_on_two(*runs.values())
+    norms = {name: curve(run, "train/grad_norm") for name, run in runs.items()}
+    assert norms["null"] == norms["default"] and len(norms["null"]) == 6
+    assert norms["bf16"] != norms["null"] and norms["bf16"] == pytest.approx(norms["null"], rel=0.01)
+    with pytest.raises(ValueError, match=r"strategy\.reduce_dtype: bf16 in the run, None now"):
+        prepared(tmp_path / "bf16", 2, "model=nit_tiny", "strategy=fsdp")
+
+
 EVALUATED = ["callbacks.evaluation.every=40", "callbacks.evaluation.protocol=quick", "callbacks.preview.every=40"]
 
 

@@ -138,6 +138,8 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
         raise ValueError(f"trainer.profiler={profiler} is unknown; choose {', '.join(PROFILERS)} or null")
     if limit is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(limit)):
         raise ValueError(f"trainer.max_time={limit} must be days:hours:minutes:seconds, as 01:12:00:00, or null")
+    if (dtype := (config["strategy"] or {}).get("reduce_dtype")) not in (None, "bf16"):
+        raise ValueError(f"strategy.reduce_dtype={dtype} must be bf16 or null (float32, as gradients are)")
     if config["compile"] not in (True, False, "auto"):
         raise ValueError(f"compile={config['compile']} must be auto, true or false")
     callbacks = config["callbacks"]

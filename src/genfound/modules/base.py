@@ -120,7 +120,8 @@ class GenerativeModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Shard the network where the strategy of the trainer has a mesh of devices; give it values if it has none."""
         if self.device_mesh is not None:
-            fsdp.shard(self.net, self.device_mesh["data_parallel"])
+            reduce_dtype = getattr(self.trainer.strategy, "reduce_dtype", None)
+            fsdp.shard(self.net, self.device_mesh["data_parallel"], reduce_dtype)
         if any(p.is_meta for p in self.net.parameters()):  # no process has held all of it
             with self.trainer.strategy.root_device:
                 self.net.materialise(Rng(self.seed, "initialise"))

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
@@ -28,12 +29,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: checkpoints are folders in which each process writes its part; otherwise the first
             one gathers all tensors and writes a file.
+        reduce_dtype: `bf16`: gradients are summed over processes in bfloat16; `None`: in float32, as they are.
     """
 
     lightning_restore_optimizer = True
 
-    def __init__(self, save_distributed_checkpoint: bool = False) -> None:
+    def __init__(self, save_distributed_checkpoint: bool = False, reduce_dtype: str | None = None) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
+        self.reduce_dtype = {None: None, "bf16": torch.bfloat16}[reduce_dtype]
 
     def setup_environment(self) -> None:
         """Lightning's `auto` is the number of machines."""
@@ -92,11 +95,18 @@ class FullyShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": parts})
 
 
-def shard(net: Backbone, mesh: DeviceMesh) -> None:
+def shard(net: Backbone, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None) -> None:
     """Shard the blocks of a network, each as a unit, then the rest of it; once."""
     if not isinstance(net, FSDPModule):
+        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         for part in (*net.blocks, net):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True, shard_placement_fn=lambda p: placement(p, mesh))
+            fully_shard(
+                part,
+                mesh=mesh,
+                reshard_after_forward=True,
+                shard_placement_fn=lambda p: placement(p, mesh),
+                mp_policy=policy,
+            )
 
 
 def placement(tensor: Tensor, mesh: DeviceMesh) -> Shard:

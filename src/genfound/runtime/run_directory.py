@@ -30,7 +30,7 @@ NOT_IDENTITY = (
 IDENTITY = ("trainer.overfit_batches",)
 """Those that are, though their group is not."""
 
-RECORDED = ("trainer.precision", "trainer.deterministic", "compile")
+RECORDED = ("trainer.precision", "trainer.deterministic", "compile", "strategy.reduce_dtype")
 """Those that are not, and change numbers: another value does not continue a run silently."""
 
 PLACE = ("runs", "study", "name")
