@@ -1,12 +1,13 @@
 """`python -m genfound.train -m`: each job is done, or the table at the end says why it is not."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -43,34 +44,6 @@ def test_a_key_that_only_some_models_have_fails_the_others(tmp_path: Path) -> No
     result = genfound("train", "-m", "model.nope=1,2", "objective.path=foo", *SMALL, cwd=tmp_path)
     assert result.returncode == 1
     assert all("unknown key model.nope" in line for line in table(result.stdout).values()), result.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=["basic", "joblib"]
-)
-def test_a_wrong_job_stops_no_other_and_the_same_command_goes_on(launcher: list[str], tmp_path: Path) -> None:
-    command = ["-m", "model=nope,nit_tiny", "objective.path=foo,linear", *launcher, *SMALL]
-    first = genfound("train", *command, "trainer.max_steps=2", cwd=tmp_path)
-    assert first.returncode == 1
-    told = table(first.stdout)
-    good = "model=nit_tiny objective.path=linear"
-    assert [line.split()[0] for line in told.values()] == ["failed", "failed", "failed", "done"], first.stdout
-    images, loss = told[good].split()[1:3]
-    assert int(images) > 0 and float(loss) > 0
-    shown = [line.partition(" ")[0] for line in first.stdout.partition("\njob ")[0].splitlines()]
-    assert sorted(shown) == ["[begun]", "[done]", "[failed]", "[failed]", "[failed]"], first.stdout
-    metrics = next(tmp_path.glob("runs/s/*/DONE")).with_name("metrics.jsonl")
-    log = metrics.with_name("log.txt").read_text()
-    assert re.match(r"begun \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", log) and "starting from step 0" in log
-    before = metrics.read_text()
-    again = genfound("train", *command, "trainer.max_steps=2", cwd=tmp_path)
-    assert again.returncode == 1 and table(again.stdout)[good].startswith("done before"), again.stdout
-    assert metrics.read_text() == before
-    longer = genfound("train", *command, "trainer.max_steps=3", cwd=tmp_path)
-    assert table(longer.stdout)[good].startswith("done "), longer.stdout
-    assert metrics.with_name("log.txt").read_text().startswith(log)
-    assert "step-00000002.ckpt" in metrics.with_name("log.txt").read_text().removeprefix(log)
 
 
 def begun(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -116,20 +89,78 @@ def training(folder: Path, rank: int | None = None, run: str = "") -> int:
     raise AssertionError(f"nothing trains in {folder}")
 
 
-LONG = "trainer.max_steps=100000,2"
-"""A job that does not end by itself, and one that does at once."""
+FAULTS = """
+import json, time
+from pathlib import Path
+from lightning import Callback
+from genfound.runtime import checkpoint_io
+
+class Faults(Callback):
+    def on_fit_start(self, trainer, module):
+        file = Path("faults.json")
+        self.fault = json.loads(file.read_text()).get(Path(trainer.default_root_dir).name) if file.is_file() else None
+        if self.fault == "full disk":
+            checkpoint_io.open = lambda *_: open("/dev/full", "wb")
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3 and self.fault == "mistake":
+            raise KeyError("depth")
+        if trainer.global_step == 3 and self.fault == "long":
+            time.sleep(1000)
+"""
+"""What becomes of runs, by their names in faults.json."""
 
 
 @pytest.mark.slow
-def test_a_killed_job_is_named_with_its_signal_and_stops_no_other(tmp_path: Path) -> None:
-    sweep = begun("-m", *SMALL, LONG, "budget.images=1000000", cwd=tmp_path)
-    wait_for(lambda: list(tmp_path.glob("runs/s/*/metrics.jsonl")))
-    os.kill(training(tmp_path), signal.SIGKILL)
+@pytest.mark.parametrize(
+    "launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=["basic", "joblib"]
+)
+def test_faults_of_all_kinds_stop_no_other_job_and_the_same_command_mends_them(
+    launcher: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "faults.py").write_text(FAULTS)
+    faults = {"r__seed-1": "mistake", "r__seed-3": "long", "r__seed-5": "full disk"}
+    (tmp_path / "faults.json").write_text(json.dumps(faults))
+    command = ["-m", *SMALL, "seed=0,1,2,3,4,5,6,x", "name=r", "trainer.max_steps=6", *launcher]
+    command += ["callbacks.checkpointing.every=1", "+callbacks.faults._target_=faults.Faults"]
+    sweep = begun(*command, cwd=tmp_path)
+    long = tmp_path / "runs/s/r__seed-3"
+    wait_for((long / "checkpoints/step-00000002.ckpt").is_file)
+    os.kill(training(tmp_path, run=long.name), signal.SIGKILL)
     output, errors = sweep.communicate(timeout=LIMIT)
-    assert sweep.returncode == 1 and errors.startswith("error: 1 of 2 jobs are not done"), errors
-    killed, done = table(output).values()
-    assert killed.startswith("failed") and "ended by signal 9 (SIGKILL)" in killed, output
-    assert done.startswith("done")
+    assert sweep.returncode == 1, errors
+    assert errors.splitlines()[-1] == "error: 4 of 8 jobs are not done; the same command goes on with them"
+    told, healthy = table(output), [f"seed={seed}" for seed in (0, 2, 4, 6)]
+    assert [line.split()[0] for line in told.values()] == ["done", "failed"] * 3 + ["done", "failed"], output
+    reasons = {
+        "seed=1": "a mistake in the program: KeyError: 'depth'; its traceback is in runs/s/r__seed-1/log.txt",
+        "seed=3": "the process was ended by signal 9 (SIGKILL): most often because memory was short",
+        "seed=5": "checkpoints/step-00000001.ckpt: No space left on device; make room and give the same command",
+        "seed=x": "seed=x must be a whole number",
+    }
+    assert all(reason in told[job] for job, reason in reasons.items()), output
+    shown = [line.partition(" ")[0] for line in output.partition("\njob ")[0].splitlines()]
+    assert sorted(shown) == [*["[begun]"] * 7, *["[done]"] * 4, *["[failed]"] * 4], output
+    assert all(int(told[job].split()[1]) > 0 and float(told[job].split()[2]) > 0 for job in healthy), output
+    assert re.match(r"begun \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", log := (long / "log.txt").read_text())
+    assert "starting from step 0" in log
+
+    (tmp_path / "faults.json").unlink()
+    before = stamps(tmp_path, healthy)
+    again = genfound("train", *command, cwd=tmp_path)
+    told = table(again.stdout)
+    assert again.returncode == 1 and again.stderr.startswith("error: 1 of 8 jobs are not done"), again.stderr
+    ended = [re.split(r"  +", line)[0] for line in told.values()]
+    assert ended == ["done before", "done"] * 3 + ["done before", "failed"], again.stdout
+    assert before and stamps(tmp_path, healthy) == before
+    assert "step-00000002.ckpt" in (long / "log.txt").read_text().removeprefix(log)
+    assert not list(tmp_path.glob("runs/s/*/FAILED")) and not list(tmp_path.glob("runs/s/.sweep*"))
+
+
+def stamps(folder: Path, jobs: Sequence[str]) -> dict[Path, int]:
+    """When each file of finished jobs was written."""
+    files = (file for job in jobs for file in folder.glob(f"runs/s/r__{job.replace('=', '-')}/**/*"))
+    return {file: file.stat().st_mtime_ns for file in files}
 
 
 @pytest.mark.slow

@@ -105,24 +105,6 @@ def jobs() -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_sweep_names_its_jobs_and_outlives_a_failing_one(tmp_path: Path) -> None:
-    sweep = ["-m", *TINY, "trainer.max_steps=2", "model.heads=1,3", "study=heads"]
-    result = genfound("train", *sweep, cwd=tmp_path)
-    runs = sorted(p.name for p in (tmp_path / "runs/heads").iterdir() if p.is_dir())
-    assert result.returncode == 1
-    assert len(runs) == 2
-    done = [name for name in runs if (tmp_path / "runs/heads" / name / "DONE").exists()]
-    failed = [name for name in runs if (tmp_path / "runs/heads" / name / "FAILED").exists()]
-    assert all("model.heads-1" in name for name in done) and len(done) == 1
-    assert all("model.heads-3" in name for name in failed) and len(failed) == 1
-    summaries = [line for line in result.stdout.splitlines() if line.startswith(("[done]", "[failed]"))]
-    assert len(summaries) == 2
-    assert sum("must be a multiple of 4 for rotary positions" in line for line in summaries) == 1
-    again = genfound("train", *sweep, cwd=tmp_path)
-    assert again.stdout.count("[done before]") == 1
-
-
-@pytest.mark.slow
 def test_a_sweep_over_what_does_not_identify_a_run_trains_each_of_its_jobs(tmp_path: Path) -> None:
     """Two folders that read alike as file names; the same command finds the runs again."""
     for root in ("a/b", "a_b"):

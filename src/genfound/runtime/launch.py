@@ -155,11 +155,13 @@ def launch(
         command = [sys.executable, "-m", *agent, module, str(request)]
         code = run_command(command, shared | environment | {LAUNCH: folder}, log, asked)
         if code:
-            reason = Path(folder) / "reason"
-            raise JobError(reason.read_text() if reason.exists() else _ending(code))
+            file = Path(folder) / "reason"
+            reason = file.read_text() if file.exists() else _ending(code)
+            raise JobError(reason.replace(PRINTED, str(log)) if log else reason)
 
 
-TRACEBACK = "its traceback is in what the process has printed"
+PRINTED = "what the process has printed"
+TRACEBACK = f"its traceback is in {PRINTED}"
 
 
 @contextlib.contextmanager
