@@ -19,7 +19,7 @@ from tests.reporting.studies import made_run
 
 METRICS = ["val/velocity_mse_ema", "eval", "train/loss"]
 FIGURES = {"val/velocity_mse_ema": [2.0, 1.5], "train/loss": [3.0, 2.0], "eval/fid": [9.0, 8.0]}
-ADDRESSES = ["https://wandb.test/team/mine?nw=", "https://wandb.test/team/mine/reports/paths--id"]
+ADDRESSES = ["https://wandb.test/team/mine?nw=", "https://wandb.test/team/mine/reports/paths--aWQ1"]
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +41,28 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The views that were saved, as the server of W&B gets them."""
+    """The views that were saved, as the server of W&B gets them; it forgets what is taken out."""
     found: list[dict[str, Any]] = []
 
     def execute_graphql(query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        if "upsertView" not in query:
-            assert variables == {"entityName": "team", "projectName": "mine"}
-            return {"project": {"internalId": "7"}}
-        found.append({**variables, "spec": json.loads(variables["spec"])})
-        project = {"id": "7", "name": "mine", "entityName": "team"}
-        names = {"name": variables["name"], "displayName": variables["displayName"], "description": ""}
+        if "upsertView" in query:
+            number = variables.get("id") or f"aWQ{len(found)}"
+            found.append({**variables, "id": number, "spec": json.loads(variables["spec"])})
+            return {"upsertView": {"view": view(found[-1])}}
+        if "allViews" in query:
+            there = [one for one in found if one["name"] == variables["viewName"]]
+            return {"project": {"allViews": {"edges": [{"node": view(one)} for one in there[-1:]]}}}
+        if "reportId" in variables:
+            there = [one for one in found if one["id"] == variables["reportId"]]
+            return {"view": view(there[-1]) if there else None}
+        assert variables["entityName"] in ("team", "others") and variables["projectName"] == "mine"
+        return {"project": {"internalId": "7"}}
+
+    def view(sent: dict[str, Any]) -> dict[str, Any]:
+        project = {"id": "7", "name": "mine", "entityName": sent["entityName"]}
         times = {"createdAt": "2026-01-01T00:00:00", "updatedAt": "2026-01-01T00:00:00"}
-        return {"upsertView": {"view": {"id": "id", **names, "project": project, "spec": variables["spec"], **times}}}
+        names = {key: sent[key] for key in ("id", "name", "displayName")}
+        return {**names, "description": "", "project": project, "spec": json.dumps(sent["spec"]), **times}
 
     class Api:
         default_entity = "team"
@@ -120,7 +130,7 @@ def test_with_a_login_they_are_saved(
     with pytest.raises(ValueError, match="no default team; name one in WANDB_ENTITY; try again later"):
         write_dashboards(of_one_path, METRICS, tmp_path)
 
-    def fail(**_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise wandb.errors.CommError("no way to the server")
 
     monkeypatch.setattr(dashboard.wandb_report, "save", fail)
@@ -128,6 +138,28 @@ def test_with_a_login_they_are_saved(
         ValueError, match=r"wandb=true: no way to the server; try again later: python .*/wandb_report.py"
     ):
         write_dashboards(of_one_path, METRICS, tmp_path)
+
+
+def test_given_again_they_are_updated_and_what_was_deleted_is_saved_anew(
+    root: Path, tmp_path: Path, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "mode", lambda: "online")
+    runs = read_study(root / "runs/paths")
+    of_one_path = [run for run in runs if "linear" in run.folder.name]
+    first, again = (write_dashboards(some, METRICS, tmp_path) for some in (of_one_path, runs))
+    assert first == again
+    assert [view["id"] for view in sent] == ["aWQ0", "aWQ1"] * 2
+    assert sent[2]["name"] == sent[0]["name"]
+    [section] = sent[2]["spec"]["section"]["panelBankConfig"]["sections"]
+    assert kinds(section["panels"]) == COMPARED
+    grids = [block["metadata"] for block in sent[3]["spec"]["blocks"] if block["type"] == "panel-grid"]
+    assert kinds(grids[0]["panelBankSectionConfig"]["panels"]) == COMPARED and len(grids) == 2
+
+    sent.clear()
+    write_dashboards(runs, METRICS, tmp_path)
+    assert len(sent) == 2
+    monkeypatch.setenv("WANDB_ENTITY", "others")
+    assert "/others/mine" in write_dashboards(runs, METRICS, tmp_path)
 
 
 def test_a_study_that_has_not_logged_to_wandb_is_refused(root: Path) -> None:

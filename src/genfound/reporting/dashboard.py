@@ -37,7 +37,7 @@ def write_dashboards(runs: Sequence[Run], wanted: Sequence[str], out: Path) -> s
     if mode() != "online":
         return f"W&B dashboards, once you are logged in and the runs are synced: python {script}"
     try:
-        return "\n".join(wandb_report.save(**compared))
+        return "\n".join(wandb_report.save(out, **compared))
     except (wandb.Error, OSError, ValueError) as error:
         raise ValueError(f"wandb=true: {error}; try again later: python {script}") from None
 

@@ -47,8 +47,10 @@ def report(entity: str, project: str, study: str, keys: Sequence[str], **shown: 
     return wr.Report(project=project, entity=entity, title=study, blocks=blocks, width="fluid")
 
 
-def save(**compared: Any) -> list[str]:
+def save(folder: Path, **compared: Any) -> list[str]:
     """Save both for who is logged in, or for the team of WANDB_ENTITY; returns their addresses.
+
+    Those of before are in wandb_urls.json of the folder: what is there is given the new content.
 
     Raises:
         ValueError: the login has no default team, and none is named.
@@ -56,8 +58,28 @@ def save(**compared: Any) -> list[str]:
     entity = os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity
     if not entity:
         raise ValueError("this login has no default team; name one in WANDB_ENTITY")
-    return [make(entity, **compared).save().url for make in (workspace, report)]
+    file, owner = folder / "wandb_urls.json", f"{entity}/{compared['project']}"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    views = (workspace(entity, **compared), report(entity, **compared))
+    urls = [_at(url, view).save().url for url, view in zip(known.get(owner, ("", "")), views, strict=True)]
+    file.write_text(json.dumps({**known, owner: urls}, indent=1) + "\n")
+    return urls
+
+
+CONTENT = {ws.Workspace: ("sections", "settings", "runset_settings"), wr.Report: ("blocks",)}
+
+
+def _at(url: str, view: Any) -> Any:
+    """The view at an address with the content of another one, which it is itself if there is none any more."""
+    try:
+        there = type(view).from_url(url)
+    except (ValueError, TypeError):  # the latter of a report that was deleted
+        return view
+    for name in CONTENT[type(view)]:
+        setattr(there, name, getattr(view, name))
+    return there
 
 
 if __name__ == "__main__":
-    print(*save(**json.loads(Path(__file__).with_suffix(".json").read_text())), sep="\n")
+    own = Path(__file__)
+    print(*save(own.parent, **json.loads(own.with_suffix(".json").read_text())), sep="\n")
