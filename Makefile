@@ -47,7 +47,7 @@ test-lowest:  ## with the lowest versions of the dependencies that pyproject.tom
 
 test-ray:  ## sweeps on Ray, whose launcher and joblib need different versions of cloudpickle
 	$(PYTHON) -m venv $(VENV)-ray
-	$(VENV)-ray/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[ray]' pytest hypothesis
+	$(VENV)-ray/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[ray,report]' pytest hypothesis
 	$(VENV)-ray/bin/python -m pytest tests/cli/test_ray.py
 
 lint: install  ## style

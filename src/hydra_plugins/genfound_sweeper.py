@@ -93,7 +93,7 @@ def _engine(launcher: Launcher) -> Iterator[type[Exception]]:
         needed = launcher.ray_cfg.remote.get("num_gpus", 0)
         most = max(node["Resources"].get("GPU", 0) for node in ray.nodes())
         if needed > most:
-            raise ValueError(f"a job takes {needed} GPUs of one machine, and Ray finds {most:g}; see trainer.devices")
+            raise ValueError(f"a job takes {needed} GPUs of one machine, and Ray finds {most:g}; give fewer devices")
         yield RayError
     finally:
         ray.shutdown()

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.cli.commands import TINY, genfound, one_error, variables
+from tests.cli.test_sweeps import table
 from tests.photographs import write_tree
 from tests.stores import contents
 
@@ -93,6 +94,16 @@ def test_two_processes_make_the_same_store(folder: Path, straight: Path) -> None
     assert both.stdout.count("done: ") == 1
     error = one_error(genfound("encode", *COMMON, *PIXEL, "out=both", "devices=2", "data.flip=false", cwd=folder))
     assert "out=both was begun with other settings or images (mirrored: True there, False now)" in error
+
+
+@pytest.mark.slow
+def test_a_sweep_of_stores_names_the_one_that_cannot_be(folder: Path, straight: Path) -> None:
+    swept = genfound("encode", "-m", *COMMON, *PIXEL, "out=first,second", "dtype=fp16,int8", cwd=folder)
+    assert swept.stderr == "error: 2 of 4 jobs are not done; the same command goes on with them\n"
+    told = table(swept.stdout)
+    assert [line.split()[0] for line in told.values()] == ["done", "failed"] * 2, swept.stdout
+    assert "dtype=int8 is unknown; choose one of fp16, bf16, fp32" in told["out=second dtype=int8"]
+    assert contents(folder / "first") == contents(folder / "second") == contents(straight)
 
 
 def worker(rank: int, folder: Path) -> int | None:

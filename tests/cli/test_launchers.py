@@ -12,7 +12,7 @@ from tests.cli.commands import TINY, genfound, one_error
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_launcher_runs_all_jobs_and_the_command_fails_if_one_did(launcher: str, tmp_path: Path) -> None:
     at_once = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     jobs = ["-m", "trainer.devices=3,1", "seed=0,1", "study=s", f"hydra/launcher={launcher}", *at_once]

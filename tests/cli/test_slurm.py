@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import slurm
-from tests.cli.commands import LIMIT, ROOT, TINY, genfound
+from tests.cli.commands import LIMIT, ROOT, TINY, genfound, one_error
 from tests.cli.test_sweeps import SMALL, begun, table, wait_for
 from tests.distributed.test_devices import curve
 from tests.helpers import state_differences
@@ -86,6 +86,15 @@ def test_a_task_on_each_of_two_nodes_gives_the_loss_curve_of_one(launched: str, 
     assert two.returncode == 0, two.stdout + two.stderr
     one, other = (losses(tmp_path / "runs/default" / name) for name in ("alone", "two"))
     assert len(one) == 6 and other == pytest.approx(one, rel=1e-5)
+
+
+def test_images_are_drawn_on_nodes(tmp_path: Path) -> None:
+    assert genfound("train", *SMALL, "name=run", "trainer.max_steps=1", cwd=tmp_path).returncode == 0
+    drawn = genfound("sample", "-m", "from=runs/s/run", "labels=[0]", "seed=0,1", *ON_SLURM, cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stdout + drawn.stderr
+    assert len(list(tmp_path.glob("runs/s/run/samples/*/grid.png"))) == 2
+    varied = genfound("evaluate", "-m", "from=runs/s/run", "reference=data", "devices=1,2", *ON_SLURM, cwd=tmp_path)
+    assert "hydra/launcher=slurm_node asks for the same devices for all jobs" in one_error(varied)
 
 
 def test_the_batch_script_of_the_guide_goes_on_after_a_signal(tmp_path: Path) -> None:

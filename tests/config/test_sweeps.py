@@ -59,6 +59,17 @@ def job(overrides: list[str]) -> list[str]:
         HydraConfig.instance().cfg = before
 
 
+@pytest.mark.parametrize(("command", "given", "asked"), [
+    ("train", ["trainer.devices=8", "trainer.num_nodes=2"], (2, 8)), ("train", [], (1, 1)),
+    ("evaluate", ["devices=4"], (1, 4)), ("evaluate", [], (1, 1)), ("encode", ["devices=2"], (1, 2)),
+    ("sample", [], (1, 1)),
+])  # fmt: skip
+def test_a_launcher_asks_for_what_each_command_is_given(command: str, given: list[str], asked: tuple[int, int]) -> None:
+    with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
+        cfg = hydra.compose(command, ["hydra/launcher=slurm_node", *given], return_hydra_config=True)
+    assert (cfg.hydra.launcher.nodes, cfg.hydra.launcher.gpus_per_node) == asked
+
+
 def test_outside_a_sweep_nothing_is_varied(tmp_path: Path) -> None:
     assert job([]) == []
 

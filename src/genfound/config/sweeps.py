@@ -7,6 +7,7 @@ they tell is a line of JSON for each event, in a file in the folder of the sweep
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -82,11 +83,23 @@ def _note(file: Path, job: Sequence[str], facts: Mapping[str, Any]) -> None:
         out.write(json.dumps({"job": _own(job), **facts}) + "\n")
 
 
+def _first_set(*keys: str | int, _root_: DictConfig) -> Any:
+    """For `conf/hydra/launcher`, of commands with other keys: the value of the first key that is set, or the last."""
+    *names, otherwise = keys
+    values = (OmegaConf.select(_root_, str(name)) for name in names)
+    return next((value for value in values if value is not None), otherwise)
+
+
+OmegaConf.register_new_resolver("first_set", _first_set, replace=True)
+
+
 def refuse_varied(launcher: DictConfig, name: str) -> None:
     """Raise a ValueError for a key that the sweep varies, and of which its launcher makes what it asks for all jobs."""
-    text = OmegaConf.to_yaml(launcher)
+    asked = {
+        key for inner in re.findall(r"\$\{([^}]*)\}", OmegaConf.to_yaml(launcher)) for key in re.split("[:,]", inner)
+    }
     for key in Swept.here.keys if Swept.here else ():
-        if f"${{{key}}}" in text:
+        if key in asked:
             raise ValueError(
                 f"hydra/launcher={name} asks for the same {key} for all jobs; give a sweep for each of them"
             )
