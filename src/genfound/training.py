@@ -36,8 +36,8 @@ from genfound.config.options import check, one_step
 from genfound.config.signals import Stopped
 from genfound.config.targets import instantiate_own
 from genfound.data.datamodule import GenerativeDataModule
+from genfound.loggers import provenance
 from genfound.loggers.json_lines import JsonLines, lines_of
-from genfound.loggers.provenance import provenance
 from genfound.loggers.terminal import Terminal
 from genfound.modules.base import module_of
 from genfound.runtime import checkpoint_io, devices, launch, processes, run_directory
@@ -165,7 +165,7 @@ def _loggers(
     given = run_directory.given(folder).items()
     chosen = {key: value for key, value in given if "." not in key and isinstance(config.get(key, {}), Mapping)}
     options = {**run_directory.options_of(folder), **chosen}  # Hydra knows no choice of several
-    settings = compose.without_nulls({**config, "options": options, "provenance": provenance()})
+    settings = compose.without_nulls({**config, "options": options, "provenance": provenance.note(folder, step)})
     for logger in loggers:
         logger.log_hyperparams(settings)
         for line in lines_of(file) if isinstance(logger, CSVLogger) else ():  # which begins its file anew

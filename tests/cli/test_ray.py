@@ -115,7 +115,7 @@ def test_another_command_than_training_gets_the_cards_that_it_asks_for(tmp_path:
     drawn = genfound("sample", "-m", run, "labels=[0]", "seed=0,1", *CARDS, cwd=tmp_path, NO_COLOR="1")
     assert drawn.returncode == 0, drawn.stdout + drawn.stderr
     assert len(list(tmp_path.glob("runs/s/run/samples/*/grid.png"))) == 2
-    many = genfound("evaluate", "-m", run, "reference=data", "protocol.seed=0,1", "devices=3", *CARDS, cwd=tmp_path)
+    many = genfound("evaluate", "-m", run, "reference=data", "seed=0,1", "devices=3", *CARDS, cwd=tmp_path)
     assert "a job takes 3 GPUs of one machine, and Ray finds 2; give fewer devices" in one_error(many)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from genfound.loggers import provenance
+from genfound.loggers.json_lines import lines_of
 from genfound.loggers.provenance import commit, is_checkout
 
 OWN = '[project]\nname = "genfound"\n'
@@ -40,3 +41,17 @@ def test_without_git_there_is_no_commit_and_no_error(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(provenance, "is_checkout", lambda _: True)
     assert "commit" not in provenance.provenance() and "torch" in provenance.provenance()
+
+
+def test_a_run_keeps_what_has_trained_it_from_which_step_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step, code in (
+        (0, "one"),
+        (4, "one"),
+        (6, "two"),
+        (9, "three"),
+        (7, "three"),
+    ):  # the last one goes on after a kill
+        monkeypatch.setattr(provenance, "provenance", lambda code=code: {"commit": code})
+        assert provenance.note(tmp_path, step) == {"commit": code}
+    kept = [(line["step"], line["commit"]) for line in lines_of(tmp_path / provenance.FILE)]
+    assert kept == [(0, "one"), (6, "two"), (7, "three")]

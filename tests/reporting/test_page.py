@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from genfound.loggers import provenance
 from genfound.reporting import plots
 from genfound.reporting.collect import Run, metric_names, read_study
 from genfound.reporting.page import write_report
@@ -33,9 +35,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_holds_all_that_it_shows(root: Path, tmp_path: Path) -> None:
-    text = write_report(read_study(root / "runs/paths"), [METRIC], root / "experiments/paths", tmp_path)
+    runs = read_study(root / "runs/paths")
+    for run in runs[:3]:
+        line = {"step": 0, "commit": "abc" if run.seed else "def"}
+        (run.folder / provenance.FILE).write_text(json.dumps(line) + "\n")
+    text = write_report(runs, [METRIC], root / "experiments/paths", tmp_path)
     assert "gvp" in text and "1.3 ± " in text
     page = (tmp_path / "index.html").read_text()
+    assert "2 trained by commit abc." in page and "1 trained by commit def." in page
     assert "<p>GVP is as good as linear.</p>" in page and "no room &lt;on&gt; the disk" in page
     for heading in ("Results", f"Effects on {METRIC}", "Curves", "Samples", "Jobs"):
         assert f"<h2>{heading}</h2>" in page

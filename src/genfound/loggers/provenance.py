@@ -1,12 +1,37 @@
 """What code produced a result."""
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
 import tomllib
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from genfound.loggers.json_lines import lines_of
+from genfound.runtime.files import atomic_write
+
+FILE = "provenance.jsonl"
+"""Of a run directory: a line for each code that has trained the run, with the step from which on."""
+
+
+def note(folder: Path, step: int) -> dict[str, str]:
+    """Keep that this code trains a run from a step on; returns what it is."""
+    facts = provenance()
+    kept = [line for line in lines_of(folder / FILE) if line["step"] <= step]
+    if not kept or {**kept[-1], "step": step} != {"step": step, **facts}:
+        kept.append({"step": step, **facts})
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    atomic_write(folder / FILE, lambda temporary: temporary.write_text(text))
+    return facts
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """Versions and commit, for readers."""
+    return ", ".join(f"{key} {facts[key]}" for key in ("genfound", "torch", "commit") if key in facts)
 
 
 def provenance() -> dict[str, str]:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from genfound.config.compose import flatten
 from genfound.evaluation.protocol import RESULTS, Protocol, Result, read_results, size_text
+from genfound.loggers import provenance
 from genfound.loggers.json_lines import lines_of
 from genfound.runtime import run_directory
 from genfound.runtime.files import visible
@@ -68,6 +69,11 @@ class Run:
     def setting(self, key: str) -> str:
         """What was set, or what the configuration says."""
         return self.given.get(key, str(self.config.get(key, DEFAULT)))
+
+    @property
+    def code(self) -> list[str]:
+        """What has trained it, one after another."""
+        return [provenance.in_words(line) for line in lines_of(self.folder / provenance.FILE)]
 
     @functools.cached_property
     def evaluations(self) -> Sequence[Result]:

@@ -3,6 +3,7 @@
 import base64
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-from genfound.loggers.provenance import provenance
+from genfound.loggers.provenance import in_words, provenance
 from genfound.reporting import plots, tables
 from genfound.reporting.collect import Run, evaluated, metric_names, varied
 from genfound.runtime.files import atomic_write
@@ -69,7 +70,6 @@ def _render(
     drawn: Sequence[tuple[str, bytes | None]],
 ) -> str:  # fmt: skip
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    facts = {key: value for key, value in provenance().items() if key in ("genfound", "torch", "commit")}
     counts = {state: sum(run.state == state for run in runs) for state in ("done", "failed", "at work", "stopped")}
     return environment.from_string(TEMPLATE.read_text()).render(
         study=runs[0].folder.parent.name,
@@ -80,7 +80,8 @@ def _render(
         remark=remark,
         plots=[(title, _embedded(image, "svg+xml")) for title, image in drawn if image],
         pictures=_pictures(runs),
-        facts=facts,
+        trained=Counter(code for run in runs for code in run.code),
+        written=in_words(provenance()),
     )
 
 

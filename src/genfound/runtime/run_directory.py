@@ -1,8 +1,8 @@
 """Where things lie: the configuration folder and the run directories.
 
-A run directory `runs/<study>/<name>/` holds config.yaml, overrides.json, options.json, metrics.jsonl, log.txt (of a
-sweep's jobs), checkpoints/, samples/, wandb/, and DONE, STOPPED or FAILED. Its name is made of the overrides that
-identify the run, so the same command finds it again.
+A run directory `runs/<study>/<name>/` holds config.yaml, overrides.json, options.json, provenance.jsonl, metrics.jsonl,
+log.txt (of a sweep's jobs), checkpoints/, samples/, wandb/, and DONE, STOPPED or FAILED. Its name is made of the
+overrides that identify the run, so the same command finds it again.
 A run that is continued under another configuration has that one in config.next.yaml until everything fits.
 """
 
