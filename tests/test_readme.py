@@ -11,13 +11,16 @@ from tests.golden.runner import COMMITTED, fixture_files, read
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-TOPICS = {"DiT": ["dit"], "SiT": ["sit"], "FiT, FiTv2": ["fit", "fitv2"], "NiT": ["nit"], "DiT-MoE": ["dit_moe"]}
+TOPICS = {
+    "DiT": ["dit"], "SiT": ["sit"], "FiT, FiTv2": ["fit", "fitv2"], "NiT": ["nit"], "DiT-MoE": ["dit_moe"],
+    "LightningDiT": ["lightningdit"],
+}  # fmt: skip
 """Row of the table -> the families of it; the first one is the topic of its fixtures."""
 
 COLUMNS = {
-    "loss": r"diffusion\.(?!ancestral|ddim)|transport|.*loss|rf_train$|.*train_steps|nit_train|nit_score|ddpm$",
-    "sampler": r"diffusion\.(ancestral|ddim)|.*sampl|nit_time_grid",
-    "data": r"data|.*collate|.*resize|pack|dataset_item|.*uint8|vae_scale",
+    "loss": r"diffusion\.(?!ancestral|ddim)|transport|.*loss|t_sampling|rf_train$|.*train_steps|nit_(train|score)|ddpm",
+    "sampler": r"diffusion\.(ancestral|ddim)|.*sampl|.*time_grid",
+    "data": r"data|latent_dataset|.*collate|.*resize|pack|dataset_item|.*uint8|vae_scale",
     "forward": r".*",
 }
 """Column -> the kinds of its fixtures; the first that matches counts."""

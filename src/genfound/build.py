@@ -150,6 +150,8 @@ def sharded(config: Config, ranks: int) -> bool:
 
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a configuration."""
+    if "???" in config["tokenizer"].values():
+        raise FileNotFoundError(f"{name_of(config['tokenizer'])} needs a folder; give tokenizer.weights=FOLDER")
     return instantiate("tokenizer", config["tokenizer"], trusted(config))
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from genfound import build
-from genfound.backbones.fit import FiT, coordinates
+from genfound.backbones.fit import FiT
 from genfound.checkpoints.official.fit import (
     from_official,
     official_options,
 )
+from genfound.layers.tokens import coordinates
 from genfound.layouts import Dense, Layout, Packed, Padded
 from genfound.runtime import checkpoint_io
 from genfound.tokenizers import LatentSpec

@@ -39,6 +39,12 @@ TRAINABLE = {
     "fitv2_hr_xl": 94_961_680,
     "fitv2_tiny": 1_336_756,
     "fitv2_xl": 671_045_776,
+    "lightningdit_1p0b": 1_029_007_904,
+    "lightningdit_1p6b": 1_631_308_368,
+    "lightningdit_b": 130_359_584,
+    "lightningdit_l": 458_087_520,
+    "lightningdit_tiny": 1_402_420,
+    "lightningdit_xl": 674_961_824,
     "nit_b": 130_331_168,
     "nit_l": 457_863_200,
     "nit_s": 32_874_272,
@@ -108,12 +114,13 @@ OPERATIONS = {
     "sit_xl": (118.621, 4.23),
     "fit_xl": (156.67, 4.23), "fitv2_xl": (152.31, 5.44), "fitv2_3b": (664.82, 12.08), "fit_b": (30.25, 1.21),
     "dit_moe_s_8e2a": (16.031, 0.604), "dit_moe_xl_8e2a": (327.967, 4.228), "dit_moe_g_16e2a": (698.327, 7.382),
+    "lightningdit_b": (23.008, 0), "lightningdit_xl": (118.626, 0), "lightningdit_1p6b": (283.350, 0),
     "nit_s": (6.06, 0), "nit_b": (23.0, 0), "nit_l": (80.7, 0), "nit_xl": (118.6, 0), "nit_xxl": (298.2, 0),
 }  # fmt: skip
 """10^9 multiply-adds of 256 tokens, as published or counted on the official code, and those of attention among them.
 
 DiT, SiT: paper table 4 and README; DiT-MoE: paper table 1, and FiT, FiTv2: README, both with attention added.
-NiT: its advertised number has the modulation of every token, ours that of the image.
+NiT: its advertised number has the modulation of every token, ours that of the image. LightningDiT: counted officially.
 """
 
 

@@ -35,6 +35,7 @@ MODELS = {
     "fitv2": "fitv2_b",
     "nit": "nit_s",
     "dit_moe": "dit_moe_s_8e2a",
+    "lightningdit": "lightningdit_b",
 }
 SMALL = {"width": 32, "depth": 2, "heads": 2}
 HEADS = {"num_heads": 2}
@@ -58,6 +59,7 @@ def official_state(family: str) -> dict[str, Tensor]:
     """The network of `small` under official names; NiT's with a projector."""
     config, net = small(family)
     state = FAMILIES[family].theirs(net.state_dict(), config["model"]["patch_size"], GRID)
+    state |= FAMILIES[family].tables(config["model"], GRID)
     if family == "nit":
         state["projector.0.weight"] = torch.randn(8, 32)
     if "pos_embed" in state:
@@ -94,7 +96,7 @@ def test_a_flat_file_gives_the_same_network(family: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_equal_bit_by_bit(family: str, tmp_path: Path) -> None:
     state = {key: tensor.half() for key, tensor in official_state(family).items()}
-    if family in ("dit", "sit", "dit_moe"):
+    if "pos_embed" in state:
         state["pos_embed"] = official_state(family)["pos_embed"]
     safetensors.torch.save_file(state, tmp_path / f"{family}.safetensors")
     ours = convert.convert(tmp_path / f"{family}.safetensors", f"{tmp_path}/ours/", None, **told(family))
@@ -135,6 +137,29 @@ def test_outer_keys_and_prefixes(kind: str, suffix: str, tmp_path: Path) -> None
     if kind == "distributed":
         with pytest.raises(ValueError, match="holds only averaged weights"):
             genfound.load(file, weights="raw", **told("dit"))
+
+
+def test_averages_of_lightningdit_have_clean_names_and_live_weights_those_of_ddp(tmp_path: Path) -> None:
+    state, file = official_state("lightningdit"), tmp_path / "0080000.pt"
+    raw = {f"module.{key}": tensor + key.startswith("final_layer") for key, tensor in state.items()}
+    torch.save({"model": raw, "ema": state, "opt": {}, "config": {"model": "LightningDiT-B/1"}}, file)
+    ema, live = (genfound.load(file, weights).net.state_dict() for weights in ("ema", "raw"))
+    own = small("lightningdit")[1].state_dict()
+    assert same(ema, own)
+    assert torch.equal(live["final_layer.linear.bias"], own["final_layer.linear.bias"] + 1)
+
+
+def test_a_lightningdit_without_its_flags_looks_like_dit(tmp_path: Path) -> None:
+    options = {"ffn": "mlp", "norm": "layernorm", "positions": "table"}
+    config, _ = small("lightningdit")
+    model = {**config["model"], **options}
+    net = randomise(build.net({**config, "model": model}, build.published_spec(config), CLASSES))
+    file = tmp_path / "plain.pt"
+    torch.save(FAMILIES["lightningdit"].theirs(net.state_dict(), 1, GRID), file)
+    with pytest.raises(ValueError, match=r"or, of one without its flags, hints\.family=lightningdit$"):
+        genfound.load(file, **HEADS)
+    loaded = genfound.load(file, family="lightningdit", **HEADS)
+    assert same(loaded.net.state_dict(), net.state_dict()) and loaded.config["model"].items() >= options.items()
 
 
 @pytest.mark.parametrize("family, ema_first", [("nit", True), ("fitv2", False)])

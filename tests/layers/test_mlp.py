@@ -33,6 +33,19 @@ def test_formulas() -> None:
     torch.testing.assert_close(net(x), net.fc2(gelu(net.fc1(x), approximate="tanh")))
 
 
+def test_a_fused_swiglu_is_the_same_with_the_rows_of_its_gate_first() -> None:
+    x, net, fused = torch.randn(7, 24), feed_forward("swiglu", 24, 3, True), feed_forward("swiglu_fused", 24, 3, True)
+    assert {name: tuple(p.shape) for name, p in fused.named_parameters()} == {
+        "w12.weight": (96, 24), "w12.bias": (96,), "w3.weight": (24, 48), "w3.bias": (24,),
+    }  # fmt: skip
+    own = net.state_dict()
+    state = {f"w12.{kind}": torch.cat([own[f"fc1_g.{kind}"], own[f"fc1_x.{kind}"]]) for kind in ("weight", "bias")}
+    fused.load_state_dict({**state, "w3.weight": own["fc2.weight"], "w3.bias": own["fc2.bias"]})
+    torch.testing.assert_close(fused(x), net(x))
+
+
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.ffn=geglu is unknown; choose mlp, swiglu or swiglu_large"):
+    with pytest.raises(
+        ValueError, match=r"model\.ffn=geglu is unknown; choose mlp, swiglu, swiglu_large or swiglu_fused"
+    ):
         feed_forward("geglu", 24, 4, True)

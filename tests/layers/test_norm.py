@@ -5,7 +5,7 @@ import torch
 
 from genfound.layers.norm import NORMS, norm_layer
 
-WEIGHTS = {"none": 0, "layernorm": 0, "w_layernorm": 1, "rmsnorm": 0, "w_rmsnorm": 1}
+WEIGHTS = {"none": 0, "layernorm": 0, "w_layernorm": 1, "wb_layernorm": 2, "rmsnorm": 0, "w_rmsnorm": 1}
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -29,6 +29,11 @@ def test_eps_is_one_millionth(name: str) -> None:
     x = 1e-3 * torch.tensor([[1.0, -1.0]])
     expected = torch.tensor([[1.0, -1.0]]) * 0.5**0.5  # 1e-3 over the root of 1e-6 + 1e-6
     torch.testing.assert_close(norm_layer("norm", name, 2)(x), expected)
+
+
+def test_eps_of_pytorch() -> None:
+    x = 1e-3 * torch.tensor([[1.0, -1.0]])
+    torch.testing.assert_close(norm_layer("norm", "wb_layernorm", 2)(x), torch.tensor([[1.0, -1.0]]) / 11**0.5)
 
 
 @pytest.mark.parametrize("name", NORMS)

@@ -18,8 +18,9 @@ from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.layers.adaln import autocast_off, modulation, norm_modulate, zero_init_
 from genfound.layers.attention import sdpa
-from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
+from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder, grid_sinusoid
 from genfound.layers.mlp import Mlp
+from genfound.layers.rope import row_major
 from genfound.rng import Rng
 
 EMA_DRIFT = 1e-3
@@ -157,16 +158,5 @@ class FinalLayer(nn.Module):
 
 
 def position_table(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(rows * columns, width) float32, row-major; the official models.py:get_2d_sincos_pos_embed on squares.
-
-    Of the four quarters, two are sine and cosine of the column, two of the row. Computed in float64.
-    """
-    frequencies = 1 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64, device=device) / (width / 4))
-
-    def axis(length: int) -> Tensor:
-        angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (length, D / 2)
-
-    column = axis(columns).expand(rows, -1, -1)  # (rows, columns, D / 2)
-    row = axis(rows)[:, None].expand(-1, columns, -1)  # (rows, columns, D / 2)
-    return torch.cat([column, row], dim=2).flatten(0, 1)
+    """(rows * columns, width) float32, row-major; the official table on squares, see `grid_sinusoid`."""
+    return grid_sinusoid(row_major(torch.arange(rows * columns, device=device), columns), width)

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
@@ -26,7 +25,8 @@ from genfound.layers.attention import packed_attention, sdpa, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import SwiGLU, feed_forward
 from genfound.layers.norm import norm_layer
-from genfound.layers.rope import Rope, apply_rope, head_size, row_major
+from genfound.layers.rope import Rope, apply_rope, head_size
+from genfound.layers.tokens import coordinates, shaped_like, tokens_of
 from genfound.rng import Rng
 
 
@@ -119,7 +119,8 @@ class FiT(Backbone):
 
         Padding may hold any finite numbers and comes out as 0.
         """
-        x = self.x_embedder(self._tokens(batch))  # (..., D)
+        patch = self.token_spec.patch_size
+        x = self.x_embedder(tokens_of(batch, patch))  # (..., D)
         batch = with_block_mask(batch, x, self.attention)
         x = x.float()
         with autocast_off(x):
@@ -128,13 +129,7 @@ class FiT(Backbone):
             rope = self._rotation(batch)  # (..., 1, d / 2, 2)
         for block in self.blocks:
             x = self.run_block(block, x, c, shared, batch, rope)  # (..., D)
-        out: Tensor = self.final_layer(x, c, batch)  # (..., P) or (..., 2 P)
-        if batch.mask is not None:
-            return out.masked_fill(~batch.mask[..., None], 0)
-        if batch.layout == "packed":
-            return out
-        p = self.token_spec.patch_size
-        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=batch.x.shape[2] // p, p=p, q=p)
+        return shaped_like(batch, self.final_layer(x, c, batch), patch)
 
     def initialise(self, rng: Rng | None = None) -> None:
         """As in `Backbone`; zeros where adaLN-Zero starts as identity."""
@@ -143,13 +138,6 @@ class FiT(Backbone):
             if name.endswith("adaLN_modulation"):
                 zero_init_(module.fc2 if isinstance(module, SwiGLU) else list(module.children())[-1])
         zero_init_(self.final_layer.linear)
-
-    def _tokens(self, batch: Batch) -> Tensor:
-        """(..., P)."""
-        if batch.layout != "dense":
-            return batch.x
-        p = self.token_spec.patch_size
-        return rearrange(batch.x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
 
     def _embedded_time(self, t: Tensor) -> Tensor:
         """(B,) float32."""
@@ -199,6 +187,7 @@ class Attention(nn.Module):
         self.q_norm = norm_layer("q_norm", q_norm, width // heads)
         self.k_norm = norm_layer("k_norm", k_norm, width // heads)
         self.proj = nn.Linear(width, width)
+        self.dropout: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, batch: Batch, rope: Tensor | None) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -207,7 +196,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
             v = apply_rope(v, rope).to(v.dtype) if self.rope_on_values else v
-        return self.proj(self._mix(q, k, v, batch).flatten(-2))
+        return self.dropout(self.proj(self._mix(q, k, v, batch).flatten(-2)))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Attention in the layout of the batch, (..., H, d)."""
@@ -244,13 +233,3 @@ def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:
     if kind == "swiglu":
         return SwiGLU(width, width // 4 * 3, 6 * width, bias=True)
     return modulation(width, *([] if rank is None else [rank]), 6 * width, silu=True)
-
-
-def coordinates(batch: Batch, patch_size: int) -> Tensor:
-    """Row and column of every token: packed (T, 2), padded (B, N, 2), dense (1, N, 2)."""
-    if batch.image_of is not None:
-        return row_major(batch.positions, batch.sizes[batch.image_of, 1])
-    if batch.mask is not None:
-        return row_major(torch.arange(batch.mask.shape[1], device=batch.x.device), batch.sizes[:, 1:])
-    rows, columns = (side // patch_size for side in batch.x.shape[2:])
-    return row_major(torch.arange(rows * columns, device=batch.x.device), columns)[None]

@@ -24,7 +24,8 @@ def to_official(
         raise ValueError(f"{config['model']['_target_']} has no official format")
     unit = build.published_spec(config).stride * config["model"]["patch_size"]
     grid = (sizes[0][0] // unit, sizes[0][1] // unit)
-    return FAMILIES[family].theirs(state, config["model"]["patch_size"], grid)
+    theirs = FAMILIES[family].theirs(state, config["model"]["patch_size"], grid)
+    return theirs | FAMILIES[family].tables(config["model"], grid)
 
 
 class Conversion(NamedTuple):

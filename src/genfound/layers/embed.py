@@ -20,6 +20,16 @@ def sinusoid(t: Tensor, size: int = FREQUENCIES, longest_period: float = LONGEST
     return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, size % 2))
 
 
+def grid_sinusoid(positions: Tensor, width: int) -> Tensor:
+    """Rows and columns of tokens (..., 2) -> (..., width) float32, computed in float64; DiT's 2-D sine-cosine table.
+
+    Of the four quarters, two are sine and cosine of the column, two of the row (models.py:get_2d_sincos_pos_embed).
+    """
+    exponents = torch.arange(width // 4, dtype=torch.float64, device=positions.device) / (width / 4)
+    angles = positions.double()[..., None] * (1 / LONGEST_PERIOD**exponents)  # (..., 2, D / 4)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flip(-2).flatten(-2).float()
+
+
 class PatchEmbedder(nn.Module):
     """A linear layer from the numbers of a patch (C, p, p) to its token."""
 

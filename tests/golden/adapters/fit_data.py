@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genfound.backbones.fit import coordinates
 from genfound.batch import Batch
 from genfound.data.images.views import Entries, ImageViews, center_crop, published_flexible_size, resized
+from genfound.layers.tokens import coordinates
 from genfound.layouts import Padded
 from genfound.layouts.base import from_tokens
 from tests.golden.adapters import Results, adapter

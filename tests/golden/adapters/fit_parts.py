@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound.backbones.fit import Attention, coordinates
+from genfound.backbones.fit import Attention
 from genfound.batch import Batch
 from genfound.layers.embed import LabelEmbedder, sinusoid
 from genfound.layers.mlp import feed_forward
 from genfound.layers.norm import NORMS
 from genfound.layers.rope import Rope, apply_rope
+from genfound.layers.tokens import coordinates
 from genfound.layouts import Padded
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter

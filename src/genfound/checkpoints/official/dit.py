@@ -48,25 +48,38 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
         raise ValueError("this is no state dict of DiT: it has no convolution x_embedder.proj.weight")
     width, _, p, _ = state["x_embedder.proj.weight"].shape
-    ours = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
-    ours["x_embedder.proj.weight"] = ours["x_embedder.proj.weight"].flatten(1)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if name in ours:
-            ours[name] = rearrange(ours[name], "(p q c) ... -> (c p q) ...", p=p, q=p)
+    ours = channels_first(without_table(state, width), p)
+    return ours | {"x_embedder.proj.weight": ours["x_embedder.proj.weight"].flatten(1)}
+
+
+def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The inverse of `from_official`, with the position table of a grid of (rows, columns) tokens."""
+    p, weight = patch_size, state["x_embedder.proj.weight"]
+    official = {"pos_embed": position_table(*grid, len(weight))[None], **channels_last(state, p)}
+    return official | {"x_embedder.proj.weight": rearrange(weight, "d (c p q) -> d c p q", p=p, q=p)}
+
+
+def without_table(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A state dict without its position table, which must be DiT's."""
     if (table := state.get("pos_embed")) is not None:
         side = isqrt(table.shape[1])
         same = tuple(table.shape) == (1, side * side, width)
         if not same or (table[0] - position_table(side, side, width)).abs().max() > EMA_DRIFT:
             text = "pos_embed is not DiT's sine-cosine table of a square"
             raise ValueError(f"{text}, so these weights are of another model")
-    return ours
+    return {name: tensor for name, tensor in state.items() if name != "pos_embed"}
 
 
-def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """The inverse of `from_official`, with the position table of a grid of (rows, columns) tokens."""
-    p, weight = patch_size, state["x_embedder.proj.weight"]
-    official = {"pos_embed": position_table(*grid, len(weight))[None], **state}
-    official["x_embedder.proj.weight"] = rearrange(weight, "d (c p q) -> d c p q", p=p, q=p)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        official[name] = rearrange(state[name], "(c p q) ... -> (p q c) ...", p=p, q=p)
-    return official
+def channels_first(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Tensor]:
+    """A state dict whose last layer makes patches (C, p, p), from one of patches (p, p, C)."""
+    return _reordered(state, "(p q c) ... -> (c p q) ...", patch_size)
+
+
+def channels_last(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Tensor]:
+    """The inverse of `channels_first`."""
+    return _reordered(state, "(c p q) ... -> (p q c) ...", patch_size)
+
+
+def _reordered(state: Mapping[str, Tensor], pattern: str, p: int) -> dict[str, Tensor]:
+    names = [name for name in ("final_layer.linear.weight", "final_layer.linear.bias") if name in state]
+    return {**state, **{name: rearrange(state[name], pattern, p=p, q=p) for name in names}}

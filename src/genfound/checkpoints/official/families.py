@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from genfound.checkpoints.official import dit, dit_moe, fit, nit
+from genfound.checkpoints.official import dit, dit_moe, fit, lightningdit, nit
 
 State = Mapping[str, Tensor]
 
@@ -18,6 +18,8 @@ class Family(NamedTuple):
     ours: Callable[[State], dict[str, Tensor]]  # official state dict -> our shapes and orders
     theirs: Callable[[State, int, tuple[int, int]], dict[str, Tensor]]  # the inverse, of a patch size and grid (h, w)
     ema_first: bool = False  # whether the first weights of its accelerate folders are the averaged ones
+    tables: Callable[[Mapping[str, Any], tuple[int, int]], dict[str, Tensor]] = lambda model, grid: {}
+    """What its files also hold, computed from the keys of `model` and a grid."""
 
 
 FIT = Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state))
@@ -28,6 +30,9 @@ FAMILIES = {
     "fitv2": FIT,
     "nit": Family(nit.official_options, nit.from_official, lambda s, p, grid: nit.to_official(s, p), ema_first=True),
     "dit_moe": Family(dit_moe.official_options, dit_moe.from_official, dit_moe.to_official),
+    "lightningdit": Family(
+        lightningdit.official_options, lightningdit.from_official, dit.to_official, tables=lightningdit.tables
+    ),
 }
 
 RELEASES = {
@@ -37,6 +42,14 @@ RELEASES = {
     "fitv2_hr": {"FiTv2_XL_HRFT", "FiTv2_3B_HRFT"},
 }
 """Releases whose weights look like those of another -> the names under which their files or folders are published."""
+
+LIGHTNINGDIT = (
+    "feat_rope.freqs_cos",
+    "blocks.0.norm1.weight",
+    "blocks.0.mlp.w12.weight",
+    "blocks.0.attn.q_norm.weight",
+)
+"""Tensors beside DiT's of which LightningDiT has at least one, unless all its flags are off."""
 
 
 def release_of(path: Path, args: Mapping[str, Any]) -> str | None:
@@ -62,6 +75,9 @@ def family_of(state: State, release: str | None) -> str:
         return "fit" if rows == 2 * columns else "fitv2"
     if "pos_embed" not in state:
         return "nit"
-    if release not in ("dit", "sit"):
-        raise ValueError("these weights fit DiT and SiT alike; say hints.family=dit or hints.family=sit")
+    if any(name in state for name in LIGHTNINGDIT):
+        return "lightningdit"
+    if release not in ("dit", "sit", "lightningdit"):
+        ways = "hints.family=dit or hints.family=sit, or, of one without its flags, hints.family=lightningdit"
+        raise ValueError(f"these weights fit DiT and SiT alike; say {ways}")
     return release
