@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.cli import fork_server
 from tests.cli.commands import LIMIT, variables
+
+CHANGING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod")
+"""Audit events of a folder that changes, beside `open`."""
 
 
 @dataclass
@@ -24,6 +30,10 @@ class Command:
     cwd: Path
     clock: int | None = None
     """Seeds the jumps of the clock, a day forth and back."""
+    read_only: tuple[float, float] = (0, 0)
+    """From which second to which second after its start no file of a run can be written."""
+    slow: float = 0
+    """Seconds that it takes to open, rename or remove a file of a run."""
 
     @property
     def errors(self) -> str:
@@ -44,9 +54,24 @@ class Command:
             if self.clock is not None:
                 now, chance = time.time, random.Random(self.clock)
                 time.time = lambda: now() + chance.uniform(-86_400, 86_400)
+            if self.slow or any(self.read_only):
+                sys.addaudithook(self._hindrance())
             paths = [str(path) for path in output]
             fork_server.command(f"genfound.{self.name}", self.arguments, str(self.cwd), variables(), paths)
         return process
+
+    def _hindrance(self) -> Callable[[str, tuple[Any, ...]], None]:
+        """What Python is to call before it opens, renames or removes a file."""
+        runs, begin, (first, last) = self.cwd / "runs", time.monotonic(), self.read_only
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            writes = event in CHANGING or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+            if writes and Path(str(arguments[0])).absolute().is_relative_to(runs):
+                time.sleep(self.slow)
+                if first <= time.monotonic() - begin < last:
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), arguments[0])
+
+        return hook
 
     def run(self, largest: int = resource.RLIM_INFINITY) -> int:
         """The exit code of a process that is left alone."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from genfound.evaluation.protocol import read_results
 from genfound.runtime import checkpoint_io, receipts
 from genfound.runtime.files import visible
 from tests.chaos.processes import Command, flip_a_byte
@@ -20,14 +21,20 @@ from tests.cli.commands import TINY
 from tests.photographs import write_tree
 from tests.stores import contents
 
+RUN = Path("runs/default/run")
 TRAIN = [
     *TINY, "budget.images=100", "callbacks.validation.every=40", "callbacks.checkpointing.every=20", "name=run",
 ]  # fmt: skip
 PARALLEL = [*TRAIN, "batch.packs=2", "trainer.max_steps=9", "callbacks.checkpointing.every=1"]
+SHARDED = [*PARALLEL, "trainer.devices=2", "strategy=fsdp", "strategy.save_distributed_checkpoint=true"]
 SWEEP = [*TRAIN, "trainer.max_steps=4,7", "-m"]
 ENCODE = [
     "data=imagenet_mixed", "data.size=32", "data.holdout=9", "data.num_workers=0", "shard_images=4",
     "tokenizer=pixel", "patch_size=2", "out=store",
+]  # fmt: skip
+EVALUATE = [
+    "reference=data", "extractor=probe", "n=120", "sizes=[16,16]", "sampler.steps=4", "batch=4", "references=kept",
+    "out=figures",
 ]  # fmt: skip
 
 
@@ -46,6 +53,22 @@ class Undisturbed:
     def parallel(self) -> Path:
         """A run of one process."""
         return self._make("train", PARALLEL, "parallel")[0]
+
+    @functools.cached_property
+    def sharded(self) -> tuple[Path, float]:
+        """A run of two processes with sharded checkpoints."""
+        return self._make("train", SHARDED, "sharded")
+
+    @functools.cached_property
+    def evaluate(self) -> tuple[Path, float]:
+        """An evaluation of `small`."""
+        return self._make("evaluate", [*EVALUATE, f"from={self.small}"])
+
+    @functools.cached_property
+    def small(self) -> Path:
+        """A run of three steps on few images."""
+        few = ["data.images=300", "data.holdout=100", "data.sides=[12,16]", "trainer.max_steps=3"]
+        return self._make("train", [*TRAIN, *few], "small")[0] / RUN
 
     @functools.cached_property
     def sweep(self) -> tuple[Path, float]:
@@ -137,6 +160,53 @@ def processes(straight: Undisturbed, folder: Path, chance: random.Random) -> str
     return f"2 to step {steps[0]}, 1 to step {steps[1]}, 2"
 
 
+def sharded(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
+    """Two processes of FSDP are killed at a random moment, then as they save; they or two of DDP go on."""
+    undisturbed, seconds = straight.sharded
+    command, after, exact = Command("train", SHARDED, folder), chance.uniform(0.1, 1) * seconds, chance.random() < 0.5
+    command.end(signal.SIGKILL, after)
+    saved = folder / RUN / "checkpoints"
+    saving = command.end_when(lambda: list(saved.glob(f"{checkpoint_io.PARTIAL}*/*")))
+    Command("train", SHARDED if exact else [*PARALLEL, "trainer.devices=2"], folder).finish()
+    _compare(undisturbed, folder, exact)
+    return f"at {after:.1f} s, {'in a save, ' * saving}then {'FSDP' if exact else 'DDP'}"
+
+
+def evaluate(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
+    """An evaluation is killed at random moments."""
+    undisturbed, seconds = straight.evaluate
+    command = Command("evaluate", [*EVALUATE, f"from={straight.small}"], folder)
+    deaths = _deaths(command, seconds, signal.SIGKILL, chance)
+    command.finish()
+    found = [read_results(of / "figures") for of in (undisturbed, folder)]
+    assert len(found[0]) == 1 and found[0][0].figures == found[1][-1].figures, f"figures differ: {found}"
+    return deaths
+
+
+def read_only(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
+    """Nothing can be written for a while; the same command can."""
+    undisturbed, seconds = straight.train
+    first = chance.uniform(0.1, 0.9) * seconds
+    last = first + chance.uniform(0.1, 1) * seconds
+    command = Command("train", TRAIN, folder, read_only=(first, last))
+    if failed := command.run() != 0:
+        command.check_error()
+        assert "Read-only file system" in command.errors, command.errors
+    Command("train", TRAIN, folder).finish()
+    _compare(undisturbed, folder)
+    return f"from {first:.2f} s to {last:.2f} s, {'ended' * failed or 'not noticed'}"
+
+
+def slow(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
+    """As `kill`, and each file takes its time."""
+    undisturbed, seconds = straight.train
+    command = Command("train", TRAIN, folder, slow=chance.uniform(0.005, 0.05))
+    deaths = _deaths(command, 2 * seconds, signal.SIGKILL, chance)
+    command.finish()
+    _compare(undisturbed, folder)
+    return f"{command.slow:.3f} s for each file, {deaths}"
+
+
 def encode(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
     """The encoding of a store is killed at random moments."""
     undisturbed, seconds = straight.encode
@@ -222,7 +292,10 @@ def _figures(file: Path) -> list[tuple[tuple[int, str], float]]:
     return found
 
 
-TWENTY = [*[kill] * 7, clock, *[terminate] * 3, *[full_disk] * 2, *[flipped] * 3, *[encode] * 2, processes, sweep]
+TWENTY = [
+    *[kill] * 4, evaluate, sharded, slow, clock, *[terminate] * 2, read_only, *[full_disk] * 2, *[flipped] * 2,
+    read_only, *[encode] * 2, processes, sweep,
+]  # fmt: skip
 
 
 def of(seed: int) -> Scenario:

@@ -133,9 +133,12 @@ def test_a_kill_while_a_folder_is_written_costs_the_steps_since_the_last(runs: P
     with pytest.raises(mp.ProcessExitedException):
         mp.spawn(killed_at_the_last_moment, (free_port(), run), nprocs=2)
     assert newest(run) == before and list((run / "checkpoints").glob(".partial-*"))
-    train_on_two(run)
+    filed = prepared(Path(shutil.copytree(run, tmp_path / "filed")), 2, *NETS["nit"], *SAVING, "strategy=ddp")
+    (run / "checkpoints/.partial-step-00000005.ckpt").write_text("of a killed process that wrote a file")
+    train_on_two(run, filed)
     assert not state_differences(run, runs / "nit_straight")
-    assert not list((run / "checkpoints").glob(".partial-*"))
+    assert newest(filed).is_file() and curve(filed) == pytest.approx(curve(run), rel=1e-5)
+    assert not [*run.glob("checkpoints/.partial-*"), *filed.glob("checkpoints/.partial-*")]
 
 
 def test_the_commands_read_a_folder(runs: Path, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `checkpoint_io.save`."""
+        checkpoint_io.remove_left(Path(path).parent)
         checkpoint_io.save(checkpoint, Path(path))
 
     def load_checkpoint(

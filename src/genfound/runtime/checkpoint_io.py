@@ -44,7 +44,7 @@ def save(state: dict[str, Any], path: Path) -> None:
 def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Callable[[], object]) -> None:
     """Write a checkpoint as a folder, in which each process writes its part of sharded tensors; all together.
 
-    It takes its name when all of it is on the disk. What a killed process has left, the next call removes.
+    It takes its name when all of it is on the disk.
 
     Args:
         first: whether this process writes the rest; the one with rank 0.
@@ -54,8 +54,7 @@ def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Call
 
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     if first:
-        for left in (path for path in folder.parent.glob(f"{PARTIAL}*") if path.is_dir()):
-            shutil.rmtree(left)
+        remove_left(folder.parent)
         partial.mkdir(parents=True)
     barrier()
     plain, tensors = sharded_values.without_values(state)
@@ -73,6 +72,12 @@ def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Call
         if first:
             shutil.rmtree(partial, ignore_errors=True)
     barrier()
+
+
+def remove_left(folder: Path) -> None:
+    """Remove what a killed process has left in a folder of checkpoints, where no other one writes."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def remove(path: Path) -> None:
