@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genfound import build
+from genfound.layers.tokens import from_tokens, to_tokens
 from genfound.layouts import Dense, Packed, Padded
-from genfound.layouts.base import from_tokens, to_tokens, token_sizes
+from genfound.layouts.base import token_sizes
 from tests.helpers import composed, latents
 
 Sizes = list[tuple[int, int]]

@@ -11,7 +11,6 @@ K = 2 C where the variance is learned, else C.
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
@@ -21,6 +20,7 @@ from genfound.layers.attention import sdpa
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder, grid_sinusoid
 from genfound.layers.mlp import Mlp
 from genfound.layers.rope import row_major
+from genfound.layers.tokens import from_tokens, to_tokens
 from genfound.rng import Rng
 
 EMA_DRIFT = 1e-3
@@ -87,12 +87,11 @@ class DiT(Backbone):
         """Dense `batch.x` (B, C, h, w) at times t (B,) -> (B, K, h, w)."""
         p = self.token_spec.patch_size
         rows, columns = (side // p for side in batch.x.shape[2:])
-        tokens = rearrange(batch.x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, N, C p p)
+        tokens = to_tokens(batch.x, p)  # (B, N, C p p)
         x = self.x_embedder(tokens).float() + position_table(rows, columns, self.width, tokens.device)  # (B, N, D)
         with autocast_off(x):
             c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(batch.y))  # (B, D)
-        out = self.final_layer(self.run_blocks(x, c), c)  # (B, N, K p p)
-        out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, K, h, w)
+        out = from_tokens(self.final_layer(self.run_blocks(x, c), c), rows, p)  # (B, K, h, w)
         return out[:, : self.token_spec.channels] if self.unused_half else out
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokens of a batch in any memory layout: from `batch.x` and back, where they lie, and more of them for each image.
+"""The one order in which a latent becomes tokens, and those of a batch in any memory layout: from `batch.x` and back, where they lie, and more of them for each image.
 
 Legend: B images, N tokens of a row, T packed tokens, C channels, p patch side, P = p^2 C, K tokens more; "..." is
 B, N or, packed, T.
@@ -7,7 +7,6 @@ B, N or, packed, T.
 from dataclasses import replace
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -16,11 +15,21 @@ from genfound.layers.attention import document_mask
 from genfound.layers.rope import row_major
 
 
+def to_tokens(latent: Tensor, patch_size: int) -> Tensor:
+    """(..., C, h, w) -> (..., rows * columns, P), row-major tokens, values in the order (C, p, p)."""
+    cut = latent.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))  # (..., C, rows, p, columns, p)
+    return cut.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
+
+
+def from_tokens(tokens: Tensor, rows: int, patch_size: int) -> Tensor:
+    """(..., rows * columns, P) -> (..., C, h, w); the inverse of `to_tokens`."""
+    cut = tokens.unflatten(-1, (-1, patch_size, patch_size)).unflatten(-4, (rows, -1))  # (..., rows, columns, C, p, p)
+    return cut.movedim((-5, -4), (-4, -2)).flatten(-2).flatten(-3, -2)
+
+
 def tokens_of(batch: Batch, patch_size: int) -> Tensor:
     """The tokens (..., P) of `batch.x`."""
-    if batch.layout != "dense":
-        return batch.x
-    return rearrange(batch.x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+    return to_tokens(batch.x, patch_size) if batch.layout == "dense" else batch.x
 
 
 def shaped_like(batch: Batch, tokens: Tensor, patch_size: int) -> Tensor:
@@ -29,8 +38,7 @@ def shaped_like(batch: Batch, tokens: Tensor, patch_size: int) -> Tensor:
         return tokens.masked_fill(~batch.mask[..., None], 0)
     if batch.layout == "packed":
         return tokens
-    rows, p = batch.x.shape[2] // patch_size, patch_size
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
+    return from_tokens(tokens, batch.x.shape[2] // patch_size, patch_size)
 
 
 def coordinates(batch: Batch, patch_size: int) -> Tensor:

@@ -1,10 +1,9 @@
-"""What a layout is, and the one order in which a latent becomes tokens."""
+"""What a layout is."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from genfound.batch import Batch
@@ -21,16 +20,6 @@ class Layout(Protocol):
 
     def to_latents(self, x: Tensor, batch: Batch) -> list[Tensor]:
         """A tensor shaped like `batch.x` -> the latents (C, h, w) of the real rows."""
-
-
-def to_tokens(latent: Tensor, patch_size: int) -> Tensor:
-    """(C, h, w) -> (rows * columns, C * p * p), row-major tokens, values in the order (C, p, p)."""
-    return rearrange(latent, "c (h p) (w q) -> (h w) (c p q)", p=patch_size, q=patch_size)
-
-
-def from_tokens(tokens: Tensor, rows: int, patch_size: int) -> Tensor:
-    """(rows * columns, C * p * p) -> (C, h, w); the inverse of `to_tokens`."""
-    return rearrange(tokens, "(h w) (c p q) -> c (h p) (w q)", h=rows, p=patch_size, q=patch_size)
 
 
 def token_sizes(latents: Sequence[Tensor], patch_size: int) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.layouts.base import Layout, from_tokens, to_tokens, token_sizes
+from genfound.layers.tokens import from_tokens, to_tokens
+from genfound.layouts.base import Layout, token_sizes
 
 
 @dataclass

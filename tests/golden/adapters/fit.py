@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from genfound.backbones.fit import FiT
 from genfound.batch import Batch
 from genfound.checkpoints.official.fit import from_official
+from genfound.layers.tokens import from_tokens
 from genfound.layouts import Packed
-from genfound.layouts.base import from_tokens
 from genfound.objectives.base import TimeAdapter
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io

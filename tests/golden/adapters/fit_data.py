@@ -12,9 +12,8 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.data.images.views import Entries, ImageViews, center_crop, published_flexible_size, resized
-from genfound.layers.tokens import coordinates
+from genfound.layers.tokens import coordinates, from_tokens
 from genfound.layouts import Padded
-from genfound.layouts.base import from_tokens
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, unit
 

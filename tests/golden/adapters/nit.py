@@ -21,8 +21,8 @@ from genfound.batch import Batch
 from genfound.checkpoints.official.nit import from_official, to_official
 from genfound.layers.embed import TimestepEmbedder, sinusoid
 from genfound.layers.rope import apply_rope
+from genfound.layers.tokens import from_tokens
 from genfound.layouts import Packed
-from genfound.layouts.base import from_tokens
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, parameters
