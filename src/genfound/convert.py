@@ -11,8 +11,10 @@ def _task(cfg: DictConfig) -> None:
     from genfound.checkpoints.convert import convert
 
     config = compose.to_dict(cfg)
-    how = {"weights": config["weights"], "trust": config["trust"], **config["hints"]}
+    how = {key: config[key] for key in ("weights", "trust", "native")} | config["hints"]
     written = convert(Path(config["from"]), config["to"], config["format"], **how)
+    for line in written.remarks:
+        print(line)
     print(f"{written.tensors:,} tensors, {written.parameters:,} parameters: {written.file} ({written.format})")
 
 

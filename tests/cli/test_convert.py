@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from genfound.checkpoints.official.families import FAMILIES
 from tests.checkpoints.test_load import official_state
-from tests.cli.commands import genfound, one_error
+from tests.cli.commands import TINY, genfound, one_error
+from tests.evaluation.runs import untrained_run
 
 HEADS, DIT = "hints.num_heads=2", "hints.family=dit"
 
@@ -21,6 +22,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = (root / "dit.pt").read_bytes()
     (root / "cut_dit.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"conv.weight": torch.zeros(3)}, root / "other.pt")
+    for name, file in {"full": "notes.txt", "empty_folder": "model_index.json"}.items():
+        (root / name).mkdir()
+        (root / name / file).write_text("{}")
     return root
 
 
@@ -36,6 +40,20 @@ def test_there_and_back(folder: Path, family: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_folder_of_diffusers_is_written_sampled_and_started_from(folder: Path, tmp_path: Path) -> None:
+    size = ["hints.tokenizer=random_tiny", HEADS, DIT]
+    done = genfound("convert", "from=dit.pt", f"to={tmp_path}/dit", "format=diffusers", *size, cwd=folder)
+    assert f"{tmp_path}/dit (diffusers)" in done.stdout and "native=false" in done.stdout, done.stderr
+    settings = ["sampler=ddim", "sampler.steps=2", "labels=[1]", "size=[32,32]", "batch=2", "out=out"]
+    drawn = genfound("sample", "from=dit", *settings, cwd=tmp_path)
+    assert drawn.returncode == 0 and (tmp_path / "out/00000_1_32x32.png").is_file(), drawn.stderr
+    run = untrained_run(tmp_path / "run", "model=nit_tiny")
+    done = genfound("convert", f"from={run}", "to=nit", "format=diffusers", cwd=tmp_path)
+    assert "trust_remote_code=True" in done.stdout, done.stderr
+    begun = genfound("train", "init_from=nit", "trainer.max_steps=1", "name=x", *TINY, cwd=tmp_path)
+    assert "starting from the weights of nit" in begun.stdout, begun.stderr
+
+
 WRONG = {
     "from=nowhere.pt": "there is no run nowhere.pt",
     "from=cut_dit.pt": "cut_dit.pt is damaged",
@@ -43,7 +61,12 @@ WRONG = {
     "from=dit.pt": "dit.pt: these weights fit DiT and SiT alike; say hints.family=dit or hints.family=sit",
     f"from=dit.pt {DIT}": "say hints.num_heads=",
     "from=nit.pt to=x.pt format=genfound": "must end in .safetensors",
-    "from=nit.pt format=torch": "format=torch is unknown; choose official or genfound",
+    "from=nit.pt format=torch": "format=torch is unknown; choose official, genfound or diffusers",
+    "from=nit.pt to=x.pt format=diffusers": "to=x.pt must be a folder for format=diffusers",
+    "from=nit.pt to=full format=diffusers": "to=full exists; choose another folder, or remove it",
+    "from=nit.pt format=diffusers native=maybe": "native=maybe is unknown; choose auto, true or false",
+    "from=nit.pt format=diffusers native=true": "native=true: this is no DiT of diffusers; model=nit is none",
+    "from=empty_folder": "a folder of diffusers without transformer/config.json",
     "from=nit.pt hints.family=gan": "family=gan is unknown",
     "from=nit.pt to=nit.pt format=official": "is the file itself",
 }

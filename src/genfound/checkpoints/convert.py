@@ -1,6 +1,6 @@
 """A checkpoint between the released format of its family and genfound's."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from genfound import build
 from genfound.checkpoints import formats
-from genfound.checkpoints.load import find
+from genfound.checkpoints.diffusers import write as diffusers_folder
+from genfound.checkpoints.load import Weights, find
+from genfound.checkpoints.official import lightningdit
 from genfound.checkpoints.official.families import FAMILIES
 from genfound.runtime import checkpoint_io
 from genfound.runtime.files import check_folder
@@ -35,27 +37,30 @@ class Conversion(NamedTuple):
     format: str
     tensors: int
     parameters: int
+    remarks: Sequence[str] = ()  # what is to be known about it, in lines for the user
 
 
 def convert(
-    path: Path, to: str, file_format: str | None, weights: str = "ema", trust: Collection[str] = (), **hints: Any
-) -> Conversion:
+    path: Path, to: str, file_format: str | None, weights: str = "ema", trust: Collection[str] = (),
+    native: bool | str = "auto", **hints: Any,
+) -> Conversion:  # fmt: skip
     """Write weights in the other format; a way there and back gives every tensor bit by bit.
 
     Args:
         path, weights, trust, hints: see `load`.
         to: a file (.safetensors; the official format also .pt, .pth, .bin), or a folder, ending in /.
-        file_format: `official`, `genfound`, or `None` for the other one than it is.
+        file_format: `official`, `genfound`, or `None` for the other one than it is; or `diffusers`, a folder.
+        native: see `diffusers.write`; without effect on other formats.
     """
-    if file_format not in (None, "official", "genfound"):
-        raise ValueError(f"format={file_format} is unknown; choose official or genfound")
+    if file_format not in (None, "official", "genfound", "diffusers"):
+        raise ValueError(f"format={file_format} is unknown; choose official, genfound or diffusers")
+    if file_format == "diffusers":
+        diffusers_folder.check(Path(to), native)
     check_folder("to", Path(to) if to.endswith("/") else Path(to).parent)
     found = find(path, weights, trust, **hints)
-    channels = found.state["x_embedder.proj.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
-    spec = build.published_spec(found.config)._replace(channels=channels)  # no tokenizer is built
-    with torch.device("meta"):
-        net = build.net(found.config, spec, len(found.class_names))
-    checkpoint_io.compare_keys(net, found.state, path)
+    _compare(found, path)
+    if file_format == "diffusers":
+        return _to_folder(found, path, Path(to), native)
     chosen = file_format or ("official" if found.official is None else "genfound")
     file = _destination(path, to, chosen)
     ours_again = chosen == "genfound" and found.official is None
@@ -72,6 +77,24 @@ def convert(
         note = {"format": formats.FORMAT, "config": config, "class_names": found.class_names, "sizes": found.sizes}
         formats.write(file, state, note)
     return Conversion(file, chosen, len(state), sum(tensor.numel() for tensor in state.values()))
+
+
+def _compare(found: Weights, path: Path) -> None:
+    """Raise a ValueError unless weights are those of their configuration."""
+    channels = found.state["x_embedder.proj.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
+    spec = build.published_spec(found.config)._replace(channels=channels)  # no tokenizer is built
+    with torch.device("meta"):
+        net = build.net(found.config, spec, len(found.class_names))
+    checkpoint_io.compare_keys(net, found.state, path)
+
+
+def _to_folder(found: Weights, path: Path, folder: Path, native: bool | str) -> Conversion:
+    """Write a folder of diffusers."""
+    state = to_official(found.config, found.state, found.sizes)
+    state = {name: tensor for name, tensor in state.items() if name not in lightningdit.TABLES}  # computed there
+    model = diffusers_folder.Model(found.config, state, found.class_names, found.sizes)
+    remarks = diffusers_folder.write(model, folder, native, path)
+    return Conversion(folder, "diffusers", len(state), sum(tensor.numel() for tensor in state.values()), remarks)
 
 
 def _destination(path: Path, to: str, chosen: str) -> Path:

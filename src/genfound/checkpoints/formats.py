@@ -114,7 +114,10 @@ def _folder(path: Path) -> dict[str, State]:
             opened = (read(file).choose("ema", file) for file in found)
             return dict(zip(("first", "second"), opened, strict=False))
     wanted = " or ".join(first for first, _ in ACCELERATE)
-    raise FileNotFoundError(f"{path} is not a run directory (no config.yaml), nor a folder of accelerate (no {wanted})")
+    raise FileNotFoundError(
+        f"{path} is not a run directory (no config.yaml), nor a folder of accelerate (no {wanted}) or of diffusers "
+        "(no model_index.json)"
+    )
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.checkpoints import format_1, formats
+from genfound.checkpoints.diffusers import read as diffusers_folder
 from genfound.checkpoints.official.families import FAMILIES, RELEASES, family_of, release_of
 from genfound.config import compose, targets
 from genfound.objectives.base import Objective
@@ -55,7 +56,8 @@ def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **
 
     Args:
         path: a run `runs/<study>/<name>` (its newest checkpoint), a file in its checkpoints/, a file of
-            `genfound.convert`, or an official checkpoint (.pt, .pth, .bin, .safetensors, an accelerate folder).
+            `genfound.convert`, an official checkpoint (.pt, .pth, .bin, .safetensors, an accelerate folder), or a
+            folder of diffusers, of which no code is run.
         weights: `ema` (the first decay) or `raw`.
         trust: packages beside genfound whose classes the configuration in a file may name.
         hints: what an official file does not tell, or `None`: `family` (DiT and SiT look alike, and so do FiTv2 and
@@ -114,16 +116,29 @@ def read_ours(path: Path, weights: str | None, trust: Collection[str], values: b
     folder = path if (path / "config.yaml").is_file() else path.parent.parent
     if (folder / "config.yaml").is_file() and (folder == path or path.suffix == ".ckpt"):
         return _of_run(folder, path, weights, trust, values)
-    note = formats.ours(path)
+    of_diffusers = diffusers_folder.folder(path)
+    note = formats.ours(path) if of_diffusers is None else of_diffusers.note
     if note is None:
         return None
     version = _version(note, path)
     config = _checked(note.get("config"), version, trust, path)
+    if of_diffusers is not None:
+        return _of_folder(of_diffusers, note, config)
     tensors = formats.read_safetensors(path)
     own = {key: value for key, value in tensors.items() if not key.startswith(formats.KEPT)}
     kept = {key.removeprefix(formats.KEPT): tensors[key] for key in tensors.keys() - own.keys()}
     own = own if version == formats.FORMAT else format_1.weights(own, config["model"])
     return Weights(config, own, note["class_names"], _pairs(note["sizes"]), kept)
+
+
+def _of_folder(folder: diffusers_folder.Folder, note: Mapping[str, Any], config: Config) -> Weights:
+    """Weights of a folder of diffusers that `genfound.convert` wrote."""
+    family = config["model"]["_target_"].split(".")[-2]
+    official = folder.state()
+    folder.check(config["model"] | FAMILIES[family].options(official), "its weights")
+    if folder.vae is not None:
+        config["tokenizer"] = build.hinted_tokenizer(config["tokenizer"], str(folder.vae))
+    return Weights(config, FAMILIES[family].ours(official), note["class_names"], _pairs(note["sizes"]), {})
 
 
 def _version(content: Mapping[str, Any], file: Path) -> int:
@@ -185,6 +200,7 @@ class Official(NamedTuple):
     release: str | None
     state: Mapping[str, Tensor]
     args: Mapping[str, Any]
+    folder: diffusers_folder.Folder | None = None  # of diffusers, that it is from
 
 
 def open_official(path: Path, weights: str, family: str | None) -> Official:
@@ -192,13 +208,17 @@ def open_official(path: Path, weights: str, family: str | None) -> Official:
     known = dict.fromkeys([*FAMILIES, *RELEASES])
     if family not in (None, *known):
         raise ValueError(f"family={family} is unknown; choose one of {', '.join(known)}")
-    stored = formats.read(path)
-    release = family or release_of(path, stored.args)
+    folder = diffusers_folder.folder(path)
+    stored = formats.read(path) if folder is None else formats.CheckpointFile({"": folder.state()}, {})
+    release = family or (None if folder is None else folder.family) or release_of(path, stored.args)
     try:
         name = family_of(next(iter(stored.states.values())), release)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Official(name, release, stored.choose(weights, path, FAMILIES[name].ema_first), stored.args)
+    state = stored.choose(weights, path, FAMILIES[name].ema_first)
+    if folder is not None:
+        folder.check(FAMILIES[name].options(state), "its weights")
+    return Official(name, release, state, stored.args, folder)
 
 
 def _released(official: Official, hints: dict[str, Any], path: Path) -> Weights:
@@ -209,11 +229,15 @@ def _released(official: Official, hints: dict[str, Any], path: Path) -> Weights:
 
 def _released_config(official: Official, hints: dict[str, Any], path: Path) -> tuple[Config, list[str]]:
     """The configuration of a released model and the names of its classes; its weights are only looked at."""
-    family, release, state, args = official
+    family, release, state, args, folder = official
     codec = hints.pop("tokenizer", None)
+    if codec is None and folder is not None and folder.vae is not None:
+        codec = str(folder.vae)
     told = {"heads" if key == "num_heads" else key: value for key, value in hints.items()}
-    options = {**FAMILIES[family].options(state), **told}
+    options = {**FAMILIES[family].options(state), **(folder.options() if folder else {}), **told}
     names = [str(number) for number in range(options.pop("num_classes"))]
+    if folder is not None and folder.class_names is not None and len(folder.class_names) == len(names):
+        names = folder.class_names
     config = _config(family, release, options, path)
     if codec is not None:
         config["tokenizer"] = build.hinted_tokenizer(config["tokenizer"], codec)

@@ -27,7 +27,7 @@ from genfound.config.errors import USER_ERRORS, sentence
 from genfound.config.streams import make_lasting
 
 SEVERAL_TYPES = (
-    "compile", "model.learn_sigma", "model.activation_checkpointing", "objective.time_shift", "sampler.shift",
+    "compile", "native", "model.learn_sigma", "model.activation_checkpointing", "objective.time_shift", "sampler.shift",
     "sampler.steps", "labels", "size", "sizes", "rope.target",
 )  # fmt: skip
 """Keys whose values may be of another type than their default."""

@@ -1,4 +1,4 @@
-"""The one order in which a latent becomes tokens, and those of a batch in any memory layout: from `batch.x` and back, where they lie, and more of them for each image.
+"""Tokens: the order in which a latent becomes them, where those of any memory layout lie, and more of them in an image.
 
 Legend: B images, N tokens of a row, T packed tokens, C channels, p patch side, P = p^2 C, K tokens more; "..." is
 B, N or, packed, T.
