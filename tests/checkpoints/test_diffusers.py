@@ -147,6 +147,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert type(back.tokenizer) is type(first.tokenizer)
     convert(folder, str(tmp_path / "official.safetensors"), "official")
     official = formats.read_safetensors(tmp_path / "official.safetensors")
+    official = {name: tensor for name, tensor in official.items() if not name.startswith("feat_rope.")}  # computed
     assert same(official, formats.read_safetensors(folder / "transformer/diffusion_pytorch_model.safetensors"))
     assert same(first.net.state_dict(), genfound.load(folder / "transformer").net.state_dict())
 

@@ -45,6 +45,11 @@ OF_DIT = (
     "self.pos_embed = nn.Parameter(position_table(rows, columns, hidden_size)[None], requires_grad=False)",
 )
 
+OF_SHAPES = (
+    (STAND_INS, "PatchConvolution"),
+    (STAND_INS, "PatchOutput"),
+    ("genfound.backbones.dit", "position_table"),
+)
 
 NATIVE = (
     "DiTPipeline draws other pictures than genfound.sample: the time embedding of diffusers is not DiT's (frequencies "
@@ -166,9 +171,9 @@ def _with_code(model: Model, code: Code, family: str, spec: LatentSpec, work: Pa
 def _network(name: str, family: str, backbone: str, options: list[str], model: Config, shapes: tuple[str, ...]) -> str:
     """The file of a network that is a model of diffusers."""
     layout = "Dense" if "dense" in targets.target("model", model, ()).layouts else "Packed"
-    used = {part for part in ("PatchConvolution", "PatchOutput") if any(part in line for line in shapes)}
     roots = [(f"genfound.backbones.{family}", backbone), (f"genfound.layouts.{layout.lower()}", layout)]
-    roots += [(STAND_INS, part) for part in ("SOURCE", "FolderTransformer", *sorted(used))]
+    roots += [(STAND_INS, part) for part in ("SOURCE", "FolderTransformer")]
+    roots += [root for root in OF_SHAPES if any(root[1] in line for line in shapes)]
     text = Merged(roots).text()
     arguments = [KEYS.get(option, option) for option in options] + ["input_size"] * (shapes == OF_DIT)
     passed = [f"{option}={KEYS.get(option, option)}" for option in options]
