@@ -39,6 +39,10 @@ TRAINABLE = {
     "fitv2_hr_xl": 94_961_680,
     "fitv2_tiny": 1_336_756,
     "fitv2_xl": 671_045_776,
+    "jit_b": 131_123_712,
+    "jit_h": 952_514_368,
+    "jit_l": 458_877_664,
+    "jit_tiny": 1_402_772,
     "lightningdit_1p0b": 1_029_007_904,
     "lightningdit_1p6b": 1_631_308_368,
     "lightningdit_b": 130_359_584,
@@ -115,12 +119,13 @@ OPERATIONS = {
     "fit_xl": (156.67, 4.23), "fitv2_xl": (152.31, 5.44), "fitv2_3b": (664.82, 12.08), "fit_b": (30.25, 1.21),
     "dit_moe_s_8e2a": (16.031, 0.604), "dit_moe_xl_8e2a": (327.967, 4.228), "dit_moe_g_16e2a": (698.327, 7.382),
     "lightningdit_b": (23.008, 0), "lightningdit_xl": (118.626, 0), "lightningdit_1p6b": (283.350, 0),
+    "jit_b": (25.2, 0), "jit_l": (87.9, 0), "jit_h": (181.9, 0),
     "nit_s": (6.06, 0), "nit_b": (23.0, 0), "nit_l": (80.7, 0), "nit_xl": (118.6, 0), "nit_xxl": (298.2, 0),
 }  # fmt: skip
 """10^9 multiply-adds of 256 tokens, as published or counted on the official code, and those of attention among them.
 
 DiT, SiT: paper table 4 and README; DiT-MoE: paper table 1, and FiT, FiTv2: README, both with attention added.
-NiT: its advertised number has the modulation of every token, ours that of the image. LightningDiT: counted officially.
+NiT: its advertised number has the modulation of every token, ours that of the image. JiT: paper.
 """
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.callbacks.ema import Ema
+from genfound.config.options import ema_decays
 from tests.helpers import composed, training_module
 
 
@@ -81,6 +82,13 @@ def test_warm_up_is_that_of_the_recipe_unless_it_is_set(wanted: list[str], warmu
     parts = SimpleNamespace(config=composed(*wanted))
     ema.setup(SimpleNamespace(datamodule=SimpleNamespace(parts=parts)), training_module(Toy()), "fit")  # type: ignore[arg-type]
     assert ema.warmup is warmup and len(ema.decays or ()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "decays"), [([], [0.9999, 0.9996]), (["ema.decays=[0.9]"], [0.9]), (["ema.decays=[]"], [])]
+)
+def test_a_recipe_may_have_several_decays(wanted: list[str], decays: list[float]) -> None:
+    assert ema_decays(composed("model=jit_b", *wanted)) == decays
 
 
 def test_it_starts_as_a_copy_of_the_initial_weights() -> None:

@@ -36,6 +36,7 @@ MODELS = {
     "nit": "nit_s",
     "dit_moe": "dit_moe_s_8e2a",
     "lightningdit": "lightningdit_b",
+    "jit": "jit_b",
 }
 SMALL = {"width": 32, "depth": 2, "heads": 2}
 HEADS = {"num_heads": 2}
@@ -43,14 +44,16 @@ HEADS = {"num_heads": 2}
 
 def told(family: str) -> dict[str, Any]:
     """What the shapes of `small` do not tell."""
-    return {**HEADS, "family": family} if family in ("dit", "sit") else HEADS
+    more = {"in_context_start": 1} if family == "jit" else {"family": family} if family in ("dit", "sit") else {}
+    return {**HEADS, **more}
 
 
 def small(family: str) -> tuple[dict[str, Any], Backbone]:
     """Options and a network of a family, every parameter random."""
     config = composed(f"model={MODELS[family]}", f"experiment=official/{family}")
     rank = {"adaln_rank": 8} if config["model"].get("adaln_rank") else {}
-    config = {**config, "model": {**config["model"], **SMALL, **rank}}
+    start = {"in_context_start": 1} if family == "jit" else {}
+    config = {**config, "model": {**config["model"], **SMALL, **rank, **start}}
     net = build.net(config, build.published_spec(config), CLASSES)
     return config, randomise(net).eval()
 
@@ -90,7 +93,10 @@ def test_a_flat_file_gives_the_same_network(family: str, tmp_path: Path) -> None
     assert same(loaded.net.state_dict(), net.state_dict())
     layout = config["layout"]["name"]
     assert torch.equal(output(loaded.net, layout), output(net, layout))
-    assert isinstance(loaded.tokenizer, Undecodable) and "FOLDER" in loaded.tokenizer.reason
+    if family == "jit":
+        assert isinstance(loaded.tokenizer, PixelTokenizer)
+    else:
+        assert isinstance(loaded.tokenizer, Undecodable) and "FOLDER" in loaded.tokenizer.reason
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +113,11 @@ def test_there_and_back_is_equal_bit_by_bit(family: str, tmp_path: Path) -> None
     )
     back = convert.convert(ours.file, f"{tmp_path}/back.pt", None)
     assert back.format == "official"
-    assert same(torch.load(back.file, weights_only=True), state)
+    written = torch.load(back.file, weights_only=True)
+    if family == "jit":
+        assert written.keys() == {"model", "model_ema1", "model_ema2"}
+        written = {key.removeprefix("net."): value for key, value in written["model_ema1"].items()}
+    assert same(written, state)
 
 
 def wrapped(state: Mapping[str, Tensor], kind: str) -> Any:
@@ -147,6 +157,33 @@ def test_averages_of_lightningdit_have_clean_names_and_live_weights_those_of_ddp
     own = small("lightningdit")[1].state_dict()
     assert same(ema, own)
     assert torch.equal(live["final_layer.linear.bias"], own["final_layer.linear.bias"] + 1)
+
+
+def test_a_training_checkpoint_of_jit_gives_its_first_average_and_its_noise(tmp_path: Path) -> None:
+    state, file, told_jit = official_state("jit"), tmp_path / "checkpoint-last.pth", told("jit")
+    sets = {"model": 1, "model_ema1": 0, "model_ema2": 2}
+    content = {
+        part: {f"net.{key}": tensor + more * key.startswith("final_layer") for key, tensor in state.items()}
+        for part, more in sets.items()
+    }
+    args = argparse.Namespace(model="JiT-B/16", noise_scale=2.0)
+    torch.save({**content, "optimizer": {}, "epoch": 3, "args": args}, file)
+    own = small("jit")[1].state_dict()
+    for weights, more in (("ema", 0), ("raw", 1)):
+        loaded = genfound.load(file, weights, **told_jit)
+        assert torch.equal(loaded.net.state_dict()["final_layer.linear.bias"], own["final_layer.linear.bias"] + more)
+        assert loaded.objective.noise_scale == 2
+    with pytest.raises(ValueError, match=r"its shapes do not tell in_context_start; say hints\.in_context_start="):
+        genfound.load(file)
+
+
+def test_a_jit_with_patches_of_32_is_the_one_of_512_pixels() -> None:
+    options = {"width": 768, "depth": 12, "patch_size": 32}
+    config = load._config("jit", None, options, Path("jit-b-32.pth"))
+    assert config["objective"]["noise_scale"] == 2 and config["data"]["size"] == 512
+    assert config["model"]["in_context_start"] == 4 and config["sampler"]["guidance_at"] == "slope"
+    config = load._config("jit", None, {**options, "patch_size": 16}, Path("jit-b-16.pth"))
+    assert config["objective"]["noise_scale"] == 1 and config["data"]["size"] == 256
 
 
 def test_a_lightningdit_without_its_flags_looks_like_dit(tmp_path: Path) -> None:

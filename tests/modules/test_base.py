@@ -8,10 +8,10 @@ import torch
 
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.layouts import Packed
-from genfound.modules.base import GenerativeModule, schedule
+from genfound.modules.base import GenerativeModule, learning_rate, schedule
 from genfound.objectives.weighting import EXPONENTS, image_weight
 from genfound.rng import Rng
-from tests.helpers import latents, small_nit, training_module
+from tests.helpers import composed, latents, small_nit, training_module
 
 PACKS = [[(3, 5), (1, 1)], [(4, 4)], [(2, 2), (2, 3), (1, 7)], [(5, 5)]]
 
@@ -73,6 +73,35 @@ def test_labels_are_dropped_with_the_given_probability(label_drop: float, low: f
 )  # fmt: skip
 def test_schedules(kind: str, images_seen: int, factor: float) -> None:
     assert schedule({"schedule": kind, "warmup_images": 100}, images_seen, 1000) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "images_seen", "factor"),
+    [
+        ("warmup", 0, 0), ("warmup", 25, 0.25), ("warmup", 100, 1), ("cosine", 100, 1), ("cosine", 550, 0.55),
+        ("cosine", 1000, 0.1),
+    ],
+)  # fmt: skip
+def test_a_warm_up_from_zero_and_a_least_learning_rate(kind: str, images_seen: int, factor: float) -> None:
+    """JiT's util/lr_sched.py; half of the way down from 1 to 0.1 is 0.55."""
+    settings = {"schedule": kind, "warmup_images": 100, "warmup_from_zero": True, "lr": 2e-3, "min_lr": 2e-4}
+    assert schedule(settings, images_seen, 1000) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        (["model=jit_b"], 2e-4),
+        (["model=jit_b", "batch.images=256"], 5e-5),
+        (["model=jit_b", "optimizer.images_per_step=512", "optimizer.base_lr=1e-4"], 2e-4),
+        (["model=jit_b", "layout=packed"], 2e-4),
+        (["model=jit_b", "layout=packed", "data.max_tokens=16384", "batch.packs=2"], 2.5e-5),
+        (["model=jit_b", "optimizer.lr=3e-4"], 3e-4),
+        (["model=nit_tiny"], 3e-3),
+    ],
+)
+def test_learning_rates_grow_with_the_step_where_a_recipe_says_so(overrides: list[str], rate: float) -> None:
+    assert learning_rate(composed(*overrides)) == pytest.approx(rate)
 
 
 def test_an_unknown_schedule_is_refused() -> None:

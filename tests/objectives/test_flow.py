@@ -251,3 +251,39 @@ def test_the_share_of_a_window_is_one(share: Any) -> None:
         linear_flow(time_window=[0.2, 0.5], time_window_share=share)
     with pytest.raises(ValueError, match=r"objective\.time_window=0\.5 must be \[low, high\]"):
         linear_flow(time_window=0.5)
+
+
+def test_more_noise_is_in_the_state_its_velocity_and_the_start_of_a_walk() -> None:
+    batch, rng = three_layouts(SQUARES)["dense4"], Rng(0)
+    seen: list[Tensor] = []
+
+    def spy(b: Batch, t: Tensor) -> Tensor:
+        seen.append(b.x)
+        return torch.zeros_like(b.x)
+
+    flow = linear_flow(noise_scale=2.0)
+    losses = flow.loss(spy, batch, rng)
+    t, noise = batch.expand(losses.t), 2 * rng.normal("noise", batch.x.shape)
+    torch.testing.assert_close(seen[0], (1 - t) * batch.x + t * noise)
+    torch.testing.assert_close(losses.total, batch.per_image((noise - batch.x) ** 2))
+    assert flow.noise_scale == 2 and flow.signature["objective.noise_scale"] == 2
+    with pytest.raises(ValueError, match=r"objective\.noise_scale=0 must be a finite number above 0"):
+        linear_flow(noise_scale=0)
+
+
+@pytest.mark.parametrize("noise_scale", [1.0, 2.0])
+def test_near_data_the_error_and_the_velocity_of_predicted_data_are_divided_by_the_floor(noise_scale: float) -> None:
+    """JiT: (x - x0) / max(1 - t, 0.05) with t = 1 at data, for the target and the prediction."""
+    options = {"prediction": "x0", "weighting": "velocity", "train_eps": 0.0, "sample_eps": 0.0}
+    flow = linear_flow(**options, sigma_floor=0.05, noise_scale=noise_scale)
+    batch, time = three_layouts(SQUARES)["dense4"], torch.tensor([0.01, 0.04, 0.5], dtype=torch.float64)
+    zero = torch.zeros_like(batch.x)
+    losses = flow.loss_at(lambda b, t: torch.zeros_like(b.x), batch, time, zero)
+    expected = batch.per_image(batch.x**2) / time.clamp(min=0.05) ** 2
+    torch.testing.assert_close(losses.total, expected.float())
+    field = flow.field(lambda b, t: torch.zeros_like(b.x))
+    for t in time.tolist():
+        torch.testing.assert_close(field.velocity(batch, t), batch.x / max(t, 0.05))
+    assert flow.train_interval == flow.sample_interval == (0.0, 1.0)
+    with pytest.raises(ValueError, match=r"objective\.sigma_floor=-1 must be a finite number of at least 0"):
+        linear_flow(sigma_floor=-1)

@@ -28,16 +28,16 @@ VELOCITIES: dict[str, Velocity] = {
 }
 
 
-def on_flow(path: str, prediction: str, velocity: Velocity) -> tuple[Objective, Net]:
+def on_flow(path: str, prediction: str, velocity: Velocity, scale: float = 1.0) -> tuple[Objective, Net]:
     def net(batch: Batch, t: Tensor) -> Tensor:
-        p = INTERPOLANTS[path].point(t.double()).of(batch)
+        p = INTERPOLANTS[path].with_noise(scale).point(t.double()).of(batch)
         s = p.sigma / (p.alpha + p.sigma)
         z = batch.x / (p.alpha + p.sigma)
         v = velocity(z, s)
         x0, noise = z - s * v, z + (1 - s) * v
         return {"velocity": p.velocity(x0, noise), "noise": noise, "x0": x0, "score": -noise / p.sigma}[prediction]
 
-    return linear_flow(path=path, prediction=prediction), net
+    return linear_flow(path=path, prediction=prediction, noise_scale=scale), net
 
 
 def on_gaussian(prediction: str, velocity: Velocity, **options: object) -> tuple[Objective, Net]:
@@ -59,6 +59,11 @@ WRAPPED: dict[str, Callable[[Velocity], tuple[Objective, Net]]] = {
     **{
         f"{path} {prediction}": lambda v, a=path, b=prediction: on_flow(a, b, v)  # type: ignore[misc]
         for path in INTERPOLANTS
+        for prediction in PREDICTIONS
+    },
+    **{
+        f"{path} {prediction} of more noise": lambda v, a=path, b=prediction: on_flow(a, b, v, 2.0)  # type: ignore[misc]
+        for path in ("linear", "gvp")
         for prediction in PREDICTIONS
     },
     "gaussian epsilon": lambda v: on_gaussian("epsilon", v),

@@ -12,7 +12,7 @@ from genfound.batch import Batch
 from genfound.layouts import Dense, Packed, Padded
 from genfound.objectives.base import GuidanceOf, TimeAdapter
 from genfound.samplers.guidance import AutoGuidance, ClassifierFreeGuidance
-from tests.helpers import SAMPLERS, guidance_of, latents, linear_flow, small_nit
+from tests.helpers import SAMPLERS, guidance_of, latents, linear_flow, sampler_of, small_nit
 from tests.samplers.test_ddpm import objective as gaussian
 from tests.samplers.toys import SeededNoise, doubled
 
@@ -238,6 +238,28 @@ def test_both_slopes_of_a_step_are_guided_alike() -> None:
     assert [(t[0], len(y)) for y, t in net.calls] == [
         (1.0, 3), (0.75, 3), (0.75, 3), (0.5, 3), (0.5, 6), (0.25, 6), (0.25, 6)
     ]  # fmt: skip
+
+
+def test_each_slope_is_guided_by_its_own_time() -> None:
+    net, flow, batch = Toy(), linear_flow(), batches()["packed"]
+    field = flow.field(net, guided(interval=[0.0, 0.7]))
+    SAMPLERS["heun"](field, batch, flow.times(4), SeededNoise(batch), guidance_at="slope")
+    assert [(t[0], len(y)) for y, t in net.calls] == [
+        (1.0, 3), (0.75, 3), (0.75, 3), (0.5, 6), (0.5, 6), (0.25, 6), (0.25, 6)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"sampler\.guidance_at=stage is unknown; choose one of step, slope"):
+        sampler_of("heun", guidance_at="stage")
+
+
+@pytest.mark.parametrize(
+    ("interval", "t", "acts"),
+    [
+        ([0.0, 1.0], 0.0, True), ([0.0, 1.0], 1.0, True), ([0.25, 0.75], 0.25, False), ([0.25, 0.75], 0.75, False),
+        ([0.25, 0.75], 0.5, True), ([0.0, 0.75], 0.0, True), ([0.0, 0.75], 0.75, False), ([0.25, 1.0], 1.0, True),
+    ],
+)  # fmt: skip
+def test_open_ends_are_strict_but_at_data_and_noise(interval: list[float], t: float, acts: bool) -> None:
+    assert cfg(Toy(), interval=interval, ends="open").acts(t) is acts
 
 
 @pytest.mark.parametrize("layout", ["dense", "padded", "packed", "static"])

@@ -50,6 +50,16 @@ def test_images_have_the_requested_sizes_in_the_requested_order() -> None:
     assert sorted(set(finished)) == finished and len(finished) == 4 + 3 * 3  # and after each step
 
 
+def test_a_walk_begins_with_the_noise_of_its_objective() -> None:
+    loud, still = linear_flow(noise_scale=2.0), sampler_of("euler", steps=1)
+    one, two = (replace(sampling(), objective=o, sampler=still, guidance=None) for o in (linear_flow(), loud))
+    idle = small_nit(channels=3, patch_size=2).eval()
+    torch.nn.init.zeros_(idle.final_layer.linear.weight)
+    torch.nn.init.zeros_(idle.final_layer.linear.bias)
+    quiet, louder = (pipeline.latents(idle, REQUESTS[:2], seed=0) for pipeline in (one, two))
+    assert all(torch.equal(2 * a, b) for a, b in zip(quiet, louder, strict=True))
+
+
 def test_an_image_does_not_depend_on_the_others() -> None:
     together = sampling()(NET, REQUESTS, seed=0)
     for subset in ([4], [8, 0, 3], [7, 1]):

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
+from genfound.config.options import ema_decays
 from genfound.layers.initial import local
 from genfound.modules.base import GenerativeModule
 from genfound.runtime.fsdp import sharded_like, unsharded
@@ -35,7 +36,7 @@ class Ema(Callback):
         if self.decays is None:
             config = trainer.datamodule.parts.config  # type: ignore[attr-defined]
             own, recipe = config["ema"], config["optimizer"]
-            self.decays = [recipe["ema_decay"]] if own["decays"] is None else own["decays"]
+            self.decays = ema_decays(config)
             self.warmup = recipe["ema_warmup"] if own["warmup"] is None else own["warmup"]
 
     def on_load_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:

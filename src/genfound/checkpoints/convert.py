@@ -1,5 +1,6 @@
 """A checkpoint between the released format of its family and genfound's."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ def convert(
         kept = {key: value for key, value in found.official.items() if not _same(theirs.get(key), value)}
     if chosen == "official":
         state = theirs | dict(kept)
-        formats.write(file, state)
+        formats.write(file, state, content=FAMILIES[build.name_of(found.config["model"])].content)
     else:
         state = {**found.state, **{f"{formats.KEPT}{key}": tensor for key, tensor in kept.items()}}
         config = {key: value for key, value in found.config.items() if key not in ("trust", "format")}
@@ -81,7 +82,8 @@ def convert(
 
 def _compare(found: Weights, path: Path) -> None:
     """Raise a ValueError unless weights are those of their configuration."""
-    channels = found.state["x_embedder.proj.weight"].shape[1] // found.config["model"]["patch_size"] ** 2
+    first = next(tensor for name, tensor in found.state.items() if re.fullmatch(r"x_embedder\.proj1?\.weight", name))
+    channels = first.shape[1] // found.config["model"]["patch_size"] ** 2
     spec = build.published_spec(found.config)._replace(channels=channels)  # no tokenizer is built
     with torch.device("meta"):
         net = build.net(found.config, spec, len(found.class_names))

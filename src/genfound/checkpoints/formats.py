@@ -2,13 +2,14 @@
 
 flat                       DiT-XL-2-256x256.pt, SiT-XL-2-256.pt, NiT's and FiT's releases (.safetensors, .bin)
 {"ema", "model", ...}      training checkpoints of DiT, SiT and DiT-MoE; `args` holds their arguments
+{"model_ema1", ...}        those of JiT, whose first average is taken
 {"state_dict", ...}        Lightning and others
 folder                     accelerate: two sets of weights, in an order that depends on the repository
 """
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from genfound.runtime.files import atomic_write
 
 State = Mapping[str, Tensor]
 
-OUTER = ("ema", "model", "state_dict")
+OUTER = ("ema", "model_ema1", "model", "state_dict")
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
 ACCELERATE = (("model.safetensors", "model_1.safetensors"), ("pytorch_model.bin", "pytorch_model_1.bin"))
 OURS, KEPT = "genfound", "official."
@@ -38,7 +39,7 @@ class CheckpointFile(NamedTuple):
 
     def choose(self, weights: str, path: Path, ema_first: bool = False) -> State:
         """The averaged (`ema`) or live (`raw`) weights; whichever there are, if there is only one set."""
-        in_file = ["ema", "model", "state_dict", ""] if weights == "ema" else ["model", "state_dict", ""]
+        in_file = [*OUTER, ""] if weights == "ema" else ["model", "state_dict", ""]
         in_folder = ["first", "second"] if ema_first == (weights == "ema") else ["second", "first"]
         for name in (*in_file, *in_folder):
             if name in self.states:
@@ -86,11 +87,13 @@ def ours(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged: what genfound has noted in it cannot be read ({error})") from None
 
 
-def write(path: Path, state: State, note: Mapping[str, Any] | None = None) -> None:
-    """Write a state dict, whole or not at all: .safetensors, with a note where it is ours; otherwise torch.save."""
+def write(
+    path: Path, state: State, note: Mapping[str, Any] | None = None, content: Callable[[State], Any] = dict
+) -> None:
+    """Write a state dict, whole or not at all: .safetensors, with a note where it is ours; or `content` of it."""
     tensors = {key: tensor.contiguous() for key, tensor in state.items()}
     if path.suffix != ".safetensors":
-        checkpoint_io.save(tensors, path)
+        checkpoint_io.save(content(tensors), path)
         return
     metadata = {"format": "pt"} if note is None else {"format": "pt", OURS: json.dumps(note)}
     atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))

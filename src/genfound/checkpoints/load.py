@@ -244,6 +244,8 @@ def _released_config(official: Official, hints: dict[str, Any], path: Path) -> t
     for key in ("path_type", "prediction"):
         if key in args:
             config["objective"][key.removesuffix("_type")] = str(args[key]).lower()
+    if "noise_scale" in args:
+        config["objective"]["noise_scale"] = float(args["noise_scale"])
     return config, names
 
 
@@ -258,6 +260,8 @@ def _config(family: str, release: str | None, options: Mapping[str, Any], path: 
     released = "dit_moe_rf" if options.get("unused_half") and family == "dit_moe" else family
     if released == "dit_moe_rf" and preset == family:
         preset = "dit_moe_xl_8e2a"
+    if family == "jit" and options["patch_size"] == 32:
+        released = "jit_512"
     config = compose.compose("train", [f"experiment=official/{released}", f"model={preset}"])
     unknown = sorted(options.keys() - config["model"].keys())
     if unknown:
@@ -267,8 +271,10 @@ def _config(family: str, release: str | None, options: Mapping[str, Any], path: 
     config["model"] |= options
     missing = [key for key, value in config["model"].items() if value == "???"]
     if missing:
-        what = f"is of no published size, and its shapes do not tell {missing[0]}"
-        raise ValueError(f"{path} {what}; say hints.num_heads=...")
+        key = "num_heads" if missing[0] == "heads" else missing[0]
+        raise ValueError(
+            f"{path} is of no published size, and its shapes do not tell {missing[0]}; say hints.{key}=..."
+        )
     return config
 
 

@@ -106,8 +106,11 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
-    number("optimizer.ema_decay", optimizer["ema_decay"], 0, 1)
-    for key in ("lr", "weight_decay"):
+    published = optimizer["ema_decay"]
+    for decay in published if isinstance(published, list) else [published]:
+        number("optimizer.ema_decay", decay, 0, 1)
+    rates = ["lr" if optimizer["lr"] is not None or "base_lr" not in optimizer else "base_lr"]
+    for key in (*rates, "weight_decay", *({"min_lr"} & optimizer.keys())):
         number(f"optimizer.{key}", optimizer[key], 0)
     if optimizer["clip"] is not None:
         number("optimizer.clip", optimizer["clip"], 0, above=True)
@@ -117,6 +120,13 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
         number("optimizer.momentum", optimizer["momentum"], 0, 1)
         integer("optimizer.ns_steps", optimizer["ns_steps"], 1)
         number("optimizer.ns_steps", optimizer["ns_steps"], 1, 99)  # torch.optim.Muon's own limit
+
+
+def ema_decays(config: Mapping[str, Any]) -> list[float]:
+    """Those of `ema.decays`, or of the recipe."""
+    published = config["optimizer"]["ema_decay"]
+    published = published if isinstance(published, list) else [published]
+    return list(published if config["ema"]["decays"] is None else config["ema"]["decays"])
 
 
 def one_step(config: Mapping[str, Any]) -> dict[str, Any]:

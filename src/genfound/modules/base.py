@@ -240,7 +240,7 @@ class GenerativeModule(lightning.LightningModule):
 
 def module_of(parts: build.RunComponents) -> GenerativeModule:
     """The module of a run; of the family of its network."""
-    config, optimizer = parts.config, parts.config["optimizer"]
+    config, optimizer = parts.config, {**parts.config["optimizer"], "lr": learning_rate(parts.config)}
     budget = config["budget"]["images"] or optimizer["budget_images"]
     kind, label_drop = module_class(type(parts.net)), config["model"]["label_drop"]
     return kind(parts.net, parts.objective, optimizer, label_drop, config["seed"], budget)
@@ -273,18 +273,37 @@ def parts_of(key: str, named: Named, parts: Sequence[str]) -> Named:
 
 
 def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> float:
-    """Factor of the learning rate: constant, warmup (then constant) or cosine (warmup, then to zero at the budget)."""
-    kind, warmup = settings["schedule"], settings["warmup_images"]
+    """Factor of the learning rate: constant, warmup (then constant) or cosine (warmup, then to `min_lr` at the budget).
+
+    A warm-up begins as if one image had been seen, or, with `warmup_from_zero`, at 0.
+    """
+    kind, warmup, first = settings["schedule"], settings["warmup_images"], not settings.get("warmup_from_zero")
     if kind not in ("constant", "warmup", "cosine"):
         raise ValueError(f"optimizer.schedule={kind} is unknown; choose constant, warmup or cosine")
     if kind == "constant":
         return 1.0
     if images_seen < warmup:
-        return (images_seen + 1) / (warmup + 1)
+        return (images_seen + first) / (warmup + first)
     if kind == "warmup":
         return 1.0
-    progress = min((images_seen - warmup) / max(budget - warmup, 1), 1.0)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    progress, least = min((images_seen - warmup) / max(budget - warmup, 1), 1.0), settings.get("min_lr", 0.0)
+    lowest = least / settings["lr"] if least else 0.0
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate(config: Mapping[str, Any]) -> float:
+    """`optimizer.lr`, or `base_lr` for each 256 images of a global step, of which packs have one in 256 tokens."""
+    settings, batch = config["optimizer"], config["batch"]
+    if settings["lr"] is not None:
+        return float(settings["lr"])
+    if settings.get("base_lr") is None:
+        raise ValueError("optimizer.lr is missing; give optimizer.lr=...")
+    if config["layout"]["name"] == "dense":
+        images = batch["images"] or settings["images_per_step"]
+    else:
+        packs = batch["packs"]
+        images = (packs * config["data"]["max_tokens"] if packs else settings["tokens_per_step"]) / 256
+    return float(settings["base_lr"]) * images / 256
 
 
 def validation_sums(net: Backbone, objective: Objective, item: HeldOut) -> Tensor:

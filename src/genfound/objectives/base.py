@@ -90,6 +90,8 @@ class Objective(Protocol):
     signature: Mapping[str, object]
     """What makes two networks' outputs mean the same, by the keys of the configuration."""
     time_law: TimeLaw
+    noise_scale: float = 1.0
+    """Standard deviation of the noise that samplers begin with."""
 
     def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
         """The loss of each image; all randomness comes from `rng`."""

@@ -34,6 +34,9 @@ class Flow(Objective):
         train_eps, sample_eps: distance from the ends; `None` is the rule above.
         directional: weight of 1 - cosine similarity of velocities along channels (NiT's loss.py, LightningDiT).
         weight: how images count in a global step: `image`, `sqrt` or `token`.
+        noise_scale: standard deviation of the noise (JiT, where larger images see more of it).
+        sigma_floor: what errors of predicted data, and their velocity in sampling, are divided by at least, in units of
+            noise_scale (JiT's t_eps).
         time_window, time_window_share: draw from this [low, high] part of the way alone, in this share of the
             micro-batches; `None` is all of it.
 
@@ -63,8 +66,12 @@ class Flow(Objective):
         weight: str,
         time_window: Sequence[float] | None = None,
         time_window_share: float = 1.0,
+        noise_scale: float = 1.0,
+        sigma_floor: float = 0.0,
     ) -> None:
-        self.path = INTERPOLANTS[one_of("objective.path", path, INTERPOLANTS)]
+        self.noise_scale = number("objective.noise_scale", noise_scale, 0, above=True)
+        self.sigma_floor = noise_scale * number("objective.sigma_floor", sigma_floor, 0)
+        self.path = INTERPOLANTS[one_of("objective.path", path, INTERPOLANTS)].with_noise(noise_scale)
         self.prediction = one_of("objective.prediction", prediction, PREDICTIONS)
         self.weighting = one_of("objective.weighting", weighting, WEIGHTINGS)
         self.gamma = number("objective.min_snr_gamma", min_snr_gamma, 0, above=True)
@@ -76,6 +83,7 @@ class Flow(Objective):
         self.time_shift = check_shift("objective.time_shift", time_shift)
         self.weight = one_of("objective.weight", weight, EXPONENTS)
         self.signature = {"objective": self.name, "objective.path": path, "objective.prediction": prediction}
+        self.signature |= {"objective.noise_scale": noise_scale}
         self.time_range = (0.0, self.path.end)  # (data, noise)
         self.directional = number("objective.directional", directional, 0)
         if directional and prediction != "velocity":
@@ -110,7 +118,7 @@ class Flow(Objective):
         }[self.prediction]()
         mse = batch.per_image(error**2)
         if self.weighting != "none":
-            mse = mse * time_weight(self.weighting, self.prediction, point, self.gamma).float()
+            mse = mse * time_weight(self.weighting, self.prediction, point, self.gamma, self.sigma_floor).float()
         if not self.directional:
             return Losses(total=mse, t=t.float())
         directional = self.directional * batch.per_image(cosine_loss(net, batch, out, velocity))
@@ -150,15 +158,16 @@ class Flow(Objective):
 
     def field(self, net: Net, guidance: GuidanceOf | None = None) -> "FlowField":
         """What the network's output says about velocity, score, data and noise."""
-        return FlowField(self.guided(net, guidance), self.path, self.prediction)
+        return FlowField(self.guided(net, guidance), self.path, self.prediction, self.sigma_floor)
 
 
 class FlowField:
     """A network in the time of the framework, with its guidance, as samplers see it."""
 
-    def __init__(self, net: GuidedNet, path: Interpolant, prediction: str) -> None:
+    def __init__(self, net: GuidedNet, path: Interpolant, prediction: str, sigma_floor: float = 0.0) -> None:
         self.net = net
         self.path = path
+        self.sigma_floor = sigma_floor
         self.prediction = prediction
         # Below t = 0 the variance-preserving path has no sigma, which data and noise are converted by.
         self.lowest = -math.inf if path.pure or prediction in ("velocity", "score") else 0.0
@@ -166,7 +175,7 @@ class FlowField:
     def views(self, batch: Batch, t: float, decide_at: float | None = None) -> Predictions:
         """Everything that one call of the network at time t says; batch.x may be float64."""
         out = self.net(replace(batch, x=batch.x.float()), t, decide_at).float()
-        return Predictions(self.prediction, out, batch.x, Coefficients.at(self.path, t))
+        return Predictions(self.prediction, out, batch.x, Coefficients.at(self.path, t), self.sigma_floor)
 
     def velocity(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """dx/dt at time t, shaped like `batch.x`."""

@@ -5,7 +5,7 @@ Numbers of a point may be tensors shaped like t, or plain numbers where all imag
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -64,6 +64,15 @@ class Interpolant:
     time_of: Callable[[Tensor], Tensor]  # at which noise-to-signal ratios sigma / alpha occur
     end: float = 1.0
     pure: bool = True  # alpha is 0 at its end; the variance-preserving path keeps a trace of signal
+
+    def with_noise(self, scale: float) -> "Interpolant":
+        """The same path with so many times the noise."""
+
+        def point(t: Tensor) -> Coefficients:
+            alpha, sigma, d_alpha, d_sigma, spread = self.point(t)
+            return Coefficients(alpha, scale * sigma, d_alpha, scale * d_sigma, scale**2 * spread)
+
+        return self if scale == 1 else replace(self, point=point, time_of=lambda ratio: self.time_of(ratio / scale))
 
 
 def linear(t: Tensor) -> Coefficients:

@@ -22,6 +22,7 @@ class Predictions:
     out: Tensor  # shaped like the state
     x: Tensor  # the state
     point: Coefficients  # of its time, numbers or tensors that broadcast against the state
+    sigma_floor: float = 0.0  # the velocity from data divides by at least this
 
     @property
     def noise(self) -> Tensor:
@@ -52,7 +53,10 @@ class Predictions:
         if self.kind == "velocity":
             return self.out
         if self.kind == "x0":
-            return (p.d_sigma * self.x - p.wronskian * self.out) / p.sigma
+            sigma = (
+                p.sigma.clamp(min=self.sigma_floor) if isinstance(p.sigma, Tensor) else max(p.sigma, self.sigma_floor)
+            )
+            return (p.d_sigma * self.x - p.wronskian * self.out) / sigma
         if self.kind == "score":
             return p.growth * self.x - p.spread * self.out
         return (p.d_alpha * self.x + p.wronskian * self.noise) / p.alpha

@@ -23,12 +23,13 @@ def image_weight(tokens: N, rule: str) -> N:
     return tokens ** EXPONENTS[rule]
 
 
-def time_weight(weighting: str, prediction: str, point: Coefficients, gamma: float) -> Tensor:
+def time_weight(weighting: str, prediction: str, point: Coefficients, gamma: float, floor: float = 0.0) -> Tensor:
     """Factor of the squared error of a prediction, shaped like the point's coefficients.
 
     Each weighting is one function of time, whatever is predicted: `velocity` makes the error that of the
     velocity, `likelihood` that of the score times the half diffusion (both SiT), `min_snr` that of the data
-    times min(signal-to-noise, gamma) (Hang et al. 2023). The error of a score is that of sigma times it.
+    times min(signal-to-noise, gamma) (Hang et al. 2023). The error of a score is that of sigma times it. That of data
+    is divided by a sigma of at least `floor`.
     """
     alpha, sigma, speed = point.alpha, point.sigma, point.wronskian
     above = {
@@ -36,5 +37,5 @@ def time_weight(weighting: str, prediction: str, point: Coefficients, gamma: flo
         "likelihood": lambda: speed * alpha / sigma,
         "min_snr": lambda: torch.minimum(alpha**2, gamma * sigma**2),
     }[weighting]()
-    below = {"noise": alpha, "score": alpha, "velocity": speed, "x0": sigma}[prediction]
+    below = {"noise": alpha, "score": alpha, "velocity": speed, "x0": sigma.clamp(min=floor)}[prediction]
     return above / below**2

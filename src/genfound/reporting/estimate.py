@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genfound import build
 from genfound.backbones.base import Backbone, Flops
+from genfound.config.options import ema_decays
 from genfound.data.packing.budget import micro_batches, token_counts
 from genfound.loggers.json_lines import lines_of
 from genfound.modules.base import train_only
@@ -159,10 +160,9 @@ def estimate(config: Config) -> Estimate:
     dense = config["layout"]["name"] == "dense"
     images = config["data"]["batch_size"] if dense else config["data"]["max_tokens"] / tokens
     kept, recomputed = activations(config, images, tokens)
-    decays = [config["optimizer"]["ema_decay"]] if config["ema"]["decays"] is None else config["ema"]["decays"]
     divided, gathered = (ranks, _gathered(net)) if build.sharded(config, ranks) else (1, 0)
     per = FLOAT * trained // divided
-    memory = Memory(FLOAT * parameters // divided, per, 2 * per, len(decays) * per, kept, gathered)
+    memory = Memory(FLOAT * parameters // divided, per, 2 * per, len(ema_decays(config)) * per, kept, gathered)
     budget = config["budget"]["images"] or config["optimizer"]["budget_images"]
     name, step = type(net).__name__, per_step * images
     return Estimate(
@@ -213,7 +213,9 @@ def _kept(config: Config, blocks: int, rows: int, side: int, low: bool) -> int:
 
     Each weight is one number in memory, seen as a tensor of its shape.
     """
-    small = {**config, "model": {**config["model"], "depth": blocks, "activation_checkpointing": False}}
+    begin = {"in_context_start"} & config["model"].keys()  # of JiT, whose class tokens are in most blocks
+    own = {**config["model"], "depth": blocks, "activation_checkpointing": False, **dict.fromkeys(begin, 0)}
+    small = {**config, "model": own}
     spec = build.published_spec(config)
     with torch.device("meta"):
         net = build.net(small, spec, CLASSES)

@@ -6,7 +6,7 @@ schedules are given in noise levels, 0 at data and 1 at noise.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,13 @@ from torch import Tensor
 from genfound.batch import Batch
 from genfound.config import checks
 from genfound.objectives.base import TimeAdapter
+
+ENDS: dict[str, Callable[[float, float, float], bool]] = {
+    "inclusive": lambda low, level, high: low <= level <= high,
+    "strict": lambda low, level, high: low < level < high,
+    "open": lambda low, level, high: (low == 0 or low < level) and (high == 1 or level < high),
+}
+"""Whether a noise level lies between ends."""
 
 
 @dataclass
@@ -28,7 +35,7 @@ class Guidance(ABC):
         channels: `all`, or `first3` as DiT's, SiT's and LightningDiT's released samplers (guided only the first
             three latent channels, by oversight). A predicted variance is never guided.
         time_range: the objective's (data, noise) times.
-        ends: `inclusive`, or `strict` as in DDT and PixNerd.
+        ends: `inclusive`; `strict` as in DDT and PixNerd; or `open`, strict but for ends at 0 and 1 (JiT).
         schedule: `constant`; `linear`, 1 + (scale - 1) level; or `power_cosine`, 1 + (scale - 1)
             (1 - cos(pi level^power)) / 2 (FiT's scale_pow): all of the scale at noise and none at data.
         power: of `power_cosine`.
@@ -52,7 +59,7 @@ class Guidance(ABC):
         checks.number("guidance.scale", self.scale)
         checks.interval("guidance.interval", self.interval)
         checks.one_of("guidance.channels", self.channels, ("all", "first3"))
-        checks.one_of("guidance.ends", self.ends, ("inclusive", "strict"))
+        checks.one_of("guidance.ends", self.ends, ENDS)
         checks.one_of("guidance.schedule", self.schedule, ("constant", "linear", "power_cosine"))
         checks.number("guidance.power", self.power, 0, above=True)
 
@@ -78,8 +85,7 @@ class Guidance(ABC):
     def acts(self, t: float) -> bool:
         """Whether a step that begins at time t is guided."""
         (low, high), level = self.interval, min(max(self.level(t), 0.0), 1.0)
-        inside = low <= level <= high if self.ends == "inclusive" else low < level < high
-        return self.scale != 1 and inside
+        return self.scale != 1 and ENDS[self.ends](low, level, high)
 
     def scale_at(self, t: float) -> float:
         """The scale of the schedule."""

@@ -148,7 +148,8 @@ class Pipeline:
         channels, stride = self.tokenizer.spec
         shapes = [(channels, r.size[0] // stride, r.size[1] // stride) for r in requests]
         numbered = zip(requests, shapes, strict=True)
-        return [Rng(seed, "sample", request.number).normal("noise", shape) for request, shape in numbered]
+        streams = ((Rng(seed, "sample", request.number), shape) for request, shape in numbered)
+        return [self.objective.noise_scale * stream.normal("noise", shape) for stream, shape in streams]
 
 
 class PerImageNoise:

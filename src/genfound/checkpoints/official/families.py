@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from genfound.checkpoints.official import dit, dit_moe, fit, lightningdit, nit
+from genfound.checkpoints.official import dit, dit_moe, fit, jit, lightningdit, nit
 
 State = Mapping[str, Tensor]
 
@@ -20,6 +20,9 @@ class Family(NamedTuple):
     ema_first: bool = False  # whether the first weights of its accelerate folders are the averaged ones
     tables: Callable[[Mapping[str, Any], tuple[int, int]], dict[str, Tensor]] = lambda model, grid: {}
     """What its files also hold, computed from the keys of `model` and a grid."""
+    content: Callable[[State], Mapping[str, Any]] = (
+        dict  # what a file made by torch.save holds, for its own code to load
+    )
 
 
 FIT = Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state))
@@ -33,6 +36,7 @@ FAMILIES = {
     "lightningdit": Family(
         lightningdit.official_options, lightningdit.from_official, dit.to_official, tables=lightningdit.tables
     ),
+    "jit": Family(jit.official_options, jit.from_official, jit.to_official, content=jit.training_checkpoint),
 }
 
 RELEASES = {
@@ -65,6 +69,8 @@ def release_of(path: Path, args: Mapping[str, Any]) -> str | None:
 
 def family_of(state: State, release: str | None) -> str:
     """The name of the family of an official state dict; `release` tells DiT from SiT, whose weights look alike."""
+    if "final_layer.linear.weight" in state and "x_embedder.proj1.weight" in state:
+        return "jit"
     if "final_layer.linear.weight" not in state or "x_embedder.proj.weight" not in state:
         first = ", ".join(list(state)[:3])
         raise ValueError(f"these weights are of none of {', '.join(FAMILIES)} (their names begin with {first})")
