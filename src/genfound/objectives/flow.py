@@ -13,7 +13,7 @@ from genfound.config.checks import number, one_of
 from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective, TimeAdapter
 from genfound.objectives.interpolants import INTERPOLANTS, Coefficients, Interpolant
 from genfound.objectives.predictions import PREDICTIONS, Predictions
-from genfound.objectives.times import TIME_LAWS, check_shift, shift_factor, shifted, time_grid, windowed
+from genfound.objectives.times import check_shift, shift_factor, shifted, time_grid, time_law
 from genfound.objectives.weighting import EXPONENTS, WEIGHTINGS, time_weight
 
 
@@ -75,11 +75,7 @@ class Flow(Objective):
         self.prediction = one_of("objective.prediction", prediction, PREDICTIONS)
         self.weighting = one_of("objective.weighting", weighting, WEIGHTINGS)
         self.gamma = number("objective.min_snr_gamma", min_snr_gamma, 0, above=True)
-        number("objective.time_mean", time_mean)
-        number("objective.time_std", time_std, 0)
-        self.time_law = TIME_LAWS[one_of("objective.time", time, TIME_LAWS)](time_mean, time_std, self.path)
-        if time_window is not None:
-            self.time_law = windowed(time, self.time_law, time_window, time_window_share)
+        self.time_law = time_law(time, time_mean, time_std, self.path, time_window, time_window_share)
         self.time_shift = check_shift("objective.time_shift", time_shift)
         self.weight = one_of("objective.weight", weight, EXPONENTS)
         self.signature = {"objective": self.name, "objective.path": path, "objective.prediction": prediction}

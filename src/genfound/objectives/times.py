@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.config.checks import integer, interval, number
+from genfound.config.checks import integer, interval, number, one_of
 from genfound.objectives.interpolants import Interpolant
 from genfound.rng import Rng
 
@@ -44,6 +44,17 @@ TIME_LAWS: dict[str, Callable[[float, float, Interpolant], TimeLaw]] = {
     "logit_normal": logit_normal,
     "log_normal": log_normal,
 }
+
+
+def time_law(
+    name: str, mean: float, std: float, path: Interpolant, window: Sequence[float] | None, share: float
+) -> TimeLaw:
+    """The law that the keys `time`, `time_mean`, `time_std`, `time_window` and `time_window_share` describe."""
+    number("objective.time_mean", mean)
+    number("objective.time_std", std, 0)
+    law = TIME_LAWS[one_of("objective.time", name, TIME_LAWS)](mean, std, path)
+    return law if window is None else windowed(name, law, window, share)
+
 
 MOST_DRAWS = 1000
 """How often a window is tried before it is held to be all but empty."""
