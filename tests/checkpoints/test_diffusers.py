@@ -326,7 +326,8 @@ REFUSED = {
     "its decoder is an AutoencoderKL": (("model=dit_tiny",), True),
     "model.mlp_ratio=4": ((*DECODED, "model.mlp_ratio=2"), True),
     "other steps than objective.schedule=cosine": ((*DECODED, "objective.schedule=cosine"), True),
-    "objective.path=linear and objective.prediction=velocity": (("model=sit_tiny", "objective.path=gvp"), "auto"),
+    "objective.path=linear, prediction=velocity and noise_scale=1": (("model=sit_tiny", "objective.path=gvp"), "auto"),
+    "prediction=velocity and noise_scale=1": (("model=sit_tiny", "objective.noise_scale=2.0"), "auto"),
     "native=maybe is unknown": (("model=nit_tiny",), "maybe"),
 }
 

@@ -16,7 +16,16 @@ from genfound.tokenizers import PixelTokenizer
 from tests.cli.commands import genfound, one_error
 from tests.helpers import composed
 
-FAMILIES = ["dit_tiny", "sit_tiny", "fit_tiny", "fitv2_tiny", "nit_tiny", "dit_moe_tiny"]
+FAMILIES = [
+    "dit_tiny",
+    "sit_tiny",
+    "fit_tiny",
+    "fitv2_tiny",
+    "nit_tiny",
+    "dit_moe_tiny",
+    "lightningdit_tiny",
+    "jit_tiny",
+]
 SMALL = ["model.width=64", "model.depth=3", "model.heads=2"]
 
 

@@ -20,18 +20,25 @@ TABLE = {  # the official count, of which the fixed position table is no paramet
     "fitv2_hr_xl": 671_045_776, "fitv2_hr_3b": 2_971_928_080,
     "nit_s": 32_874_272, "nit_b": 130_331_168, "nit_l": 457_863_200, "nit_xl": 674_861_216, "nit_xxl": 1_362_730_016,
     "dit_moe_s_8e2a": 199_307_552, "dit_moe_s_16e2a": 369_213_728, "dit_moe_b_8e2a": 795_861_536,
+    "lightningdit_b": 130_556_192, "lightningdit_b patch 2": 130_556_288, "lightningdit_l": 458_153_056,
+    "lightningdit_xl": 675_256_736, "lightningdit_xl patch 2": 675_256_832,
+    "lightningdit_1p0b": 1_029_401_120, "lightningdit_1p0b patch 2": 1_029_401_216,
+    "lightningdit_1p6b": 1_631_767_120, "lightningdit_1p6b patch 2": 1_631_767_216,
+    "jit_b": 131_320_320, "jit_l": 459_139_808, "jit_h": 952_842_048,
     "dit_moe_l_8e2a": 2_823_764_000, "dit_moe_xl_8e2a": 4_168_172_192, "dit_moe_g_16e2a": 16_503_731_232,
 }  # fmt: skip
 IMAGENET = 1000
-LATENT = 32
+LATENT = {"lightningdit": 16, "jit": 256}
+"""Sides of published latents, other than 32, by family."""
 
 
 def count(name: str, patch: int) -> int:
     config = composed(f"model={name}", *([f"model.patch_size={patch}"] if patch else []))
     with torch.device("meta"):
         net = build.net(config, build.published_spec(config), IMAGENET)
-    positions = (LATENT // net.token_spec.patch_size) ** 2 * config["model"]["width"]
-    tabled = name.startswith(("dit", "sit"))
+    side = LATENT.get(name.partition("_")[0], 32)
+    positions = (side // net.token_spec.patch_size) ** 2 * config["model"]["width"]
+    tabled = name.startswith(("dit", "sit", "lightningdit", "jit"))
     return sum(p.numel() for p in net.parameters()) + (positions if tabled else 0)
 
 

@@ -213,12 +213,13 @@ def _scheduler(config: Config) -> dict[str, Any]:
     """The scheduler of diffusers for an objective."""
     objective, sampler = config["objective"], config["sampler"]
     kind = str(objective["_target_"]).rpartition(".")[2]
-    if kind == "Flow" and (objective["path"], objective["prediction"]) == ("linear", "velocity"):
+    plain = (objective.get("path"), objective["prediction"], objective.get("noise_scale", 1.0))
+    if kind == "Flow" and plain == ("linear", "velocity", 1.0):
         shift = sampler.get("shift", 1.0)
         shift = float(shift) if isinstance(shift, int | float) else 1.0
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
     if kind != "Gaussian":
-        what = "objective=gaussian, and flows of objective.path=linear and objective.prediction=velocity"
+        what = "objective=gaussian, and flows of objective.path=linear, prediction=velocity and noise_scale=1"
         raise ValueError(f"format=diffusers takes {what}, for which diffusers has schedulers")
     steps = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     if (objective["schedule"], objective["timesteps"]) != ("linear", 1000):
