@@ -125,6 +125,7 @@ def test_held_out_images_may_have_other_sizes(
 
 SENSELESS = {
     "callbacks.checkpointing.keep=-1": "callbacks.checkpointing.keep=-1 must be a whole number of at least 1",
+    "callbacks.checkpointing.every=null": "callbacks.checkpointing.every=null must be a whole number of at least 1",
     "callbacks.preview.every=0": "callbacks.preview.every=0 must be a whole number of at least 1",
     "trainer.log_every_n_steps=null": "trainer.log_every_n_steps=null must be a whole number",
     "trainer.devices=0": "trainer.devices=0 must be",

@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from genfound.config import command_line, compose
+from genfound.runtime import run_directory
 
 
 def _task(cfg: DictConfig) -> None:
@@ -17,11 +18,12 @@ def _task(cfg: DictConfig) -> None:
         from genfound.reporting.watch import watch
     except ImportError as error:
         raise ValueError(f"{error}; reports need more packages: pip install genfound[report]") from None
-    folder = Path(config["runs"]) / config["study"]
+    run_directory.check_name("study", config["study"])
+    folder = Path(config["runs"]) / str(config["study"])
     if config["watch"]:
         watch(folder)
     runs = read_study(folder)
-    notes = Path(config["notes"] or Path("experiments") / config["study"])
+    notes = Path(config["notes"] or Path("experiments") / folder.name)
     out = Path(config["out"] or folder / "report")
     print(write_report(runs, config["metrics"], notes, out))
     print(f"{len(runs)} runs: {out / 'index.html'}")

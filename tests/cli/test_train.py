@@ -138,7 +138,7 @@ WRONG = {
     "objective.path=curved": "objective.path=curved is unknown",
     "optimizer.schedule=step": "optimizer.schedule=step is unknown",
     "trainer.precision=fp8": "trainer.precision=fp8 is unknown",
-    "trainer.accelerator=gpu": "error: trainer.accelerator=gpu is unknown; choose auto, cpu or cuda",
+    "trainer.accelerator=gpu": "error: trainer.accelerator=gpu is unknown; choose one of auto, cpu, cuda",
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",

@@ -107,6 +107,8 @@ WRONG = {
     "model=dit_s data=imagenet_256 trainer.devices=3": "cannot be shared by trainer.devices=3; set batch.packs",
     "model=dit_q": "model=dit_q is unknown; choose one of dit",
     "model=dit_s data=imagenet_512 tokenizer=dc_ae model.channels=4": "tokenizer is dc_ae (32 channels) but model.chan",
+    "trainer.precision=fp8": "trainer.precision=fp8 is unknown; choose one of auto, bf16, fp32",
+    "trainer.accelerator=tpu": "trainer.accelerator=tpu is unknown; choose one of auto, cpu, cuda",
     "mfu=0.5": "unknown key mfu",
 }
 

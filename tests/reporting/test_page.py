@@ -13,7 +13,7 @@ import pytest
 
 from genfound.loggers import provenance
 from genfound.reporting import plots
-from genfound.reporting.collect import Run, metric_names, read_study
+from genfound.reporting.collect import Run, labels, metric_names, read_study
 from genfound.reporting.page import write_report
 from genfound.runtime.files import visible
 from genfound.training import fit
@@ -89,9 +89,10 @@ def test_a_metric_that_is_wanted_twice_is_there_once(root: Path) -> None:
 
 def test_the_load_of_experts_is_drawn_from_what_a_run_logs(tmp_path: Path) -> None:
     small = ["model=dit_moe_tiny", "model.width=32", "model.depth=1", "model.heads=1", "data.images=300"]
-    steps = ["trainer.max_steps=2", "trainer.log_every_n_steps=1", "callbacks.preview=null", "logger=jsonl"]
+    steps = ["trainer.max_steps=2", "trainer.log_every_n_steps=1", "callbacks.preview.every=null", "logger=jsonl"]
     fit(run_dir(tmp_path / "study/run", *small, *steps))
     drawn = plots.expert_load(read_study(tmp_path / "study"))
+    assert not (tmp_path / "study/run/samples").exists()
     assert drawn and b"<!-- largest load of an expert -->" in drawn
 
 
@@ -104,17 +105,55 @@ def test_the_command_writes_into_the_study(root: Path) -> None:
     assert "failed" in again.stdout and "left" in again.stdout and (root / "out/index.html").is_file()
 
 
-def test_a_damaged_list_of_overrides_is_named(root: Path, tmp_path: Path) -> None:
-    made_run(tmp_path / "runs/s/a", [], {METRIC: [1.0, 0.5]})
-    (tmp_path / "runs/s/a/overrides.json").write_text("[")
-    error = one_error(genfound("report", "study=s", cwd=tmp_path))
-    assert "runs/s/a/overrides.json is damaged" in error and "remove it" in error
+DAMAGED = {
+    "overrides.json": "is damaged: Expecting value: line 1 column 2 (char 1); remove it",
+    "STOPPED": "is damaged: it holds no dict; remove it",
+    "config.yaml": "is damaged: it holds no settings",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+    made_run(tmp_path / "s/a", [], {METRIC: [1.0, 0.5]}, state="STOPPED")
+    (tmp_path / "s/a" / name).write_text("[" if name == "overrides.json" else "[1]")
+    with pytest.raises(ValueError, match=re.escape(f"s/a/{name} {DAMAGED[name]}")):
+        read_study(tmp_path / "s")
+
+
+def test_what_is_no_number_is_no_figure(tmp_path: Path) -> None:
+    made_run(tmp_path / "s/a", [], {METRIC: [1.0, 0.5]}, state="FAILED")
+    lines = (
+        b'garbage\n{"step": 30, "images_seen": "many"}\n{"step": 30, "images_seen": 300, "train/loss": "bad"}\n\xff\n'
+    )
+    with (tmp_path / "s/a/metrics.jsonl").open("ab") as out:
+        out.write(lines)
+    (tmp_path / "s/a/FAILED").write_bytes(b"no room \xff\n")
+    [run] = read_study(tmp_path / "s")
+    assert run.images_seen == 300 and list(run.values(METRIC)) == [1.0, 0.5] and not len(run.values("train/loss"))
+    assert run.reason == "no room \N{REPLACEMENT CHARACTER}"
+
+
+def test_a_seed_that_is_none_is_named(tmp_path: Path) -> None:
+    made_run(tmp_path / "s/a", [], {METRIC: [1.0, 0.5]})
+    file = tmp_path / "s/a/config.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: x"))
+    with pytest.raises(ValueError, match=r"s/a/config.yaml: seed=x must be a whole number"):
+        read_study(tmp_path / "s")
+
+
+def test_runs_are_told_apart_by_what_varies(root: Path) -> None:
+    runs = read_study(root / "runs/paths")
+    assert labels(runs)[:2] == ["objective.path=linear seed=0", "objective.path=linear seed=1"]
+    assert labels([runs[0], runs[0]]) == [runs[0].folder.name] * 2
 
 
 WRONG = {
     "study=other": "study=other: there is no folder runs/other; train with study=other",
     "study=paths metrics=[val/fid]": "metrics=['val/fid']: no run of the study has any of them",
     "study=paths metric=x": "unknown key metric; did you mean metrics?",
+    "study=null": "study=None must consist of letters",
+    "study=..": "study=.. must consist of letters",
+    "study=": "study= must consist of letters",
     "": "study is missing; give study=...",
 }
 

@@ -85,6 +85,10 @@ def test_the_papers_figures_stand_beside_ours(runs: list[Run], tmp_path: Path) -
         ValueError, match=r"paper\.csv has no column protocol; it needs metric, value, protocol, source"
     ):
         tables.beside_paper(runs, METRIC, file)
+    for text, reason in (("", "No columns"), ("metric,value,protocol,source\nfid,about 2,x,y\n", "could not convert")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"paper\.csv: {reason}.*with the figures in `value`"):
+            tables.beside_paper(runs, METRIC, file)
 
 
 @pytest.mark.parametrize(("theirs", "rho"), [((3.0, 2.0, 4.0), "1.00"), ((4.0, 5.0, 3.0), "-1.00")])

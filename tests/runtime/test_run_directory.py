@@ -74,6 +74,7 @@ def test_long_names_are_hashed_and_stay_distinct() -> None:
         assert len(name) <= run_directory.LONGEST_NAME
         assert re.fullmatch(r"[A-Za-z0-9._-]+", name)
     assert run_directory.run_name(long) == run_directory.run_name(long[::-1])
+    assert run_directory.run_name([*long, "seed=1"], ["seed"]).startswith("seed-1__model.option_number_0-value_0__")
 
 
 @pytest.mark.parametrize("override", ["a.b='x y/../z'", "a.b={c: 1}", "a.b=ü", "a.b=$(rm)", "+a.b=1"])

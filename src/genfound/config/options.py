@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from genfound.config.checks import integer, number
+from genfound.config.checks import integer, number, one_of
 
 MOVED = {
     "trainer.log_every": "trainer.log_every_n_steps (steps)",
@@ -65,7 +65,7 @@ OF_CALLBACKS = {
     "nonfinite": ("limit",), "validation": ("every", "images"), "evaluation": ("every",), "preview": ("every",),
     "checkpointing": ("every", "keep"),
 }  # fmt: skip
-"""Whole numbers of at least 1 of the callbacks that there are; only evaluation.every may be null."""
+"""Whole numbers of at least 1 of the callbacks that there are; without `every` they do nothing."""
 
 PROFILERS = ("simple", "advanced", "pytorch")
 """Of Lightning, by name."""
@@ -132,7 +132,7 @@ def ema_decays(config: Mapping[str, Any]) -> list[float]:
 def one_step(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of trainer.fast_dev_run: one global step, then every callback but evaluation, no logger."""
     groups = config["callbacks"].items()
-    callbacks = {name: {**own, "every": 1} if own and "every" in own else own for name, own in groups}
+    callbacks = {name: {**own, "every": 1} if own and own.get("every") else own for name, own in groups}
     for name, few in (("validation", {"images": config["sample"]["batch"]}), ("evaluation", {"every": None})):
         if callbacks.get(name):
             callbacks[name] |= few
@@ -143,6 +143,8 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
     for key, instead in OTHER_KEYS.items():
         if config["trainer"].get(key) is not None:
             raise ValueError(f"trainer.{key} cannot be set: {instead}")
+    for key, names in (("accelerator", ("auto", "cpu", "cuda")), ("precision", ("auto", "bf16", "fp32"))):
+        one_of(f"trainer.{key}", config["trainer"][key], names)
     profiler, limit = config["trainer"]["profiler"], config["trainer"]["max_time"]
     if profiler not in (None, *PROFILERS):
         raise ValueError(f"trainer.profiler={profiler} is unknown; choose {', '.join(PROFILERS)} or null")
@@ -161,4 +163,5 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
             )
     for name, keys in OF_CALLBACKS.items():
         for key in keys if callbacks.get(name) is not None else ():
-            integer(f"callbacks.{name}.{key}", callbacks[name][key], 1, or_null=name == "evaluation")
+            or_null = key == "every" and name != "checkpointing"
+            integer(f"callbacks.{name}.{key}", callbacks[name][key], 1, or_null)

@@ -45,7 +45,7 @@ class JsonLines(RunLogger):
 def lines_of(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, if it is there; one cut off by a kill belongs to no step that was saved."""
     found = []
-    for text in file.read_text().splitlines() if file.is_file() else []:
+    for text in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int | float):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from genfound.config.checks import integer
 from genfound.config.compose import flatten
 from genfound.evaluation.protocol import RESULTS, Protocol, Result, read_results, size_text
 from genfound.loggers import provenance
@@ -116,8 +117,11 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         return Run(folder, {}, {}, pd.DataFrame(), "done", "")
     state, reason = _state(folder)
-    curve = pd.DataFrame([line for line in lines_of(folder / "metrics.jsonl") if "images_seen" in line])
+    lines = lines_of(folder / "metrics.jsonl")
+    numbers = [{key: value for key, value in line.items() if isinstance(value, int | float)} for line in lines]
+    curve = pd.DataFrame([line for line in numbers if "images_seen" in line])
     config = flatten(run_directory.read_config(folder))
+    integer(f"{folder / 'config.yaml'}: seed", config.get("seed", 0), 0)
     return Run(folder, config, run_directory.given(folder), curve, state, reason)
 
 
@@ -126,7 +130,7 @@ def _state(folder: Path) -> tuple[str, str]:
     if (folder / "DONE").exists():
         return "done", ""
     if (folder / "FAILED").exists():
-        lines = (folder / "FAILED").read_text().strip().splitlines()
+        lines = (folder / "FAILED").read_text(errors="replace").strip().splitlines()
         return "failed", lines[-1] if lines else "unknown"
     if halt := run_directory.stopped(folder):
         return "stopped", halt["reason"]
@@ -168,6 +172,14 @@ def varied(runs: Sequence[Run]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.given)
     free = ("seed", *run_directory.PLACE)
     return [key for key in keys if key not in free and len({run.setting(key) for run in runs}) > 1]
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What tells each run from the others, as on the command line; their folders where that does not."""
+    keys = varied(runs)
+    keys += ["seed"] * (len({run.setting("seed") for run in runs}) > 1)
+    found = [" ".join(f"{key}={run.setting(key)}" for key in keys) for run in runs]
+    return found if len(set(found)) == len(runs) > 1 else [run.folder.name for run in runs]
 
 
 def metric_names(runs: Sequence[Run], wanted: Sequence[str]) -> list[str]:

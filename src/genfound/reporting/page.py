@@ -62,7 +62,8 @@ def _write_table(file: Path, frame: pd.DataFrame) -> None:
 
 
 def _paragraphs(file: Path) -> list[str]:
-    return [line for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _render(

@@ -119,9 +119,16 @@ def beside_paper(runs: Sequence[Run], metric: str, file: Path) -> tuple[pd.DataF
     """The published figures of paper.csv beside ours, where all of a row's settings are met, and how the orders agree.
 
     Raises:
-        ValueError: the file lacks a column.
+        ValueError: the file cannot be read, lacks a column, or has a value that is no number.
     """
-    paper = pd.read_csv(file, dtype=str).fillna("")
+    try:
+        paper = pd.read_csv(file, dtype=str).fillna("")
+        if "value" in paper:
+            paper["value"].astype(float)
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: {error}; it is a table of comma-separated values with the figures in `value`"
+        ) from None
     if missing := [column for column in PAPER if column not in paper]:
         raise ValueError(f"{file} has no column {missing[0]}; it needs {', '.join(PAPER)} and one for each setting")
     keys, rows = [column for column in paper if column not in PAPER], []

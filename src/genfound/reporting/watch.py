@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from genfound.config import sweeps
-from genfound.reporting.collect import Run, read_study
+from genfound.reporting.collect import Run, labels, read_study
 
 EVERY = 2.0
 """Seconds between two looks."""
@@ -30,10 +30,10 @@ def watch(folder: Path) -> None:
 def table(runs: Sequence[Run]) -> Table:
     """State, images, loss, speed and time left of each job."""
     shown = Table("job", "state", "images", "loss", "images/s", "left", "reason")
-    for run in runs:
+    for run, label in zip(runs, labels(runs), strict=True):
         rate, loss = run.last("perf/images_per_s"), run.last("train/loss")
         left = (run.budget - run.images_seen) / rate if run.state == "at work" and rate > 0 else float("nan")
         numbers = ("" if isnan(value) else f"{value:{form}}" for value, form in ((loss, ".4f"), (rate, ",.1f")))
         clock = "" if isnan(left) else f"{timedelta(seconds=round(left))}"
-        shown.add_row(run.folder.name, run.state, run.progress, *numbers, clock, run.reason[:60])
+        shown.add_row(label, run.state, run.progress, *numbers, clock, run.reason[:60])
     return shown

@@ -64,13 +64,16 @@ def changes_numbers(key: str) -> bool:
 def run_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
     """A file name from overrides: `key-value` of those that identify a run or are swept, joined by `__`.
 
-    It is hashed beyond 100 characters, and so are values of swept keys that read alike as file names.
+    It is hashed beyond 100 characters, with what a sweep varies first, and so are values of swept keys that read alike
+    as file names.
     """
     split = (override.lstrip("+~").partition("=") for override in overrides)
     pairs = [(key, value) for key, _, value in split if is_identity(key) or key in {*swept} - {*PLACE}]
     named = sorted(pairs, key="-".join)
     name = "__".join(_part(key, value, key in swept) for key, value in named) or "default"
     if len(name) > LONGEST_NAME:
+        told = sorted(named, key=lambda pair: pair[0] not in swept)
+        name = "__".join(_part(key, value, key in swept) for key, value in told)
         name = f"{name[: LONGEST_NAME - 13]}-{digest('__'.join(f'{key}-{value}' for key, value in named), size=6)}"
     return name
 
@@ -88,9 +91,14 @@ def run_dir(cfg: DictConfig, overrides: Sequence[str], swept: Collection[str] = 
     if cfg.name and varied:
         name += f"__{run_name(varied, swept)}"
     for key, value in (("study", cfg.study), ("name", name)):
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", str(value)) or set(str(value)) == {"."}:
-            raise ValueError(f"{key}={value} must consist of letters, digits, dots, underscores and dashes")
+        check_name(key, value)
     return Path(cfg.runs) / str(cfg.study) / name
+
+
+def check_name(key: str, value: Any) -> None:
+    """Raise a ValueError for what is no name of a study or a run."""
+    if not isinstance(value, str | int) or not re.fullmatch(r"[A-Za-z0-9._-]+", str(value)) or set(str(value)) == {"."}:
+        raise ValueError(f"{key}={value} must consist of letters, digits, dots, underscores and dashes")
 
 
 def write_config(folder: Path, config: Mapping[str, Any], allow_changes: bool) -> None:
@@ -113,8 +121,22 @@ def note_options(folder: Path, options: Mapping[str, Any]) -> None:
 
 def options_of(folder: Path) -> dict[str, Any]:
     """{group: option} as `note_options` kept it; nothing of runs of before."""
-    file = folder / OPTIONS
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    return dict(_noted(folder / OPTIONS, dict) or {})
+
+
+def _noted(file: Path, kind: type) -> Any:
+    """What a file of JSON holds; None if it is not there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        value = json.loads(file.read_text()) if file.is_file() else None
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; remove it") from None
+    return value
 
 
 def _note(file: Path, value: Any) -> None:
@@ -125,11 +147,7 @@ def _note(file: Path, value: Any) -> None:
 
 def overrides_of(folder: Path) -> list[str]:
     """What `note_overrides` kept; nothing of runs of before."""
-    file = folder / OVERRIDES
-    try:
-        return [str(override) for override in json.loads(file.read_text())] if file.is_file() else []
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}; remove it") from None
+    return [str(override) for override in _noted(folder / OVERRIDES, list) or ()]
 
 
 def given(folder: Path) -> dict[str, str]:
@@ -196,7 +214,7 @@ def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
             raise ValueError(f"{file} repeats parts of itself by name (YAML aliases), as no run writes")
         config = to_dict(OmegaConf.load(file), resolve=False)
     except (YAMLError, OmegaConfBaseException, AssertionError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+        raise ValueError(f"{file} is damaged: {str(error) or 'it holds no settings'}") from None
     require_groups(config, folder)
     try:
         refuse_interpolations(config)
@@ -252,8 +270,8 @@ def mark_stopped(folder: Path, number: int, where: str) -> None:
 
 def stopped(folder: Path) -> dict[str, Any] | None:
     """`signal` and `reason` of `mark_stopped`, or None."""
-    file = folder / "STOPPED"
-    return json.loads(file.read_text()) if file.exists() else None
+    found: dict[str, Any] | None = _noted(folder / "STOPPED", dict)
+    return found
 
 
 def mark_failed(folder: Path, traceback: str) -> bool:
@@ -271,5 +289,5 @@ def mark_failed(folder: Path, traceback: str) -> bool:
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """What `mark_done` recorded, or None."""
-    file = folder / "DONE"
-    return json.loads(file.read_text()) if file.exists() else None
+    found: dict[str, Any] | None = _noted(folder / "DONE", dict)
+    return found
