@@ -84,13 +84,31 @@ def test_a_step_of_another_seed_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     assert "step 18 is the first that differs: its loss was " in error
 
 
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "run=run has no steps in its receipt.jsonl"),
+        (b"\x80\x81\n", "receipt.jsonl was changed: line 1 does not follow"),
+        (b"[]\n", "receipt.jsonl was changed: line 1 does not follow"),
+        (None, "receipt.jsonl ends at step 5, before step-00000024.ckpt: lines are missing"),
+    ],
+)
+def test_a_receipt_that_is_damaged_or_cut_is_one_line(
+    content: bytes | None, reason: str, run: Path, tmp_path: Path
+) -> None:
+    file = copied(run, tmp_path) / receipts.FILE
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:6]) if content is None else content)
+    assert reason in one_error(genfound("audit", "run=run", cwd=tmp_path))
+
+
 def test_wrong_requests_are_one_line(run: Path, tmp_path: Path) -> None:
     other = copied(run, tmp_path)
     config = (other / "config.yaml").read_text()
     assert config.count("strategy: {}") == 1
     foreign = config.replace("strategy: {}", "strategy: {_target_: os.system}")
     for change, arguments, reason in (
-        ("", ["run=nothing"], "run=nothing has no steps in its receipt.jsonl"),
+        ("", ["run=nothing"], "nothing is not a run directory: it has no config.yaml"),
         ("", ["run=run", "window=0"], "window=0 must be a whole number of at least 1, or null"),
         ("", ["run=run", "widow=3"], "window"),
         (

@@ -35,11 +35,13 @@ def audit(run: Path, window: int | None, trust: Collection[str] = ()) -> None:
         ValueError: the receipt was changed, a checkpoint is not that of its line, or a step differs, which is named.
     """
     integer("window", window, 1, or_null=True)
+    run_directory.read_config(run)
+    files = visible(run / "checkpoints", "step-*.ckpt")  # before the lines: the run may go on
     lines = receipts.read(run / receipts.FILE)
     if not any("loss" in line for line in lines):
         raise ValueError(f"run={run} has no steps in its {receipts.FILE}; nothing can be compared")
     end = max(line["step"] for line in lines if "loss" in line)
-    intact, problems = _checkpoints(run, lines)
+    intact, problems = _checkpoints(files, lines, end)
     print(f"{run}: the receipt is whole; checkpoints that agree with it: {', '.join(intact.values())}", flush=True)
     start = max((step for step in intact if step <= end - (window or 1)), default=0)
     with tempfile.TemporaryDirectory(prefix="genfound-") as scratch:
@@ -52,17 +54,19 @@ def audit(run: Path, window: int | None, trust: Collection[str] = ()) -> None:
     print(f"equal: steps {start + 1:,} to {end:,} are bit by bit those of the receipt", flush=True)
 
 
-def _checkpoints(run: Path, lines: Sequence[Line]) -> tuple[dict[int, str], list[str]]:
+def _checkpoints(files: Sequence[Path], lines: Sequence[Line], end: int) -> tuple[dict[int, str], list[str]]:
     """Step -> file of kept checkpoints that are those of their lines, and what is wrong with the others."""
     noted = {line["checkpoint"]: line for line in lines if "checkpoint" in line}
     intact, problems = {}, []
-    for file in visible(run / "checkpoints", "step-*.ckpt"):
+    for file in files:
         if line := noted.get(file.name):
             held = receipts.hashes(checkpoint_io.read(file, parts=()), checkpoint_io.values(file))
             if wrong := [name for name, value in held.items() if line[name] != value]:
                 problems.append(f"{file.name} has other {' and '.join(wrong)} than the receipt says")
             else:
                 intact[int(line["step"])] = file.name
+        elif checkpoint_io.read(file, parts=())["global_step"] > end:
+            problems.append(f"{receipts.FILE} ends at step {end:,}, before {file.name}: lines are missing")
     return intact, problems
 
 

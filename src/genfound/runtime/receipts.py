@@ -33,11 +33,11 @@ def read(file: Path) -> list[Line]:
         ValueError: a line is not what its hash says, or does not follow the one before.
     """
     lines: list[Line] = []
-    text = file.read_text().split("\n") if file.is_file() else [""]
+    text = file.read_text(errors="replace").split("\n") if file.is_file() else [""]
     for number, written in enumerate(text[:-1], 1):
         try:
             line = json.loads(written)
-            intact = line == _chained(lines[-1]["hash"] if lines else "", line)
+            intact = isinstance(line["step"], int) and line == _chained(lines[-1]["hash"] if lines else "", line)
         except (ValueError, TypeError, KeyError):
             intact = False
         if not intact:
