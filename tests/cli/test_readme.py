@@ -16,6 +16,7 @@ from genfound.config import compose
 from genfound.runtime import run_directory
 from tests.cli.commands import TINY, genfound, variables
 from tests.cli.test_image_folder import photographs
+from tests.data.images.test_archives import webdataset
 from tests.helpers import composed
 from tests.hub import hub
 
@@ -49,6 +50,7 @@ def released(file: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run(page: Path, tmp_path: Path) -> None:
     photographs(tmp_path / "photos", 12)
+    webdataset(tmp_path / "tars")
     if "DiT-XL" in page.read_text():
         released(tmp_path / "DiT-XL-2-256x256.pt")
     for name, *shown in commands(page):

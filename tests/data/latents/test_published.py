@@ -17,6 +17,7 @@ from genfound.data.images.views import ImageViews
 from genfound.data.latents import va_vae
 from genfound.data.latents.lightningdit import LightningDiTLatents
 from genfound.data.latents.nit import NIT_SCALE, NiTLatents
+from genfound.data.latents.repa import REPALatents
 from genfound.data.latents.va_vae import STATISTICS, VAVAE, statistics
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.tokenizers import LatentSpec
@@ -342,3 +343,113 @@ def test_an_autoencoder_without_its_network_says_so(tmp_path: Path) -> None:
     for use in (codec.encode, codec.decode):
         with pytest.raises(ValueError, match="VA-VAE's network is no part of genfound"):
             use(torch.zeros(1, 4, 3, 3))
+
+
+def write_repa(root: Path, labels: tuple[int, ...] = (3, 0, 3, 1), side: int = 4) -> list[np.ndarray]:
+    """REPA's layout, mean and standard deviation; returns what is stored."""
+    draw, names = np.random.default_rng(0), []
+    stored = [np.concatenate([draw.normal(size=(4, side, side)), draw.random((4, side, side))]) for _ in labels]
+    for number, array in enumerate(stored):
+        names.append(f"{number // 2:05d}/img-mean-std-{number:08d}.npy")
+        (root / "vae-sd" / names[-1]).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / "vae-sd" / names[-1], array.astype(np.float32))
+    pairs = [[name, label] for name, label in zip(names, labels, strict=True)]
+    (root / "vae-sd/dataset.json").write_text(json.dumps({"labels": pairs[::-1]}))
+    return stored
+
+
+def repa(root: Path, size: int = 32, mirrored: bool = False, **options: Any) -> REPALatents:
+    views = ImageViews("square", size, 16, 4096)
+    return REPALatents(root, views, options.get("holdout"), options.get("split", "train"), mirrored, LatentSpec(4, 8))
+
+
+def test_repas_files_are_means_and_deviations(tmp_path: Path) -> None:
+    stored = write_repa(tmp_path)
+    stored[1][4:] = 0
+    np.save(tmp_path / "vae-sd/00000/img-mean-std-00000001.npy", stored[1])
+    found = repa(tmp_path)
+    assert found.labels.tolist() == [3, 0, 3, 1] and found.class_names == ["0", "1", "2", "3"]
+    assert found.sizes.tolist() == [[32, 32]] * 4
+    for index, want in enumerate(stored):
+        mean, log_variance = found.moments(index, False).chunk(2)
+        torch.testing.assert_close(mean, torch.tensor(want[:4]).float())
+        torch.testing.assert_close((log_variance / 2).exp(), torch.tensor(want[4:]).float(), rtol=1e-5, atol=1e-6)
+    assert repa(tmp_path / "vae-sd").fingerprint == found.fingerprint
+    assert repa(tmp_path, holdout=2, split="val").labels.tolist() == [3]
+    assert "4 latents of REPA in 4 classes" in found.report()[0]
+
+
+def test_repas_latents_are_trained_on(tmp_path: Path) -> None:
+    """Drawn and scaled as REPA does: (mean + std noise) 0.18215."""
+    stored = write_repa(tmp_path)
+    config = composed(
+        "model=sit_tiny", "tokenizer=sd_vae", "tokenizer.weights=random_tiny", "data=repa_latents",
+        f"data.root={tmp_path}", "data.size=32", "data.batch_size=2", "batch.images=4",
+    )  # fmt: skip
+    built = build.build_run(config, 1)
+    batch = next(iter(built.loader(0)))[0]
+    assert batch.x.shape == (2, 4, 4, 4) and len(built.images.class_names) == 4
+    mean, deviation = torch.tensor(stored[2]).float().chunk(2)
+    noise = torch.randn(1, 4, 4, 4)
+    latents = built.tokenizer.normalise(built.images.moments(2, False)[None], noise)
+    torch.testing.assert_close(latents, (mean + deviation * noise) * 0.18215)
+
+
+def spoilt_repa(root: Path, what: str) -> None:
+    labels, file = root / "vae-sd/dataset.json", root / "vae-sd/00000/img-mean-std-00000000.npy"
+    array, pairs = np.load(file), json.loads(labels.read_text())["labels"]
+    if what == "no labels":
+        labels.write_text(json.dumps({"labels": None}))
+    elif what == "folder":
+        labels.unlink()
+    elif what == "missing":
+        file.unlink()
+    elif what == "more":
+        np.save(file.with_name("x.npy"), array)
+    elif what == "label":
+        labels.write_text(json.dumps({"labels": [[name, -1] for name, _ in pairs]}))
+    elif what == "channels":
+        np.save(file, array[:4])
+    elif what == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif what == "pickle":
+        np.save(file, np.array([{}]), allow_pickle=True)
+    elif what == "nan":
+        np.save(file, array * np.nan)
+    else:
+        np.save(file, -abs(array))
+
+
+SPOILT_REPA = {
+    "no labels": 'dataset.json is damaged, or has no labels: it must hold {"labels"',
+    "folder": "has no dataset.json beside folders of *.npy",
+    "missing": "labels a file that is not there: 00000/img-mean-std-00000000.npy (1 in all)",
+    "more": "has no label of 00000/x.npy (1 in all)",
+    "label": "holds the label -1.0, which is no number of a class",
+    "channels": "holds 4 channels, mean and deviation of 2, and the tokenizer has 4",
+    "cut": "img-mean-std-00000000.npy is missing or damaged",
+    "pickle": "img-mean-std-00000000.npy is missing or damaged",
+    "nan": "img-mean-std-00000000.npy holds latents that are not finite",
+    "negative": "its second half must be standard deviations",
+}
+
+
+@pytest.mark.parametrize("what", SPOILT_REPA)
+def test_spoilt_files_of_repa_are_refused_in_a_line(what: str, tmp_path: Path) -> None:
+    write_repa(tmp_path)
+    spoilt_repa(tmp_path, what)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        repa(tmp_path).moments(0, False)
+    assert SPOILT_REPA[what] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_repas_latents_have_one_size_and_no_mirror_images(tmp_path: Path) -> None:
+    write_repa(tmp_path)
+    with pytest.raises(ValueError, match=r"choose data.view=square data.size=32"):
+        repa(tmp_path, size=256)
+    with pytest.raises(ValueError, match=r"holds no mirror images; set data.flip=false"):
+        repa(tmp_path, mirrored=True)
+    other = np.ones((8, 8, 8), dtype=np.float32)
+    np.save(tmp_path / "vae-sd/00001/img-mean-std-00000002.npy", other)
+    with pytest.raises(ValueError, match="latents of another size"):
+        repa(tmp_path).moments(2, False)

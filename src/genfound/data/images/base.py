@@ -1,6 +1,6 @@
 """What a source of training data is: labelled images, or latents that were encoded before."""
 
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +33,9 @@ class LatentSource(ImageSource, Protocol):
     validates), the split `train` or `val`, whether mirror images are wanted, and the tokenizer's `spec`, as far as its
     constructor names them.
     """
+
+    has_variance: ClassVar[bool] = False
+    """Whether moments have log-variance; a store says so itself."""
 
     def moments(self, index: int, mirrored: bool) -> Tensor:
         """(C, h, w), or (2 C, h, w) with log-variance, of the image or of its mirror image."""

@@ -50,9 +50,9 @@ Examine = Callable[[Path], FileInfo]
 class FileIndex:
     """All files of some class folders, in columns; also the contents of an index."""
 
-    names: list[str]  # sorted, `class/file`
+    names: list[str]  # sorted, `class/file`; or `archive/member`, in their order
     bytes: list[int]
-    stamps: list[int]  # times of change, in ns
+    stamps: list[int]  # times of change, in ns; or places in the archive
     heights: list[int]  # in pixels; 0 where a file cannot be read
     widths: list[int]
     notes: dict[str, list[str]]  # of unusual files
@@ -80,16 +80,20 @@ class ImageFiles(PictureSource, ABC):
     """Image files in the views that are wanted of them: what image sources have in common."""
 
     def __init__(
-        self, root: Path, class_names: list[str], found: FileIndex, views: ImageViews, holdout: int | None, split: str
-    ) -> None:
-        numbers = {name: number for number, name in enumerate(class_names)}
-        classes = np.array([numbers[found.names[i].split("/", 1)[0]] for i in found.good], dtype=np.int64)
+        self, root: Path, class_names: list[str], found: FileIndex, views: ImageViews, holdout: int | None, split: str,
+        classes: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        if classes is None:  # by their folders
+            numbers = {name: number for number, name in enumerate(class_names)}
+            classes = np.array([numbers[found.names[i].split("/", 1)[0]] for i in found.good], dtype=np.int64)
         kept = held_out(classes, holdout) == (split == "val")
         places = np.array(found.good)[kept].tolist()
         self.root, self.found, self.class_names = root, found, class_names
         self.views, self.holdout = views, holdout
         self.files = [found.names[i] for i in places]  # of the taken images
-        self.stamps = np.array([found.stamps[i] for i in places], dtype=np.int64)
+        self.stamps, self.bytes = (
+            np.array([c[i] for i in places], dtype=np.int64) for c in (found.stamps, found.bytes)
+        )
         self.stand_ins: dict[int, int] = {}  # images that this process could not read -> those shown in their place
         self.classes = classes[kept]
         self.entries = views.entries([found.heights[i] for i in places], [found.widths[i] for i in places])

@@ -66,6 +66,11 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
+def unique(names: Sequence[str]) -> list[str]:
+    """Names of classes; those that several have, with the numbers of the classes."""
+    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
+
+
 def remarks(class_names: Sequence[str]) -> list[str]:
     """What a user should know about the names of the classes, in lines of the report."""
     lines = []

@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -31,8 +32,10 @@ DARK = 16
 
 
 @contextlib.contextmanager
-def opened(file: Path, max_pixels: int | None = None, key: str = "data.max_pixels") -> Iterator[Image.Image]:
-    """An image file, judged by its content, whose header has been read; everything that fails within is an OSError.
+def opened(
+    file: Path | IO[bytes], max_pixels: int | None = None, key: str = "data.max_pixels"
+) -> Iterator[Image.Image]:
+    """An image in a file or a stream, judged by its content, its header read; all that fails within is an OSError.
 
     Images of more than `max_pixels`, which the user sets by a key, are refused; `None`: those that Pillow takes for
     decompression bombs, which are above 178,956,970 pixels.

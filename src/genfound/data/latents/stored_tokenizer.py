@@ -133,7 +133,7 @@ def stored_tokenizer(
     if not issubclass(kind, Store):
         look = not issubclass(kind, NiTLatents)  # which are of the published tokenizer
         ours = describe(options, load, look, trust)
-        return StoredTokenizer(ours, has_variance=False, load=load)
+        return StoredTokenizer(ours, kind.has_variance, load)
     made = read_manifest(Path(data["root"]))["tokenizer"]
     ours = describe(options, load, options.get("weights") != made["weights"], trust)
     scaling = (made["scale"], made["shift"])
