@@ -118,10 +118,11 @@ def killed_at_the_last_moment(rank: int, port: int, run: Path) -> None:
     """One of two processes, of which the first is killed when all parts of a checkpoint are on the disk."""
     write = sharded_values.write
 
-    def last_act(tensors: Any, folder: Path) -> None:
-        write(tensors, folder)
+    def last_act(tensors: Any, folder: Path) -> int:
+        number = write(tensors, folder)
         if rank == 0:
             os._exit(9)
+        return number
 
     sharded_values.write = last_act
     of_one(rank, 2, port, [run])
@@ -139,6 +140,17 @@ def test_a_kill_while_a_folder_is_written_costs_the_steps_since_the_last(runs: P
     assert not state_differences(run, runs / "nit_straight")
     assert newest(filed).is_file() and curve(filed) == pytest.approx(curve(run), rel=1e-5)
     assert not [*run.glob("checkpoints/.partial-*"), *filed.glob("checkpoints/.partial-*")]
+
+
+def test_a_part_of_another_run_is_found_and_the_run_goes_back(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = going_on(runs, "nit_cut", tmp_path / "run", 2, *SHARDED)
+    before = newest(run).name
+    shutil.copy(newest(runs / "nit_straight") / "__1_0.distcp", newest(run))
+    checkpoint_io.set_aside_damaged(run / "checkpoints")
+    assert f"{before} is damaged" in (said := capsys.readouterr().out) and "of several checkpoints" in said
+    assert newest(run).name < before and (run / "checkpoints" / f"{before}.damaged").is_dir()
 
 
 def test_the_commands_read_a_folder(runs: Path, tmp_path: Path) -> None:

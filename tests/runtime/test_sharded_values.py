@@ -104,6 +104,15 @@ def test_a_failure_and_a_kill_leave_the_old_checkpoint_alone(
     assert names(tmp_path) == ["step-4.ckpt", "step.ckpt"]
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", "state.ckpt"])
+def test_files_of_several_checkpoints_are_none(name: str, save: Save, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path / f"step-{step}.ckpt", step)
+    (tmp_path / "step-1.ckpt" / name).replace(tmp_path / "step-2.ckpt" / name)
+    with pytest.raises(ValueError, match=r"step-2\.ckpt is damaged .* its files are of several checkpoints"):
+        checkpoint_io.read(tmp_path / "step-2.ckpt", parts=())
+
+
 class Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("owned",)

@@ -59,9 +59,9 @@ def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Call
     barrier()
     plain, tensors = sharded_values.without_values(state)
     try:
-        sharded_values.write(tensors, partial)
+        number = sharded_values.write(tensors, partial)
         if first:
-            save(plain, partial / STATE)
+            save({**plain, sharded_values.SAVE: number}, partial / STATE)
             if folder.exists():
                 remove(folder)
             partial.rename(folder)
@@ -107,12 +107,14 @@ def read(path: Path, allowed: Sequence[type] = (), parts: Collection[str] | None
     """
     if not path.is_dir():
         return _read_file(path, allowed)
-    from genfound.runtime.sharded_values import Values
+    from genfound.runtime.sharded_values import SAVE, Values
 
     try:
         if not (path / STATE).is_file():
             raise damaged(path, f"it has no {STATE}")
         state, stored = _read_file(path / STATE, allowed), Values(path)
+        if SAVE in state:  # those of before have none
+            stored.check_save(state.pop(SAVE))
     except (FileNotFoundError, ValueError):
         if not path.is_dir():  # it was removed meanwhile
             raise FileNotFoundError(f"there is no checkpoint {path}") from None

@@ -5,6 +5,7 @@ They have the names of `receipts.leaves`, such as `state_dict.net.blocks.0.attn.
 
 import io
 import pickle
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -24,6 +26,9 @@ from genfound.runtime.files import damaged
 
 METADATA = ".metadata"
 """What torch.distributed.checkpoint writes last."""
+
+SAVE = "save"
+"""Name of the number of a save, drawn at random, which each process writes beside its part."""
 
 KNOWN = {
     "torch.distributed.checkpoint.metadata": {
@@ -85,6 +90,18 @@ class Values(FileSystemReader):
                 file.seek(info.offset)
                 yield io.BytesIO(file.read(info.length))
 
+    def check_save(self, number: int) -> None:
+        """Compare the number of the save in each part with that of the rest of the checkpoint.
+
+        Raises:
+            ValueError: a part is of another one.
+        """
+        names = [name for name in self._metadata.state_dict_metadata if name.startswith(f"{SAVE}.")]
+        numbers = {name: torch.zeros((), dtype=torch.int64) for name in names}
+        self.fill(numbers)
+        if {int(own) for own in numbers.values()} != {number}:
+            raise damaged(self._folder, "its files are of several checkpoints")
+
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Read values into tensors, of DTensors this process's part."""
         try:
@@ -129,19 +146,23 @@ def without_values(state: Tree) -> tuple[Tree, dict[str, Tensor]]:
     return tree_map_with_path(shape, state), tensors
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write this process's part of sharded tensors; all processes together.
+def write(tensors: Mapping[str, Tensor], folder: Path) -> int:
+    """Write this process's part of sharded tensors; all processes together. The number of the save.
 
     Raises:
         OSError: one of them could not, such as on a full disk; in all.
     """
+    drawn = [secrets.randbits(62)]
+    dist.broadcast_object_list(drawn)
+    own = {f"{SAVE}.{dist.get_rank()}": torch.tensor(drawn[0])}
     try:
-        save(dict(tensors), storage_writer=FileSystemWriter(folder))
+        save({**tensors, **own}, storage_writer=FileSystemWriter(folder))
     except CheckpointException as error:
         cause = _first(error)
         number = cause.errno if isinstance(cause, OSError) else None
         what = cause.strerror if isinstance(cause, OSError) else str(cause).strip().splitlines()[0]
         raise OSError(number, what) from None
+    return drawn[0]
 
 
 def _first(error: CheckpointException) -> BaseException:
