@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from genfound.config.signals import STOPPING
-from tests.cli.commands import LIMIT, TINY, genfound, variables
+from tests.cli.commands import LIMIT, TINY, genfound, one_error, variables
 
 SMALL = [*TINY, "data.images=300", "callbacks.preview.every=4000", "study=s"]
 
@@ -38,6 +38,17 @@ def test_every_job_has_its_reason_though_it_cannot_be_composed(tmp_path: Path) -
     assert all(reason in line for reason, line in zip(reasons, told.values(), strict=True)), told
     assert len(list(tmp_path.glob("runs/s/*/FAILED"))) == 1  # of the one that could be composed
     assert not list(tmp_path.glob("runs/s/.sweep*"))
+
+
+WRONG = {
+    f"study={'s' * 300}": "File name too long; give a shorter name",
+    "model.depth=1 2": "error: 2 is not key=value; quote texts with spaces: 'key=\"a text\"'",
+}
+
+
+@pytest.mark.parametrize("words", WRONG, ids=["long", "space"])
+def test_what_stops_a_sweep_before_its_jobs_is_one_line(words: str, tmp_path: Path) -> None:
+    assert WRONG[words] in one_error(genfound("train", "-m", "seed=0,1", *words.split(), cwd=tmp_path))
 
 
 def test_a_key_that_only_some_models_have_fails_the_others(tmp_path: Path) -> None:

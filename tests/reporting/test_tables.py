@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from genfound.reporting import tables
@@ -37,6 +38,11 @@ def test_means_and_intervals_are_those_of_the_seeds(runs: list[Run]) -> None:
     assert frame.loc["linear", METRIC] == pytest.approx(1.5)
     assert frame.loc["linear", f"{METRIC} +-"] == pytest.approx(T_2 * 0.5 / 3**0.5, rel=1e-6)
     assert frame.loc["gvp", METRIC] == pytest.approx(1.3)
+
+
+def test_a_seed_that_was_trained_twice_is_one_seed(runs: list[Run]) -> None:
+    frames = [tables.summary(some, [METRIC]).drop(columns="done") for some in (runs, [*runs, *runs[:2]])]
+    pd.testing.assert_frame_equal(*frames)
 
 
 def test_effects_are_paired_by_seed(runs: list[Run]) -> None:

@@ -261,7 +261,9 @@ def _parsed(arguments: Sequence[str]) -> list[Override]:
 
 def _rewritten(argument: str) -> str:
     """What to write instead of an override that cannot be parsed."""
-    key, _, value = argument.partition("=")
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return f"{argument} is not key=value; quote texts with spaces: 'key=\"a text\"'"
     if "\r" in argument:
         return f"{argument!r} holds a carriage return: save the script with Unix line ends (sed -i 's/\\r$//' SCRIPT)"
     if value.startswith("~"):
@@ -312,6 +314,8 @@ def _of_another_command(config_name: str, arguments: Sequence[str]) -> str | Non
 
 def composition_error(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     """Hydra's messages about a command line, in one line that names the key and the nearest real one."""
+    if isinstance(error, OSError) and error.strerror:  # of the system, not of Hydra
+        return sentence(error)
     return _of_another_command(config_name, arguments) or _composition_error(error, config_name, arguments)
 
 

@@ -52,8 +52,11 @@ class Swept(Callback):
         parsed = OverridesParser.create().parse_overrides(given)
         self.keys = sorted({one.get_key_element().lstrip("+~") for one in parsed if one.is_sweep_override()})
         self.notes = str(Path(config.hydra.sweep.dir).absolute() / f"{FILE}{os.getpid()}")
-        for file in (Path(self.notes), _stop_file(self.notes)):
-            file.unlink(missing_ok=True)  # of a command of before, with the same number, that was killed
+        try:
+            for file in (Path(self.notes), _stop_file(self.notes)):
+                file.unlink(missing_ok=True)  # of a command of before, with the same number, that was killed
+        except OSError:  # no such folder can be, as Hydra itself finds out
+            return
         keys, quoted = ",".join(f"'{key}'" for key in self.keys), QuotedString(self.notes, Quote.single).with_quotes()
         with read_write(config.hydra):
             config.hydra.overrides.hydra += [f"{KEY}.keys=[{keys}]", f"{KEY}.notes={quoted}"]
@@ -253,7 +256,7 @@ def _told(notes: Path) -> list[tuple[list[str], dict[str, Any]]]:
 def finish() -> bool:
     """After a sweep that this process has started: print the table of its jobs, if any began; whether all are done."""
     swept = Swept.here
-    if swept is None or swept.notes is None:
+    if swept is None or swept.notes is None or not os.access(swept.notes, os.F_OK):  # also where no such folder can be
         return True
     jobs = _told(Path(swept.notes))
     for file in (Path(swept.notes), _stop_file(swept.notes)):

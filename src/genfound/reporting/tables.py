@@ -58,7 +58,7 @@ def summary(runs: Sequence[Run], metrics: Sequence[str]) -> pd.DataFrame:
         row: dict[str, object] = dict(zip(varied(runs), setting, strict=True))
         row |= {"done": f"{len(done)} of {len(same)}", "Gflops": mean(done, "perf/gflops_per_image")}
         for metric in metrics:
-            values = [run.last(metric) for run in done if not np.isnan(run.last(metric))]
+            values = [*{run.seed: run.last(metric) for run in done if not np.isnan(run.last(metric))}.values()]
             row[metric] = float(np.mean(values)) if values else float("nan")
             row[f"{metric} +-"] = half_width(values)
         rows.append(row)
