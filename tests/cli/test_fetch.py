@@ -47,6 +47,18 @@ def test_weights_are_fetched_once_and_used_offline(near: Hub, tmp_path: Path) ->
     assert (kept / WEIGHTS).read_bytes() == (tmp_path / "served" / WEIGHTS).read_bytes()
 
 
+def test_a_damaged_file_of_the_cache_is_fetched_again_once_it_is_removed(near: Hub, tmp_path: Path) -> None:
+    words, variables = ["fetch", "model=sit_s", "inception=false"], environment(tmp_path, near.address)
+    assert genfound(*words, cwd=tmp_path, **variables).returncode == 0
+    [kept] = (tmp_path / "hf").rglob(f"snapshots/*/{WEIGHTS}")
+    kept.resolve().write_bytes(b"cut")
+    error = one_error(genfound(*words, cwd=tmp_path, **variables))
+    assert f"{WEIGHTS} is damaged" in error and f"; remove {kept.resolve()} and download it again" in error
+    kept.resolve().unlink()
+    again = genfound(*words, cwd=tmp_path, **variables)
+    assert again.returncode == 0 and f"downloading {NAME}" in again.stdout, again.stderr
+
+
 def test_without_internet_it_is_one_line_and_nothing_is_written(tmp_path: Path) -> None:
     wrong = genfound("fetch", "model=sit_s", "to=weights", cwd=tmp_path, **environment(tmp_path, NOWHERE))
     error = one_error(wrong)

@@ -135,7 +135,8 @@ def _from_folder(model_class: Any, folder: Path) -> Any:
         with safetensors.safe_open(file, "pt"):
             pass
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+        way_out = f"remove {file.resolve()} and download it again"  # the hub's cache has links
+        raise ValueError(f"{file} is damaged: {error}; {way_out}") from None
     try:
         model, info = model_class.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
