@@ -15,6 +15,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor
 
 import genfound
@@ -24,6 +25,7 @@ from genfound.checkpoints.convert import Conversion, convert
 from genfound.layouts import Dense
 from genfound.sampling.pipeline import Pipeline, _chosen
 from genfound.sampling.requests import make_requests
+from tests.evaluation.runs import evaluated, untrained_run
 from tests.helpers import composed, latents, randomise
 
 NAMES = [f"c{number}" for number in range(7)]
@@ -301,9 +303,9 @@ def broken(folder: Path, what: str) -> None:
 BROKEN = {
     "no weights": "has no weights: no diffusion_pytorch_model.safetensors",
     "cut": "diffusion_pytorch_model.safetensors is damaged",
-    "heads": "num_heads is 4",
-    "width": "hidden_size is 64",
-    "word": "depth=two must be a whole number",
+    "heads": "says heads=4, and its weights 2",
+    "width": "says width=64, and its weights 32",
+    "word": "says depth=two, which must be a whole number",
     "json": "config.json is damaged",
     "class": "UNet2DModel is no network of ours",
     "no network": "a folder of diffusers without transformer/config.json",
@@ -319,6 +321,15 @@ def test_broken_folders_are_refused_in_a_line(what: str, tmp_path: Path) -> None
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         genfound.load(folder)
     assert BROKEN[what] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_is_evaluated_as_the_run_it_is_from(tmp_path: Path) -> None:
+    """Also where pictures lie in it, as on the hub."""
+    run = untrained_run(tmp_path / "run")
+    convert(run, str(tmp_path / "nit"), "diffusers")
+    Image.new("RGB", (8, 8)).save(tmp_path / "nit/example.png")
+    first, second = (evaluated(tmp_path / name, tmp_path / "references", n=64)[0] for name in ("run", "nit"))
+    assert first.figures == second.figures and first.subject["hash"] == second.subject["hash"]
 
 
 REFUSED = {

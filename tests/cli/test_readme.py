@@ -67,6 +67,11 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
         else:
             result = genfound(name, *arguments, cwd=tmp_path)
         assert result.returncode == 0, (name, arguments, result.stderr)
+    for code in re.findall(r"```python\n(from diffusers .*?)```", page.read_text(), re.DOTALL):
+        command = [sys.executable, "-c", f"{code}print(image.size)"]
+        modules = variables(HF_MODULES_CACHE=str(tmp_path / "modules"))
+        done = subprocess.run(command, cwd=tmp_path, env=modules, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "(20, 16)", done.stderr
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def _of_folder(folder: diffusers_folder.Folder, note: Mapping[str, Any], config:
     """Weights of a folder of diffusers that `genfound.convert` wrote."""
     family = config["model"]["_target_"].split(".")[-2]
     official = folder.state()
-    folder.check(config["model"] | FAMILIES[family].options(official), "its weights")
+    folder.check(config["model"] | FAMILIES[family].options(official))
     if folder.vae is not None:
         config["tokenizer"] = build.hinted_tokenizer(config["tokenizer"], str(folder.vae))
     return Weights(config, FAMILIES[family].ours(official), note["class_names"], _pairs(note["sizes"]), {})
@@ -217,7 +217,7 @@ def open_official(path: Path, weights: str, family: str | None) -> Official:
         raise ValueError(f"{path}: {error}") from None
     state = stored.choose(weights, path, FAMILIES[name].ema_first)
     if folder is not None:
-        folder.check(FAMILIES[name].options(state), "its weights")
+        folder.check(FAMILIES[name].options(state))
     return Official(name, release, state, stored.args, folder)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from genfound import build
 from genfound.backbones.base import Backbone
+from genfound.checkpoints.diffusers.read import is_folder
 from genfound.config.compose import PARTIAL, TARGET
 from genfound.data.images.sets import image_files, read_note
 from genfound.evaluation.protocol import LIBRARIES, SamplingRecord
@@ -26,7 +27,8 @@ def is_images(path: Path) -> bool:
     """Whether a path is an npz file or a folder of images, not a model."""
     if not path.is_dir():
         return path.suffix == ".npz"
-    if (path / "config.yaml").is_file() or visible(path, "*.safetensors") or visible(path, "*.bin"):
+    weights = visible(path, "*.safetensors") or visible(path, "*.bin")
+    if weights or (path / "config.yaml").is_file() or is_folder(path):
         return False
     if not visible(path):
         raise FileNotFoundError(f"from={path} is an empty folder")

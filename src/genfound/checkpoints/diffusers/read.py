@@ -14,6 +14,7 @@ from torch import Tensor
 from genfound.checkpoints import formats
 from genfound.checkpoints.diffusers import native
 from genfound.checkpoints.diffusers.write import KEYS
+from genfound.data.images.names import unique
 
 STEM = "diffusion_pytorch_model"
 FAMILY = {
@@ -65,11 +66,11 @@ class Folder(NamedTuple):
             names = [str(name) for _, name in sorted((int(k), name) for k, name in self.pipeline["id2label"].items())]
         except (KeyError, AttributeError, ValueError):
             return None
-        return [f"{name} ({k})" if names.count(name) > 1 else name for k, name in enumerate(names)]
+        return unique(names)
 
     def options(self) -> dict[str, Any]:
         """Options of the backbone that its config.json tells; of folders of others, those that mean the same."""
-        config, file = self.config, self.path / "config.json"
+        config = self.config
         if self.native:
             renamed = {"depth": "num_layers", "heads": "num_attention_heads", "channels": "in_channels"}
             told = {ours: config[key] for ours, key in renamed.items() if key in config}
@@ -83,22 +84,27 @@ class Folder(NamedTuple):
                 told = {key: value for key, value in told.items() if key in WHOLE}
         for key in WHOLE:
             if key in told and type(told[key]) is not int:
-                raise ValueError(f"{file}: {KEYS.get(key, key)}={told[key]} must be a whole number")
+                raise ValueError(f"{self.path / 'config.json'} says {key}={told[key]}, which must be a whole number")
         return told
 
     def state(self) -> dict[str, Tensor]:
-        """Its weights under official names, compared with config.json."""
+        """Its weights under official names."""
         found: dict[str, Tensor] = {}
         for file in _weight_files(self.path):
             found |= formats.read(file).choose("ema", file)
-        return native.from_native(found, int(self.config.get("sample_size") or 32), self.path) if self.native else found
+        side = self.config.get("sample_size")
+        return native.from_native(found, side if isinstance(side, int) else 32, self.path) if self.native else found
 
-    def check(self, known: Mapping[str, Any], origin: str) -> None:
-        """Raise a ValueError if config.json says something else of the network than its weights do."""
+    def check(self, known: Mapping[str, Any]) -> None:
+        """Raise a ValueError if config.json says something else of the network than its weights, or our note, do."""
         for key, value in self.options().items():
-            if key in known and known[key] is not None and known[key] != value and key in WHOLE:
-                told = f"{KEYS.get(key, key)} is {value} (options in words of genfound: {key})"
-                raise ValueError(f"{self.path / 'config.json'}: {told}, but {known[key]} by {origin}")
+            if key in WHOLE and known.get(key) not in (None, value):
+                raise ValueError(f"{self.path / 'config.json'} says {key}={value}, and its weights {known[key]}")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a whole folder of diffusers."""
+    return (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file()
 
 
 def folder(path: Path) -> Folder | None:
@@ -107,8 +113,8 @@ def folder(path: Path) -> Folder | None:
     Raises:
         FileNotFoundError, ValueError: it is one, but without a network, or of a network that is not known.
     """
-    whole = (path / "model_index.json").is_file()
-    inner = path / "transformer" if whole or (path / "transformer" / "config.json").is_file() else path
+    whole = is_folder(path)
+    inner = path / "transformer" if whole else path
     if not (inner / "config.json").is_file():
         if whole:
             raise FileNotFoundError(f"{path} is a folder of diffusers without transformer/config.json")

@@ -51,6 +51,28 @@ OF_SHAPES = (
     ("genfound.backbones.dit", "position_table"),
 )
 
+MODEL = '''"""{backbone} as a model of diffusers, by genfound; needs torch and diffusers."""
+
+from diffusers.configuration_utils import register_to_config
+{parts}
+
+class {name}(FolderTransformer, {backbone}):
+    """`{backbone}` as a model of diffusers, by whose options its configuration goes."""
+
+    layout_class = {layout}
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        {arguments},
+    ) -> None:
+        {backbone}.__init__(
+            self,
+            {passed},
+        )
+{shapes}'''
+
 NATIVE = (
     "DiTPipeline draws other pictures than genfound.sample: the time embedding of diffusers is not DiT's (frequencies "
     "i / 127), and all channels are guided; native=false draws the same"
@@ -174,31 +196,18 @@ def _network(name: str, family: str, backbone: str, options: list[str], model: C
     roots = [(f"genfound.backbones.{family}", backbone), (f"genfound.layouts.{layout.lower()}", layout)]
     roots += [(STAND_INS, part) for part in ("SOURCE", "FolderTransformer")]
     roots += [root for root in OF_SHAPES if any(root[1] in line for line in shapes)]
-    text = Merged(roots).text()
     arguments = [KEYS.get(option, option) for option in options] + ["input_size"] * (shapes == OF_DIT)
     passed = [f"{option}={KEYS.get(option, option)}" for option in options]
     passed += [f"{key}={value}" for key, value in CONSTANT.items() if key in model]
-    lines = [
-        f"class {name}(FolderTransformer, {backbone}):",
-        f'    """`{backbone}` as a model of diffusers, by whose options its configuration goes."""',
-        "",
-        f"    layout_class = {layout}",
-        "",
-        "    @register_to_config",
-        "    def __init__(",
-        "        self,",
-        "        *,",
-        *(f"        {argument}," for argument in arguments),
-        "    ) -> None:",
-        f"        {backbone}.__init__(",
-        "            self,",
-        *(f"            {argument}," for argument in passed),
-        "        )",
-        *(f"        {line}" for line in shapes),
-    ]
-    head = f'"""{backbone} as a model of diffusers, by genfound; needs torch and diffusers."""\n\n'
-    register = "from diffusers.configuration_utils import register_to_config\n"
-    return head + register + text + "\n\n" + "\n".join(lines) + "\n"
+    return MODEL.format(
+        name=name,
+        backbone=backbone,
+        layout=layout,
+        parts=Merged(roots).text(),
+        arguments=",\n        ".join(arguments),
+        passed=",\n            ".join(passed),
+        shapes="".join(f"        {line}\n" for line in shapes),
+    )
 
 
 def _transformer(model: Model, state: Mapping[str, Tensor], config: Config, work: Path) -> None:
