@@ -34,7 +34,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dit": ("model=dit_tiny",),
     "dit_decoded": ("model=dit_tiny", "tokenizer=sd_vae", "tokenizer.weights=random_tiny", "guidance.channels=first3"),
     "sit": ("model=sit_tiny", "model.unused_half=true"),
-    "sit_shifted": ("model=sit_tiny", "sampler=euler", "sampler.shift=3"),
+    "sit_shifted": ("model=sit_tiny", "sampler=euler", "sampler.shift=3", "objective.noise_scale=1.5"),
     "fit": ("model=fit_tiny",),
     "fitv2": ("model=fitv2_tiny", "model.adaln_rank=8"),
     "nit": ("model=nit_tiny",),
@@ -337,8 +337,8 @@ REFUSED = {
     "its decoder is an AutoencoderKL": (("model=dit_tiny",), True),
     "model.mlp_ratio=4": ((*DECODED, "model.mlp_ratio=2"), True),
     "other steps than objective.schedule=cosine": ((*DECODED, "objective.schedule=cosine"), True),
-    "objective.path=linear, prediction=velocity and noise_scale=1": (("model=sit_tiny", "objective.path=gvp"), "auto"),
-    "prediction=velocity and noise_scale=1": (("model=sit_tiny", "objective.noise_scale=2.0"), "auto"),
+    "objective.path=linear and objective.prediction=velocity": (("model=sit_tiny", "objective.path=gvp"), "auto"),
+    "lightningdit, not model=jit": (("model=jit_tiny",), "auto"),
     "native=maybe is unknown": (("model=nit_tiny",), "maybe"),
 }
 
@@ -350,6 +350,14 @@ def test_what_cannot_be_a_folder_is_refused(message: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=message):
         convert(file, str(tmp_path / "out"), "diffusers", native=native)
     assert sorted(tmp_path.iterdir()) == [file]
+
+
+def test_guidance_that_a_folder_has_not_is_named(tmp_path: Path) -> None:
+    plain = file_of(tmp_path, "x", "model=sit_tiny")
+    assert len(convert(plain, str(tmp_path / "out"), "diffusers").remarks) == 1
+    other = file_of(tmp_path, "y", "model=sit_tiny", "guidance.schedule=linear")
+    remarks = convert(other, str(tmp_path / "other"), "diffusers").remarks
+    assert remarks[0].startswith("without guidance.schedule=linear: its pipeline guides")
 
 
 def test_without_a_decoder_there_is_none_in_the_folder(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_result_names_everything_that_could_change_it(run: Path, references: P
     options = {"sizes": [16, 16], "labels": "balanced", "out": str(tmp_path)}
     result = evaluated(run, references, "sampler=heun", "sampler.steps=2", "guidance.scale=3.5", **options)[0]
     protocol, drawing = result.protocol, result.protocol.drawing
-    assert drawing.sampler == {"name": "heun", "steps": 2, "shift": 1.0}
+    assert drawing.sampler == {"name": "heun", "steps": 2, "shift": 1.0, "guidance_at": "step"}
     assert isinstance(drawing.guidance, dict)
     assert (drawing.guidance["scale"], drawing.guidance["channels"], drawing.guidance["interval"]) == (
         3.5,
@@ -190,8 +190,8 @@ def test_a_table_gives_each_size_its_sampler_and_guidance_and_the_command_line_w
     results = evaluated(run, references, "guidance.scale=4.0", **options)
     found = [(r.protocol.size, r.protocol.drawing.sampler, r.protocol.drawing.guidance["scale"]) for r in results]  # type: ignore[index]
     assert found == [
-        ([16, 16], {"name": "heun", "steps": 2, "shift": 1.0}, 4.0),
-        ([12, 12], {"name": "heun", "steps": 3, "shift": 1.0}, 4.0),
+        ([16, 16], {"name": "heun", "steps": 2, "shift": 1.0, "guidance_at": "step"}, 4.0),
+        ([12, 12], {"name": "heun", "steps": 3, "shift": 1.0, "guidance_at": "step"}, 4.0),
     ]
     with pytest.raises(ValueError, match="protocol=adm_50k has no row for 12x16; add one to table"):
         evaluated(run, references, **options, sizes=[12, 16])

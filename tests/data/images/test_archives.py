@@ -107,7 +107,7 @@ def test_what_is_found_in_archives_is_remembered_until_they_change(
 ) -> None:
     root = webdataset(tmp_path / "data")
     first = source(ImageTars, root)
-    assert "looking into 2 archives" in capfd.readouterr().out
+    assert "looking into 2 archive(s)" in capfd.readouterr().out
     assert source(ImageTars, root).fingerprint == first.fingerprint and not capfd.readouterr().out
     tar(root / "train-001.tar", {"0.png": picture(5), "0.cls": b"1"})
     again = source(ImageTars, root)

@@ -33,6 +33,7 @@ class FolderPipeline(DiffusionPipeline):
         sample_size: [height, width] in pixels of a picture.
         stride: pixels of a side for one of a latent.
         num_inference_steps, guidance_scale, guidance_interval, guidance_channels: of a call that says nothing.
+        noise_scale: standard deviation of the noise.
 
     Args of a call:
         class_labels: numbers or names.
@@ -63,6 +64,7 @@ class FolderPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance_interval: list[float] | None = None,
         guidance_channels: int | None = None,
+        noise_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -74,6 +76,7 @@ class FolderPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval or [0.0, 1.0],
             guidance_channels=guidance_channels,
+            noise_scale=noise_scale,
         )
         named = ((name.strip(), int(k)) for k, names in (id2label or {}).items() for name in names.split(","))
         self.labels = dict(sorted(named))
@@ -121,13 +124,14 @@ class FolderPipeline(DiffusionPipeline):
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, seed: int | None) -> Tensor:
         """(B, C, h, w) float32."""
+        scale, device = self.config.noise_scale, self._execution_device
         if latents is None and seed is not None:
-            latents = torch.stack([Rng(seed, "sample", k).normal("noise", shape[1:]) for k in range(shape[0])])
+            latents = scale * torch.stack([Rng(seed, "sample", k).normal("noise", shape[1:]) for k in range(shape[0])])
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            latents = scale * randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents are {tuple(latents.shape)}, and these pictures need {shape}")
-        return latents.to(self._execution_device, torch.float32)
+        return latents.to(device, torch.float32)
 
     def _label_numbers(self, class_labels: int | str | list[int | str]) -> Tensor:
         given = class_labels if isinstance(class_labels, list) else [class_labels]

@@ -142,7 +142,7 @@ def write(model: Model, folder: Path, own_dit: bool | str, path: Path) -> list[s
     finally:
         shutil.rmtree(work, ignore_errors=True)
     without = [f"without a vae: {codec.reason}"] if isinstance(codec, Undecodable) else []
-    return [*without, WITH_CODE if hindrance or not own_dit else NATIVE]
+    return [*without, *_unlike(model.config), WITH_CODE if hindrance or not own_dit else NATIVE]
 
 
 def check(folder: Path, own_dit: bool | str) -> None:
@@ -222,13 +222,12 @@ def _scheduler(config: Config) -> dict[str, Any]:
     """The scheduler of diffusers for an objective."""
     objective, sampler = config["objective"], config["sampler"]
     kind = str(objective["_target_"]).rpartition(".")[2]
-    plain = (objective.get("path"), objective["prediction"], objective.get("noise_scale", 1.0))
-    if kind == "Flow" and plain == ("linear", "velocity", 1.0):
+    if kind == "Flow" and (objective["path"], objective["prediction"]) == ("linear", "velocity"):
         shift = sampler.get("shift", 1.0)
         shift = float(shift) if isinstance(shift, int | float) else 1.0
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
     if kind != "Gaussian":
-        what = "objective=gaussian, and flows of objective.path=linear, prediction=velocity and noise_scale=1"
+        what = "objective=gaussian, and flows of objective.path=linear and objective.prediction=velocity"
         raise ValueError(f"format=diffusers takes {what}, for which diffusers has schedulers")
     steps = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     if (objective["schedule"], objective["timesteps"]) != ("linear", 1000):
@@ -254,7 +253,18 @@ def _drawn(config: Config) -> dict[str, Any]:
         "guidance_scale": float(guidance["scale"]) if plain else 1.0,
         "guidance_interval": list(guidance["interval"]) if plain else [0.0, 1.0],
         "guidance_channels": 3 if plain and guidance["channels"] == "first3" else None,
+        "noise_scale": float(config["objective"].get("noise_scale", 1.0)),
     }
+
+
+def _unlike(config: Config) -> list[str]:
+    """What the guidance of a model has and the pipelines of folders have not."""
+    guidance = compose.fill_option("guidance", config["guidance"])
+    usual = {"name": "cfg", "schedule": "constant", "ends": "inclusive"}
+    odd = [f"guidance.{key}={guidance[key]}" for key, value in usual.items() if guidance.get(key, value) != value]
+    if not odd or guidance.get("name") == "none":
+        return []
+    return [f"without {odd[0]}: its pipeline guides by the null label, at a constant scale, between inclusive ends"]
 
 
 def _decoder(codec: Any, work: Path) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class Archives(ImageFiles):
 
 def _columns(folder: Path, shards: list[str], scan: Callable[[Path], Iterator[Member]]) -> dict[str, Any]:
     """Of a `FileIndex`, and `labels`."""
-    print(f"{folder}: looking into {len(shards):,} archives; this is done once", flush=True)
+    print(f"{folder}: looking into {len(shards):,} archive(s); this is done once", flush=True)
     members = [(f"{shard}/{member.name}", member) for shard in shards for member in scan(folder / shard)]
     good = {name: member.found for name, member in members if isinstance(member.found, FileInfo)}
     return {

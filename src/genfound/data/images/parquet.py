@@ -74,7 +74,7 @@ def _opened(file: Path) -> Any:
 @functools.lru_cache(maxsize=GROUPS)
 def _column(file: str, group: int, name: str) -> Any:
     try:
-        return _opened(Path(file)).read_row_group(group, columns=[name]).column(name)
+        return _opened(Path(file)).read_row_group(group, columns=[name], use_threads=False).column(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged in its group {group} of rows: {str(error).splitlines()[0]}") from None
 
