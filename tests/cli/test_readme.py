@@ -35,7 +35,6 @@ def sized_for_a_test(arguments: list[str]) -> list[str]:
     """The arguments with a small, short training behind them; what they set themselves stays."""
     own = {argument.partition("=")[0] for argument in arguments}
     folder = ["data.max_image_tokens=64", "data.num_workers=0"] if "data=image_folder" in arguments else []
-    folder += ["model.in_context_start=0"] if "model=jit_tiny" in arguments else []
     return arguments + [extra for extra in SHORT + folder if extra.partition("=")[0] not in own]
 
 

@@ -65,7 +65,8 @@ class JiT(LightningDiT):
         x = prefix.add(x, labels[:, None] + self.in_context_posemb)
         if rope is not None:
             rows = len(batch.y) if batch.image_of is not None else len(rope)
-            still = torch.tensor([1.0, 0.0], device=rope.device).expand(rows, count, *rope.shape[-3:])
+            still = rope.new_zeros(rows, count, *rope.shape[-3:])
+            still[..., 0] = 1
             rope = prefix.add(rope, still)
         for block in self.blocks[self.start :]:
             x = self.run_block(block, x, c, 0.0, prefix.batch, rope)

@@ -20,9 +20,8 @@ class Family(NamedTuple):
     ema_first: bool = False  # whether the first weights of its accelerate folders are the averaged ones
     tables: Callable[[Mapping[str, Any], tuple[int, int]], dict[str, Tensor]] = lambda model, grid: {}
     """What its files also hold, computed from the keys of `model` and a grid."""
-    content: Callable[[State], Mapping[str, Any]] = (
-        dict  # what a file made by torch.save holds, for its own code to load
-    )
+    content: Callable[[State], Mapping[str, Any]] = dict
+    """What its own code wants a file of torch.save to hold."""
 
 
 FIT = Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state))
