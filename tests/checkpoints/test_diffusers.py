@@ -22,6 +22,7 @@ import genfound
 from genfound import build
 from genfound.checkpoints import formats
 from genfound.checkpoints.convert import Conversion, convert
+from genfound.checkpoints.diffusers import read
 from genfound.layouts import Dense
 from genfound.sampling.pipeline import Pipeline, _chosen
 from genfound.sampling.requests import make_requests
@@ -242,6 +243,14 @@ def test_a_folder_of_another_collection(tmp_path: Path) -> None:
     assert same(loaded.net.state_dict(), genfound.load(tmp_path / "nit_official.safetensors").net.state_dict())
     assert (loaded.config["model"]["rope_coords"], loaded.config["model"]["heads"]) == ("official", 2)
     assert loaded.class_names[:2] == ["bird 0 (0)", "bird 1"]
+
+
+def test_positions_of_another_collection_tell_the_fine_tuning_to_512_pixels(tmp_path: Path) -> None:
+    for frequencies, release in {"normal": None, "ntk-aware": "fitv2_hr"}.items():
+        config = {"_class_name": "FiTTransformer2DModel", "custom_freqs": frequencies}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = read.folder(tmp_path)
+        assert found is not None and found.family == release
 
 
 class Hostile:

@@ -1,5 +1,6 @@
 """`genfound.convert` and official checkpoints, from the command line."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from genfound.checkpoints.official.families import FAMILIES
+from tests.checkpoints.test_diffusers import DECODED, broken, folder_of
 from tests.checkpoints.test_load import official_state
 from tests.cli.commands import TINY, genfound, one_error
 from tests.evaluation.runs import untrained_run
@@ -22,6 +24,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = (root / "dit.pt").read_bytes()
     (root / "cut_dit.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"conv.weight": torch.zeros(3)}, root / "other.pt")
+    whole_folder = folder_of(root, "dit_decoded", *DECODED, native=True)
+    for what in ("no weights", "cut", "heads"):
+        shutil.copytree(whole_folder, root / what.replace(" ", "_"))
+        broken(root / what.replace(" ", "_"), what)
     for name, file in {"full": "notes.txt", "empty_folder": "model_index.json"}.items():
         (root / name).mkdir()
         (root / name / file).write_text("{}")
@@ -66,6 +72,9 @@ WRONG = {
     "from=nit.pt to=full format=diffusers": "to=full exists; choose another folder, or remove it",
     "from=nit.pt format=diffusers native=maybe": "native=maybe is unknown; choose auto, true or false",
     "from=nit.pt format=diffusers native=true": "native=true: this is no DiT of diffusers; model=nit is none",
+    "from=no_weights": "no_weights/transformer has no weights: no diffusion_pytorch_model.safetensors",
+    "from=cut": "cut/transformer/diffusion_pytorch_model.safetensors is damaged",
+    "from=heads": "heads/transformer/config.json says heads=4, and its weights 2",
     "from=empty_folder": "a folder of diffusers without transformer/config.json",
     "from=nit.pt hints.family=gan": "family=gan is unknown",
     "from=nit.pt to=nit.pt format=official": "is the file itself",

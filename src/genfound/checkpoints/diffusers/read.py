@@ -50,7 +50,9 @@ class Folder(NamedTuple):
 
     @property
     def family(self) -> str | None:
-        """The family of its network, where its class tells it."""
+        """The family or release of its network, where its class and its positions tell it."""
+        if self.config.get("custom_freqs", "normal") != "normal" and "FiT" in self.config["_class_name"]:
+            return "fitv2_hr"  # in the words of others
         return FAMILY[self.config["_class_name"].removesuffix("Transformer2DModel")]
 
     @property
