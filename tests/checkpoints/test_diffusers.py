@@ -131,6 +131,15 @@ def test_a_folder_that_diffusers_saves_again(root: Path, drawn: dict[str, Any]) 
     assert same(again.net.state_dict(), genfound.load(root / "nit").net.state_dict()) and again.class_names == NAMES
 
 
+@pytest.mark.usefixtures("drawn")
+def test_the_code_of_folders_has_no_undefined_or_unused_name(root: Path) -> None:
+    files = [*root.glob("*/pipeline.py"), *root.glob("*/transformer/*.py")]
+    assert len(files) >= 2 * len(FAMILIES)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", *files]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
 def code(folder: Path) -> str:
     return next((folder / "transformer").glob("*.py")).read_text()
 

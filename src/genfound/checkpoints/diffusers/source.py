@@ -37,10 +37,13 @@ class Module:
         text = Path(spec.origin).read_text(encoding="utf-8")
         self.name, self.lines = name, text.splitlines()
         self.definitions: dict[str, list[ast.stmt]] = {}
+        self.annotations: set[str] = set()  # names that annotations in quotes may hold, and nothing defines
         self.imports: dict[str, Name] = {}  # name here -> module, and name there, "" for the module itself
         last: list[ast.stmt] = []
         for node in ast.parse(text).body:
-            if isinstance(node, ast.Import):
+            if isinstance(node, ast.If):  # imports for annotations alone
+                self.annotations |= {alias.name for inner in node.body for alias in getattr(inner, "names", [])}
+            elif isinstance(node, ast.Import):
                 self.imports |= {alias.asname or alias.name: (alias.name, "") for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 self.imports |= {alias.asname or alias.name: (str(node.module), alias.name) for alias in node.names}
@@ -126,6 +129,8 @@ class Merged:
             text = re.sub(r"\n\n\n+", "\n\n", "\n".join(lines)).rstrip()
             for old, other in new.items():
                 text = re.sub(rf"(?<![\w.`]){old}(?!\w)", other, text)
+            for unknown in module.annotations:
+                text = text.replace(f'"{unknown} | None"', "None")
             parts.append(text)
         return parts
 
