@@ -97,6 +97,13 @@ def training_module(net: Backbone, weight: str = "image", **options: Any) -> Gen
     return module_class(type(net))(net, **{**defaults, **options})
 
 
+ALIGNED = [
+    "alignment=repa", "alignment.depth=1", "alignment.hidden=16", "alignment.teachers.dinov2.weights=random_tiny",
+    "alignment.teachers.dinov2.width=32",
+]  # fmt: skip
+"""Overrides of an alignment to a small random teacher."""
+
+
 def linear_flow(**options: Any) -> Flow:
     """Flow matching on the linear path."""
     defaults: dict[str, Any] = {

@@ -20,7 +20,7 @@ ORDER = (
     {"batch", "rng", "config", "layers", "tokenizers"},
     {"layouts", "backbones", "objectives", "runtime"},
     {"samplers", "data", "loggers"},
-    {"build", "modules", "metrics"},
+    {"build", "modules", "metrics", "alignment"},
     {"checkpoints", "encoding"},
     {"sampling"},
     {"evaluation"},

@@ -19,7 +19,7 @@ from genfound.runtime import devices, run_directory
 from genfound.sampling.requests import typical_sizes
 from genfound.training import fit
 from tests.cli.commands import TINY
-from tests.helpers import composed, run_dir, state_differences
+from tests.helpers import ALIGNED, composed, run_dir, state_differences
 
 WRONG = {
     "sampler.steps=0": r"sampler\.steps=0 must be a whole number of at least 1",
@@ -57,12 +57,14 @@ KEPT = ("ema.decays=[0.9,0.99]", "callbacks.checkpointing.every=8")
 LATER = [pytest.param(extra, marks=pytest.mark.slow) for extra in KEPT]
 
 
-@pytest.mark.parametrize("extra", ["batch.packs=2", "optimizer=muon", *LATER])
+@pytest.mark.parametrize(
+    "extra", ["batch.packs=2", "optimizer=muon", " ".join([*ALIGNED, "alignment.every=2"]), *LATER]
+)
 def test_whatever_is_saved_continues_bit_by_bit(extra: str, tmp_path: Path) -> None:
     """Weights, averages, optimizer and the place in the data, also where several micro-batches make a step."""
     for name, ends in (("straight", [7]), ("resumed", [2, 3, 7])):
         for end in ends:
-            fit(run_dir(tmp_path / name, *TINY, extra, f"trainer.max_steps={end}"))
+            fit(run_dir(tmp_path / name, *TINY, *extra.split(), f"trainer.max_steps={end}"))
     assert not state_differences(tmp_path / "straight", tmp_path / "resumed")
 
 

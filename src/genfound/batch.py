@@ -34,6 +34,7 @@ class Batch:
     cu_seqlens: Tensor | None = None  # packed only, (B + 1,) int32, where each row begins and ends
     max_seqlen: int = 0  # packed only, a bound on the tokens of one row, known on the host
     block_mask: "BlockMask | None" = None  # packed only, which blocks of tokens meet, where attention needs it
+    features: tuple[Tensor, ...] = ()  # what teachers see, where a loss aligns to it: packed (T, Z), others (B, N, Z)
 
     @property
     def layout(self) -> str:

@@ -5,18 +5,19 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from genfound.alignment import Alignment, TeacherFeatures, from_config
 from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
 from genfound.config.compose import TARGET
 from genfound.config.targets import instantiate, partial, trusted
-from genfound.data.images.base import ImageSource, LatentSource
+from genfound.data.images.base import ImageSource, LatentSource, Rerendered
 from genfound.data.images.views import VIEW_KEYS, ImageViews
 from genfound.data.latents import stored_tokenizer
 from genfound.data.packing.batch_plan import MicroBatch, Plan
@@ -55,6 +56,8 @@ class RunComponents:
     objective: Objective
     layout: Layout
     plan: Plan
+    alignment: Alignment | None = None  # to the features of these teachers
+    teachers: TeacherFeatures | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -77,13 +80,22 @@ class RunComponents:
         return Collate(self.tokenizer, self.layout, Rng(self.config["seed"], "encode"))
 
     def batches(self, images: ImageSource, assembly: Collate, flips: Rng | None = None) -> MicroBatches:
-        """Reads micro-batches; where the tokenizer is a network, they are encoded on the training device."""
+        """Reads micro-batches; where images are for a network, they are encoded on the training device."""
         return MicroBatches(images, None if self.tokenizer.online else assembly, flips)
+
+    @property
+    def unit(self) -> int:
+        """Pixels per token side."""
+        return self.tokenizer.spec.stride * self.layout.patch_size
 
     def loader(self, rank: int) -> TrainLoader:
         """The training batches of a rank."""
         flips = Rng(self.config["seed"], "train") if self.config["data"]["flip"] else None
         batches = self.batches(self.images, self.assembly, flips)
+        if self.teachers is not None:  # they see the images on the training device
+            anew = isinstance(self.images, Rerendered) and (self.teachers.pixels or reads_latents(self.config))
+            reread = (self.unit, self.teachers.pixels or self.unit) if anew else None
+            batches = replace(batches, assembly=None, reread=reread)
         return TrainLoader(batches, self.plan, rank, self.ranks, self.workers, self.device.type == "cuda")
 
     def report(self) -> list[str]:
@@ -98,8 +110,16 @@ class RunComponents:
         return [
             *self.images.report(),
             f"{type(self.net).__name__}: {parameters:,} parameters, on {self.device.type} in {running}",
+            *self._aligned(),
             f"global step: {self.plan.per_step} {unit}, {self.micro_batches} on each of {self.ranks} rank(s)",
         ]
+
+    def _aligned(self) -> list[str]:
+        if self.alignment is None or self.teachers is None:
+            return []
+        parameters = sum(p.numel() for p in self.alignment.parameters())
+        names = ", ".join(self.teachers.teachers)
+        return [f"block {self.alignment.depth} aligned to {names}: {parameters:,} more parameters in projectors"]
 
 
 def check(config: Config, ranks: int) -> None:
@@ -115,6 +135,8 @@ def check(config: Config, ranks: int) -> None:
         raise FileNotFoundError(f"data.root={root} is not a folder")
     with torch.device("meta"):
         backbone = net(config, _expected_spec(config), num_classes=1)
+        from_config.alignment(config, backbone)
+        from_config.teachers(config)
     goal, preview = objective(config), config["callbacks"].get("preview") or {}
     if preview.get("every") and config["guidance"].get("weights") is None:  # a guiding network would have to be read
         sampler(config).times(goal)
@@ -139,7 +161,15 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
     goal, place = objective(config), device(config["trainer"]["accelerator"])
     arranged = layout(config, backbone, [images, held_out], codec.spec)
     steps = plan(config, images, codec.spec, goal.weight, ranks, config["seed"])
-    return RunComponents(config, ranks, place, codec, images, held_out, backbone, goal, arranged, steps)
+    aligned, taught = from_config.alignment(config, backbone), from_config.teachers(config)
+    if taught is not None and reads_latents(config) and getattr(images, "image_root", None) is None:
+        raise ValueError(
+            "alignment: teachers see images, and data are latents; choose data=imagenet_native or another one of "
+            "images, data=nit_latents with data.image_root=..., or alignment=none, which is another system"
+        )
+    return RunComponents(
+        config, ranks, place, codec, images, held_out, backbone, goal, arranged, steps, aligned, taught
+    )
 
 
 def sharded(config: Config, ranks: int) -> bool:

@@ -10,8 +10,8 @@ from genfound.config import command_line, compose
 def _task(cfg: DictConfig) -> None:
     from genfound.checkpoints.fetch import fetch
 
-    options = compose.to_dict(cfg.tokenizer)
-    print("\n".join(fetch(options, cfg.inception, cfg.to and Path(cfg.to).expanduser())))
+    tokenizer, alignment = compose.to_dict(cfg.tokenizer), compose.to_dict(cfg.alignment)
+    print("\n".join(fetch(tokenizer, alignment, cfg.inception, cfg.to and Path(cfg.to).expanduser())))
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import DictConfig
 
 from genfound import build
+from genfound.alignment import from_config
 from genfound.callbacks import resuming
 from genfound.callbacks.checkpointing import AtomicCheckpointIO
 from genfound.callbacks.stopping import Stopping
@@ -284,6 +285,7 @@ def _check_at_once(folder: Path, config: Mapping[str, Any]) -> None:
     evaluation = config["callbacks"].get("evaluation") or {}
     try:
         build.check(config, _ranks(config))
+        from_config.fetch_teachers(config)
         if evaluation.get("every") and evaluation.get("protocol"):
             from genfound.callbacks.evaluation import training_request
 
@@ -299,6 +301,7 @@ def _check_at_once(folder: Path, config: Mapping[str, Any]) -> None:
 def _follow(folder: Path, config: Mapping[str, Any], machines: launch.Machines) -> str:
     """Take part in the job of another machine, which has locked the folder and written the configuration."""
     build.check(config, _ranks(config))
+    from_config.fetch_teachers(config)
     expected = run_directory.config_hash(config)
     machines.agree(expected)
     if not processes.wait_until(lambda: run_directory.claimed_hash(folder) == expected, SHARED_WITHIN):

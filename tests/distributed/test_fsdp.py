@@ -31,7 +31,7 @@ from genfound.runtime.processes import RankInfo
 from tests.callbacks.test_evaluation import FEW
 from tests.distributed.test_devices import curve, free_port
 from tests.evaluation.runs import TINY
-from tests.helpers import composed, run_dir
+from tests.helpers import ALIGNED, composed, run_dir
 
 SMALL = [
     *TINY, "model.depth=2", "model.heads=2", "batch.packs=4", "trainer.precision=fp32", "trainer.max_steps=6",
@@ -47,6 +47,7 @@ NETS = {
     "dit_moe": ["model=dit_moe_tiny", "model.experts=3", *DENSE],  # which two do not divide
     "frozen": ["model=nit_tiny", "optimizer.trainable=[blocks.1,final_layer]"],
     "muon": ["model=nit_tiny", "optimizer=muon"],
+    "aligned": ["model=nit_tiny", *ALIGNED, "alignment.every=2"],
     "compiled": ["model=nit_tiny", "model.activation_checkpointing=2"],
 }
 CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/velocity_mse_ema")

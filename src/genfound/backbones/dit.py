@@ -111,9 +111,9 @@ class DiT(Backbone):
 class Block(nn.Module):
     """x + gate * attention(modulated x), then x + gate * MLP(modulated x)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool = False) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, qk_norm)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = modulation(width, 6 * width, silu=False)
 
@@ -129,16 +129,18 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over the tokens of each image."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (B, H, N, d) each
-        return self.proj(sdpa(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(sdpa(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))
 
 
 class FinalLayer(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from genfound.config.options import ema_decays
 from genfound.layers.initial import local
@@ -41,7 +41,7 @@ class Ema(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
         """Keep the averages of the checkpoint until training starts."""
-        saved, names = checkpoint.get("ema", {}), {name for name, _ in _trained(module)}
+        saved, names = checkpoint.get("ema", {}), {name for name, _ in module.trained()}
         decays = list(self.decays or ())
         missing = [decay for decay in decays if str(decay) not in saved]
         if missing:
@@ -56,10 +56,10 @@ class Ema(Callback):
         Only now has Lightning restored everything, and moved it to the device.
         """
         for decay in self.decays or ():
-            weights = dict(_trained(module)) if self._saved is None else self._saved[str(decay)]
+            weights = dict(module.trained()) if self._saved is None else self._saved[str(decay)]
             self.averages[decay] = {
                 name: sharded_like(weights[name].detach(), p).to(p.device, torch.float32, copy=True)
-                for name, p in _trained(module)
+                for name, p in module.trained()
             }
         self._saved = None
         self._steps = trainer.global_step
@@ -73,7 +73,7 @@ class Ema(Callback):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        live = [local(p.detach()).float() for _, p in _trained(module)]
+        live = [local(p.detach()).float() for _, p in module.trained()]
         most = (1 + self._steps) / (10 + self._steps) if self.warmup else 1.0
         for decay, average in self.averages.items():
             torch._foreach_lerp_([local(value) for value in average.values()], live, 1 - min(decay, most))
@@ -91,7 +91,7 @@ class Ema(Callback):
     @contextmanager
     def ema_weights(self, module: GenerativeModule) -> Iterator[None]:
         """Within this context the network holds the first average; its live weights where there is none."""
-        live = {name: p.detach().clone() for name, p in _trained(module)} if self.averages else {}
+        live = {name: p.detach().clone() for name, p in module.trained()} if self.averages else {}
         _copy(module, next(iter(self.averages.values()), {}))
         try:
             yield
@@ -119,11 +119,8 @@ def averaged(trainer: Trainer, module: GenerativeModule) -> Iterator[None]:
         module.train()
 
 
-def _trained(module: GenerativeModule) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module.net.named_parameters() if p.requires_grad]
-
-
 @torch.no_grad()
 def _copy(module: GenerativeModule, values: dict[str, Tensor]) -> None:
+    own = dict(module.trained())
     for name, value in values.items():
-        module.net.get_parameter(name).copy_(value)
+        own[name].copy_(value)

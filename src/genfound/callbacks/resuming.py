@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
+from torch import nn
 
 from genfound import build
 from genfound.checkpoints.initialise import LABELS
+from genfound.checkpoints.load import ALIGNMENT, NET
 from genfound.config.compose import flatten
 from genfound.loggers.base import note
 from genfound.modules.base import GenerativeModule
@@ -61,7 +63,9 @@ def changes(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], 
 
 
 def _check_network(folder: Path, parts: build.RunComponents, state: Mapping[str, Any], file: Path) -> None:
-    tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+    saved = state["state_dict"].items()
+    tensors = {key.removeprefix(NET): value for key, value in saved if key.startswith(NET)}
+    aligned = {key.removeprefix(ALIGNMENT): value for key, value in saved if key.startswith(ALIGNMENT)}
     own, names = parts.net.state_dict(), parts.images.class_names
     if LABELS in own and LABELS in tensors and len(own[LABELS]) != len(tensors[LABELS]):
         classes = f"data.root has {len(names)} classes and {folder} was trained on {len(state['run']['class_names'])}"
@@ -69,6 +73,7 @@ def _check_network(folder: Path, parts: build.RunComponents, state: Mapping[str,
         raise ValueError(f"{classes}: its label table does not fit; {way}")
     try:
         checkpoint_io.compare_keys(parts.net, tensors, file)
+        checkpoint_io.compare_keys(parts.alignment or nn.Module(), aligned, file)
     except ValueError as error:
         raise ValueError(f"{error}; a run keeps its network: choose another name=...") from None
 

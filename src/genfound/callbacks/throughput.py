@@ -69,13 +69,14 @@ class Throughput:
         now = _now(module.device)
         wall = now - self._began - self.away
         waited, encoded = self.data.train.waited - self._waited, self.data.encoding.take()
-        values = [self.images, self.tokens, self.pairs, self.slots, wall, waited, encoded]
+        taught = self.data.teaching.take()
+        values = [self.images, self.tokens, self.pairs, self.slots, wall, waited, encoded, taught]
         self.begin(now)
         return torch.tensor(values, dtype=torch.float32, device=module.device)
 
     def metrics(self, sums: list[float], ranks: int) -> dict[str, float]:
         """The keys `perf/*` from the sums of all ranks."""
-        images, tokens, pairs, slots, of_ranks, waited, encoded = sums
+        images, tokens, pairs, slots, of_ranks, waited, encoded, taught = sums
         wall = of_ranks / ranks
         found = {
             "perf/images_per_s": images / wall,
@@ -84,6 +85,8 @@ class Throughput:
             "perf/data_wait": waited / of_ranks,
             "perf/encode_share": encoded / of_ranks,
         }
+        if self.data.parts.teachers is not None:
+            found["perf/teacher_share"] = taught / of_ranks
         if self.flops is not None:
             forward = self.flops.total(images, tokens, pairs)
             found["perf/gflops_per_image"] = forward / images / 1e9

@@ -2,24 +2,26 @@
 
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from genfound import build
+from genfound.alignment import from_config
+from genfound.alignment.vit import FILES
 from genfound.config import compose
 from genfound.metrics import extractor
 from genfound.runtime.files import atomic_write, check_folder
 from genfound.tokenizers.weights import CONFIG, WEIGHTS
 
 
-def fetch(tokenizer: Mapping[str, Any], inception: bool, to: Path | None) -> list[str]:
+def fetch(tokenizer: Mapping[str, Any], alignment: Mapping[str, Any], inception: bool, to: Path | None) -> list[str]:
     """Download what is not at hand, read it as a training would, and say where it is and what to set.
 
     Args:
-        tokenizer: its options.
+        tokenizer, alignment: their options.
         inception: whether the Inception weights of evaluations are wanted too.
         to: a folder that gets a copy of all; without one, weights stay in the caches of their libraries.
 
@@ -28,16 +30,22 @@ def fetch(tokenizer: Mapping[str, Any], inception: bool, to: Path | None) -> lis
     """
     if to is not None:
         check_folder("to", to)
-    config = compose.with_own_targets({"tokenizer": tokenizer})
+    config = compose.with_own_targets({"tokenizer": tokenizer, "alignment": alignment})
     found, settings = [f"tokenizer {build.name_of(tokenizer)} needs no weights of the hub"], []
     if folder := build.fetch_tokenizer(config):
         build.tokenizer(config)
         if to is None:
             settings.append("HF_HUB_OFFLINE=1 in the environment")
         else:
-            folder = _copied(folder, to / Path(tokenizer["weights"]).name)
+            folder = _copied(folder, to / Path(tokenizer["weights"]).name, (CONFIG, WEIGHTS))
             settings.append(f"tokenizer.weights={folder.resolve()}")
         found = [f"tokenizer {build.name_of(tokenizer)}, {tokenizer['weights']}: {folder}"]
+    for name, path in from_config.fetch_teachers(config).items():
+        weights = alignment["teachers"][name]["weights"]
+        if to is not None and path.is_dir():
+            path = _copied(path, to / Path(weights).name, FILES)  # noqa: PLW2901
+        found.append(f"teacher {name}, {weights}: {path}")
+        settings.append(f"alignment.teachers.{name}.weights={path.resolve()}")
     if inception:
         file = extractor.download(to or Path(torch.hub.get_dir()) / "checkpoints")
         found.append(f"Inception: {file}")
@@ -45,8 +53,8 @@ def fetch(tokenizer: Mapping[str, Any], inception: bool, to: Path | None) -> lis
     return found + [f"on machines without internet that see these files, set {setting}" for setting in settings]
 
 
-def _copied(folder: Path, to: Path) -> Path:
-    """A folder with the files of an autoencoder."""
-    for name in (CONFIG, WEIGHTS):
+def _copied(folder: Path, to: Path, names: Sequence[str]) -> Path:
+    """A folder with these files of another one."""
+    for name in names:
         atomic_write(to / name, functools.partial(shutil.copyfile, folder / name))
     return to

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from genfound.checkpoints.load import open_official, read_ours
+from genfound.checkpoints.official import projectors
 from genfound.checkpoints.official.families import FAMILIES
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io
@@ -28,9 +29,9 @@ def initialise(module: GenerativeModule, path: Path, trust: Collection[str] = ()
     found, remarks = read_ours(path, None, trust), [f"starting from the weights of {path}"]
     if found is None:
         official = open_official(path, "ema", "sit" if type(net).__module__.endswith(".sit") else "dit")
-        state = FAMILIES[official.family].ours(official.state)
+        state, projecting = FAMILIES[official.family].ours(official.state), projectors.from_official(official.state)
     else:
-        state = dict(found.state)
+        state, projecting = dict(found.state), projectors.from_official(found.kept)
     state, more = module.starting_weights(state)
     remarks += more
     own = net.state_dict()
@@ -38,4 +39,11 @@ def initialise(module: GenerativeModule, path: Path, trust: Collection[str] = ()
         remarks.append(f"  the label table is new: {path} has {len(state[LABELS])} rows, this model {len(own[LABELS])}")
         state[LABELS] = own[LABELS]
     checkpoint_io.load_strict(net, state, path)
+    if module.alignment is not None:
+        shapes = {name: tensor.shape for name, tensor in projecting.items()}
+        own_shapes = {name: tensor.shape for name, tensor in module.alignment.state_dict().items()}
+        if shapes == own_shapes:
+            module.alignment.load_state_dict(projecting)
+        else:
+            remarks.append("  the projectors of the alignment are new")
     return remarks

@@ -12,6 +12,7 @@ from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.checkpoints import format_1, formats
 from genfound.checkpoints.diffusers import read as diffusers_folder
+from genfound.checkpoints.official import projectors
 from genfound.checkpoints.official.families import FAMILIES, RELEASES, family_of, release_of
 from genfound.config import compose, targets
 from genfound.objectives.base import Objective
@@ -19,6 +20,9 @@ from genfound.runtime import checkpoint_io, run_directory
 from genfound.tokenizers import Tokenizer
 
 Config = dict[str, Any]
+NET, ALIGNMENT = "net.", "alignment."
+"""Names in a checkpoint begin with one of these; those of averages with the second or none."""
+
 SIZE = ("width", "depth", "experts")
 """Options that tell published sizes apart."""
 
@@ -39,8 +43,8 @@ class LoadedModel:
 class Weights:
     """Weights in our shapes, in the dtypes of the file, and what they belong to; see `LoadedModel`.
 
-    From a file of `convert`, `kept` are official tensors that our network does not have, or computes itself with other
-    rounding; `official` is the state dict of an official checkpoint.
+    `kept` are official tensors that our network does not have, such as projectors of an alignment, or computes itself
+    with other rounding; `official` is the state dict of an official checkpoint.
     """
 
     config: Config
@@ -182,15 +186,18 @@ def _of_run(folder: Path, path: Path, weights: str | None, trust: Collection[str
     decay = None if weights == "raw" else next(iter(state["ema"]), None)
     average = {} if decay is None else state["ema"][decay]
     if values and file.is_dir():
-        live = [key for key in state["state_dict"] if key.removeprefix("net.") not in average]
+        live = [key for key in state["state_dict"] if key.removeprefix(NET) not in average]
         state = checkpoint_io.read(file, parts=[*(f"state_dict.{key}" for key in live), f"ema.{decay}."])
         average = average and state["ema"][decay]
-    tensors = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+    tensors = {key.removeprefix(NET): value for key, value in state["state_dict"].items()}
     tensors |= average  # weights that are not trained have none
+    aligned = {key: tensors.pop(key) for key in list(tensors) if key.startswith(ALIGNMENT)}
+    family = str(config["model"][compose.TARGET]).split(".")[-2]
+    kept = projectors.to_official({k.removeprefix(ALIGNMENT): v for k, v in aligned.items()}, family)
     if _version(state, file) != formats.FORMAT:
         tensors = format_1.weights(tensors, config["model"])
     names, sizes = list(state["run"]["class_names"]), _pairs(state["run"]["sizes"])
-    return Weights(run_directory.located(config, folder), tensors, names, sizes, {})
+    return Weights(run_directory.located(config, folder), tensors, names, sizes, kept)
 
 
 class Official(NamedTuple):
@@ -258,6 +265,8 @@ def _config(family: str, release: str | None, options: Mapping[str, Any], path: 
         raise ValueError(f"{path}: these weights fit FiTv2 and its fine-tuning to 512 pixels alike; {way}")
     preset = next((name for name in presets if ("_hr_" in name) == (release == "fitv2_hr")), family)
     released = "dit_moe_rf" if options.get("unused_half") and family == "dit_moe" else family
+    if options.get("time") == "data0" and family == "sit":
+        released = "sit_repa"
     if released == "dit_moe_rf" and preset == family:
         preset = "dit_moe_xl_8e2a"
     if family == "jit" and options["patch_size"] == 32:

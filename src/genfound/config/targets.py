@@ -31,6 +31,8 @@ BASES = {
     "layout": "genfound.layouts.base.Layout",
     "sampler": SAMPLER,
     "guidance": "genfound.samplers.guidance.Guidance",
+    "alignment": "genfound.alignment.repa.Alignment",
+    "alignment.teachers": "genfound.alignment.base.Teacher",
 }
 """Group of the configuration -> what its class must be, of a sampler its declaration; no other group of a file is built
 from a target."""

@@ -10,6 +10,7 @@ import torch
 
 from genfound.batch import Batch
 from genfound.config import compose
+from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.collate import Collate, RawImages
 from genfound.data.packing.loader import HeldOut, TrainLoader, ValidationLoader
 from genfound.layouts import Dense
@@ -35,7 +36,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
         self.train, self.collate = parts.loader(0), parts.assembly
         self.val_collate = Collate(parts.tokenizer, parts.layout, Rng(0, "val"))  # the same in every run
         self.val = ValidationLoader(parts.batches(parts.held_out, self.val_collate), [], parts.workers)
-        self.encoding = Stopwatch()  # of the tokenizer, in training
+        self.encoding, self.teaching = Stopwatch(), Stopwatch()  # of the tokenizer and of teachers, in training
         self._wanted = parts.plan.per_step
         self._encoded: dict[int, Batch] = {}  # held-out images on the host; every validation has the same
         options = parts.config["callbacks"].get("validation") or {"images": len(parts.held_out.labels)}
@@ -94,8 +95,20 @@ class GenerativeDataModule(lightning.LightningDataModule):
         if isinstance(images, RawImages):
             assert self.trainer is not None
             with self.encoding.running(device) if self.trainer.training else nullcontext():
-                return self.collate(images, micro.positions, device), micro
+                batch = self.collate(images, micro.positions, device)
+            return self._taught(batch, images, micro, device), micro
         return images.to(device, non_blocking=True), micro
+
+    def _taught(self, batch: Batch, images: RawImages, micro: MicroBatch, device: torch.device) -> Batch:
+        """The batch with what teachers see in its images, if its step is aligned to them."""
+        teachers, trainer = self.parts.teachers, self.trainer
+        if teachers is None or trainer is None or not (trainer.training and teachers.aligned(micro)):
+            return batch
+        shown, unit = images.images, self.parts.unit
+        if images.pictures is not None:
+            shown, unit = images.pictures, teachers.pixels or unit
+        with self.teaching.running(device), trainer.precision_plugin.forward_context():
+            return replace(batch, features=teachers(shown, self.parts.layout, unit, device))
 
     def _held_out(self, item: HeldOut, device: torch.device) -> HeldOut:
         batch, micro = item.images, item.micro

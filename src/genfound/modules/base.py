@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from genfound import build
+from genfound.alignment import Alignment
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.config import compose
@@ -55,6 +56,7 @@ class GenerativeModule(lightning.LightningModule):
         label_drop: probability of the null label, per image.
         seed: seed of the run.
         budget: images of the run; the end of a cosine schedule.
+        alignment: to the features of a teacher, which are in the batches.
     """
 
     backbone: type[Backbone] = Backbone
@@ -67,11 +69,13 @@ class GenerativeModule(lightning.LightningModule):
         label_drop: float,
         seed: int,
         budget: int,
+        alignment: Alignment | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         if trainable := optimizer.get("trainable"):
             train_only(net, trainable)
+        self.alignment = alignment
         self.objective = objective
         self.settings = optimizer
         self.label_drop = label_drop
@@ -111,7 +115,12 @@ class GenerativeModule(lightning.LightningModule):
 
     def parameter_groups(self) -> Iterable[Any]:
         """Parameters of the optimizer, or groups of them with settings of their own."""
-        return self.net.parameters()
+        return self.parameters()
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained, by name: the network's parameters, and the projectors' under `alignment.`."""
+        named = ((name.removeprefix("net."), p) for name, p in self.named_parameters())
+        return [(name, p) for name, p in named if p.requires_grad]
 
     def starting_weights(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Weights of another model, in our names, as this network can start from; remarks for the user."""
@@ -121,7 +130,8 @@ class GenerativeModule(lightning.LightningModule):
         """Shard the network where the strategy of the trainer has a mesh of devices; give it values if it has none."""
         if self.device_mesh is not None:
             reduce_dtype = getattr(self.trainer.strategy, "reduce_dtype", None)
-            fsdp.shard(self.net, self.device_mesh["data_parallel"], reduce_dtype)
+            for part in filter(None, (self.net, self.alignment)):
+                fsdp.shard(part, self.device_mesh["data_parallel"], reduce_dtype)
         if any(p.is_meta for p in self.net.parameters()):  # no process has held all of it
             with self.trainer.strategy.root_device:
                 self.net.materialise(Rng(self.seed, "initialise"))
@@ -180,7 +190,11 @@ class GenerativeModule(lightning.LightningModule):
             dropped = rng.uniform("label_drop", batch.y.shape, batch.y.device) < self.label_drop
             assert self.net.null_label is not None
             batch = replace(batch, y=batch.y.masked_fill(dropped, self.net.null_label))
-        return self.objective.loss(self.net, batch, rng)
+        if self.alignment is None:
+            return self.objective.loss(self.net, batch, rng)
+        with self.alignment.watching(self.net):
+            losses = self.objective.loss(self.net, batch, rng)
+        return self.alignment.added(losses, batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Fused AdamW over the parameter groups; Muon over the matrices that `optimizer.matrices` names."""
@@ -208,7 +222,7 @@ class GenerativeModule(lightning.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Measure the norm, clip at `optimizer.clip`, and let the fused step skip itself if it is not finite."""
         limit = self.settings["clip"]
-        parameters = list(self.net.parameters())
+        parameters = list(self.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if limit is not None:
@@ -243,7 +257,7 @@ def module_of(parts: build.RunComponents) -> GenerativeModule:
     config, optimizer = parts.config, {**parts.config["optimizer"], "lr": learning_rate(parts.config)}
     budget = config["budget"]["images"] or optimizer["budget_images"]
     kind, label_drop = module_class(type(parts.net)), config["model"]["label_drop"]
-    return kind(parts.net, parts.objective, optimizer, label_drop, config["seed"], budget)
+    return kind(parts.net, parts.objective, optimizer, label_drop, config["seed"], budget, parts.alignment)
 
 
 def module_class(backbone: type[Backbone]) -> type[GenerativeModule]:

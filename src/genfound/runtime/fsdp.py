@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from genfound.backbones.base import Backbone
 from genfound.runtime import checkpoint_io
 
 
@@ -95,11 +94,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": parts})
 
 
-def shard(net: Backbone, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None) -> None:
-    """Shard the blocks of a network, each as a unit, then the rest of it; once."""
+def shard(net: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None) -> None:
+    """Shard the blocks of a network, if it has any, each as a unit, then the rest of it; once."""
     if not isinstance(net, FSDPModule):
         policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-        for part in (*net.blocks, net):
+        for part in (*getattr(net, "blocks", ()), net):
             fully_shard(
                 part,
                 mesh=mesh,

@@ -23,7 +23,7 @@ from genfound.runtime.files import atomic_write, digest, visible
 
 NOT_IDENTITY = (
     "runs", "study", "name", "allow_changes", "trust", "trainer", "strategy", "callbacks", "logger", "compile",
-    "rdzv", "data.root", "data.index", "data.num_workers", "tokenizer.weights",
+    "rdzv", "data.root", "data.image_root", "data.index", "data.num_workers", "tokenizer.weights",
 )  # fmt: skip
 """Keys that are no part of the name of a run, unless a sweep varies them."""
 
@@ -45,7 +45,9 @@ LOG = "log.txt"
 FORMAT = 2
 """Of config.yaml, checkpoints and files of weights, all of which say so."""
 
-PLACES = (("data", "root"), ("data", "index"), ("tokenizer", "weights"), ("guidance", "weights"))
+PLACES = (
+    ("data", "root"), ("data", "image_root"), ("data", "index"), ("tokenizer", "weights"), ("guidance", "weights"),
+)  # fmt: skip
 """Keys of a run that are paths, by group."""
 
 LONGEST_NAME = 100

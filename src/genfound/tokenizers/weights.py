@@ -3,7 +3,7 @@
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,38 +53,40 @@ def load(kind: Architecture, weights: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def locate(weights: str, download: bool = True) -> Path:
+def locate(
+    weights: str, download: bool = True, key: str = "tokenizer.weights", files: Sequence[str] = (CONFIG, WEIGHTS)
+) -> Path:
     """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it.
 
-    Only a command itself downloads, none of the processes that it starts.
+    Only a command itself downloads, none of the processes that it starts. `key` is what the user set.
     """
     folder = Path(weights).expanduser()
     if folder.is_dir():
-        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+        missing = [name for name in files if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"tokenizer.weights={weights}: there is no {missing[0]} in this folder")
+            raise FileNotFoundError(f"{key}={weights}: there is no {missing[0]} in this folder")
         return folder
     if folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", "..", "~"):
         raise FileNotFoundError(
-            f"tokenizer.weights={weights} is not a folder; give one with {CONFIG} and {WEIGHTS}, a name on the "
+            f"{key}={weights} is not a folder; give one with {' and '.join(files)}, a name on the "
             "Hugging Face hub, or random"
         )
-    return _snapshot(weights, local_files_only=True) or _download(weights, download)
+    return _snapshot(weights, files, local_files_only=True) or _download(weights, download, key, files)
 
 
-def _snapshot(name: str, local_files_only: bool) -> Path | None:
-    """The hub's copy of the two files, or None if it is not whole."""
+def _snapshot(name: str, files: Sequence[str], local_files_only: bool) -> Path | None:
+    """The hub's copy of the files, or None if it is not whole."""
     hub = importlib.import_module("huggingface_hub")
     try:
-        found = Path(hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], local_files_only=local_files_only))
+        found = Path(hub.snapshot_download(name, allow_patterns=[*files], local_files_only=local_files_only))
     except (FileNotFoundError, ValueError):
         if not local_files_only:
             raise
         return None
-    return found if all((found / file).is_file() for file in (CONFIG, WEIGHTS)) else None
+    return found if all((found / file).is_file() for file in files) else None
 
 
-def _download(name: str, allowed: bool) -> Path:
+def _download(name: str, allowed: bool, key: str, files: Sequence[str]) -> Path:
     if importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE forbids a download"
     elif LAUNCH in os.environ:
@@ -94,7 +96,7 @@ def _download(name: str, allowed: bool) -> Path:
     else:
         print(f"downloading {name} from the Hugging Face hub", flush=True)
         try:
-            folder = _snapshot(name, local_files_only=False)
+            folder = _snapshot(name, files, local_files_only=False)
         except Exception as error:  # the hub's client passes on what its network libraries raise
             reason = f"{error}".splitlines()[0][:150] if f"{error}" else type(error).__name__
         else:
@@ -102,9 +104,9 @@ def _download(name: str, allowed: bool) -> Path:
                 return folder
             reason = "the hub has no such files under this name"
     raise FileNotFoundError(
-        f"tokenizer.weights={name} is neither a folder nor in the cache of the Hugging Face hub: {reason}; "
-        f"put its {CONFIG} and {WEIGHTS} into a folder (python -m genfound.fetch does so where there is internet) and "
-        "give tokenizer.weights=FOLDER"
+        f"{key}={name} is neither a folder nor in the cache of the Hugging Face hub: {reason}; "
+        f"put its {' and '.join(files)} into a folder (python -m genfound.fetch does so where there is internet) and "
+        f"give {key}=FOLDER"
     )
 
 

@@ -1,7 +1,6 @@
 """NiT: backbone, initialisation and positions of the official code.
 
-The official model holds a projector for its alignment loss (REPA). It is no part of this project's backbone, so the
-adapters own one, fed with the backbone's hidden states.
+The official model holds a projector for its alignment loss (REPA), which is no part of this project's backbone.
 """
 
 from __future__ import annotations
@@ -9,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from genfound.alignment import Alignment
 from genfound.backbones.nit import NiT, coordinates
 from genfound.batch import Batch
+from genfound.checkpoints.official import projectors
 from genfound.checkpoints.official.nit import from_official, to_official
 from genfound.layers.embed import TimestepEmbedder, sinusoid
 from genfound.layers.rope import apply_rope
 from genfound.layers.tokens import from_tokens
 from genfound.layouts import Packed
+from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter
 from tests.golden.fill import inputs, parameters
@@ -80,15 +81,21 @@ def scaling(config: dict[str, Any]) -> dict[str, Any]:
     return known | {"target": None if None in target else target}
 
 
-def projector(official: Mapping[str, Any]) -> nn.Sequential:
-    """The official projector to the features of the teacher."""
+def alignment(official: Mapping[str, Any], seed: int = 0) -> Alignment:
+    """Our alignment for official constructor arguments."""
     config = {**DEFAULTS, **official}
-    sizes = [config["hidden_size"], config["projector_dim"], config["projector_dim"], config["z_dim"]]
-    a, b, c = (nn.Linear(*pair) for pair in pairwise(sizes))
-    for layer in (a, b, c):
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(a, nn.SiLU(), b, nn.SiLU(), c)
+    built = Alignment(
+        width=config["hidden_size"], widths={"radio": config["z_dim"]}, weight=1.0, depth=config["encoder_depth"],
+        projector="mlp", hidden=config["projector_dim"], kernel=1,
+    )  # fmt: skip
+    if not any(p.is_meta for p in built.parameters()):
+        built.initialise(Rng(seed, "initialise", "alignment"))
+    return built
+
+
+def projector(built: Alignment) -> dict[str, Tensor]:
+    """The projector of an alignment under official names."""
+    return projectors.to_official(built.state_dict(), "nit")
 
 
 class Official(nn.Module):
@@ -99,15 +106,13 @@ class Official(nn.Module):
         weights = parameters(fixture)
         self.net = build(config)
         checkpoint_io.load_strict(self.net, from_official(weights), Path("official weights"))
-        self.align = projector(config)
-        own = {k.removeprefix("projector."): v for k, v in weights.items() if k.startswith("projector.")}
-        checkpoint_io.load_strict(self.align, own, Path("official weights"))
-        self.encoder_depth = {**DEFAULTS, **config}["encoder_depth"]
+        self.alignment = alignment(config)
+        checkpoint_io.load_strict(self.alignment, projectors.from_official(weights), Path("official weights"))
         self.seen: dict[str, Tensor] = {}
 
     @contextmanager
     def watched(self) -> Iterator[dict[str, Tensor]]:
-        """Collect the outputs of embedders and blocks, and the projection of the aligned block."""
+        """Collect the outputs of embedders and blocks."""
         self.seen = {}
         modules = {"x_embedder": self.net.x_embedder, "t_embedder": self.net.t_embedder}
         modules |= {"y_embedder": self.net.y_embedder}
@@ -122,9 +127,10 @@ class Official(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def zs(self) -> Tensor:
+    def zs(self, batch: Batch) -> Tensor:
         """The projection of what the last watched call had after the aligned block, (T, z_dim)."""
-        aligned: Tensor = self.align(self.seen[f"intermediate.blocks.{self.encoder_depth - 1}"])
+        hidden = self.seen[f"intermediate.blocks.{self.alignment.depth - 1}"]
+        aligned: Tensor = self.alignment.projectors[0](hidden, batch)
         return aligned
 
 
@@ -144,15 +150,17 @@ def forward(fixture: Fixture) -> Results:
     given = inputs(fixture)
     x, t, y, sizes = given["x"], given["t"], given["y"], given["hw_list"].tolist()
     official.eval()
+    batch = to_batch(x, sizes, y)
     with official.watched() as seen:
-        out = official.net(to_batch(x, sizes, y), t)
+        out = official.net(batch, t)
+    projected = official.zs(batch)
     alone = []
     if fixture["options"].get("alone"):
         for i, piece in enumerate(x.split([h * w for h, w in sizes])):
             alone.append(official.net(to_batch(piece, sizes[i : i + 1], y[i : i + 1]), t[i : i + 1]))
     return {
         "out": out.view_as(x),
-        "zs.0": official.zs(),
+        "zs.0": projected,
         **seen,
         **({"out_each_image_alone": torch.cat(alone).view_as(x)} if alone else {}),
     }
@@ -176,9 +184,9 @@ def checkpointing(fixture: Fixture) -> Results:
 def counts(fixture: Fixture) -> Results:
     """Exact parameter counts; the shapes that the fixture lists are checked on the way."""
     with torch.device("meta"):
-        net, align = build(fixture["config"]), projector(fixture["config"])
+        net, align = build(fixture["config"]), alignment(fixture["config"])
     own = {key: list(value.shape) for key, value in to_official(net.state_dict(), net.token_spec.patch_size).items()}
-    own |= {f"projector.{key}": list(value.shape) for key, value in align.state_dict().items()}
+    own |= {key: list(value.shape) for key, value in projector(align).items()}
     listed = dict(fixture["parameters"])
     assert listed == {key: own.get(key) for key in listed}
     inside, outside = (sum(p.numel() for p in module.parameters()) for module in (net, align))
@@ -200,13 +208,13 @@ def initialisation(fixture: Fixture) -> Results:
     draws: dict[str, list[Tensor]] = {}
     shapes: dict[str, list[int]] = {}
     for seed in range(32):
-        net, align = build(fixture["config"], seed), projector(fixture["config"])
+        net, align = build(fixture["config"], seed), alignment(fixture["config"], seed)
         for key, value in to_official(net.state_dict(), net.token_spec.patch_size).items():
             draws.setdefault(key, []).append(value.flatten(1) if value.ndim > 1 else value)
             shapes[key] = list(value.shape)
-        for key, value in align.state_dict().items():
-            draws.setdefault(f"projector.{key}", []).append(value)
-            shapes[f"projector.{key}"] = list(value.shape)
+        for key, value in projector(align).items():
+            draws.setdefault(key, []).append(value)
+            shapes[key] = list(value.shape)
     laws = {key: [key, shapes[key], *law(torch.stack(values))] for key, values in draws.items()}
     wanted = [key for key, *_ in fixture["outputs"]["initial_values"]["exact"]]
     return {"initial_values": [laws.pop(key) for key in wanted if key in laws] + list(laws.values())}

@@ -146,7 +146,7 @@ def loss(fixture: Fixture) -> Results:
         "loss": total,
     }
     if official is not None:
-        results["proj_loss"] = 1 - nn.functional.cosine_similarity(official.zs(), given["z"], dim=-1).mean()[None]
+        results["proj_loss"] = 1 - nn.functional.cosine_similarity(official.zs(batch), given["z"], dim=-1).mean()[None]
     return results
 
 

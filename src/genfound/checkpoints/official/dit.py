@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from genfound.backbones.dit import EMA_DRIFT, position_table
+from genfound.checkpoints.official import projectors
 
 
 def block_count(state: Mapping[str, Tensor]) -> int:
@@ -36,14 +37,21 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def options_of_sit(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """As `official_options`, of SiT (github.com/willisma/SiT, models.py), which leaves half of its outputs unused."""
     options = official_options(state)
-    return {**options, "unused_half": options["learn_sigma"], "learn_sigma": False}
+    aligned = any(map(projectors.is_projector, state))  # by REPA, whose time runs from data to noise
+    return {
+        **options,
+        "unused_half": options["learn_sigma"],
+        "learn_sigma": False,
+        "time": "data0" if aligned else "data1",
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+    }
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of facebookresearch/DiT in our shapes and orders; unknown names are left as they are.
 
     The official patch projection is a convolution, its last layer orders a patch as (p, p, channels), and its table
-    of positions is computed here.
+    of positions is computed here. Projectors of an alignment are no part of the network.
     """
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
         raise ValueError("this is no state dict of DiT: it has no convolution x_embedder.proj.weight")
@@ -60,14 +68,14 @@ def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, i
 
 
 def without_table(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """A state dict without its position table, which must be DiT's."""
+    """A state dict without its position table, which must be DiT's, and without projectors of an alignment."""
     if (table := state.get("pos_embed")) is not None:
         side = isqrt(table.shape[1])
         same = tuple(table.shape) == (1, side * side, width)
         if not same or (table[0] - position_table(side, side, width)).abs().max() > EMA_DRIFT:
             text = "pos_embed is not DiT's sine-cosine table of a square"
             raise ValueError(f"{text}, so these weights are of another model")
-    return {name: tensor for name, tensor in state.items() if name != "pos_embed"}
+    return {name: state[name] for name in state if name != "pos_embed" and not projectors.is_projector(name)}
 
 
 def channels_first(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Tensor]:

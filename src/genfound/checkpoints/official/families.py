@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from genfound.checkpoints.official import dit, dit_moe, fit, jit, lightningdit, nit
+from genfound.checkpoints.official.projectors import is_projector
 
 State = Mapping[str, Tensor]
 
@@ -82,6 +83,8 @@ def family_of(state: State, release: str | None) -> str:
         return "nit"
     if any(name in state for name in LIGHTNINGDIT):
         return "lightningdit"
+    if any(map(is_projector, state)):
+        return "sit"
     if release not in ("dit", "sit", "lightningdit"):
         ways = "hints.family=dit or hints.family=sit, or, of one without its flags, hints.family=lightningdit"
         raise ValueError(f"these weights fit DiT and SiT alike; say {ways}")

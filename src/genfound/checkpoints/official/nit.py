@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from genfound.checkpoints.official import dit
+from genfound.checkpoints.official.projectors import is_projector
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of WZDTHU/NiT without the projector of its alignment loss; its patch embedding is a convolution."""
     if state.get("x_embedder.proj.weight", torch.empty(0)).ndim != 4:
         raise ValueError("this is no state dict of NiT: it has no convolution x_embedder.proj.weight")
-    ours = {name: tensor for name, tensor in state.items() if not name.startswith("projector.")}
+    ours = {name: tensor for name, tensor in state.items() if not is_projector(name)}
     return ours | {"x_embedder.proj.weight": ours["x_embedder.proj.weight"].flatten(1)}
 
 

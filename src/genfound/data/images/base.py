@@ -26,6 +26,14 @@ class PictureSource(ImageSource, Protocol):
 
 
 @runtime_checkable
+class Rerendered(Protocol):
+    """A source that can show its items at other sizes too, from the files themselves."""
+
+    def rendered(self, index: int, height: int, width: int) -> np.ndarray:
+        """(height, width, 3) uint8, the view of an item at this size."""
+
+
+@runtime_checkable
 class LatentSource(ImageSource, Protocol):
     """Images as an encoder left them: unscaled mean and, where it is stochastic, log-variance.
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from genfound.data.images.base import LatentSource, held_out
+from genfound.data.images.imagenet import decode
 from genfound.data.images.views import Entries, ImageViews
 from genfound.data.latents.published import checked_labels, checked_latents, summary
 from genfound.runtime.files import digest, visible
@@ -27,13 +28,16 @@ class NiTLatents(LatentSource):
     A line of a meta file names `latent_file`, `latent_h`, `latent_w` and `type`: `native-resolution`, or
     `fixed-256x256`. The folder of a type ends in `native-resolution` or `256x256`. A file holds `latent`
     (2, C, h, w), the image and its mirror image, and its `label`. Views of these types:
-    native, square, squares or mixed.
+    native, square, squares or mixed. `image_root` is the folder of the images themselves, `<class>/<name>.JPEG` or
+    `train/<class>/<name>.JPEG`, which only teachers of an alignment look at.
     """
 
     def __init__(
-        self, root: str | Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool, spec: LatentSpec
-    ) -> None:
+        self, root: str | Path, views: ImageViews, holdout: int | None, split: str, mirrored: bool, spec: LatentSpec,
+        image_root: str | None = None,
+    ) -> None:  # fmt: skip
         self.root = root = Path(root)
+        self.views, self.image_root = views, None if image_root is None else _images(Path(image_root))
         names, types, entries = _meta(root, spec)
         rules = ["native" if kind == "native-resolution" else kind.rpartition("x")[2] for kind in types]
         missing = sorted(set(views.rules) - set(rules))
@@ -41,6 +45,7 @@ class NiTLatents(LatentSource):
             raise ValueError(f"data.root={root} holds {', '.join(rules)}, not what data.view={views.name} needs")
         items = views.items(entries, rules)
         images, self._rules, self.sizes = (column[items] for column in entries)
+        self._names = rules  # of the views, which `_rules` counts
         self._folders = {rule: _folder(root, types[rule]) for rule in np.unique(self._rules).tolist()}
         self._files = np.array(names)[images]
         self._stride = spec.stride
@@ -81,6 +86,17 @@ class NiTLatents(LatentSource):
         """(C, h, w) float32, not scaled."""
         latents = self._read(index, "latent", int(mirrored)).float()
         return checked_latents(self._file(index), latents, "") / NIT_SCALE
+
+    def rendered(self, index: int, height: int, width: int) -> np.ndarray:
+        """(height, width, 3) uint8, see `Rerendered`."""
+        assert self.image_root is not None
+        name = Path(str(self._files[index])).with_suffix(".JPEG")
+        try:
+            picture = decode(self.image_root / name)
+        except OSError as error:
+            raise ValueError(f"data.image_root: {self.image_root / name} cannot be read: {error}") from None
+        rule = self.views.rules[self._names[int(self._rules[index])]]
+        return np.array(rule.render(picture, height, width))
 
     def _file(self, index: int) -> Path:
         return self._folders[int(self._rules[index])] / str(self._files[index])
@@ -131,6 +147,13 @@ def _lines(file: Path) -> Iterator[tuple[str, str, int, int]]:
                 yield meta["latent_file"], meta["type"], int(meta["latent_h"]), int(meta["latent_w"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}: line {number} is not one of NiT's") from None
+
+
+def _images(root: Path) -> Path:
+    """The folder of class folders."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.image_root={root} is not a folder")
+    return root / "train" if (root / "train").is_dir() else root
 
 
 def _folder(root: Path, kind: str) -> Path:

@@ -28,10 +28,12 @@ class RawImages:
     images: list[Tensor]  # each (3, height, width) uint8, or moments, see `LatentSource.moments`
     labels: Tensor  # (B,) int64
     encoded: bool  # they are moments
+    pictures: list[Tensor] | None = None  # (3, height, width) uint8 for teachers, where those are not the images
 
     def pin_memory(self) -> "RawImages":
         """The same in page-locked host memory (called by the DataLoader)."""
-        return replace(self, images=[image.pin_memory() for image in self.images])
+        pinned = [image.pin_memory() for image in self.images]
+        return replace(self, images=pinned, pictures=self.pictures and [x.pin_memory() for x in self.pictures])
 
 
 @dataclass

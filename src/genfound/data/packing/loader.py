@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from genfound.batch import Batch
-from genfound.data.images.base import ImageSource, LatentSource, PictureSource
+from genfound.data.images.base import ImageSource, LatentSource, PictureSource, Rerendered
 from genfound.data.images.pixels import to_picture
 from genfound.data.packing.batch_plan import MicroBatch, Plan
 from genfound.data.packing.collate import Collate, RawImages
@@ -38,6 +38,7 @@ class MicroBatches(Dataset[Item]):
     source: ImageSource
     assembly: Collate | None  # encodes and lays them out; `None` leaves that to the training device
     flips: Rng | None = None  # decides which images of a micro-batch are mirrored; `None` mirrors none
+    reread: tuple[int, int] | None = None  # for teachers: pixels per token side of the images, and of what they see
 
     def __getitem__(self, micro: MicroBatch) -> Item:
         count = len(micro.indices)
@@ -47,11 +48,20 @@ class MicroBatches(Dataset[Item]):
         encoded = isinstance(self.source, LatentSource)
         read = cast(LatentSource, self.source).moments if encoded else self._picture
         tensors = [read(index, mirrored) for index, mirrored in zip(micro.indices, coins, strict=True)]
-        images = RawImages(tensors, torch.from_numpy(self.source.labels[list(micro.indices)]), encoded)
+        pictures = None
+        if self.reread is not None:
+            pictures = [self._reread(index, mirrored) for index, mirrored in zip(micro.indices, coins, strict=True)]
+        images = RawImages(tensors, torch.from_numpy(self.source.labels[list(micro.indices)]), encoded, pictures)
         return images if self.assembly is None else self.assembly(images, micro.positions, torch.device("cpu")), micro
 
     def _picture(self, index: int, mirrored: bool) -> Tensor:
         return to_picture(cast(PictureSource, self.source).image(index), mirrored)
+
+    def _reread(self, index: int, mirrored: bool) -> Tensor:
+        assert self.reread is not None
+        unit, wanted = self.reread
+        height, width = (self.source.sizes[index] // unit * wanted).tolist()
+        return to_picture(cast(Rerendered, self.source).rendered(index, height, width), mirrored)
 
 
 @dataclass(eq=False)

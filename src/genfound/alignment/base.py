@@ -1,0 +1,98 @@
+"""What a teacher is, and how its features become the targets of a batch."""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genfound.data.packing.batch_plan import MicroBatch
+from genfound.layouts import Layout
+
+
+class Teacher(ABC):
+    """A frozen vision encoder; it is never part of a checkpoint.
+
+    Args of every teacher: `weights`, where its weights are, and `width`, the channels Z of its features.
+    """
+
+    width: int
+
+    @classmethod
+    def fetch(cls, weights: str, download: bool = True) -> Path | None:
+        """The file or folder of weights, downloaded if it is not at hand; `None` where there is nothing to be had."""
+        return None
+
+    @abstractmethod
+    def __call__(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        """Images (B, 3, height, width) uint8 of one size -> features (B, Z, rows, columns) of a grid of tokens."""
+
+
+def spatially_normalised(features: Tensor, alpha: float) -> Tensor:
+    """(B, Z, rows, columns), each image's channels: (f - alpha * mean) / (std + 1e-6), std unbiased (iREPA)."""
+    mean, std = features.mean(dim=(2, 3), keepdim=True), features.std(dim=(2, 3), keepdim=True)
+    return (features - alpha * mean) / (std + 1e-6)
+
+
+@dataclass
+class TeacherFeatures:
+    """The targets of a batch, from teachers that are loaded when they are first asked.
+
+    Args:
+        teachers: name -> what loads it.
+        normalise: `none`, or `zscore`: over the tokens of an image, see `spatially_normalised`.
+        zscore_alpha: share of the mean that is taken away.
+        every: global steps; only each so-many-th is aligned.
+        until: images; no step is aligned that goes beyond.
+        pixels: per token side of the images that teachers see, which are read from the files again; `None`: they see
+            the model's own.
+    """
+
+    teachers: Mapping[str, Callable[[], Teacher]]
+    normalise: str
+    zscore_alpha: float
+    every: int
+    until: int | None
+    pixels: int | None = None
+    _loaded: list[Teacher] = field(default_factory=list)
+
+    def aligned(self, micro: MicroBatch) -> bool:
+        """Whether the global step of a micro-batch is aligned."""
+        return micro.step % self.every == 0 and (self.until is None or micro.images_seen <= self.until)
+
+    def __call__(self, images: Sequence[Tensor], layout: Layout, unit: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Features of each teacher, laid out as the tokens of the images.
+
+        Args:
+            images: each (3, height, width) uint8.
+            layout: of the batch; decides where tokens are, and how many fill it up.
+            unit: pixels of an image per token side.
+            device: where teachers compute.
+
+        Returns:
+            For each teacher packed (T, Z), otherwise (B, N, Z); zeros where there is no image.
+        """
+        self._loaded = self._loaded or [load() for load in self.teachers.values()]
+        by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, image in enumerate(images):
+            by_size[tuple(image.shape)].append(place)
+        found: list[dict[int, Tensor]] = [{} for _ in self._loaded]
+        for (_, height, width), places in by_size.items():
+            group = torch.stack([images[place] for place in places]).to(device, non_blocking=True)
+            for number, teacher in enumerate(self._loaded):
+                with torch.no_grad():
+                    features = teacher(group, height // unit, width // unit).float()
+                if self.normalise == "zscore":
+                    features = spatially_normalised(features, self.zscore_alpha)
+                found[number] |= zip(places, features, strict=True)
+        return tuple(token_features([of_images[place] for place in range(len(images))], layout) for of_images in found)
+
+
+def token_features(maps: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Maps, each (Z, rows, columns), as tokens of a layout: packed (T, Z), otherwise (B, N, Z); zeros elsewhere."""
+    by_token = replace(layout, patch_size=1)  # type: ignore[type-var]
+    x = by_token.to_batch(maps, torch.zeros(len(maps), dtype=torch.long, device=maps[0].device)).x
+    return x.flatten(2).transpose(1, 2) if layout.name == "dense" else x

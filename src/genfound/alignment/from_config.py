@@ -1,0 +1,75 @@
+"""From a resolved configuration to an alignment and its teachers."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genfound.alignment.base import Teacher, TeacherFeatures
+from genfound.alignment.repa import Alignment, check_alignment
+from genfound.backbones.base import Backbone
+from genfound.config import targets
+from genfound.config.compose import TARGET
+from genfound.config.targets import instantiate, trusted
+from genfound.rng import Rng
+
+Config = Mapping[str, Any]
+
+
+def alignment(config: Config, backbone: Backbone) -> Alignment | None:
+    """The alignment of a configuration with its projectors, initialised from the seed; on `meta` without values."""
+    options, named = dict(config.get("alignment") or {}), _teachers(config)
+    if not named:
+        return None
+    for key in ("normalise", "zscore_alpha", "every", "until", "pixels", "teachers"):  # what teachers do
+        options.pop(key)
+    widths = {name: own["width"] for name, own in named.items()}
+    width, blocks = config["model"].get("width"), len(backbone.blocks)
+    if width is None:
+        raise ValueError(f"alignment: {type(backbone).__name__} has no model.width; choose alignment=none")
+    with torch.device("meta"):
+        built: Alignment = instantiate("alignment", options, trusted(config), width=width, widths=widths)
+    if built.depth > blocks:
+        raise ValueError(f"alignment.depth={built.depth} is the number of a block, and model.depth={blocks}")
+    if torch.get_default_device().type != "meta":
+        built.to_empty(device=torch.get_default_device())
+        built.initialise(Rng(config["seed"], "initialise", "alignment"))
+    return built
+
+
+def fetch_teachers(config: Config, download: bool = True) -> dict[str, Path]:
+    """Name -> the weights of each teacher that needs some, downloaded if they are not at hand."""
+    found = {}
+    for name, options in _teachers(config).items():
+        kind = targets.target("alignment.teachers", options, trusted(config))
+        if not (isinstance(kind, type) and issubclass(kind, Teacher)):
+            raise ValueError(
+                f"alignment.teachers.{name}.{TARGET}={options[TARGET]} is no Teacher of genfound.alignment"
+            )
+        try:
+            path = kind.fetch(options["weights"], download)
+        except FileNotFoundError as error:
+            named = f"{error}".replace("alignment.teachers weights", f"alignment.teachers.{name}.weights")
+            way = "alignment=none trains without a teacher, which is another system than the published one"
+            raise FileNotFoundError(f"{named}; {way}") from None
+        if path is not None:
+            found[name] = path
+    return found
+
+
+def _teachers(config: Config) -> dict[str, Any]:
+    every = (config.get("alignment") or {}).get("teachers") or {}
+    return {name: options for name, options in every.items() if options is not None}
+
+
+def teachers(config: Config) -> TeacherFeatures | None:
+    """The teachers of a configuration, which are loaded when they are first asked."""
+    trust, named = trusted(config), _teachers(config)
+    if not named:
+        return None
+    loaders = {name: functools.partial(instantiate, "alignment.teachers", own, trust) for name, own in named.items()}
+    settings = {key: config["alignment"][key] for key in ("normalise", "zscore_alpha", "every", "until", "pixels")}
+    check_alignment(**settings)
+    return TeacherFeatures(loaders, **settings)

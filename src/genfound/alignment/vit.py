@@ -1,0 +1,112 @@
+"""Teachers that are vision transformers in the form of DINOv2, as the library transformers computes them."""
+
+import importlib
+import importlib.util
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from genfound.alignment.base import Teacher
+from genfound.tokenizers.weights import locate
+
+FILES = ("config.json", "model.safetensors")
+"""Of a model of transformers on the Hugging Face hub."""
+
+RANDOM = "random_tiny"
+"""Weights for tests: a small network, always the same."""
+
+
+class VisionTransformer(Teacher):
+    """The patch tokens of a frozen vision transformer, whose images have `patch` pixels per token of the backbone.
+
+    Args:
+        weights: name on the Hugging Face hub, a folder, or `random_tiny`.
+        width: Z; checked against the weights.
+
+    Raises:
+        FileNotFoundError: the weights are absent and cannot be downloaded.
+        ValueError: they are damaged, or of another width; transformers is not installed.
+    """
+
+    mean: tuple[float, float, float]  # of the pixels of its training, in [0, 1]
+    std: tuple[float, float, float]
+
+    def __init__(self, *, weights: str, width: int) -> None:
+        self.model = self.load(weights).eval().requires_grad_(False)
+        config = self.model.config
+        self.width, self.patch = width, config.patch_size
+        if config.hidden_size != width:
+            way = f"{weights} has {config.hidden_size} channels; set it so"
+            raise ValueError(f"alignment.teachers: width={width}, but {way}")
+        self.prefix = 1 + getattr(config, "num_register_tokens", 0)
+        self.model.embeddings.interpolate_pos_encoding = self._positions
+
+    @classmethod
+    def fetch(cls, weights: str, download: bool = True) -> Path | None:
+        """See `Teacher`; of the hub the two files of a model."""
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError(f"alignment: {cls.__name__} needs a library; pip install 'genfound[teachers]'")
+        return None if weights == RANDOM else locate(weights, download, "alignment.teachers weights", FILES)
+
+    @abstractmethod
+    def load(self, weights: str) -> Any:
+        """The network."""
+
+    @abstractmethod
+    def resampled(self, table: Tensor, rows: int, columns: int) -> Tensor:
+        """Positions (1, E, R, R) of the trained grid -> (1, E, rows, columns)."""
+
+    def pixels(self, images: Tensor, height: int, width: int) -> Tensor:
+        """Images (B, 3, h, w) uint8 -> (B, 3, height, width), normalised, then resized without antialiasing (REPA)."""
+        mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        x = (images.float() / 255 - mean) / std
+        return x if x.shape[2:] == (height, width) else interpolate(x, (height, width), mode="bicubic")
+
+    def __call__(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        """See `Teacher`."""
+        model = self.model.to(images.device)
+        tokens = model(self.pixels(images, rows * self.patch, columns * self.patch)).last_hidden_state
+        features: Tensor = tokens[:, self.prefix :].transpose(1, 2).unflatten(2, (rows, columns))
+        return features
+
+    def _positions(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """(1, 1 + rows * columns, E), in the place of transformers' own rule."""
+        table = self.model.embeddings.position_embeddings.float()
+        side = round((table.shape[1] - 1) ** 0.5)
+        grid = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, E, R, R)
+        rows, columns = height // self.patch, width // self.patch
+        if (rows, columns) != (side, side):
+            grid = self.resampled(grid, rows, columns)
+        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def transformers_class(name: str) -> Any:
+    """A class of transformers, whose progress bars and hints are silenced."""
+    library = importlib.import_module("transformers")
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return getattr(library, name)
+
+
+def from_state(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor] | None) -> Any:
+    """A network of transformers with the weights of a state dict, named as the hub's files are, or random ones."""
+    described = transformers_class(f"{kind}Config")(**config)
+    model_class = transformers_class(f"{kind}Model")
+    if state is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return model_class(described)
+    model, info = model_class.from_pretrained(None, config=described, state_dict=dict(state), output_loading_info=True)
+    return complete(model, info, "the weights")
+
+
+def complete(model: Any, info: Mapping[str, Any], origin: str) -> Any:
+    """The model, if all of its weights were there."""
+    if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
+        raise ValueError(f"{origin} are of another network: {len(wrong)} names differ, such as {wrong[0]}")
+    return model

@@ -1,0 +1,106 @@
+"""Runs whose network is aligned to a teacher, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cli.commands import TINY, genfound, one_error
+from tests.helpers import ALIGNED
+
+SHORT = [*TINY, "trainer.max_steps=4", "name=run"]
+DINO = "alignment.teachers.dinov2"
+REPA = "alignment=repa alignment.depth=1"
+
+WRONG = {
+    f"{REPA} {DINO}.weights=no/where/at/all": (
+        f"{DINO}.weights=no/where/at/all is not a folder; give one with config.json and model.safetensors, a name on "
+        "the Hugging Face hub, or random; alignment=none trains without a teacher, which is another system"
+    ),
+    f"{REPA} {DINO}.weights=org/model": "weights=org/model is neither a folder nor in the cache",
+    f"{REPA} {DINO}.weights=random_tiny": "width=768, but random_tiny has 32 channels; set it so",
+    "alignment.depth=2": "alignment.depth=2 is the number of a block, and model.depth=1",
+    "alignment.depth=0": "alignment.depth=0 must be a whole number of at least 1",
+    "alignment.weight=0": "alignment.weight=0 must be a finite number above 0",
+    "alignment.projector=mpl": "alignment.projector=mpl is unknown; choose one of mlp, linear, conv",
+    "alignment.projector=conv alignment.kernel=2": "alignment.kernel=2 must be odd",
+    "alignment.normalise=layer": "alignment.normalise=layer is unknown; choose one of none, zscore",
+    "alignment.zscore_alpha=-1": "alignment.zscore_alpha=-1 must be a finite number of at least 0",
+    "alignment.every=0": "alignment.every=0 must be a whole number of at least 1",
+    "alignment.until=0": "alignment.until=0 must be a whole number of at least 1, or null",
+    f"{DINO}._target_=pathlib.Path": f"{DINO}._target_=pathlib.Path is no Teacher of genfound.alignment",
+    f"{DINO}._target_=genfound.layers.mlp.Mlp": "genfound.layers.mlp.Mlp is no Teacher",
+    "alignment=other": "alignment=other is unknown; choose one of irepa, none, repa",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_ends_in_a_line(wrong: str, tmp_path: Path) -> None:
+    own = [] if wrong.startswith("alignment=") else ALIGNED
+    result = genfound("train", *SHORT, *own, *wrong.split(), cwd=tmp_path)
+    assert WRONG[wrong] in one_error(result)
+    assert not list(tmp_path.glob("runs/*/*/checkpoints/*"))
+
+
+def test_stored_latents_have_no_images_for_a_teacher(tmp_path: Path) -> None:
+    encoded = genfound("encode", "data=shapes", "data.images=40", "tokenizer=pixel", "out=store", cwd=tmp_path)
+    assert encoded.returncode == 0, encoded.stderr
+    result = genfound("train", *SHORT, *ALIGNED, "data=latent_store", "data.root=store", cwd=tmp_path)
+    assert "alignment: teachers see images" in one_error(result)
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("aligned")
+    result = genfound("train", *SHORT, *ALIGNED, "alignment.until=12", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "block 1 aligned to dinov2: 1,344 more parameters in projectors" in result.stdout
+    return folder / "runs/default/run"
+
+
+def test_the_loss_of_the_alignment_is_logged_until_its_end(aligned: Path) -> None:
+    lines = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    parts = [(line["images_seen"] <= 12, line["train/alignment"]) for line in steps]
+    assert {early for early, _ in parts} == {True, False}
+    assert all((value > 0) == early for early, value in parts)
+    for line in steps:
+        assert line["train/loss"] == pytest.approx(line["train/objective"] + line["train/alignment"], rel=1e-5)
+        assert 0 <= line["perf/teacher_share"] < 1
+    state = torch.load(next((aligned / "checkpoints").iterdir()), weights_only=True)
+    names = {key for key in state["state_dict"] if key.startswith("alignment.")}
+    assert names == {f"alignment.projectors.0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+    assert names < state["ema"]["0.995"].keys()
+
+
+def test_projectors_leave_and_enter_under_official_names(aligned: Path, tmp_path: Path) -> None:
+    converted = genfound("convert", f"from={aligned}", "to=nit.safetensors", "format=official", cwd=tmp_path)
+    assert converted.returncode == 0, converted.stderr
+    official = load_file(tmp_path / "nit.safetensors")
+    assert official["projector.0.weight"].shape == (16, 32) and official["projector.4.bias"].shape == (32,)
+    began = genfound(
+        "train", *SHORT, *ALIGNED, "init_from=nit.safetensors", "optimizer.lr=0", "trainer.max_steps=1", cwd=tmp_path
+    )
+    assert began.returncode == 0 and "projectors" not in began.stdout.partition("starting from the weights")[2]
+    state = torch.load(tmp_path / "runs/default/run/checkpoints/step-00000001.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(state["alignment.projectors.0.4.bias"], official["projector.4.bias"])
+    other = genfound(
+        "train", *SHORT, *ALIGNED, "alignment.projector=conv", "init_from=nit.safetensors", "name=conv",
+        "trainer.max_steps=1", cwd=tmp_path,
+    )  # fmt: skip
+    assert other.returncode == 0 and "the projectors of the alignment are new" in other.stdout
+
+
+def test_a_run_keeps_its_projectors(aligned: Path) -> None:
+    more = [*ALIGNED, "alignment.until=12", "trainer.max_steps=5", "allow_changes=true"]
+    result = genfound("train", *SHORT, *more, "alignment.hidden=8", cwd=aligned.parents[2])
+    assert "a run keeps its network: choose another name=..." in one_error(result)
+
+
+def test_samples_and_evaluation_need_no_teacher(aligned: Path, tmp_path: Path) -> None:
+    result = genfound("sample", f"from={aligned}", "n=1", "sampler.steps=1", "out=out", cwd=tmp_path)
+    assert result.returncode == 0 and (tmp_path / "out/grid.png").is_file()
