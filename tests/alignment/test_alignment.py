@@ -84,7 +84,7 @@ def test_the_tokens_are_those_that_leave_the_block_of_this_number() -> None:
     seen: list[Tensor] = []
     net.blocks[1].register_forward_hook(lambda block, inputs, out: seen.append(out))
     aligned = alignment(width=32, depth=2)
-    with aligned.watching(net):
+    with aligned.watching(net, batch):
         net(batch, torch.full((3,), 0.5))
     assert aligned._hidden is seen[0]
     net(batch, torch.full((3,), 0.5))

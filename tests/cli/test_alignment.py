@@ -34,7 +34,8 @@ WRONG = {
     "alignment.until=0": "alignment.until=0 must be a whole number of at least 1, or null",
     f"{DINO}._target_=pathlib.Path": f"{DINO}._target_=pathlib.Path is no Teacher of genfound.alignment",
     f"{DINO}._target_=genfound.layers.mlp.Mlp": "genfound.layers.mlp.Mlp is no Teacher",
-    "alignment=other": "alignment=other is unknown; choose one of irepa, none, repa",
+    "alignment.pixels=0": "alignment.pixels=0 must be a whole number of at least 1, or null",
+    "alignment=other": "alignment=other is unknown; choose one of irepa, none, repa, repa_radio",
 }
 
 

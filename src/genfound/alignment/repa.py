@@ -64,11 +64,12 @@ class Alignment(nn.Module):
                 draw(nn.init.uniform_, module.bias, a=-bound, b=bound)
 
     @contextmanager
-    def watching(self, net: Backbone) -> Iterator[None]:
-        """Within this context the tokens that leave the block are kept for `added`."""
+    def watching(self, net: Backbone, batch: Batch) -> Iterator[None]:
+        """Within this context the tokens of the images that leave the block are kept for `added`."""
 
         def keep(block: nn.Module, inputs: object, out: Tensor | tuple[Tensor, ...]) -> None:
-            self._hidden = out if isinstance(out, Tensor) else out[0]
+            hidden = out if isinstance(out, Tensor) else out[0]
+            self._hidden = net.image_tokens(hidden, self.depth - 1, batch)
 
         handle = net.blocks[self.depth - 1].register_forward_hook(keep)
         try:
@@ -102,9 +103,7 @@ class Alignment(nn.Module):
         return torch.stack(apart).mean(dim=0)
 
 
-def check_alignment(
-    normalise: str, zscore_alpha: float, every: int, until: int | None, pixels: int | None
-) -> None:
+def check_alignment(normalise: str, zscore_alpha: float, every: int, until: int | None, pixels: int | None) -> None:
     """Raise a ValueError for an option of `TeacherFeatures` that is out of range."""
     one_of("alignment.normalise", normalise, ("none", "zscore"))
     number("alignment.zscore_alpha", zscore_alpha, 0)

@@ -136,6 +136,10 @@ class Backbone(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
+    def image_tokens(self, hidden: Tensor, block: int, batch: Batch) -> Tensor:
+        """Those of the images among the tokens that leave block number `block`, from 0; here all of them."""
+        return hidden
+
     def flops(self) -> Flops:
         """Of the linear layers and of the attention that ends in them; a backbone with other products adds its own."""
         per_image = per_token = per_pair = 0

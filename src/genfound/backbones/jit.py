@@ -78,6 +78,12 @@ class JiT(LightningDiT):
         if (positions := getattr(self, "in_context_posemb", None)) is not None:
             Draw(self, rng)(nn.init.normal_, positions, std=0.02)
 
+    def image_tokens(self, hidden: Tensor, block: int, batch: Batch) -> Tensor:
+        """Without the class tokens, where they have entered."""
+        if self.in_context_posemb is None or block < self.start:
+            return hidden
+        return Prefix(batch, self.in_context_posemb.shape[1]).remove(hidden)
+
     def flops(self) -> Flops:
         """As of `Backbone`, with the class tokens of each image."""
         every = super().flops()

@@ -192,7 +192,7 @@ class GenerativeModule(lightning.LightningModule):
             batch = replace(batch, y=batch.y.masked_fill(dropped, self.net.null_label))
         if self.alignment is None:
             return self.objective.loss(self.net, batch, rng)
-        with self.alignment.watching(self.net):
+        with self.alignment.watching(self.net, batch):
             losses = self.objective.loss(self.net, batch, rng)
         return self.alignment.added(losses, batch)
 

@@ -19,7 +19,7 @@ class JiTModule(GenerativeModule):
 
     def parameter_groups(self) -> Iterable[Any]:
         """Matrices and tables decay; biases and vectors do not."""
-        named = list(self.net.named_parameters())
+        named = list(self.named_parameters())
         kept = [p for name, p in named if p.ndim == 1 or name.endswith(".bias")]
         decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias"))]
         return [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]

@@ -10,6 +10,7 @@ from PIL import Image
 
 from genfound.data.images import folder as folder_module
 from genfound.data.images.folder import ORIENTATION, ImageFolder, open_rgb
+from genfound.data.images.views import center_crop, resize
 from tests.helpers import with_views
 
 RED, WHITE = (200, 30, 30), (255, 255, 255)
@@ -53,6 +54,19 @@ def write_odd_files(root: Path) -> None:
     (odd / "empty.png").touch()
     (odd / "notes.txt").write_text("not an image")
     (odd / ".hidden.png").write_bytes((odd / "grey.png").read_bytes())
+
+
+def test_an_image_can_be_seen_at_another_size(tmp_path: Path) -> None:
+    """From the file, not from what is shown of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    (tmp_path / "images/a").mkdir(parents=True)
+    Image.fromarray(noise).save(tmp_path / "images/a/0.png")
+    source = folder(tmp_path / "images")
+    assert np.array_equal(source.rendered(0, 48, 40), source.image(0))
+    half = resize(Image.fromarray(noise), 24, 20, Image.Resampling.BICUBIC)
+    assert np.array_equal(source.rendered(0, 24, 20), np.array(half))
+    square = folder(tmp_path / "images", view="square", size=32)
+    assert np.array_equal(square.rendered(0, 16, 16), np.array(center_crop(Image.fromarray(noise), 16)))
 
 
 @pytest.fixture

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genfound import build
-from genfound.data.images.base import LatentSource, held_out
-from genfound.data.images.views import ImageViews
+from genfound.data.images.base import LatentSource, Rerendered, held_out
+from genfound.data.images.views import ImageViews, center_crop, resize
 from genfound.data.latents import va_vae
 from genfound.data.latents.lightningdit import LightningDiTLatents
 from genfound.data.latents.nit import NIT_SCALE, NiTLatents
 from genfound.data.latents.repa import REPALatents
 from genfound.data.latents.va_vae import STATISTICS, VAVAE, statistics
 from genfound.data.packing.batch_plan import MicroBatch
+from genfound.data.packing.loader import MicroBatches
 from genfound.tokenizers import LatentSpec
 from tests.helpers import composed
 
@@ -71,6 +73,32 @@ def test_nits_files_are_read_without_their_scale(tmp_path: Path) -> None:
             expected = stored["native-resolution", name][int(mirrored)]
             assert torch.allclose(moments * NIT_SCALE, expected, rtol=1e-6)
     assert "5 latents of NiT in 3 classes, 32 x 32 to 128 x 160 pixels" in source.report()[0]
+
+
+def test_teachers_see_the_images_of_nit_as_its_data_set_shows_them(tmp_path: Path) -> None:
+    """Resized at once to 16 pixels per latent, or ADM's centre crop of that size, mirrored with the latents."""
+    write_nit(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 330, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    file = tmp_path / "imagenet/train/n01/n01_1.JPEG"
+    file.parent.mkdir(parents=True)
+    picture.save(file, format="PNG")
+    views = ImageViews("mixed", 256, 32, 4096)
+    source = NiTLatents(tmp_path, views, None, "train", True, LatentSpec(32, 32), str(tmp_path / "imagenet"))
+    assert isinstance(source, Rerendered)
+    batches = MicroBatches(source, None, None, reread=(32, 16))
+    native, square = (len(source.labels) // 3 * rule + 1 for rule in (0, 1))
+    micro = MicroBatch(0, (0, 1), (native, square), 0, 0, 1.0, 2)
+    images, _ = batches[micro]
+    assert images.pictures is not None
+    expected = [resize(picture, 32, 80, Image.Resampling.BICUBIC), center_crop(picture, 128)]
+    for found, wanted in zip(images.pictures, expected, strict=True):
+        assert torch.equal(found, torch.from_numpy(np.array(wanted)).permute(2, 0, 1))
+    assert torch.equal(batches._reread(native, True), images.pictures[0].flip(-1))
+    with pytest.raises(ValueError, match=r"data\.image_root: .*n01_0\.JPEG cannot be read"):
+        source.rendered(0, 16, 16)
+    with pytest.raises(FileNotFoundError, match=r"data\.image_root=.*elsewhere is not a folder"):
+        NiTLatents(tmp_path, views, None, "train", True, LatentSpec(32, 32), str(tmp_path / "elsewhere"))
 
 
 def test_types_are_views_and_the_merged_file_counts_once(tmp_path: Path) -> None:

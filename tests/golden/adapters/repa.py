@@ -111,7 +111,7 @@ def model(fixture: Fixture) -> Results:
     config, given = fixture["config"], inputs(fixture)
     official = Official(fixture, config, config)
     batch = official.batch(given["x"], given["y"])
-    with official.alignment.watching(official.net):
+    with official.alignment.watching(official.net, batch):
         results = {"out": official.net.eval()(batch, given["t"])}
     hidden = official.alignment._hidden
     assert hidden is not None

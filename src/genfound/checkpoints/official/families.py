@@ -81,10 +81,10 @@ def family_of(state: State, release: str | None) -> str:
         return "fit" if rows == 2 * columns else "fitv2"
     if "pos_embed" not in state:
         return "nit"
-    if any(name in state for name in LIGHTNINGDIT):
-        return "lightningdit"
-    if any(map(is_projector, state)):
-        return "sit"
+    if found := [name for name in LIGHTNINGDIT if name in state]:
+        aligned = any(map(is_projector, state))  # REPA's SiT may normalise queries and keys too
+        return "sit" if aligned and found == ["blocks.0.attn.q_norm.weight"] else "lightningdit"
+    release = "sit" if any(map(is_projector, state)) else release
     if release not in ("dit", "sit", "lightningdit"):
         ways = "hints.family=dit or hints.family=sit, or, of one without its flags, hints.family=lightningdit"
         raise ValueError(f"these weights fit DiT and SiT alike; say {ways}")
