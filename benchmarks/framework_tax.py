@@ -24,7 +24,14 @@ from genfound.runtime import run_directory
 from genfound.training import fit
 
 NEVER = 10**9
-ON_SHAPES = ("data=shapes", "tokenizer=pixel", "optimizer=adamw", "model.patch_size=2", "model.channels=3")
+ON_SHAPES = (
+    "data=shapes",
+    "alignment=none",
+    "tokenizer=pixel",
+    "optimizer=adamw",
+    "model.patch_size=2",
+    "model.channels=3",
+)
 
 
 class BesideBareLoop(lightning.Callback):

@@ -10,7 +10,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   timeout 120 "$python" -m pytest -q -m gpu tests
   passed=$?
   runs="$(mktemp -d)"
-  timeout 90 "$python" -m genfound.train runs="$runs" model=nit_b data=shapes tokenizer=pixel model.patch_size=2 model.channels=3 \
+  timeout 90 "$python" -m genfound.train runs="$runs" model=nit_b alignment=none data=shapes tokenizer=pixel model.patch_size=2 model.channels=3 \
     data.max_tokens=16384 batch.packs=1 trainer.max_steps=20 trainer.log_every_n_steps=5 logger=jsonl \
     callbacks.preview.every=1000000000 callbacks.validation.images=64 || passed=1
   rm -rf "$runs"

@@ -161,7 +161,7 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
     goal, place = objective(config), device(config["trainer"]["accelerator"])
     arranged = layout(config, backbone, [images, held_out], codec.spec)
     steps = plan(config, images, codec.spec, goal.weight, ranks, config["seed"])
-    aligned, taught = from_config.alignment(config, backbone), from_config.teachers(config)
+    aligned, taught = from_config.alignment(config, backbone), from_config.teachers(config, images)
     if taught is not None and reads_latents(config) and getattr(images, "image_root", None) is None:
         raise ValueError(
             "alignment: teachers see images, and data are latents; choose data=imagenet_native or another one of "

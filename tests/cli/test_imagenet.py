@@ -9,7 +9,8 @@ from tests.cli.commands import genfound, one_error
 from tests.photographs import CLASSES, write_tree
 
 SMALL = [
-    "model=nit_s", "model.width=32", "model.depth=1", "model.heads=1", "data=imagenet_native", "data.root=images",
+    "model=nit_s", "alignment=none", "model.width=32", "model.depth=1", "model.heads=1", "data=imagenet_native",
+    "data.root=images",
     "tokenizer.weights=random_tiny", "data.max_tokens=64", "batch.packs=1", "data.num_workers=1", "logger=jsonl",
     "name=run", "callbacks.validation.images=4",
 ]  # fmt: skip

@@ -91,6 +91,7 @@ def test_the_time_is_that_of_a_short_run_if_there_is_one(tmp_path: Path) -> None
 
 def test_the_command_needs_no_data(tmp_path: Path) -> None:
     result = genfound("plan", "model=nit_s", "data=imagenet_native", "trainer.devices=8", cwd=tmp_path)
+    assert "and 1,476,864 in projectors of the alignment" in result.stdout  # published
     assert result.returncode == 0, result.stderr
     assert "NiT: 32,874,272 parameters" in result.stdout and "by the configuration" in result.stdout
     assert "on 8 devices" in result.stdout and "H100 SXM at 40% of 989 TFLOP/s" in result.stdout

@@ -22,7 +22,7 @@ class Teacher(ABC):
     width: int
 
     @classmethod
-    def fetch(cls, weights: str, download: bool = True) -> Path | None:
+    def fetch(cls, weights: str | None, download: bool = True) -> Path | None:
         """The file or folder of weights, downloaded if it is not at hand; `None` where there is nothing to be had."""
         return None
 

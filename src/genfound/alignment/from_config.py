@@ -1,7 +1,8 @@
 """From a resolved configuration to an alignment and its teachers."""
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from genfound.backbones.base import Backbone
 from genfound.config import targets
 from genfound.config.compose import TARGET
 from genfound.config.targets import instantiate, trusted
+from genfound.data.images.base import ImageSource
 from genfound.rng import Rng
 
 Config = Mapping[str, Any]
@@ -59,17 +61,25 @@ def fetch_teachers(config: Config, download: bool = True) -> dict[str, Path]:
     return found
 
 
+def _load(options: Config, trust: Sequence[str], images: ImageSource | None, runs: str) -> Teacher:
+    """A teacher, given what its constructor names of the images and of the folder of runs."""
+    named = inspect.signature(targets.target("alignment.teachers", options, trust)).parameters
+    given = {key: value for key, value in {"images": images, "runs": runs}.items() if key in named}
+    built: Teacher = instantiate("alignment.teachers", options, trust, **given)
+    return built
+
+
 def _teachers(config: Config) -> dict[str, Any]:
     every = (config.get("alignment") or {}).get("teachers") or {}
     return {name: options for name, options in every.items() if options is not None}
 
 
-def teachers(config: Config) -> TeacherFeatures | None:
-    """The teachers of a configuration, which are loaded when they are first asked."""
+def teachers(config: Config, images: ImageSource | None = None) -> TeacherFeatures | None:
+    """The teachers of a configuration, which are loaded when they are first asked; with the images to learn from."""
     trust, named = trusted(config), _teachers(config)
     if not named:
         return None
-    loaders = {name: functools.partial(instantiate, "alignment.teachers", own, trust) for name, own in named.items()}
+    loaders = {name: functools.partial(_load, own, trust, images, config["runs"]) for name, own in named.items()}
     settings = {key: config["alignment"][key] for key in ("normalise", "zscore_alpha", "every", "until", "pixels")}
     check_alignment(**settings)
     return TeacherFeatures(loaders, **settings)

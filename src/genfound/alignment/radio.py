@@ -31,9 +31,9 @@ class RADIO(vit.VisionTransformer):
     std = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
-    def fetch(cls, weights: str, download: bool = True) -> Path | None:
+    def fetch(cls, weights: str | None, download: bool = True) -> Path | None:
         """As of `VisionTransformer`; a released file is what it is."""
-        file = Path(weights).expanduser()
+        file = Path(str(weights)).expanduser()
         return file if file.is_file() else super().fetch(weights, download)
 
     def load(self, weights: str) -> Any:

@@ -47,11 +47,11 @@ class VisionTransformer(Teacher):
         self.model.embeddings.interpolate_pos_encoding = self._positions
 
     @classmethod
-    def fetch(cls, weights: str, download: bool = True) -> Path | None:
+    def fetch(cls, weights: str | None, download: bool = True) -> Path | None:
         """See `Teacher`; of the hub the two files of a model."""
         if importlib.util.find_spec("transformers") is None:
             raise ValueError(f"alignment: {cls.__name__} needs a library; pip install 'genfound[teachers]'")
-        return None if weights == RANDOM else locate(weights, download, "alignment.teachers weights", FILES)
+        return None if weights == RANDOM else locate(str(weights), download, "alignment.teachers weights", FILES)
 
     @abstractmethod
     def load(self, weights: str) -> Any:

@@ -33,7 +33,7 @@ from genfound.metrics.frechet import Gaussian
 from genfound.metrics.probe import Probe, is_guessing, probe_key, train_probe
 from genfound.rng import Rng
 from genfound.runtime.devices import float32_products
-from genfound.runtime.files import atomic_write, digest, lock, visible
+from genfound.runtime.files import atomic_write, digest, make_once, visible
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import shared_progress
 from genfound.sampling.requests import Size
@@ -125,16 +125,8 @@ def prepare_extractor(config: Mapping[str, Any], dataset: RunDataset | None, wor
         raise ValueError("extractor=probe: images alone tell no data set; give extractor_weights=probe-*.safetensors")
     images = dataset.images("train")
     file = workspace.references / f"probe-{probe_key(images.key, dataset.classes)}.safetensors"
-    _make_once(file, lambda: _train_probe(images, dataset, file))
+    make_once(file, lambda: _train_probe(images, dataset, file))
     return Probe.load(file, workspace.device)
-
-
-def _make_once(file: Path, make: Callable[[], object]) -> None:
-    """Make a file, by one process at a time, unless it is there."""
-    if not file.is_file():
-        with lock(file, wait=True):
-            if not file.is_file():
-                make()
 
 
 def _train_probe(images: ImageSet, dataset: RunDataset, file: Path) -> None:
@@ -223,7 +215,7 @@ def _order(images: sets.FolderImages, workspace: Workspace) -> np.ndarray:
         print(f"reference: reading {len(images):,} files, once, for their order by content", flush=True)
         atomic_write(file, functools.partial(np.save, arr=images.content()[1]))
 
-    _make_once(file, make)
+    make_once(file, make)
     return np.asarray(np.load(file))
 
 
@@ -250,7 +242,7 @@ def _statistics(
             raise FileExistsError(file)
 
     if workspace.rank == 0:
-        _make_once(file, make)
+        make_once(file, make)
     else:
         with contextlib.suppress(FileExistsError):
             features.extract(images, extractor, *place, stop_if_there)

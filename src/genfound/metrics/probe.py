@@ -24,7 +24,7 @@ from genfound.runtime.files import atomic_write, digest
 SIDE, WIDTH = 32, 64
 IMAGES, EPOCHS, BATCH, RATE, SEED = 4096, 6, 64, 3e-3, 0
 HELD_OUT = 1000
-RECIPE = (SIDE, WIDTH, IMAGES, EPOCHS, BATCH, RATE, SEED)
+RECIPE = (SIDE, WIDTH, IMAGES, EPOCHS, BATCH, RATE)
 
 
 class ProbeNet(nn.Module):
@@ -38,11 +38,15 @@ class ProbeNet(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(8, out) for out in channels[1:])
         self.head = nn.Linear(WIDTH, classes)
 
+    def maps(self, x: Tensor, layers: int) -> Tensor:
+        """(B, 3, h, w) in [-1, 1] -> (B, 64, h / 4, w / 4) after three convolutions; other channels after fewer."""
+        for conv, norm in list(zip(self.convs, self.norms, strict=True))[:layers]:
+            x = relu(norm(conv(x)))
+        return x
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, 32, 32) in [-1, 1] -> pool (B, 64), logits (B, classes)."""
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = relu(norm(conv(x)))
-        pool = x.mean(dim=(2, 3))
+        pool = self.maps(x, len(self.convs)).mean(dim=(2, 3))
         return pool, self.head(pool)
 
 
@@ -88,12 +92,12 @@ class Probe:
         return cls(net, accuracy, device)
 
 
-def probe_key(fingerprint: str, classes: int) -> str:
+def probe_key(fingerprint: str, classes: int, seed: int = SEED) -> str:
     """Names the probe of a data set."""
-    return digest(repr((fingerprint, classes, RECIPE)))
+    return digest(repr((fingerprint, classes, (*RECIPE, seed))))
 
 
-def train_probe(images: ImageSet, held_out: ImageSet, classes: int) -> Probe:
+def train_probe(images: ImageSet, held_out: ImageSet, classes: int, seed: int = SEED) -> Probe:
     """Train on the first 4,096 images of a fixed random order; under a minute on a CPU.
 
     One thread of the CPU does it, so that the probe is the same everywhere. The images are labelled, and the accuracy
@@ -103,7 +107,7 @@ def train_probe(images: ImageSet, held_out: ImageSet, classes: int) -> Probe:
         raise ValueError("extractor=probe needs labelled images to learn from")
     inputs, labels = _data(images, IMAGES)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         net = ProbeNet(classes)
     cpu = torch.device("cpu")
     accuracy = None

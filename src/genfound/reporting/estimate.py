@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genfound import build
+from genfound.alignment import from_config
 from genfound.backbones.base import Backbone, Flops
 from genfound.config.options import ema_decays
 from genfound.data.packing.budget import micro_batches, token_counts
@@ -81,6 +82,7 @@ class Estimate:
     budget: int
     memory: Memory
     recomputed: int  # bytes of activations with activation_checkpointing=true
+    projectors: int = 0  # parameters beside the network's
 
     @property
     def training_flops(self) -> float:
@@ -110,6 +112,7 @@ class Estimate:
         saved = m.total - m.activations + self.recomputed
         lines = [
             f"{self.name}: {self.parameters:,} parameters, {self.trained:,} of them trained",
+            *self._aligned(),
             f"Gflops of a forward pass (a multiply-add is two): {'  '.join(sizes)}",
             f"an image has {self.tokens:,.1f} tokens on average, {origin}",
             f"global step: {self.step_images:,.0f} images, {self.step_images * self.tokens:,.0f} tokens, "
@@ -125,6 +128,11 @@ class Estimate:
             shown = f"{hours:,.1f} hours of one, {days:,.2f} days of {self.ranks}, {energy:,.0f} kWh"
             lines.append(f"{name} at {MFU:.0%} of {accelerator.flops / 1e12:,.0f} TFLOP/s: {shown}")
         return lines
+
+    def _aligned(self) -> list[str]:
+        if not self.projectors:
+            return []
+        return [f"  and {self.projectors:,} in projectors of the alignment; the teacher's own work is not counted"]
 
     def measured(self, folder: Path) -> list[str]:
         """The time by the speed of a run of this configuration that has begun, if there is one."""
@@ -153,20 +161,36 @@ def estimate(config: Config) -> Estimate:
     tokens, classes, counted = _of_data(config, unit)
     with torch.device("meta"):
         net = build.net(config, spec, classes)
+        aligned = from_config.alignment(config, net)
     if config["optimizer"]["trainable"]:
         train_only(net, config["optimizer"]["trainable"])
+    projectors = 0 if aligned is None else sum(p.numel() for p in aligned.parameters())
     parameters = sum(p.numel() for p in net.parameters())
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     dense = config["layout"]["name"] == "dense"
     images = config["data"]["batch_size"] if dense else config["data"]["max_tokens"] / tokens
     kept, recomputed = activations(config, images, tokens)
     divided, gathered = (ranks, _gathered(net)) if build.sharded(config, ranks) else (1, 0)
-    per = FLOAT * trained // divided
-    memory = Memory(FLOAT * parameters // divided, per, 2 * per, len(ema_decays(config)) * per, kept, gathered)
+    per = FLOAT * (trained + projectors) // divided
+    memory = Memory(
+        FLOAT * (parameters + projectors) // divided, per, 2 * per, len(ema_decays(config)) * per, kept, gathered
+    )
     budget = config["budget"]["images"] or config["optimizer"]["budget_images"]
     name, step = type(net).__name__, per_step * images
     return Estimate(
-        name, parameters, trained, net.flops(), unit, tokens, counted, ranks, step, budget, memory, recomputed
+        name,
+        parameters,
+        trained,
+        net.flops(),
+        unit,
+        tokens,
+        counted,
+        ranks,
+        step,
+        budget,
+        memory,
+        recomputed,
+        projectors,
     )
 
 

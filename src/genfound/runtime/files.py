@@ -96,6 +96,14 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
         raise
 
 
+def make_once(file: Path, make: Callable[[], object]) -> None:
+    """Make a file, by one process at a time, unless it is there."""
+    if not file.is_file():
+        with lock(file, wait=True):
+            if not file.is_file():
+                make()
+
+
 @contextlib.contextmanager
 def lock(path: Path, way_out: str = "give out=...", wait: bool = False) -> Iterator[None]:
     """Keep other processes from work on a file or folder, which need not exist and may be removed meanwhile.
