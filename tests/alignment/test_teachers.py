@@ -85,7 +85,7 @@ def test_other_files_are_no_radio(content: Any, message: str, tmp_path: Path) ->
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
     DINOv2(weights="random_tiny", width=32).model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"is damaged: "):
+    with pytest.raises(ValueError, match=r"is damaged: .*header"):
         DINOv2(weights=str(tmp_path), width=32)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json does not describe a DINOv2"):

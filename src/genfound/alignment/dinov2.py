@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -32,7 +33,7 @@ class DINOv2(vit.VisionTransformer):
         model_class = vit.transformers_class(f"{kind}Model")
         try:
             model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0][:150]}") from None
         return vit.complete(model, info, f"the weights in {folder}")
 
