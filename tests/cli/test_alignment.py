@@ -35,7 +35,7 @@ WRONG = {
     f"{DINO}._target_=pathlib.Path": f"{DINO}._target_=pathlib.Path is no Teacher of genfound.alignment",
     f"{DINO}._target_=genfound.layers.mlp.Mlp": "genfound.layers.mlp.Mlp is no Teacher",
     "alignment.pixels=0": "alignment.pixels=0 must be a whole number of at least 1, or null",
-    "alignment=other": "alignment=other is unknown; choose one of irepa, none, repa, repa_radio",
+    "alignment=other": "alignment=other is unknown; choose one of irepa, irepa_probe, none, repa",
 }
 
 
@@ -50,7 +50,9 @@ def test_wrong_input_ends_in_a_line(wrong: str, tmp_path: Path) -> None:
 def test_stored_latents_have_no_images_for_a_teacher(tmp_path: Path) -> None:
     encoded = genfound("encode", "data=shapes", "data.images=40", "tokenizer=pixel", "out=store", cwd=tmp_path)
     assert encoded.returncode == 0, encoded.stderr
-    result = genfound("train", *SHORT, *ALIGNED, "data=latent_store", "data.root=store", cwd=tmp_path)
+    result = genfound(
+        "train", *SHORT, *ALIGNED, "data=latent_store", "data.root=store", "data.flip=false", cwd=tmp_path
+    )
     assert "alignment: teachers see images" in one_error(result)
 
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genfound import build
 from genfound.alignment import from_config
@@ -164,9 +164,8 @@ def estimate(config: Config) -> Estimate:
         aligned = from_config.alignment(config, net)
     if config["optimizer"]["trainable"]:
         train_only(net, config["optimizer"]["trainable"])
-    projectors = 0 if aligned is None else sum(p.numel() for p in aligned.parameters())
-    parameters = sum(p.numel() for p in net.parameters())
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    projectors = 0 if aligned is None else _count(aligned)
+    parameters, trained = _count(net), sum(p.numel() for p in net.parameters() if p.requires_grad)
     dense = config["layout"]["name"] == "dense"
     images = config["data"]["batch_size"] if dense else config["data"]["max_tokens"] / tokens
     kept, recomputed = activations(config, images, tokens)
@@ -192,6 +191,10 @@ def estimate(config: Config) -> Estimate:
         recomputed,
         projectors,
     )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _gathered(net: Backbone) -> int:
