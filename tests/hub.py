@@ -1,4 +1,4 @@
-"""A server that answers as the Hugging Face hub does: every model of it is the same small autoencoder."""
+"""A server that answers as the Hugging Face hub does: every model of it is a small autoencoder and a small RADIO."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from genfound.alignment.radio import tiny_state
 from genfound.tokenizers.sd_vae import SDVAE
 from genfound.tokenizers.weights import load
 
@@ -18,8 +21,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve an autoencoder that is made in a folder; the address for HF_ENDPOINT, and a list of what is downloaded."""
+    """Serve models that are made in a folder; the address for HF_ENDPOINT, and a list of what is downloaded."""
     load(SDVAE.kind, "random_tiny").save_pretrained(folder)
+    prefix = "radio_model.model."
+    save_file({f"{prefix}{name}": value for name, value in tiny_state().items()}, folder / "model.safetensors")
     downloads: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -103,3 +103,17 @@ def test_a_training_of_several_processes_without_internet_names_the_way_out_once
     error = one_error(result)
     assert "Connection refused; put its config.json" in error and "python -m genfound.fetch" in error
     assert error.removeprefix("error: ") in (tmp_path / "runs/default/x/FAILED").read_text()
+
+
+def test_a_teacher_is_fetched_too(tmp_path: Path) -> None:
+    """And used from where it was put, without the hub."""
+    width = "alignment.teachers.radio.width=32"
+    with hub(tmp_path / "hub") as (address, _):
+        words = ["alignment=repa_radio", width, "inception=false", "to=here"]
+        result = genfound("fetch", *words, cwd=tmp_path, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hf"))
+    assert result.returncode == 0, result.stderr
+    setting = f"alignment.teachers.radio.weights={tmp_path / 'here/RADIO-H'}"
+    assert f"set {setting}" in result.stdout
+    more = ["alignment=repa_radio", "alignment.depth=1", "alignment.pixels=null", width, setting]
+    trained = genfound("train", *TINY, *more, "trainer.max_steps=1", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr

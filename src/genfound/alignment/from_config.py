@@ -61,7 +61,9 @@ def fetch_teachers(config: Config, download: bool = True) -> dict[str, Path]:
     return found
 
 
-def _load(options: Config, trust: Sequence[str], images: ImageSource | None, runs: str) -> Teacher:
+def load_teacher(
+    options: Config, trust: Sequence[str], images: ImageSource | None = None, runs: str = "runs"
+) -> Teacher:
     """A teacher, given what its constructor names of the images and of the folder of runs."""
     named = inspect.signature(targets.target("alignment.teachers", options, trust)).parameters
     given = {key: value for key, value in {"images": images, "runs": runs}.items() if key in named}
@@ -79,7 +81,7 @@ def teachers(config: Config, images: ImageSource | None = None) -> TeacherFeatur
     trust, named = trusted(config), _teachers(config)
     if not named:
         return None
-    loaders = {name: functools.partial(_load, own, trust, images, config["runs"]) for name, own in named.items()}
+    loaders = {name: functools.partial(load_teacher, own, trust, images, config["runs"]) for name, own in named.items()}
     settings = {key: config["alignment"][key] for key in ("normalise", "zscore_alpha", "every", "until", "pixels")}
     check_alignment(**settings)
     return TeacherFeatures(loaders, **settings)

@@ -11,7 +11,7 @@ import torch
 from genfound import build
 from genfound.alignment import from_config
 from genfound.alignment.vit import FILES
-from genfound.config import compose
+from genfound.config import compose, targets
 from genfound.metrics import extractor
 from genfound.runtime.files import atomic_write, check_folder
 from genfound.tokenizers.weights import CONFIG, WEIGHTS
@@ -41,7 +41,9 @@ def fetch(tokenizer: Mapping[str, Any], alignment: Mapping[str, Any], inception:
             settings.append(f"tokenizer.weights={folder.resolve()}")
         found = [f"tokenizer {build.name_of(tokenizer)}, {tokenizer['weights']}: {folder}"]
     for name, path in from_config.fetch_teachers(config).items():
-        weights = alignment["teachers"][name]["weights"]
+        options = alignment["teachers"][name]
+        weights = options["weights"]
+        from_config.load_teacher(options, targets.trusted(config))
         if to is not None and path.is_dir():
             path = _copied(path, to / Path(weights).name, FILES)  # noqa: PLW2901
         found.append(f"teacher {name}, {weights}: {path}")
