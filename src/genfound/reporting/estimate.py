@@ -177,20 +177,9 @@ def estimate(config: Config) -> Estimate:
     budget = config["budget"]["images"] or config["optimizer"]["budget_images"]
     name, step = type(net).__name__, per_step * images
     return Estimate(
-        name,
-        parameters,
-        trained,
-        net.flops(),
-        unit,
-        tokens,
-        counted,
-        ranks,
-        step,
-        budget,
-        memory,
-        recomputed,
+        name, parameters, trained, net.flops(), unit, tokens, counted, ranks, step, budget, memory, recomputed,
         projectors,
-    )
+    )  # fmt: skip
 
 
 def _count(module: nn.Module) -> int:
