@@ -149,6 +149,24 @@ def test_outer_keys_and_prefixes(kind: str, suffix: str, tmp_path: Path) -> None
             genfound.load(file, weights="raw", **told("dit"))
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_repas_sit_is_told_by_its_projectors(qk_norm: bool, tmp_path: Path) -> None:
+    """Its time runs from data to noise, it needs no family, and comes out as it was, the projectors too."""
+    config = composed("model=sit_s", "experiment=official/sit_repa")
+    config = {**config, "model": {**config["model"], **SMALL, "qk_norm": qk_norm}}
+    net = randomise(build.net(config, build.published_spec(config), CLASSES)).eval()
+    projector = {f"projectors.0.{i}.{kind}": torch.randn(*shape) for i, out, into in ((0, 8, 32), (2, 8, 8), (4, 6, 8))
+                 for kind, shape in (("weight", (out, into)), ("bias", (out,)))}  # fmt: skip
+    state = FAMILIES["sit"].theirs(net.state_dict(), 2, GRID) | projector
+    torch.save(state, tmp_path / "last.pt")
+    loaded = genfound.load(tmp_path / "last.pt", **HEADS)
+    assert loaded.net.time == "data0" and torch.equal(output(loaded.net, "dense"), output(net, "dense"))
+    assert loaded.config["sampler"]["diffusion"] == "linear" and loaded.config["guidance"]["interval"] == [0.0, 0.7]
+    convert.convert(tmp_path / "last.pt", f"{tmp_path}/ours.safetensors", None, **HEADS)
+    convert.convert(tmp_path / "ours.safetensors", f"{tmp_path}/again.safetensors", None)
+    assert same(safetensors.torch.load_file(tmp_path / "again.safetensors"), state)
+
+
 def test_averages_of_lightningdit_have_clean_names_and_live_weights_those_of_ddp(tmp_path: Path) -> None:
     state, file = official_state("lightningdit"), tmp_path / "0080000.pt"
     raw = {f"module.{key}": tensor + key.startswith("final_layer") for key, tensor in state.items()}
