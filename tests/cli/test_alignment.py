@@ -74,6 +74,8 @@ def test_the_loss_of_the_alignment_is_logged_until_its_end(aligned: Path) -> Non
     for line in steps:
         assert line["train/loss"] == pytest.approx(line["train/objective"] + line["train/alignment"], rel=1e-5)
         assert 0 <= line["perf/teacher_share"] < 1
+        by_time = [value for key, value in line.items() if key.startswith("train/loss_t/")]
+        assert min(by_time) <= line["train/objective"] <= max(by_time) + 1e-6
     state = torch.load(next((aligned / "checkpoints").iterdir()), weights_only=True)
     names = {key for key in state["state_dict"] if key.startswith("alignment.")}
     assert names == {f"alignment.projectors.0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}

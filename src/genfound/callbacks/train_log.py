@@ -78,7 +78,8 @@ class TrainLog(Callback):
         low, high = module.objective.time_range
         index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         by_time = self._step.setdefault(BY_TIME, torch.zeros(2, BINS, device=module.device))
-        for row, value in enumerate((losses.total.detach() * images.real, images.real.float())):
+        own = losses.total - losses.terms.get("alignment", 0.0)  # of the objective
+        for row, value in enumerate((own.detach() * images.real, images.real.float())):
             by_time[row].index_add_(0, index, value.float())
         self.speed.add(micro, images)
         if trainer.global_step > micro.step:
