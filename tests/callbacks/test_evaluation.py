@@ -40,7 +40,7 @@ def trained(folder: Path, evaluate: bool, **settings: Any) -> dict[str, Any]:
     config["callbacks"]["evaluation"] |= EVALUATED | settings | ({} if evaluate else {"every": None})
     parts = build.build_run(config, 1)
     loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", 0)]
-    trainer = training._trainer(folder, parts, -1, training._callbacks(config), loggers)
+    trainer = training._trainer(folder, parts, 12, training._callbacks(config), loggers)
     trainer.fit(module_of(parts), datamodule=GenerativeDataModule(parts))
     return dict(torch.load(folder / "checkpoints/step-00000012.ckpt", weights_only=True))
 

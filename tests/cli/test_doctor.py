@@ -42,7 +42,7 @@ WRONG = {
     "trainer.device=2": "unknown key trainer.device; did you mean trainer.devices?",
     "trainer.devices=0": "trainer.devices=0 must be a whole number of at least 1",
     "model=nope": "model=nope is unknown; choose one of",
-    "trainer.precision=fp16": "precision=fp16 is unknown; choose auto, bf16 or fp32",
+    "trainer.precision=fp16": "precision=fp16 is unknown; choose one of auto, bf16, fp32",
 }
 
 

@@ -35,6 +35,7 @@ def sized_for_a_test(arguments: list[str]) -> list[str]:
     """The arguments with a small, short training behind them; what they set themselves stays."""
     own = {argument.partition("=")[0] for argument in arguments}
     folder = ["data.max_image_tokens=64", "data.num_workers=0"] if "data=image_folder" in arguments else []
+    own |= {"model.depth"} if "alignment" in own else set()  # a block of this number must be there
     return arguments + [extra for extra in SHORT + folder if extra.partition("=")[0] not in own]
 
 

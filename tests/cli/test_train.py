@@ -143,7 +143,7 @@ WRONG = {
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
     "experiment=evaluate/nit_resolutions_mini": "another command: python -m genfound.evaluate experiment=",
-    "experiment=best": "experiment=best is unknown; choose one of dit_scaling, dit_scaling_mini, fit_extra",
+    "experiment=best": "experiment=best is unknown; choose one of alignment, alignment_mini, dit_scaling",
     "callbacks.checkpointing.keep=0": "callbacks.checkpointing.keep=0 must be a whole number of at least 1",
 }
 
