@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cli.commands import TINY, genfound, one_error
+from tests.cli.commands import ROOT, TINY, genfound, one_error
 from tests.helpers import ALIGNED
 
 SHORT = [*TINY, "trainer.max_steps=4", "name=run"]
@@ -34,6 +36,8 @@ WRONG = {
     "alignment.until=0": "alignment.until=0 must be a whole number of at least 1, or null",
     f"{DINO}._target_=pathlib.Path": f"{DINO}._target_=pathlib.Path is no Teacher of genfound.alignment",
     f"{DINO}._target_=genfound.layers.mlp.Mlp": "genfound.layers.mlp.Mlp is no Teacher",
+    f"{DINO}=5": "alignment.teachers.dinov2=5 must be a teacher: _target_, width, and what else it needs; or null",
+    "alignment.teachers=5": "alignment.teachers=5 must be teachers by their names",
     "alignment.pixels=0": "alignment.pixels=0 must be a whole number of at least 1, or null",
     "alignment=other": "alignment=other is unknown; choose one of irepa, irepa_probe, none, repa",
 }
@@ -45,6 +49,53 @@ def test_wrong_input_ends_in_a_line(wrong: str, tmp_path: Path) -> None:
     result = genfound("train", *SHORT, *own, *wrong.split(), cwd=tmp_path)
     assert WRONG[wrong] in one_error(result)
     assert not list(tmp_path.glob("runs/*/*/checkpoints/*"))
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder with the teacher of docs/alignment.md and its option."""
+    text = (ROOT / "docs/alignment.md").read_text()
+    (tmp_path / "mine/alignment").mkdir(parents=True)
+    (tmp_path / "colours.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    (tmp_path / "mine/alignment/colours.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    return tmp_path
+
+
+def paths(own: Path) -> str:
+    """Where Python finds the modules of a folder too."""
+    return os.pathsep.join([str(own), *sys.path])
+
+
+OWN = ["--config-dir", "mine", *SHORT, "alignment=colours", "alignment.depth=1"]
+
+
+def test_a_teacher_of_ones_own(own: Path) -> None:
+    result = genfound("train", *OWN, cwd=own, PYTHONPATH=paths(own))
+    assert result.returncode == 0, result.stderr
+    assert "block 1 aligned to colours" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        (", width: 3", "", "alignment.teachers.colours has no width; set it to the channels of its features"),
+        ("width: 3", "width: 5", "colours: features of shape (1, 3, 7, 9) instead of (1, 5, 7, 9)"),
+        ("self.width = width", "pass", "alignment.teachers: width=3, but Colours.width is None"),
+    ],
+)
+def test_a_teacher_of_another_shape_is_named(written: str, instead: str, message: str, own: Path) -> None:
+    for file in (own / "colours.py", own / "mine/alignment/colours.yaml"):
+        file.write_text(file.read_text().replace(written, instead))
+    assert message in one_error(genfound("train", *OWN, cwd=own, PYTHONPATH=paths(own)))
+
+
+def test_a_backbone_without_blocks_has_none_to_align(own: Path) -> None:
+    (own / "mynet.py").write_text(
+        "from genfound.backbones.nit import NiT\n\n\nclass Net(NiT):\n    def __init__(self, **options):\n"
+        "        super().__init__(**options)\n        self.layers = self.blocks\n        del self.blocks\n"
+    )
+    result = genfound("train", *OWN, "model._target_=mynet.Net", cwd=own, PYTHONPATH=paths(own))
+    assert "alignment: Net has no `blocks`; choose alignment=none" in one_error(result)
 
 
 def test_stored_latents_have_no_images_for_a_teacher(tmp_path: Path) -> None:

@@ -82,9 +82,13 @@ class TeacherFeatures:
         found: list[dict[int, Tensor]] = [{} for _ in self._loaded]
         for (_, height, width), places in by_size.items():
             group = torch.stack([images[place] for place in places]).to(device, non_blocking=True)
-            for number, teacher in enumerate(self._loaded):
+            for number, (name, teacher) in enumerate(zip(self.teachers, self._loaded, strict=True)):
+                expected = (len(places), teacher.width, height // unit, width // unit)
                 with torch.no_grad():
-                    features = teacher(group, height // unit, width // unit).float()
+                    features = teacher(group, *expected[2:]).float()
+                if features.shape != expected:
+                    found_shape = f"features of shape {tuple(features.shape)} instead of {expected}"
+                    raise ValueError(f"alignment.teachers.{name}: {found_shape}, (images, width, rows, columns)")
                 if self.normalise == "zscore":
                     features = spatially_normalised(features, self.zscore_alpha)
                 found[number] |= zip(places, features, strict=True)

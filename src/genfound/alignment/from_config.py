@@ -28,9 +28,10 @@ def alignment(config: Config, backbone: Backbone) -> Alignment | None:
     for key in ("normalise", "zscore_alpha", "every", "until", "pixels", "teachers"):  # what teachers do
         options.pop(key)
     widths = {name: own["width"] for name, own in named.items()}
-    width, blocks = config["model"].get("width"), len(backbone.blocks)
-    if width is None:
-        raise ValueError(f"alignment: {type(backbone).__name__} has no model.width; choose alignment=none")
+    width, blocks = config["model"].get("width"), len(getattr(backbone, "blocks", ()))
+    if width is None or not blocks:
+        missing = "model.width" if width is None else "`blocks`"
+        raise ValueError(f"alignment: {type(backbone).__name__} has no {missing}; choose alignment=none")
     with torch.device("meta"):
         built: Alignment = instantiate("alignment", options, trusted(config), width=width, widths=widths)
     if built.depth > blocks:
@@ -51,7 +52,7 @@ def fetch_teachers(config: Config, download: bool = True) -> dict[str, Path]:
                 f"alignment.teachers.{name}.{TARGET}={options[TARGET]} is no Teacher of genfound.alignment"
             )
         try:
-            path = kind.fetch(options["weights"], download)
+            path = kind.fetch(options.get("weights"), download)
         except FileNotFoundError as error:
             named = f"{error}".replace("alignment.teachers weights", f"alignment.teachers.{name}.weights")
             way = "alignment=none trains without a teacher, which is another system than the published one"
@@ -64,16 +65,28 @@ def fetch_teachers(config: Config, download: bool = True) -> dict[str, Path]:
 def load_teacher(
     options: Config, trust: Sequence[str], images: ImageSource | None = None, runs: str = "runs"
 ) -> Teacher:
-    """A teacher, given what its constructor names of the images and of the folder of runs."""
+    """A teacher of the width in its options, given what its constructor names of the images and the folder of runs."""
     named = inspect.signature(targets.target("alignment.teachers", options, trust)).parameters
     given = {key: value for key, value in {"images": images, "runs": runs}.items() if key in named}
     built: Teacher = instantiate("alignment.teachers", options, trust, **given)
+    if (width := getattr(built, "width", None)) != options["width"]:
+        way = f"{type(built).__name__}.width is {width}; both are the channels of its features"
+        raise ValueError(f"alignment.teachers: width={options['width']}, but {way}")
     return built
 
 
 def _teachers(config: Config) -> dict[str, Any]:
     every = (config.get("alignment") or {}).get("teachers") or {}
-    return {name: options for name, options in every.items() if options is not None}
+    if not isinstance(every, Mapping):
+        raise ValueError(f"alignment.teachers={every} must be teachers by their names")
+    named = {name: options for name, options in every.items() if options is not None}
+    for name, options in named.items():
+        if not isinstance(options, Mapping):
+            way = "must be a teacher: _target_, width, and what else it needs; or null"
+            raise ValueError(f"alignment.teachers.{name}={options} {way}")
+        if "width" not in options:
+            raise ValueError(f"alignment.teachers.{name} has no width; set it to the channels of its features")
+    return named
 
 
 def teachers(config: Config, images: ImageSource | None = None) -> TeacherFeatures | None:
