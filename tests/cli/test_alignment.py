@@ -25,6 +25,9 @@ WRONG = {
     ),
     f"{REPA} {DINO}.weights=org/model": "weights=org/model is neither a folder nor in the cache",
     f"{REPA} {DINO}.weights=random_tiny": "width=768, but random_tiny has 32 channels; set it so",
+    "alignment=repa_probe alignment.depth=1 alignment.teachers.probe.weights=no.safetensors": (
+        "alignment.teachers.probe.weights=no.safetensors is no file; null trains a probe; alignment=none trains without"
+    ),
     "alignment.depth=2": "alignment.depth=2 is the number of a block, and model.depth=1",
     "alignment.depth=0": "alignment.depth=0 must be a whole number of at least 1",
     "alignment.weight=0": "alignment.weight=0 must be a finite number above 0",

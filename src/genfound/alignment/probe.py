@@ -42,6 +42,13 @@ class ProbeTeacher(Teacher):
             make_once(file, lambda: train_probe(every, Subset(every, []), classes, seed).save(file))
         self.net = Probe.load(file, torch.device("cpu")).net
 
+    @classmethod
+    def fetch(cls, weights: str | None, download: bool = True) -> Path | None:
+        """See `Teacher`."""
+        if weights is not None and not Path(weights).is_file():
+            raise FileNotFoundError(f"alignment.teachers weights={weights} is no file; null trains a probe")
+        return None if weights is None else Path(weights)
+
     def __call__(self, images: Tensor, rows: int, columns: int) -> Tensor:
         """See `Teacher`."""
         net, size = self.net.to(images.device), (STRIDE * rows, STRIDE * columns)
