@@ -130,6 +130,12 @@ def test_spatial_normalisation_takes_a_share_of_the_mean_away() -> None:
         torch.testing.assert_close(found.mean((2, 3)), left, atol=1e-5, rtol=1e-4)
 
 
+def test_an_image_of_one_token_has_no_spread() -> None:
+    features = torch.tensor([1.0, -2.0, 3.0]).view(1, 3, 1, 1)
+    torch.testing.assert_close(spatially_normalised(features, 0.6), features * 0.4e6)
+    assert not spatially_normalised(features, 1.0).any()
+
+
 class Means(Teacher):
     """The mean colour of each token."""
 

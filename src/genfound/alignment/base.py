@@ -32,8 +32,12 @@ class Teacher(ABC):
 
 
 def spatially_normalised(features: Tensor, alpha: float) -> Tensor:
-    """(B, Z, rows, columns), each image's channels: (f - alpha * mean) / (std + 1e-6), std unbiased (iREPA)."""
-    mean, std = features.mean(dim=(2, 3), keepdim=True), features.std(dim=(2, 3), keepdim=True)
+    """(B, Z, rows, columns), each image's channels: (f - alpha * mean) / (std + 1e-6), std unbiased (iREPA).
+
+    The spread of an image of one token is 0.
+    """
+    several = features[0, 0].numel() > 1
+    mean, std = features.mean((2, 3), keepdim=True), features.std((2, 3), correction=int(several), keepdim=True)
     return (features - alpha * mean) / (std + 1e-6)
 
 
