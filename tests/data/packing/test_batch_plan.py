@@ -317,7 +317,7 @@ def test_an_image_over_the_budget_is_refused() -> None:
 
 @pytest.mark.parametrize("images", [40, 16])
 def test_a_dense_step_is_whole_micro_batches(images: int) -> None:
-    with pytest.raises(ValueError, match=r"batch\.images must be a multiple of data\.batch_size=32"):
+    with pytest.raises(ValueError, match=rf"batch\.images={images} must be a multiple of data\.batch_size=32; set"):
         built(Source((16, 16)), "layout=dense", f"batch.images={images}")
 
 

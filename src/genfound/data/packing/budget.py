@@ -23,9 +23,10 @@ def micro_batches(config: Config, ranks: int) -> int:
     if config["layout"]["name"] == "dense":
         micro = config["data"]["batch_size"]
         integer("data.batch_size", micro, 1)
-        per_step, rest = divmod(config["batch"]["images"] or config["optimizer"]["images_per_step"], micro)
+        images = config["batch"]["images"] or config["optimizer"]["images_per_step"]
+        per_step, rest = divmod(images, micro)
         if rest or not per_step:
-            raise ValueError(f"batch.images must be a multiple of data.batch_size={micro}")
+            raise ValueError(f"batch.images={images} must be a multiple of data.batch_size={micro}; set one of them")
     else:
         tokens = config["optimizer"]["tokens_per_step"]
         per_step = config["batch"]["packs"] or max(round(tokens / config["data"]["max_tokens"]), 1)
