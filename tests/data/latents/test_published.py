@@ -436,6 +436,8 @@ def spoilt_repa(root: Path, what: str) -> None:
         np.save(file.with_name("x.npy"), array)
     elif what == "label":
         labels.write_text(json.dumps({"labels": [[name, -1] for name, _ in pairs]}))
+    elif what == "twice":
+        labels.write_text(json.dumps({"labels": [*pairs, [pairs[0][0], 5]]}))
     elif what == "channels":
         np.save(file, array[:4])
     elif what == "cut":
@@ -453,6 +455,7 @@ SPOILT_REPA = {
     "folder": "has no dataset.json beside folders of *.npy",
     "missing": "labels a file that is not there: 00000/img-mean-std-00000000.npy (1 in all)",
     "more": "has no label of 00000/x.npy (1 in all)",
+    "twice": "dataset.json labels 1 files more than once",
     "label": "holds the label -1.0, which is no number of a class",
     "channels": "holds 4 channels, mean and deviation of 2, and the tokenizer has 4",
     "cut": "img-mean-std-00000000.npy is missing or damaged",

@@ -97,6 +97,8 @@ def _listed(root: Path) -> tuple[list[str], np.ndarray]:
         what = 'it must hold {"labels": [["00000/name.npy", 7], ...]}'
         raise ValueError(f"{file} is damaged, or has no labels: {what} ({type(error).__name__})") from None
     names, there = sorted(labels), {path.relative_to(root).as_posix() for path in root.glob("*/*.npy")}
+    if twice := len(content["labels"]) - len(labels):
+        raise ValueError(f"{file} labels {twice:,} files more than once")
     for missing, where in (
         (there - labels.keys(), "has no label of"),
         (labels.keys() - there, "labels a file that is not there:"),
