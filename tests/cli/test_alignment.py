@@ -15,6 +15,7 @@ from tests.cli.commands import ROOT, TINY, genfound, one_error
 from tests.helpers import ALIGNED
 
 SHORT = [*TINY, "trainer.max_steps=4", "name=run"]
+DOCS = ROOT / "docs/alignment.md"
 DINO = "alignment.teachers.dinov2"
 REPA = "alignment=repa alignment.depth=1"
 
@@ -57,7 +58,7 @@ def test_wrong_input_ends_in_a_line(wrong: str, tmp_path: Path) -> None:
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """A folder with the teacher of docs/alignment.md and its option."""
-    text = (ROOT / "docs/alignment.md").read_text()
+    text = DOCS.read_text()
     (tmp_path / "mine/alignment").mkdir(parents=True)
     (tmp_path / "colours.py").write_text(text.partition("```python\n")[2].partition("```")[0])
     (tmp_path / "mine/alignment/colours.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
@@ -76,6 +77,7 @@ def test_a_teacher_of_ones_own(own: Path) -> None:
     result = genfound("train", *OWN, cwd=own, PYTHONPATH=paths(own))
     assert result.returncode == 0, result.stderr
     assert "block 1 aligned to colours" in result.stdout
+    assert "genfound.train --config-dir mine model=nit_tiny alignment=colours" in DOCS.read_text()
 
 
 @pytest.mark.parametrize(
