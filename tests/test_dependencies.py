@@ -12,7 +12,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIRED = [Requirement(line) for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["report"])]
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIRED = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["report"], *EXTRAS["teachers"])]
 
 
 def pinned(name: str) -> dict[str, str]:

@@ -57,6 +57,7 @@ class Sampler:
         coupling: Callable[..., str] = lambda **options: "",
     ) -> None:
         self.function = torch.no_grad()(function)
+        self.__module__, self.__qualname__ = function.__module__, function.__qualname__  # early Hydra 1.3 looks it up
         self.needs, self._check, self._coupling = needs, check, coupling
 
     def __call__(self, *arguments: Any, **options: Any) -> Batch:
