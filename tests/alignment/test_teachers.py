@@ -27,7 +27,7 @@ def pictures(height: int, width: int, count: int = 2) -> Tensor:
 @torch.no_grad()
 def test_features_are_a_map_of_the_tokens(teacher: type[vit.VisionTransformer], patch: int) -> None:
     """Each image alone, at any grid, rows before columns."""
-    found = teacher(weights="random_tiny", width=32)
+    found = teacher(weights="random_tiny")
     images = pictures(48, 80)
     features = found(images, 3, 5)
     assert features.shape == (2, 32, 3, 5) and features.isfinite().all()
@@ -44,9 +44,9 @@ def test_features_are_a_map_of_the_tokens(teacher: type[vit.VisionTransformer], 
 @torch.no_grad()
 def test_dinov2_of_the_trained_grid_is_that_of_transformers(tmp_path: Path) -> None:
     """In a folder as the hub has it; 56 pixels, normalised as in its training."""
-    teacher = DINOv2(weights="random_tiny", width=32)
+    teacher = DINOv2(weights="random_tiny")
     teacher.model.save_pretrained(tmp_path)
-    again = DINOv2(weights=str(tmp_path), width=32)
+    again = DINOv2(weights=str(tmp_path))
     images = pictures(56, 56)
     features = again(images, 4, 4)
     assert torch.equal(features, teacher(images, 4, 4))
@@ -62,7 +62,7 @@ def test_a_released_file_of_radio_is_read_without_its_code(tmp_path: Path) -> No
     torch.save({"state_dict": state, "args": argparse.Namespace(model="vit")}, file)
     images = pictures(32, 48)
     with torch.no_grad():
-        released, tiny = (RADIO(weights=w, width=32)(images, 2, 3) for w in (str(file), "random_tiny"))
+        released, tiny = (RADIO(weights=w)(images, 2, 3) for w in (str(file), "random_tiny"))
     assert torch.equal(released, tiny)
 
 
@@ -79,22 +79,22 @@ def test_a_released_file_of_radio_is_read_without_its_code(tmp_path: Path) -> No
 def test_other_files_are_no_radio(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        RADIO(weights=str(tmp_path / "file.pth"), width=32)
+        RADIO(weights=str(tmp_path / "file.pth"))
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
-    DINOv2(weights="random_tiny", width=32).model.save_pretrained(tmp_path)
+    DINOv2(weights="random_tiny").model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"is damaged: .*header"):
-        DINOv2(weights=str(tmp_path), width=32)
+        DINOv2(weights=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json does not describe a DINOv2"):
-        DINOv2(weights=str(tmp_path), width=32)
+        DINOv2(weights=str(tmp_path))
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: "):
-        RADIO(weights=str(tmp_path), width=32)
+        RADIO(weights=str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"there is no model\.safetensors in this folder"):
-        DINOv2(weights=str(tmp_path), width=32)
+        DINOv2(weights=str(tmp_path))
 
 
 def test_a_probe_teaches_what_it_has_learned_of_the_images(tmp_path: Path) -> None:
@@ -102,21 +102,17 @@ def test_a_probe_teaches_what_it_has_learned_of_the_images(tmp_path: Path) -> No
     for number in range(8):
         plain(tmp_path / f"images/{number % 2}/{number}.png", 24, 16, (200 * (number % 2), 0, 10 * number))
     source, runs = folder(tmp_path / "images"), str(tmp_path)
-    teacher = ProbeTeacher(weights=None, width=64, seed=1, images=source, runs=runs)
+    teacher = ProbeTeacher(weights=None, seed=1, images=source, runs=runs)
     (file,) = tmp_path.glob("probe-*.safetensors")
     written = file.stat().st_mtime_ns
-    again = ProbeTeacher(weights=None, width=64, seed=1, images=source, runs=runs)
+    again = ProbeTeacher(weights=None, seed=1, images=source, runs=runs)
     assert file.stat().st_mtime_ns == written
     images = pictures(24, 16)
     features = teacher(images, 3, 2)
     assert features.shape == (2, 64, 3, 2) and torch.equal(again(images, 3, 2), features)
-    assert torch.equal(
-        ProbeTeacher(weights=str(file), width=64, seed=1, images=source, runs=runs)(images, 3, 2), features
-    )
+    assert torch.equal(ProbeTeacher(weights=str(file), seed=1, images=source, runs=runs)(images, 3, 2), features)
     net = Probe.load(file, torch.device("cpu")).net
     full = net.maps(pictures(32, 32) / 127.5 - 1, 3)
     torch.testing.assert_close(teacher(pictures(32, 32), 8, 8), full)
-    other = ProbeTeacher(weights=None, width=64, seed=0, images=source, runs=runs)
+    other = ProbeTeacher(weights=None, seed=0, images=source, runs=runs)
     assert not torch.equal(other(images, 3, 2), features) and len(list(tmp_path.glob("probe-*.safetensors"))) == 2
-    with pytest.raises(ValueError, match="width=32, but a probe has 64 channels"):
-        ProbeTeacher(weights=None, width=32, seed=1, images=source, runs=runs)

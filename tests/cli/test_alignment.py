@@ -25,7 +25,7 @@ WRONG = {
         "the Hugging Face hub, or random; alignment=none trains without a teacher, which is another system"
     ),
     f"{REPA} {DINO}.weights=org/model": "weights=org/model is neither a folder nor in the cache",
-    f"{REPA} {DINO}.weights=random_tiny": "width=768, but random_tiny has 32 channels; set it so",
+    f"{REPA} {DINO}.weights=random_tiny": "width=768, but DINOv2 has 32, the channels of its features; set it so",
     "alignment=repa_probe alignment.depth=1 alignment.teachers.probe.weights=no.safetensors": (
         "alignment.teachers.probe.weights=no.safetensors is no file; null trains a probe; alignment=none trains without"
     ),
@@ -85,7 +85,7 @@ def test_a_teacher_of_ones_own(own: Path) -> None:
     [
         (", width: 3", "", "alignment.teachers.colours has no width; set it to the channels of its features"),
         ("width: 3", "width: 5", "colours: features of shape (1, 3, 7, 9) instead of (1, 5, 7, 9)"),
-        ("self.width = width", "pass", "alignment.teachers: width=3, but Colours.width is None"),
+        ("self.width = width", "pass", "alignment.teachers: width=3, but Colours has None"),
     ],
 )
 def test_a_teacher_of_another_shape_is_named(written: str, instead: str, message: str, own: Path) -> None:

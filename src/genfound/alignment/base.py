@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genfound.config.checks import integer, number, one_of
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.layouts import Layout
 
@@ -16,10 +17,10 @@ from genfound.layouts import Layout
 class Teacher(ABC):
     """A frozen vision encoder; it is never part of a checkpoint.
 
-    Args of every teacher: `weights`, where its weights are, and `width`, the channels Z of its features.
+    Its constructor takes the options of its yaml, and of `width`, `images` and `runs`, those of the run, what it names.
     """
 
-    width: int
+    width: int  # Z, the channels of its features
 
     @classmethod
     def fetch(cls, weights: str | None, download: bool = True) -> Path | None:
@@ -53,6 +54,9 @@ class TeacherFeatures:
         until: images; no step is aligned that goes beyond.
         pixels: per token side of the images that teachers see, which are read from the files again; `None`: they see
             the model's own.
+
+    Raises:
+        ValueError: an option is out of range; the message names its key.
     """
 
     teachers: Mapping[str, Callable[[], Teacher]]
@@ -61,7 +65,14 @@ class TeacherFeatures:
     every: int
     until: int | None
     pixels: int | None = None
-    _loaded: list[Teacher] = field(default_factory=list)
+    _loaded: dict[str, Teacher] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("alignment.normalise", self.normalise, ("none", "zscore"))
+        number("alignment.zscore_alpha", self.zscore_alpha, 0)
+        integer("alignment.every", self.every, 1)
+        integer("alignment.until", self.until, 1, or_null=True)
+        integer("alignment.pixels", self.pixels, 1, or_null=True)
 
     def aligned(self, micro: MicroBatch) -> bool:
         """Whether the global step of a micro-batch is aligned."""
@@ -79,24 +90,26 @@ class TeacherFeatures:
         Returns:
             For each teacher packed (T, Z), otherwise (B, N, Z); zeros where there is no image.
         """
-        self._loaded = self._loaded or [load() for load in self.teachers.values()]
+        self._loaded = self._loaded or {name: load() for name, load in self.teachers.items()}
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for place, image in enumerate(images):
             by_size[tuple(image.shape)].append(place)
-        found: list[dict[int, Tensor]] = [{} for _ in self._loaded]
+        found: list[dict[int, Tensor]] = [{} for _ in self.teachers]
         for (_, height, width), places in by_size.items():
             group = torch.stack([images[place] for place in places]).to(device, non_blocking=True)
-            for number, (name, teacher) in enumerate(zip(self.teachers, self._loaded, strict=True)):
-                expected = (len(places), teacher.width, height // unit, width // unit)
-                with torch.no_grad():
-                    features = teacher(group, *expected[2:]).float()
-                if features.shape != expected:
-                    found_shape = f"features of shape {tuple(features.shape)} instead of {expected}"
-                    raise ValueError(f"alignment.teachers.{name}: {found_shape}, (images, width, rows, columns)")
-                if self.normalise == "zscore":
-                    features = spatially_normalised(features, self.zscore_alpha)
-                found[number] |= zip(places, features, strict=True)
+            for of_teacher, name in zip(found, self.teachers, strict=True):
+                of_teacher.update(zip(places, self._seen(name, group, height // unit, width // unit), strict=True))
         return tuple(token_features([of_images[place] for place in range(len(images))], layout) for of_images in found)
+
+    @torch.no_grad()
+    def _seen(self, name: str, images: Tensor, rows: int, columns: int) -> Tensor:
+        """(B, Z, rows, columns) float32, what a teacher sees in images of one size, normalised."""
+        teacher = self._loaded[name]
+        features, expected = teacher(images, rows, columns).float(), (len(images), teacher.width, rows, columns)
+        if features.shape != expected:
+            shape = f"features of shape {tuple(features.shape)} instead of {expected}"
+            raise ValueError(f"alignment.teachers.{name}: {shape}, (images, width, rows, columns)")
+        return spatially_normalised(features, self.zscore_alpha) if self.normalise == "zscore" else features
 
 
 def token_features(maps: Sequence[Tensor], layout: Layout) -> Tensor:

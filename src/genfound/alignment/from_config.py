@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from genfound.alignment.base import Teacher, TeacherFeatures
-from genfound.alignment.repa import Alignment, check_alignment
+from genfound.alignment.repa import Alignment
 from genfound.backbones.base import Backbone
 from genfound.config import targets
 from genfound.config.compose import TARGET
@@ -19,14 +19,19 @@ from genfound.rng import Rng
 
 Config = Mapping[str, Any]
 
+OF_TEACHERS = ("normalise", "zscore_alpha", "every", "until", "pixels")
+"""Options of `TeacherFeatures`; the others are of `Alignment`."""
+
 
 def alignment(config: Config, backbone: Backbone) -> Alignment | None:
     """The alignment of a configuration with its projectors, initialised from the seed; on `meta` without values."""
     options, named = dict(config.get("alignment") or {}), _teachers(config)
     if not named:
         return None
-    for key in ("normalise", "zscore_alpha", "every", "until", "pixels", "teachers"):  # what teachers do
-        options.pop(key)
+    if absent := [key for key in OF_TEACHERS if key not in options]:
+        raise ValueError(f"alignment has no {absent[0]}; let its yaml begin with defaults: [repa, _self_]")
+    for key in (*OF_TEACHERS, "teachers"):
+        del options[key]
     widths = {name: own["width"] for name, own in named.items()}
     width, blocks = config["model"].get("width"), len(getattr(backbone, "blocks", ()))
     if width is None or not blocks:
@@ -65,13 +70,15 @@ def fetch_teachers(config: Config, download: bool = True) -> dict[str, Path]:
 def load_teacher(
     options: Config, trust: Sequence[str], images: ImageSource | None = None, runs: str = "runs"
 ) -> Teacher:
-    """A teacher of the width in its options, given what its constructor names of the images and the folder of runs."""
+    """A teacher of the width in its options, given what its constructor names of that, the images and the runs."""
     named = inspect.signature(targets.target("alignment.teachers", options, trust)).parameters
-    given = {key: value for key, value in {"images": images, "runs": runs}.items() if key in named}
-    built: Teacher = instantiate("alignment.teachers", options, trust, **given)
+    known = {"images": images, "runs": runs, "width": options["width"]}
+    own = {key: value for key, value in options.items() if key != "width"}
+    given = {key: value for key, value in known.items() if key in named}
+    built: Teacher = instantiate("alignment.teachers", own, trust, **given)
     if (width := getattr(built, "width", None)) != options["width"]:
-        way = f"{type(built).__name__}.width is {width}; both are the channels of its features"
-        raise ValueError(f"alignment.teachers: width={options['width']}, but {way}")
+        way = f"{type(built).__name__} has {width}, the channels of its features"
+        raise ValueError(f"alignment.teachers: width={options['width']}, but {way}; set it so")
     return built
 
 
@@ -95,6 +102,4 @@ def teachers(config: Config, images: ImageSource | None = None) -> TeacherFeatur
     if not named:
         return None
     loaders = {name: functools.partial(load_teacher, own, trust, images, config["runs"]) for name, own in named.items()}
-    settings = {key: config["alignment"][key] for key in ("normalise", "zscore_alpha", "every", "until", "pixels")}
-    check_alignment(**settings)
-    return TeacherFeatures(loaders, **settings)
+    return TeacherFeatures(loaders, **{key: config["alignment"][key] for key in OF_TEACHERS})

@@ -24,17 +24,15 @@ class ProbeTeacher(Teacher):
 
     Args:
         weights: a file `probe-*.safetensors`; `None` trains one.
-        width: Z, 64.
         seed: of the probe that is trained.
         images: of the run.
         runs: the folder where it is kept.
     """
 
-    def __init__(self, *, weights: str | None, width: int, seed: int, images: PictureSource, runs: str) -> None:
+    width = WIDTH
+
+    def __init__(self, *, weights: str | None, seed: int, images: PictureSource, runs: str) -> None:
         integer("alignment.teachers.probe.seed", seed, 0)
-        if width != WIDTH:
-            raise ValueError(f"alignment.teachers: width={width}, but a probe has {WIDTH} channels; set it so")
-        self.width = width
         file = Path(weights or "")
         if weights is None:
             every, classes = Sourced(images), len(images.class_names)

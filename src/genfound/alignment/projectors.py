@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from genfound.batch import Batch
 from genfound.config.checks import integer, one_of
+from genfound.layers.rope import row_major
 
 PROJECTORS = ("mlp", "linear", "conv")
 
@@ -59,7 +60,7 @@ class ConvProjector(nn.Module):
         else:
             sizes, place = batch.sizes[batch.image_of], batch.positions
         rows, columns = sizes.unbind(-1)  # of each token's image
-        row, column = place // columns.clamp(min=1), place % columns.clamp(min=1)
+        row, column = row_major(place, columns).unbind(-1)
         out, half = self.bias.expand(*x.shape[:-1], -1).float(), self.kernel // 2
         for i in range(self.kernel):
             for j in range(self.kernel):

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -42,7 +40,7 @@ class RADIO(vit.VisionTransformer):
         if found is None:
             state: Mapping[str, Tensor] = tiny_state()
         else:
-            state = read(found) if found.is_file() else read_safetensors(found / vit.FILES[1])
+            state = read(found) if found.is_file() else checkpoint_io.read_safetensors(found / vit.FILES[1])
         model = vit.from_state("Dinov2WithRegisters", *converted(state, weights))
         model.layernorm = torch.nn.Identity()
         return model
@@ -50,8 +48,8 @@ class RADIO(vit.VisionTransformer):
     def pixels(self, images: Tensor, height: int, width: int) -> Tensor:
         """As in `VisionTransformer`, but resized before it is normalised, antialiased and to bytes, as by Pillow."""
         if images.shape[2:] != (height, width):
-            larger = interpolate(images.float(), (height, width), mode="bicubic", antialias=True)
-            images = larger.round().clamp(0, 255).to(torch.uint8)
+            resized = interpolate(images.float(), (height, width), mode="bicubic", antialias=True)
+            images = resized.round().clamp(0, 255).to(torch.uint8)
         return super().pixels(images, height, width)
 
     def resampled(self, table: Tensor, rows: int, columns: int) -> Tensor:
@@ -68,14 +66,6 @@ def read(file: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping):
         raise ValueError(f"{file} is no release of RADIO: it has no state_dict")
     return state
-
-
-def read_safetensors(file: Path) -> Mapping[str, Tensor]:
-    """The tensors of a .safetensors file."""
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
 
 
 def converted(state: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

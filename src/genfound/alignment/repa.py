@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from genfound.alignment.projectors import ConvProjector, make_projector
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
-from genfound.config.checks import integer, number, one_of
+from genfound.config.checks import integer, number
 from genfound.layers.adaln import autocast_off
 from genfound.layers.initial import Draw
 from genfound.objectives.base import Losses
@@ -101,12 +101,3 @@ class Alignment(nn.Module):
                 similarity = cosine_similarity(projected.float(), target.float(), dim=-1)
             apart.append(batch.per_image((1 - similarity)[..., None]))
         return torch.stack(apart).mean(dim=0)
-
-
-def check_alignment(normalise: str, zscore_alpha: float, every: int, until: int | None, pixels: int | None) -> None:
-    """Raise a ValueError for an option of `TeacherFeatures` that is out of range."""
-    one_of("alignment.normalise", normalise, ("none", "zscore"))
-    number("alignment.zscore_alpha", zscore_alpha, 0)
-    integer("alignment.every", every, 1)
-    integer("alignment.until", until, 1, or_null=True)
-    integer("alignment.pixels", pixels, 1, or_null=True)

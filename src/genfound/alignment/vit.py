@@ -26,23 +26,19 @@ class VisionTransformer(Teacher):
 
     Args:
         weights: name on the Hugging Face hub, a folder, or `random_tiny`.
-        width: Z; checked against the weights.
 
     Raises:
         FileNotFoundError: the weights are absent and cannot be downloaded.
-        ValueError: they are damaged, or of another width; transformers is not installed.
+        ValueError: they are damaged; transformers is not installed.
     """
 
     mean: tuple[float, float, float]  # of the pixels of its training, in [0, 1]
     std: tuple[float, float, float]
 
-    def __init__(self, *, weights: str, width: int) -> None:
+    def __init__(self, *, weights: str) -> None:
         self.model = self.load(weights).eval().requires_grad_(False)
         config = self.model.config
-        self.width, self.patch = width, config.patch_size
-        if config.hidden_size != width:
-            way = f"{weights} has {config.hidden_size} channels; set it so"
-            raise ValueError(f"alignment.teachers: width={width}, but {way}")
+        self.width, self.patch = config.hidden_size, config.patch_size
         self.prefix = 1 + getattr(config, "num_register_tokens", 0)
         self.model.embeddings.interpolate_pos_encoding = self._positions
 

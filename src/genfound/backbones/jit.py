@@ -48,7 +48,8 @@ class JiT(LightningDiT):
         width, token = options["width"], options["channels"] * options["patch_size"] ** 2
         self.x_embedder = BottleneckEmbedder(token, bottleneck_dim, width)
         self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, width)) if in_context_len else None
-        if number("model.dropout", dropout, 0, 1):
+        self.dropout = number("model.dropout", dropout, 0, 1)
+        if dropout:
             for block in self.blocks[depth // 4 : 3 * (depth // 4)]:
                 assert isinstance(block, Block)
                 block.attn.dropout, block.mlp.dropout = nn.Dropout(dropout), nn.Dropout(dropout)

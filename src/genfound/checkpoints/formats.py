@@ -54,7 +54,7 @@ def read(path: Path) -> CheckpointFile:
     if not path.is_file():
         raise FileNotFoundError(f"there is no run {path}, nor a file of that name")
     if _is_safetensors(path):
-        return CheckpointFile({"": strip_prefixes(read_safetensors(path), path)}, {})
+        return CheckpointFile({"": strip_prefixes(checkpoint_io.read_safetensors(path), path)}, {})
     with open(path, "rb") as file:
         if file.read(64).lstrip()[:5].lower() in (b"<!doc", b"<html"):
             raise ValueError(f"{path} is a web page; download the file itself (/resolve/ instead of /blob/ on the hub)")
@@ -63,14 +63,6 @@ def read(path: Path) -> CheckpointFile:
     outer = {key: content[key] for key in OUTER if isinstance(content.get(key), Mapping)}
     states = {key: strip_prefixes(state, path) for key, state in (outer or {"": content}).items()}
     return CheckpointFile(states, dict(vars(args)) if isinstance(args, argparse.Namespace) else {})
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def ours(path: Path) -> dict[str, Any] | None:

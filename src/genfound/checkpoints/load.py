@@ -128,7 +128,7 @@ def read_ours(path: Path, weights: str | None, trust: Collection[str], values: b
     config = _checked(note.get("config"), version, trust, path)
     if of_diffusers is not None:
         return _of_folder(of_diffusers, note, config)
-    tensors = formats.read_safetensors(path)
+    tensors = checkpoint_io.read_safetensors(path)
     own = {key: value for key, value in tensors.items() if not key.startswith(formats.KEPT)}
     kept = {key.removeprefix(formats.KEPT): tensors[key] for key in tensors.keys() - own.keys()}
     own = own if version == formats.FORMAT else format_1.weights(own, config["model"])

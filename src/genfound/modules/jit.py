@@ -16,6 +16,7 @@ class JiTModule(GenerativeModule):
     """Trains a JiT."""
 
     backbone = JiT
+    net: JiT
 
     def parameter_groups(self) -> Iterable[Any]:
         """Matrices and tables decay; biases and vectors do not."""
@@ -26,5 +27,6 @@ class JiTModule(GenerativeModule):
 
     def evaluate(self, batch: Batch, rng: Rng) -> Losses:
         """As of `GenerativeModule`; dropout, which PyTorch draws, is seeded by the micro-batch."""
-        torch.manual_seed(rng.integer("dropout"))
+        if self.net.dropout:
+            torch.manual_seed(rng.integer("dropout"))
         return super().evaluate(batch, rng)

@@ -153,6 +153,16 @@ def _read_file(path: Path, allowed: Sequence[type]) -> dict[str, Any]:
     return state
 
 
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file."""
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the largest step recorded inside it, or None."""
     try:

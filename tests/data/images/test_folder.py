@@ -62,11 +62,11 @@ def test_an_image_can_be_seen_at_another_size(tmp_path: Path) -> None:
     (tmp_path / "images/a").mkdir(parents=True)
     Image.fromarray(noise).save(tmp_path / "images/a/0.png")
     source = folder(tmp_path / "images")
-    assert np.array_equal(source.rendered(0, 48, 40), source.image(0))
     half = resize(Image.fromarray(noise), 24, 20, Image.Resampling.BICUBIC)
-    assert np.array_equal(source.rendered(0, 24, 20), np.array(half))
+    for found, wanted in zip(source.rendered(0, [(48, 40), (24, 20)]), (source.image(0), np.array(half)), strict=True):
+        assert np.array_equal(found, wanted)
     square = folder(tmp_path / "images", view="square", size=32)
-    assert np.array_equal(square.rendered(0, 16, 16), np.array(center_crop(Image.fromarray(noise), 16)))
+    assert np.array_equal(square.rendered(0, [(16, 16)])[0], np.array(center_crop(Image.fromarray(noise), 16)))
 
 
 @pytest.fixture

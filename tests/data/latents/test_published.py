@@ -94,9 +94,9 @@ def test_teachers_see_the_images_of_nit_as_its_data_set_shows_them(tmp_path: Pat
     expected = [resize(picture, 32, 80, Image.Resampling.BICUBIC), center_crop(picture, 128)]
     for found, wanted in zip(images.pictures, expected, strict=True):
         assert torch.equal(found, torch.from_numpy(np.array(wanted)).permute(2, 0, 1))
-    assert torch.equal(batches._reread(native, True), images.pictures[0].flip(-1))
+    assert torch.equal(batches._moments(native, True)[1], images.pictures[0].flip(-1))
     with pytest.raises(ValueError, match=r"data\.image_root: .*n01_0\.JPEG cannot be read"):
-        source.rendered(0, 16, 16)
+        source.rendered(0, [(16, 16)])
     with pytest.raises(FileNotFoundError, match=r"data\.image_root=.*elsewhere is not a folder"):
         NiTLatents(tmp_path, views, None, "train", True, LatentSpec(32, 32), str(tmp_path / "elsewhere"))
 

@@ -17,7 +17,7 @@ class Given(RADIO):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state
-        super().__init__(weights="given", width=32)
+        super().__init__(weights="given")
 
     def load(self, weights: str) -> object:
         model = vit.from_state("Dinov2WithRegisters", *converted(self.state, weights))

@@ -1,5 +1,6 @@
 """What a source of training data is: labelled images, or latents that were encoded before."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,8 +30,8 @@ class PictureSource(ImageSource, Protocol):
 class Rerendered(Protocol):
     """A source that can show its items at other sizes too, from the files themselves."""
 
-    def rendered(self, index: int, height: int, width: int) -> np.ndarray:
-        """(height, width, 3) uint8, the view of an item at this size."""
+    def rendered(self, index: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Each (height, width, 3) uint8, the view of an item at these sizes (height, width), decoded once."""
 
 
 @runtime_checkable

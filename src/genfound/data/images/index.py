@@ -115,11 +115,11 @@ class ImageFiles(PictureSource, ABC):
         """(height, width, 3) uint8, an item of the pass."""
         return self.entry(int(self.items[index]))
 
-    def rendered(self, index: int, height: int, width: int) -> np.ndarray:
-        """(height, width, 3) uint8, the view of an item of the pass at another size."""
+    def rendered(self, index: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """See `Rerendered`; of an item of the pass."""
         entry = int(self.items[index])
         picture, rule = self.picture(int(self.entries.images[entry])), int(self.entries.rules[entry])
-        return self.views.render(picture, rule, np.array([height, width]))
+        return [self.views.render(picture, rule, np.array(size)) for size in sizes]
 
     def entry(self, entry: int) -> np.ndarray:
         """(height, width, 3) uint8, see `image`."""

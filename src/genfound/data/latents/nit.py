@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ class NiTLatents(LatentSource):
         latents = self._read(index, "latent", int(mirrored)).float()
         return checked_latents(self._file(index), latents, "") / NIT_SCALE
 
-    def rendered(self, index: int, height: int, width: int) -> np.ndarray:
-        """(height, width, 3) uint8, see `Rerendered`."""
+    def rendered(self, index: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """See `Rerendered`."""
         assert self.image_root is not None
         name = Path(str(self._files[index])).with_suffix(".JPEG")
         try:
@@ -96,7 +96,7 @@ class NiTLatents(LatentSource):
         except OSError as error:
             raise ValueError(f"data.image_root: {self.image_root / name} cannot be read: {error}") from None
         rule = self.views.rules[self._names[int(self._rules[index])]]
-        return np.array(rule.render(picture, height, width))
+        return [np.array(rule.render(picture, *size)) for size in sizes]
 
     def _file(self, index: int) -> Path:
         return self._folders[int(self._rules[index])] / str(self._files[index])

@@ -46,22 +46,35 @@ class MicroBatches(Dataset[Item]):
         if self.flips is not None:
             coins = (self.flips.at(micro.number).uniform("flip", (count,)) < 0.5).tolist()
         encoded = isinstance(self.source, LatentSource)
-        read = cast(LatentSource, self.source).moments if encoded else self._picture
-        tensors = [read(index, mirrored) for index, mirrored in zip(micro.indices, coins, strict=True)]
-        pictures = None
-        if self.reread is not None:
-            pictures = [self._reread(index, mirrored) for index, mirrored in zip(micro.indices, coins, strict=True)]
-        images = RawImages(tensors, torch.from_numpy(self.source.labels[list(micro.indices)]), encoded, pictures)
+        read = self._moments if encoded else self._pictures
+        tensors, *seen = zip(*map(read, micro.indices, coins), strict=True)
+        pictures = list(seen[0]) if seen else None
+        images = RawImages(list(tensors), torch.from_numpy(self.source.labels[list(micro.indices)]), encoded, pictures)
         return images if self.assembly is None else self.assembly(images, micro.positions, torch.device("cpu")), micro
 
-    def _picture(self, index: int, mirrored: bool) -> Tensor:
-        return to_picture(cast(PictureSource, self.source).image(index), mirrored)
+    def _pictures(self, index: int, mirrored: bool) -> list[Tensor]:
+        """An image, and what teachers see of it if that is read anew."""
+        if self.reread is None:
+            images = [cast(PictureSource, self.source).image(index)]
+        else:
+            sizes = [self.source.sizes[index], self._of_teachers(index)]
+            images = cast(Rerendered, self.source).rendered(index, [(int(h), int(w)) for h, w in sizes])
+        return [to_picture(image, mirrored) for image in images]
 
-    def _reread(self, index: int, mirrored: bool) -> Tensor:
+    def _moments(self, index: int, mirrored: bool) -> list[Tensor]:
+        """Those of an image, and what teachers see of it."""
+        moments = cast(LatentSource, self.source).moments(index, mirrored)
+        if self.reread is None:
+            return [moments]
+        (image,) = cast(Rerendered, self.source).rendered(index, [self._of_teachers(index)])
+        return [moments, to_picture(image, mirrored)]
+
+    def _of_teachers(self, index: int) -> tuple[int, int]:
+        """(height, width) of what teachers see of an image."""
         assert self.reread is not None
         unit, wanted = self.reread
         height, width = (self.source.sizes[index] // unit * wanted).tolist()
-        return to_picture(cast(Rerendered, self.source).rendered(index, height, width), mirrored)
+        return height, width
 
 
 @dataclass(eq=False)
