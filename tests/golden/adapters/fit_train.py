@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,26 +10,19 @@ from torch import Tensor
 
 from genfound.backbones.fit import FiT
 from genfound.batch import Batch
-from genfound.callbacks.ema import Ema
-from genfound.data.packing.batch_plan import MicroBatch
 from genfound.modules.fit import FiTModule
 from genfound.objectives.base import Losses
-from genfound.rng import Rng
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.dit import Draws
 from tests.golden.adapters.fit import Fixture, by_row, official, to_batch
 from tests.golden.adapters.gaussian import respaced
 from tests.golden.adapters.sit_transport import flow
+from tests.golden.adapters.training import Drawn, Training
 from tests.golden.fill import inputs, unit
 
 
-class Drawn(FiTModule):
+class DrawnFiT(Drawn, FiTModule):
     """The training module with the draws of a fixture."""
-
-    draws: Rng
-
-    def evaluate(self, batch: Batch, rng: Rng) -> Losses:
-        return super().evaluate(batch, self.draws)
 
 
 class Steps:
@@ -79,32 +71,19 @@ def train(fixture: Fixture) -> Results:
     """Losses, gradient norms, and weights and their average after some optimizer steps."""
     call, steps = fixture["call"], Steps(fixture)
     net: FiT = official(fixture, steps.network).train()
-    recipe = {"clip": call["max_grad_norm"], **{k: call[k] for k in ("lr", "betas", "eps", "weight_decay")}}
-    module = Drawn(net, steps.objective, recipe, steps.network["class_dropout_prob"], 0, 1)
-    optimizer: Any = module.configure_optimizers()
-    ema, trainer = Ema([call["ema_decay"]]), SimpleNamespace(global_step=0)
-    ema.on_train_start(trainer, module)  # type: ignore[arg-type]
-    outputs: list[Tensor] = []
+    recipe = {**{k: call[k] for k in ("lr", "betas", "eps", "weight_decay")}, "clip": call["max_grad_norm"],
+              "schedule": "constant", "warmup_images": 0}  # fmt: skip
+    module = DrawnFiT(net, steps.objective, recipe, steps.network["class_dropout_prob"], 0, 1)
+    training, outputs, terms = Training(module, call["ema_decay"]), list[Tensor](), list[dict[str, Tensor]]()
     net.register_forward_hook(lambda m, i, out: outputs.append(out.detach()))
-    found: dict[str, list[Tensor]] = {}
-    results: dict[str, Any] = {}
     for step, rate in enumerate(fixture["remarks"]["lr"]):
-        optimizer.param_groups[0]["lr"] = rate
-        batch, module.draws = steps.of(step)
-        out = module.training_step((batch, MicroBatch(step, (), (), 0, 0, float(len(batch.y)), 0)), step)
-        optimizer.zero_grad()
-        out["loss"].backward()
-        if step == 0:
-            gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-            results |= {f"grad0:{key}": gradients[key].clone() for key in call["report"]}
-        module.configure_gradient_clipping(optimizer)
-        assert module.grad_norm is not None
-        optimizer.step()
-        trainer.global_step += 1
-        ema.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
-        terms = steps.terms(out["losses"], outputs[-1], batch, module.draws) | {"grad_norms": module.grad_norm}
-        for name, value in terms.items():
-            found.setdefault(name, []).append(value.detach())
-    for name, state in (("param", dict(net.named_parameters())), ("ema", ema.averages[call["ema_decay"]])):
-        results |= {f"{name}:{key}": state[key].detach() for key in call["report"]}
-    return results | {name: torch.stack(values) for name, values in found.items()}
+        batch, draws = steps.of(step)
+        losses = training.step(batch, draws, rate)
+        terms.append(steps.terms(losses, outputs[-1], batch, draws))
+    results = {name: torch.stack([of_step[name].detach() for of_step in terms]) for name in terms[0]}
+    results["grad_norms"] = torch.stack(training.norms)
+    states = {"grad0": training.gradients, "param": dict(module.named_parameters()), "ema": training.average}
+    for name, state in states.items():
+        own = {key.removeprefix("net."): value.detach() for key, value in state.items()}
+        results |= {f"{name}:{key}": own[key] for key in call["report"]}
+    return results

@@ -10,7 +10,7 @@ from genfound.checkpoints.official import projectors
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter
-from tests.golden.adapters.jit import SOURCE, Drawn, Draws, Fixture, dense, grid_of, objective_of, official, outwards
+from tests.golden.adapters.jit import SOURCE, DrawnJiT, Draws, Fixture, dense, grid_of, objective_of, official, outwards
 from tests.golden.adapters.repa import alignment_of, normalised, similarity
 from tests.golden.fill import inputs, parameters
 
@@ -24,7 +24,7 @@ def loss(fixture: Fixture) -> Results:
     alignment = alignment_of(arguments, asked["hidden_size"])
     checkpoint_io.load_strict(alignment, projectors.from_official(parameters(fixture)), SOURCE)
     drop = config["loss"]["label_drop_prob"]
-    module = Drawn(net, objective_of(config["loss"]), {}, drop, 0, 1, alignment)
+    module = DrawnJiT(net, objective_of(config["loss"]), {}, drop, 0, 1, alignment)
     module.draws, rows = Draws(), grid_of(asked)[0]
     features = tuple(normalised(given[f"f.{k}"], arguments, rows) for k in range(len(arguments["z_dims"])))
     batch = replace(dense(net, given["x"], given["y"]), features=features)

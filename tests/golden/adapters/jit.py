@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,16 @@ from genfound import build
 from genfound.backbones.dit import position_table
 from genfound.backbones.jit import JiT
 from genfound.batch import Batch
-from genfound.callbacks.ema import Ema
 from genfound.checkpoints.official.jit import from_official, official_options, to_official
-from genfound.data.packing.batch_plan import MicroBatch
 from genfound.layers.rope import Rope
 from genfound.layouts import Dense
 from genfound.modules.jit import JiTModule
-from genfound.objectives.base import Losses
 from genfound.objectives.flow import Flow
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.fit import law
+from tests.golden.adapters.training import Drawn, Training
 from tests.golden.fill import inputs, parameters, unit
 from tests.helpers import SAMPLERS, composed, guidance_of, linear_flow
 
@@ -182,13 +179,8 @@ class Draws(Rng):
         return (torch.from_numpy(unit(f"rand.{self.step}", shape)) / 3**0.5 + 1) / 2
 
 
-class Drawn(JiTModule):
+class DrawnJiT(Drawn, JiTModule):
     """The training module with the draws of a fixture."""
-
-    draws: Rng
-
-    def evaluate(self, batch: Batch, rng: Rng) -> Losses:
-        return super().evaluate(batch, self.draws)
 
 
 class Watched:
@@ -206,7 +198,7 @@ def loss(fixture: Fixture) -> Results:
     """The loss, what the network was given and answered, and gradients."""
     config, given = fixture["config"], inputs(fixture)
     net = official(fixture, config["model"]).train(config["train"])
-    module = Drawn(net, objective_of(config["loss"]), {}, config["loss"]["label_drop_prob"] * config["train"], 0, 1)
+    module = DrawnJiT(net, objective_of(config["loss"]), {}, config["loss"]["label_drop_prob"] * config["train"], 0, 1)
     module.draws, watched = Draws(), Watched(net)
     total = module.evaluate(dense(net, given["x"], given["y"]), Rng(0)).total.mean()
     total.backward()
@@ -242,37 +234,23 @@ def train(fixture: Fixture) -> Results:
         "warmup_images": call["warmup_epochs"] * per_epoch, "warmup_from_zero": True,
     }  # fmt: skip
     net, goal = official(fixture, asked).train(), objective_of(config["loss"])
-    module, ema = (
-        Drawn(net, goal, recipe, config["loss"]["label_drop_prob"], 0, call["epochs"] * per_epoch),
-        Ema(decays),
-    )
-    optimizer = module.configure_optimizers()
-    progress = SimpleNamespace(current=SimpleNamespace(ready=1))
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    trainer: Any = SimpleNamespace(global_step=0, fit_loop=loop, accumulate_grad_batches=1)
-    module.trainer, module.logs_losses = trainer, False
-    module.optimizers = lambda: optimizer  # type: ignore[method-assign,assignment,misc]
-    ema.on_train_start(trainer, module)
-    labels = [given[f"y.{k}"] for k in range(len(given))]
-    results, losses = dict[str, Any](), list[Tensor]()
+    module = DrawnJiT(net, goal, recipe, config["loss"]["label_drop_prob"], 0, call["epochs"] * per_epoch)
+    training, labels = Training(module, *decays), [given[f"y.{k}"] for k in range(len(given))]
     for step in range(call["steps"]):
         bytes_ = np.floor((unit(f"input.x.{step}", call["x_shape"]) / np.float32(3**0.5) + 1) * 128).clip(0, 255)
         batch = dense(net, torch.from_numpy(bytes_).float() / 255 * 2 - 1, labels[step % len(labels)])
-        item = (batch, MicroBatch(step, (), (), 0, step, float(images), 0))
-        module.draws, module.images_seen = Draws(step), step * images
-        module.on_train_batch_start(item, step)
-        total = module.training_step(item, step)["loss"]
-        optimizer.zero_grad()
-        total.backward()
-        if step == 0:
-            gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-            results |= {f"grad0:{key}": value for key, value in outwards(gradients, asked).items()}
-        module.configure_gradient_clipping(optimizer)
-        optimizer.step()
-        trainer.global_step += 1
-        ema.on_train_batch_end(trainer, module, None, None, step)
-        losses.append(total.detach())
-    states = {"param": dict(net.named_parameters()), **{f"ema{i + 1}": ema.averages[d] for i, d in enumerate(decays)}}
+        module.images_seen = step * images
+        training.step(batch, Draws(step))
+    results = {
+        f"grad0:{key}": value
+        for key, value in outwards(
+            {name.removeprefix("net."): p for name, p in training.gradients.items()}, asked
+        ).items()
+    }
+    states = {
+        "param": dict(net.named_parameters()),
+        **{f"ema{i + 1}": training.ema.averages[d] for i, d in enumerate(decays)},
+    }
     for name, state in states.items():
         results |= {f"{name}:{key}": value for key, value in outwards(state, asked).items()}
-    return results | {"losses": torch.stack(losses)}
+    return results | {"losses": torch.stack(training.losses)}

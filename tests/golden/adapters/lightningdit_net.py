@@ -15,7 +15,6 @@ from genfound import build
 from genfound.backbones.fit import Attention
 from genfound.backbones.lightningdit import LightningDiT
 from genfound.batch import Batch
-from genfound.callbacks.ema import Ema
 from genfound.checkpoints.official.dit import to_official
 from genfound.checkpoints.official.lightningdit import from_official, official_options, tables
 from genfound.data.latents.va_vae import STATISTICS, VAVAE
@@ -25,12 +24,12 @@ from genfound.layers.mlp import FusedSwiGLU
 from genfound.layers.norm import norm_layer
 from genfound.layers.rope import Rope, apply_rope, row_major
 from genfound.layouts import Dense
-from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Losses, TimeAdapter
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.lightningdit import TransportDraws, transport
+from tests.golden.adapters.training import Drawn, Training
 from tests.golden.fill import inputs, parameters, unit
 from tests.helpers import SAMPLERS, composed, guidance_of, linear_flow
 
@@ -164,16 +163,6 @@ class Draws(TransportDraws):
         return 1 - drawn.double() if purpose == "time" else drawn
 
 
-class Drawn(GenerativeModule):
-    """The training module with the draws of a fixture."""
-
-    draws: Rng
-    logs_losses = False
-
-    def evaluate(self, batch: Batch, rng: Rng) -> Losses:
-        return super().evaluate(batch, self.draws)
-
-
 def module_of(fixture: Fixture, recipe: Config) -> Drawn:
     config = {"sp_timesteps": None, "shifted_mu": 0, **fixture["config"]}
     module = Drawn(official(fixture).train(), transport(config)[0], recipe, config["class_dropout_prob"], 0, 1)
@@ -223,24 +212,16 @@ def train(fixture: Fixture) -> Results:
     recipe = {**config["optimizer"], "clip": config["max_grad_norm"]}
     if recipe.pop("name") != "AdamW":
         raise NotImplementedError(f"optimizer {config['optimizer']['name']}")
-    module, ema = module_of(fixture, recipe), Ema([config["ema_decay"]])
-    optimizer, trainer = module.configure_optimizers(), SimpleNamespace(global_step=0)
-    ema.on_train_start(trainer, module)  # type: ignore[arg-type]
-    losses, norms = [], []
+    recipe |= {"schedule": "constant", "warmup_images": 0}
+    training = Training(module_of(fixture, recipe), config["ema_decay"])
+    net = training.module.net
+    assert isinstance(net, LightningDiT)
     for k in range(config["steps"]):
-        total, _ = step(module, given, Draws(config["transport"].get("use_lognorm", False), k))
-        optimizer.zero_grad()
-        total.backward()
-        module.configure_gradient_clipping(optimizer)
-        optimizer.step()
-        trainer.global_step += 1
-        ema.on_train_batch_end(trainer, module, None, None, k)  # type: ignore[arg-type]
-        losses.append(total.detach())
-        norms.append(module.grad_norm)
-    states = {"weights": dict(module.net.named_parameters()), "ema": ema.averages[config["ema_decay"]]}
-    theirs = {name: outwards(state, module.net, grid_of(config)) for name, state in states.items()}
+        training.step(dense(net, given["x"], given["y"]), Draws(config["transport"].get("use_lognorm", False), k))
+    states = {"weights": dict(net.named_parameters()), "ema": training.average}
+    theirs = {name: outwards(state, net, grid_of(config)) for name, state in states.items()}
     weights = {f"{name}.{key}": value for name, state in theirs.items() for key, value in state.items()}
-    return {"losses": torch.stack(losses), "grad_norms": torch.stack(norms), **weights}  # type: ignore[arg-type]
+    return {"losses": torch.stack(training.losses), "grad_norms": torch.stack(training.norms), **weights}
 
 
 @adapter("lightningdit", "sample")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor
 from genfound.alignment import Alignment, spatially_normalised
 from genfound.backbones.sit import SiT
 from genfound.batch import Batch
-from genfound.callbacks.ema import Ema
 from genfound.checkpoints.official import dit, projectors
-from genfound.data.packing.batch_plan import MicroBatch
 from genfound.layouts import Dense
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.base import Losses
@@ -30,6 +27,7 @@ from genfound.runtime import checkpoint_io
 from tests.golden.adapters import Results, adapter, sizes_of
 from tests.golden.adapters.dit import Draws
 from tests.golden.adapters.nit_flow import SDE
+from tests.golden.adapters.training import Drawn, Training
 from tests.golden.fill import inputs, parameters, unit
 from tests.helpers import SAMPLERS, guidance_of, linear_flow
 
@@ -67,9 +65,10 @@ class Official:
         moved = dit.to_official(own, self.net.token_spec.patch_size, (1, 1))
         return moved | projectors.to_official(aligned, "sit")
 
-    def module(self, objective: Flow, recipe: Mapping[str, Any]) -> GenerativeModule:
-        plain = {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "clip": None}
-        module = GenerativeModule(self.net, objective, plain | dict(recipe), self.drop, 0, 1, self.alignment)
+    def module(self, objective: Flow, recipe: Mapping[str, Any]) -> Drawn:
+        plain = {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "clip": None,
+                 "schedule": "constant", "warmup_images": 0}  # fmt: skip
+        module = Drawn(self.net, objective, plain | dict(recipe), self.drop, 0, 1, self.alignment)
         module.train()
         return module
 
@@ -125,7 +124,8 @@ def model(fixture: Fixture) -> Results:
         probe = Velocity(given["t"])
         module = official.module(probe, {})  # type: ignore[arg-type]
         module.alignment = None
-        module.evaluate(batch, Draws(label_drop=given["label_drop_uniform"]))
+        module.draws = Draws(label_drop=given["label_drop_uniform"])
+        module.evaluate(batch, module.draws)
         results["out_train_dropout"] = probe.out
     return results
 
@@ -150,9 +150,9 @@ def loss(fixture: Fixture) -> Results:
     shape, uniform = given["images"].shape, config["weighting"] == "uniform"
     time = given["time_uniform"].double() if uniform else named("noise.0", [len(given["y"])])
     noise = named("noise.0" if uniform else "noise.1", list(shape))
-    draws = Draws(time=time, noise=noise, label_drop=given["label_drop_uniform"])
+    module.draws = Draws(time=time, noise=noise, label_drop=given["label_drop_uniform"])
     features = tuple(given[f"z_{number}"] for number in range(len(config["z_dims"])))
-    losses = module.evaluate(official.batch(given["images"], given["y"], features), draws)
+    losses = module.evaluate(official.batch(given["images"], given["y"], features), module.draws)
     return _terms(official, losses, config["proj_coeff"]) | _gradients(official, module, losses)
 
 
@@ -186,7 +186,8 @@ def spatial_loss(fixture: Fixture) -> Results:
     batch = official.batch(given["x"], given["y"], features)
     hidden = []
     official.net.blocks[alignment["encoder_depth"] - 1].register_forward_hook(lambda m, i, out: hidden.append(out))
-    losses = module.evaluate(batch, Draws(time=time, noise=noise, label_drop=drop))
+    module.draws = Draws(time=time, noise=noise, label_drop=drop)
+    losses = module.evaluate(batch, module.draws)
     projected = {f"projected.{k}": p(hidden[0], batch) for k, p in enumerate(official.alignment.projectors)}
     return projected | _terms(official, losses, alignment["proj_coeff"]) | _gradients(official, module, losses)
 
@@ -269,16 +270,11 @@ def train(fixture: Fixture) -> Results:
     config, call = fixture["config"], fixture["call"]
     official = Official(fixture, config, {**config, "proj_coeff": call["proj_coeff"]})
     recipe = {"clip": call["max_grad_norm"], **{k: call[k] for k in ("lr", "betas", "eps", "weight_decay")}}
-    objective = flow(call["path_type"], call["weighting"])
-    module = official.module(objective, recipe)
-    optimizer: Any = module.configure_optimizers()
-    ema, trainer = Ema([call["ema_decay"]]), SimpleNamespace(global_step=0)
-    ema.on_train_start(trainer, module)  # type: ignore[arg-type]
-    uniform, shape = call["weighting"] == "uniform", call["x_shape"]
+    module = official.module(flow(call["path_type"], call["weighting"]), recipe)
+    training, uniform, shape = Training(module, call["ema_decay"]), call["weighting"] == "uniform", call["x_shape"]
     n, tokens = shape[0], (config["input_size"] // config["patch_size"]) ** 2
     labels = [value for name, value in sorted(inputs(fixture).items())]
-    found: dict[str, list[Tensor]] = {"denoising_losses": [], "proj_losses": [], "grad_norms": []}
-    results: dict[str, Any] = {}
+    terms = []
     for step in range(call["steps"]):
         names = (f"rand.{2 * step}", f"noise.{step}", f"rand.{2 * step + 1}")
         time, noise, drop = names if uniform else (f"noise.{2 * step}", f"noise.{2 * step + 1}", f"rand.{step}")
@@ -286,24 +282,15 @@ def train(fixture: Fixture) -> Results:
         features = tuple(torch.from_numpy(unit(f"input.z.{i}.{step}", [n, tokens, z]))
                          for i, z in enumerate(config["z_dims"]))  # fmt: skip
         x = torch.from_numpy(unit(f"input.x.{step}", shape))
-        batch = official.batch(x, labels[step % len(labels)], features)
-        module.__dict__["evaluate"] = lambda b, _, d=draws: GenerativeModule.evaluate(module, b, d)
-        out = module.training_step((batch, MicroBatch(step, (), (), 0, 0, float(n), 0)), step)
-        optimizer.zero_grad()
-        out["loss"].backward()
-        if step == 0:
-            grads = official.outwards({name: p.grad for name, p in module.named_parameters()})
-            results |= {f"grad0:{key}": grads[key] for key in call["report"]}
-        module.configure_gradient_clipping(optimizer)
-        assert module.grad_norm is not None
-        optimizer.step()
-        trainer.global_step += 1
-        ema.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
-        terms = _terms(official, out["losses"], call["proj_coeff"])
-        for key, value in (("denoising_losses", terms["denoising_loss"]), ("proj_losses", terms["proj_loss"]),
-                           ("grad_norms", module.grad_norm)):  # fmt: skip
-            found[key].append(value.detach())
-    for name, state in (("param", dict(module.named_parameters())), ("ema", ema.averages[call["ema_decay"]])):
+        losses = training.step(official.batch(x, labels[step % len(labels)], features), draws)
+        terms.append(_terms(official, losses, call["proj_coeff"]))
+    results: dict[str, Any] = {
+        "denoising_losses": torch.stack([of_step["denoising_loss"].detach() for of_step in terms]),
+        "proj_losses": torch.stack([of_step["proj_loss"].detach() for of_step in terms]),
+        "grad_norms": torch.stack(training.norms),
+    }
+    states = {"grad0": training.gradients, "param": dict(module.named_parameters()), "ema": training.average}
+    for name, state in states.items():
         moved = official.outwards(state)
         results |= {f"{name}:{key}": moved[key] for key in call["report"]}
-    return results | {key: torch.stack(values) for key, values in found.items()}
+    return results
