@@ -24,6 +24,7 @@ from genfound.checkpoints import formats
 from genfound.checkpoints.convert import Conversion, convert
 from genfound.checkpoints.diffusers import read
 from genfound.layouts import Dense
+from genfound.runtime import checkpoint_io
 from genfound.sampling.pipeline import Pipeline, _chosen
 from genfound.sampling.requests import make_requests
 from tests.evaluation.runs import evaluated, untrained_run
@@ -106,6 +107,14 @@ def drawn(root: Path) -> dict[str, Any]:
     return found
 
 
+def test_files_of_code_of_different_families_have_different_names(root: Path, drawn: dict[str, Any]) -> None:
+    """In one process Python may take the compiled file of another folder for theirs, if it is as long and as old."""
+    by_name: dict[str, set[str]] = {}
+    for file in (*root.glob("*/pipeline*.py"), *root.glob("*/transformer/*.py")):
+        by_name.setdefault(file.name, set()).add(file.read_text())
+    assert len(by_name) >= 10 and all(len(texts) == 1 for texts in by_name.values())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_seed_gives_the_same_picture(name: str, root: Path, drawn: dict[str, Any]) -> None:
     for height, width in sizes_of(name):
@@ -133,7 +142,7 @@ def test_a_folder_that_diffusers_saves_again(root: Path, drawn: dict[str, Any]) 
 
 @pytest.mark.usefixtures("drawn")
 def test_the_code_of_folders_has_no_undefined_or_unused_name(root: Path) -> None:
-    files = [*root.glob("*/pipeline.py"), *root.glob("*/transformer/*.py")]
+    files = [*root.glob("*/pipeline_*.py"), *root.glob("*/transformer/*.py")]
     assert len(files) >= 2 * len(FAMILIES)
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", *files]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -158,9 +167,9 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert back.config["objective"] == first.config["objective"]
     assert type(back.tokenizer) is type(first.tokenizer)
     convert(folder, str(tmp_path / "official.safetensors"), "official")
-    official = formats.read_safetensors(tmp_path / "official.safetensors")
+    official = checkpoint_io.read_safetensors(tmp_path / "official.safetensors")
     official = {name: tensor for name, tensor in official.items() if not name.startswith("feat_rope.")}  # computed
-    assert same(official, formats.read_safetensors(folder / "transformer/diffusion_pytorch_model.safetensors"))
+    assert same(official, checkpoint_io.read_safetensors(folder / "transformer/diffusion_pytorch_model.safetensors"))
     assert same(first.net.state_dict(), genfound.load(folder / "transformer").net.state_dict())
 
 
@@ -169,7 +178,7 @@ def test_without_our_note_the_config_decides(name: str, tmp_path: Path) -> None:
     """As after a training in diffusers."""
     folder = folder_of(tmp_path, name)
     file = folder / "transformer/diffusion_pytorch_model.safetensors"
-    safetensors.torch.save_file(formats.read_safetensors(file), file, {"format": "pt"})
+    safetensors.torch.save_file(checkpoint_io.read_safetensors(file), file, {"format": "pt"})
     first, back = genfound.load(tmp_path / f"{name}.safetensors"), genfound.load(folder, tokenizer="pixel")
     assert same(first.net.state_dict(), back.net.state_dict()) and back.class_names == NAMES
     ignored = ("attention", "activation_checkpointing", "channels", "learn_sigma")
@@ -208,7 +217,7 @@ def test_a_native_dit_as_others_keep_it(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "dit_decoded", *DECODED, native=True)
     inner = folder / "transformer"
     file = inner / "diffusion_pytorch_model.safetensors"
-    state = formats.read_safetensors(file)
+    state = checkpoint_io.read_safetensors(file)
     first = genfound.load(tmp_path / "dit_decoded.safetensors").net.state_dict()
     config = json.loads((inner / "config.json").read_text())
     del config["norm_eps"]
@@ -237,7 +246,7 @@ def test_a_native_dit_as_others_keep_it(tmp_path: Path) -> None:
 def test_a_folder_of_another_collection(tmp_path: Path) -> None:
     """Official names under their own class, and keys that mean other things than ours."""
     inner = folder_of(tmp_path, "nit_official") / "transformer"
-    state = formats.read_safetensors(inner / "diffusion_pytorch_model.safetensors")
+    state = checkpoint_io.read_safetensors(inner / "diffusion_pytorch_model.safetensors")
     shutil.rmtree(tmp_path / "nit_official")
     inner.mkdir(parents=True)
     safetensors.torch.save_file(
@@ -246,7 +255,7 @@ def test_a_folder_of_another_collection(tmp_path: Path) -> None:
     config = {"_class_name": "NiTTransformer2DModel", "input_size": 16, "hidden_size": 32, "depth": 2, "num_heads": 2}
     config |= {"class_dropout_prob": 0.1, "num_classes": 7, "theta": 10000, "custom_freqs": "normal", "z_dim": 1280}
     (inner / "config.json").write_text(json.dumps(config))
-    index = {"_class_name": ["pipeline", "NiTPipeline"], "id2label": {str(k): f"bird {k % 6}" for k in range(7)}}
+    index = {"_class_name": ["pipeline_nit", "NiTPipeline"], "id2label": {str(k): f"bird {k % 6}" for k in range(7)}}
     (tmp_path / "nit_official/model_index.json").write_text(json.dumps(index))
     loaded = genfound.load(tmp_path / "nit_official", tokenizer="pixel")
     assert same(loaded.net.state_dict(), genfound.load(tmp_path / "nit_official.safetensors").net.state_dict())
@@ -277,7 +286,7 @@ def test_no_code_of_a_folder_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = json.loads((inner / "config.json").read_text())
     scaling = {"_target_": "pathlib.Path.write_text", "self": "hostile", "data": "ran"}
     file = inner / "diffusion_pytorch_model.safetensors"
-    state = formats.read_safetensors(file)
+    state = checkpoint_io.read_safetensors(file)
     (inner / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
     safetensors.torch.save_file(state, file)
     with pytest.raises(ValueError, match="is code outside genfound"):
@@ -293,7 +302,7 @@ def broken(folder: Path, what: str) -> None:
     """Damage a folder of a native DiT."""
     inner = folder / "transformer"
     file = inner / "diffusion_pytorch_model.safetensors"
-    config, state = json.loads((inner / "config.json").read_text()), formats.read_safetensors(file)
+    config, state = json.loads((inner / "config.json").read_text()), checkpoint_io.read_safetensors(file)
     if what == "no weights":
         file.unlink()
     elif what == "cut":

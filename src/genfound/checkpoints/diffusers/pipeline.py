@@ -206,11 +206,11 @@ class FolderPipeline(DiffusionPipeline):
         """As in diffusers, with the two files of code, which that would leave out."""
         super().save_pretrained(save_directory, *args, **options)
         folder, code = Path(save_directory), sys.modules[type(self.transformer).__module__]
-        stem = type(self.transformer).__module__.rpartition(".")[2]
-        (folder / "pipeline.py").write_text(SOURCE, encoding="utf-8")
+        own, stem = (type(part).__module__.rpartition(".")[2] for part in (self, self.transformer))
+        (folder / f"{own}.py").write_text(SOURCE, encoding="utf-8")
         (folder / "transformer" / f"{stem}.py").write_text(code.SOURCE, encoding="utf-8")
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        index |= {"_class_name": ["pipeline", type(self).__name__]}
+        index |= {"_class_name": [own, type(self).__name__]}
         index |= {"transformer": [stem, type(self.transformer).__name__]}
         index.pop("_name_or_path", None)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -171,7 +171,11 @@ def _native(model: Model, stride: int, work: Path) -> dict[str, Any]:
 
 
 def _with_code(model: Model, code: Code, family: str, spec: LatentSpec, work: Path) -> dict[str, Any]:
-    """Write transformer/ with its code, and pipeline.py; their entries in the index."""
+    """Write transformer/ with its code, and its pipeline; their entries in the index.
+
+    Files of code have names of their own by family: diffusers copies those of all folders to one place, where Python
+    takes a file for compiled that is as long and as old, in seconds, as the last one of its name.
+    """
     options = {**model.config["model"], "num_classes": len(model.class_names)}
     backbone = options.pop("_target_").rpartition(".")[2]
     options = {key: value for key, value in options.items() if key not in CONSTANT} | {"channels": spec.channels}
@@ -185,8 +189,9 @@ def _with_code(model: Model, code: Code, family: str, spec: LatentSpec, work: Pa
     (work / "transformer" / f"{code.stem}.py").write_text(text, encoding="utf-8")
     pipeline = Merged([(PIPELINE, "SOURCE"), (PIPELINE, "FolderPipeline")]).text()
     pipeline = pipeline.replace("FolderPipeline", f"{code.name}Pipeline")
-    (work / "pipeline.py").write_text(f'"""The pipeline of {backbone}, by genfound."""\n\n{pipeline}', encoding="utf-8")
-    index = {"_class_name": ["pipeline", f"{code.name}Pipeline"], "transformer": [code.stem, name]}
+    stem = f"pipeline_{family}"
+    (work / f"{stem}.py").write_text(f'"""The pipeline of {backbone}, by genfound."""\n\n{pipeline}', encoding="utf-8")
+    index = {"_class_name": [stem, f"{code.name}Pipeline"], "transformer": [code.stem, name]}
     return index | {"sample_size": list(model.sizes[0]), "stride": spec.stride, **_drawn(model.config)}
 
 
