@@ -39,7 +39,8 @@ test-gpu: install  ## the tests that need a CUDA device
 
 # What versions of the dependencies can differ in: layers, random numbers, training, sampling, tokenizers, evaluation.
 LOWEST_TESTS := tests/test_dependencies.py tests/test_rng.py tests/test_batch.py tests/layers tests/samplers/test_dopri5.py \
-  tests/test_training.py tests/sampling/test_pipeline.py tests/tokenizers tests/loggers tests/metrics tests/data/latents/test_store.py
+  tests/test_training.py tests/alignment tests/sampling/test_pipeline.py tests/tokenizers tests/loggers tests/metrics \
+  tests/data/latents/test_store.py
 
 test-lowest:  ## with the lowest versions of the dependencies that pyproject.toml allows
 	$(MAKE) install VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
