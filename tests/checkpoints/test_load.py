@@ -37,6 +37,7 @@ MODELS = {
     "dit_moe": "dit_moe_s_8e2a",
     "lightningdit": "lightningdit_b",
     "jit": "jit_b",
+    "dig": "dig_s",
 }
 SMALL = {"width": 32, "depth": 2, "heads": 2}
 HEADS = {"num_heads": 2}

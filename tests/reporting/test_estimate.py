@@ -25,6 +25,7 @@ FAMILIES = [
     "dit_moe_tiny",
     "lightningdit_tiny",
     "jit_tiny",
+    "dig_tiny",
 ]
 SMALL = ["model.width=64", "model.depth=3", "model.heads=2"]
 

@@ -24,6 +24,7 @@ TABLE = {  # the official count, of which the fixed position table is no paramet
     "lightningdit_xl": 675_256_736, "lightningdit_xl patch 2": 675_256_832,
     "lightningdit_1p0b": 1_029_401_120, "lightningdit_1p0b patch 2": 1_029_401_216,
     "lightningdit_1p6b": 1_631_767_120, "lightningdit_1p6b patch 2": 1_631_767_216,
+    "dig_s": 33_081_632, "dig_b": 130_748_192, "dig_l": 465_022_496, "dig_xl": 675_953_952,
     "jit_b": 131_320_320, "jit_l": 459_139_808, "jit_h": 952_842_048,
     "dit_moe_l_8e2a": 2_823_764_000, "dit_moe_xl_8e2a": 4_168_172_192, "dit_moe_g_16e2a": 16_503_731_232,
 }  # fmt: skip
@@ -38,7 +39,7 @@ def count(name: str, patch: int) -> int:
         net = build.net(config, build.published_spec(config), IMAGENET)
     side = LATENT.get(name.partition("_")[0], 32)
     positions = (side // net.token_spec.patch_size) ** 2 * config["model"]["width"]
-    tabled = name.startswith(("dit", "sit", "lightningdit", "jit"))
+    tabled = name.startswith(("dit", "sit", "lightningdit", "jit", "dig"))
     return sum(p.numel() for p in net.parameters()) + (positions if tabled else 0)
 
 

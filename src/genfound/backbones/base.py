@@ -141,9 +141,15 @@ class Backbone(nn.Module):
         return hidden
 
     def flops(self) -> Flops:
-        """Of the linear layers and of the attention that ends in them; a backbone with other products adds its own."""
+        """Of linear layers, depth-wise convolutions, and attention that ends in them; recurrences tell their own.
+
+        A backbone with other products adds them.
+        """
         per_image = per_token = per_pair = 0
         for name, layer in self.named_modules():
+            per_token += getattr(layer, "flops_per_token", 0)
+            if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+                per_token += 2 * layer.weight.numel()
             if not isinstance(layer, nn.Linear):
                 continue
             if any(part == "t_embedder" or part.endswith("adaLN_modulation") for part in name.split(".")):

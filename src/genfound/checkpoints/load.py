@@ -154,11 +154,11 @@ def _version(content: Mapping[str, Any], file: Path) -> int:
 
 
 def _checked(config: Any, version: int, trust: Collection[str], file: Path) -> Config:
-    """The configuration of a file of ours; which kernels attend is no part of a model, so what runs here is chosen."""
+    """The configuration of a file of ours; which kernels run is no part of a model, so it is chosen here."""
     if version != formats.FORMAT and isinstance(config, Mapping):
         config = format_1.config(config)
     config = targets.from_file(config, trust, file)
-    kernels = {"attention": "auto"} if "attention" in config["model"] else {}
+    kernels = dict.fromkeys({"attention", "recurrence"} & config["model"].keys(), "auto")
     config.pop("format", None)
     return {**config, "model": {**config["model"], **kernels}}
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from genfound.checkpoints.official import dit, dit_moe, fit, jit, lightningdit, nit
+from genfound.checkpoints.official import dig, dit, dit_moe, fit, jit, lightningdit, nit
 from genfound.checkpoints.official.projectors import is_projector
 
 State = Mapping[str, Tensor]
@@ -36,6 +36,7 @@ FAMILIES = {
     "lightningdit": Family(
         lightningdit.official_options, lightningdit.from_official, dit.to_official, tables=lightningdit.tables
     ),
+    "dig": Family(dig.official_options, dig.from_official, dig.to_official),
     "jit": Family(jit.official_options, jit.from_official, jit.to_official, content=jit.training_checkpoint),
 }
 
@@ -56,6 +57,10 @@ LIGHTNINGDIT = (
 """Tensors beside DiT's of which LightningDiT has at least one, unless all its flags are off."""
 
 
+OWN = {"x_embedder.proj1.weight": "jit", "blocks.0.attn.gk_proj.0.weight": "dig"}
+"""Tensors that only one family has."""
+
+
 def release_of(path: Path, args: Mapping[str, Any]) -> str | None:
     """What the arguments of a training script tell, or the whole name of a published file or folder."""
     if "path_type" in args:
@@ -69,8 +74,8 @@ def release_of(path: Path, args: Mapping[str, Any]) -> str | None:
 
 def family_of(state: State, release: str | None) -> str:
     """The name of the family of an official state dict; `release` tells DiT from SiT, whose weights look alike."""
-    if "final_layer.linear.weight" in state and "x_embedder.proj1.weight" in state:
-        return "jit"
+    if (own := next((family for name, family in OWN.items() if name in state), None)) is not None:
+        return own
     if "final_layer.linear.weight" not in state or "x_embedder.proj.weight" not in state:
         first = ", ".join(list(state)[:3])
         raise ValueError(f"these weights are of none of {', '.join(FAMILIES)} (their names begin with {first})")
