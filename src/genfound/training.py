@@ -41,7 +41,7 @@ from genfound.loggers import provenance
 from genfound.loggers.json_lines import JsonLines, lines_of
 from genfound.loggers.terminal import Terminal
 from genfound.modules.base import module_of
-from genfound.runtime import checkpoint_io, devices, launch, processes, run_directory
+from genfound.runtime import checkpoint_io, devices, launch, processes, rendezvous, run_directory
 from genfound.runtime.files import lock
 from genfound.runtime.stopping import signal_of
 
@@ -234,7 +234,7 @@ def train(cfg: DictConfig) -> str | None:
             print(f"[done before] {folder}  {_summary(result)}", flush=True)
         return "done before"
     job = hydra_cfg.job.num if sweeping else 0
-    with launch.machines(cfg.trainer.num_nodes, cfg.rdzv, job) as machines:
+    with rendezvous.machines(cfg.trainer.num_nodes, cfg.rdzv, job) as machines:
         if machines and not machines.first:
             return _follow(folder, config, machines)
         with lock(folder, "choose name=..."):
@@ -243,7 +243,7 @@ def train(cfg: DictConfig) -> str | None:
             return start(folder, config, sweeping, machines)
 
 
-def start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: launch.Machines | None = None) -> str:
+def start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: rendezvous.Machines | None = None) -> str:
     """Check what can be known at once, write the configuration, and run the job; how it ended."""
     sweeps.tell(folder=str(folder))
     _check_at_once(folder, config)
@@ -298,7 +298,7 @@ def _check_at_once(folder: Path, config: Mapping[str, Any]) -> None:
         raise
 
 
-def _follow(folder: Path, config: Mapping[str, Any], machines: launch.Machines) -> str:
+def _follow(folder: Path, config: Mapping[str, Any], machines: rendezvous.Machines) -> str:
     """Take part in the job of another machine, which has locked the folder and written the configuration."""
     build.check(config, _ranks(config))
     from_config.fetch_teachers(config)
@@ -314,7 +314,7 @@ def _ranks(config: Mapping[str, Any]) -> int:
     return int(config["trainer"]["devices"] * config["trainer"]["num_nodes"])
 
 
-def _run_apart(folder: Path, config: Mapping[str, Any], machines: launch.Machines | None) -> str:
+def _run_apart(folder: Path, config: Mapping[str, Any], machines: rendezvous.Machines | None) -> str:
     """Train in processes of its own, and print one summary line; `done`, or `stopped` if only they got a signal."""
     begin, ended, summary = time.monotonic(), "failed", ""
     if sweeps.in_sweep():

@@ -180,6 +180,22 @@ def test_weights_of_a_token_sum_to_one_if_asked() -> None:
     assert (Router(WIDTH, 4, 2, normalise=False)(x).weights.sum(-1) < 1).all()
 
 
+def test_the_last_bit_of_a_weight_decides_a_tie_of_two_experts() -> None:
+    mixture = MixtureOfExperts(8, 8, 3, 1, False, 0, eval_gradients=True)
+    x = torch.rand(1, 1, 8)
+    with torch.no_grad():
+        mixture.gate.weight[:] = mixture.gate.weight[0].abs() + 1  # all scores are equal
+        mixture.gate.weight[2] -= 1
+        before = [mixture(x)[0], mixture.gate(x).scores]
+        chosen = int(mixture.gate(x).choices)
+        row = mixture.gate.weight[1 - chosen]
+        row.copy_(torch.nextafter(row, torch.tensor(torch.inf)))
+        after = [mixture(x)[0], mixture.gate(x).scores]
+    assert int(mixture.gate(x).choices) == 1 - chosen
+    torch.testing.assert_close(after[1], before[1], rtol=1e-5, atol=0)
+    assert (after[0] - before[0]).norm() > 0.1 * before[0].norm()  # the output is that of another expert
+
+
 def test_the_router_knows_how_often_each_image_chose_each_expert() -> None:
     routing = Router(WIDTH, 4, 2, False)(tokens(3, 7))
     for image in range(3):

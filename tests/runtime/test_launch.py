@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,53 +110,6 @@ def test_a_mistake_is_named_and_its_traceback_printed(
     with pytest.raises(JobError, match=r"^a mistake in the program: IndexError: list index out of range; "):
         launch.launch("worker", tmp_path / "request", devices, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert "Traceback" in capfd.readouterr().err
-
-
-def slurm(monkeypatch: pytest.MonkeyPatch, folder: Path, nodes: str) -> dict[str, str]:
-    """The environment of a job on node07 and node09, and a `scontrol` that knows them."""
-    (folder / "scontrol").write_text("#!/bin/sh\n[ \"$3\" = 'node[07,09]' ] && printf 'node07\\nnode09\\n'\n")
-    (folder / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    return {"SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "node[07,09]", "SLURM_NNODES": nodes}
-
-
-def test_the_machines_of_a_slurm_job_meet_on_its_first_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch._slurm_endpoint(2, slurm(monkeypatch, tmp_path, "2")) == "node07:24567"
-    assert launch._slurm_endpoint(2, slurm(monkeypatch, tmp_path, "1")) is None  # two tasks on one node
-    assert launch._slurm_endpoint(2, {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "other"}) is None
-    assert launch._slurm_endpoint(2, {}) is None
-
-
-def test_machines_agree_with_the_first_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "PAUSE", 0.01)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        rdzv = f"127.0.0.1:{found.getsockname()[1] - 1}"
-    first, *others = [launch.Machines(2, rdzv, job=1) for _ in range(3)]
-    assert [machine.first for machine in (first, *others)] == [True, False, False]
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(first.agree, "the fact")
-        with pytest.raises(ValueError, match=r"another command is at rdzv=127\.0\.0\.1:"):
-            others[0].agree("something else")
-        assert not waiting.done()
-        others[0].agree("the fact")
-        waiting.result(60)
-    with pytest.raises(ValueError, match=r"there are 2 machines at rdzv=.* already"):
-        others[1].agree("the fact")
-    monkeypatch.setattr(launch, "FAREWELL", 0.05)
-    first.leave()
-
-
-def test_machines_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "PAUSE", 0.01)
-    monkeypatch.setattr(launch, "PATIENCE", 0.05)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        rdzv = f"127.0.0.1:{found.getsockname()[1]}"
-    with launch.machines(2, rdzv) as machines:
-        assert machines is not None
-        with pytest.raises(ValueError, match=r"not all machines came to rdzv=.* in 0.05 s; give the command on each"):
-            machines.agree("the fact")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from genfound.config.errors import JobError
-from genfound.runtime import devices, launch, processes
+from genfound.runtime import devices, launch, processes, rendezvous
 
 PATIENCE = 20
 """Seconds for the processes to reach each other; then SIGALRM ends them, wherever they wait."""
@@ -37,7 +37,7 @@ def all_reduce(config: Mapping[str, Any]) -> str:
         raise ValueError(f"trainer.devices={trainer['devices']}, but this machine has {there} CUDA device(s)")
     with (
         tempfile.TemporaryDirectory(prefix="genfound-") as folder,
-        launch.machines(trainer["num_nodes"], config["rdzv"]) as others,
+        rendezvous.machines(trainer["num_nodes"], config["rdzv"]) as others,
     ):
         if others:
             others.agree("genfound.doctor")
