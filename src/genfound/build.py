@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from genfound.alignment import Alignment, TeacherFeatures, from_config
+from genfound.alignment import Alignment, TeacherFeatures, from_config, stored
 from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
 from genfound.config.compose import TARGET
@@ -20,6 +20,7 @@ from genfound.config.targets import instantiate, partial, trusted
 from genfound.data.images.base import ImageSource, LatentSource, Rerendered
 from genfound.data.images.views import VIEW_KEYS, ImageViews
 from genfound.data.latents import stored_tokenizer
+from genfound.data.latents.store import Store
 from genfound.data.packing.batch_plan import MicroBatch, Plan
 from genfound.data.packing.budget import held_out_batches, max_images, micro_batches, token_budget, token_counts
 from genfound.data.packing.collate import Collate
@@ -92,7 +93,10 @@ class RunComponents:
         """The training batches of a rank."""
         flips = Rng(self.config["seed"], "train") if self.config["data"]["flip"] else None
         batches = self.batches(self.images, self.assembly, flips)
-        if self.teachers is not None:  # they see the images on the training device
+        if self.teachers is not None and self.teachers.stored:
+            read = stored.FeatureReader(cast(Store, self.images), self.teachers)
+            batches = replace(batches, assembly=None, features=read)
+        elif self.teachers is not None:  # they see the images on the training device
             anew = isinstance(self.images, Rerendered) and (self.teachers.pixels or reads_latents(self.config))
             reread = (self.unit, self.teachers.pixels or self.unit) if anew else None
             batches = replace(batches, assembly=None, reread=reread)
@@ -118,7 +122,7 @@ class RunComponents:
         if self.alignment is None or self.teachers is None:
             return []
         parameters = sum(p.numel() for p in self.alignment.parameters())
-        names = ", ".join(self.teachers.teachers)
+        names = ", ".join(self.teachers.teachers) + (", as the store has it" if self.teachers.stored else "")
         return [f"block {self.alignment.depth} aligned to {names}: {parameters:,} more parameters in projectors"]
 
 
@@ -162,10 +166,12 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
     arranged = layout(config, backbone, [images, held_out], codec.spec)
     steps = plan(config, images, codec.spec, goal.weight, ranks, config["seed"])
     aligned, taught = from_config.alignment(config, backbone), from_config.teachers(config, images)
-    if taught is not None and reads_latents(config) and getattr(images, "image_root", None) is None:
+    seen = getattr(images, "image_root", None) is not None or not reads_latents(config)
+    if taught is not None and not (taught.stored or seen):
         raise ValueError(
             "alignment: teachers see images, and data are latents; choose data=imagenet_native or another one of "
-            "images, data=nit_latents with data.image_root=..., or alignment=none, which is another system"
+            "images, data=nit_latents with data.image_root=..., a store of genfound.encode with alignment=..., or "
+            "alignment=none, which is another system"
         )
     return RunComponents(
         config, ranks, place, codec, images, held_out, backbone, goal, arranged, steps, aligned, taught

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from genfound.loggers.json_lines import lines_of
 from tests.cli.commands import ROOT, TINY, genfound, one_error
 from tests.helpers import ALIGNED
 
@@ -109,7 +109,25 @@ def test_stored_latents_have_no_images_for_a_teacher(tmp_path: Path) -> None:
     result = genfound(
         "train", *SHORT, *ALIGNED, "data=latent_store", "data.root=store", "data.flip=false", cwd=tmp_path
     )
-    assert "alignment: teachers see images" in one_error(result)
+    assert "alignment: data.root=store holds no features of teachers; give genfound.encode this" in one_error(result)
+
+
+def test_a_step_with_stored_features_has_the_loss_of_a_step_with_a_teacher(tmp_path: Path) -> None:
+    images = ["data.flip=true", "data.images=400"]
+    stored = ["dtype=fp32", "features_dtype=fp32", "patch_size=2", "tokenizer=pixel"]
+    encoded = genfound("encode", "data=shapes", *images, *stored, *ALIGNED, "out=store", cwd=tmp_path)
+    assert encoded.returncode == 0, encoded.stderr
+    fast = [*SHORT, *ALIGNED, "trainer.precision=fp32", "trainer.max_steps=3"]
+    for name, data in (("computed", images), ("stored", ["data=latent_store", "data.root=store"])):
+        result = genfound("train", *fast, *data, "data.max_tokens=256", f"name={name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    lines = {name: lines_of(tmp_path / f"runs/default/{name}/metrics.jsonl") for name in ("computed", "stored")}
+    for computed, stored in zip(
+        *([line for line in own if "train/loss" in line] for own in lines.values()), strict=True
+    ):
+        for key in ("train/loss", "train/alignment", "train/grad_norm"):
+            assert stored[key] == pytest.approx(computed[key], rel=1e-6), key
+        assert computed["perf/teacher_share"] > 0 == stored["perf/teacher_share"]
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +140,7 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_loss_of_the_alignment_is_logged_until_its_end(aligned: Path) -> None:
-    lines = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "train/loss" in line]
+    steps = [line for line in lines_of(aligned / "metrics.jsonl") if "train/loss" in line]
     parts = [(line["images_seen"] <= 12, line["train/alignment"]) for line in steps]
     assert {early for early, _ in parts} == {True, False}
     assert all((value > 0) == early for early, value in parts)

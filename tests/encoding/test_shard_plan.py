@@ -52,5 +52,5 @@ def test_reading_says_which_images_are_shown_by_others(tmp_path: Path) -> None:
     read = [EncodeDataset({"train": whole})[batch] for batch in batches]
     replaced = {name: other for _, _, found in read for name, other in found.items()}
     assert replaced == {"n01/004.png": "n01/007.png"}
-    assert sum(len(pictures) for _, pictures, _ in read) == 9
+    assert sum(len(pictures) for _, (pictures,), _ in read) == 9
     assert torch.equal(whole.read(4), whole.read(4))

@@ -54,6 +54,7 @@ class TeacherFeatures:
         until: images; no step is aligned that goes beyond.
         pixels: per token side of the images that teachers see, which are read from the files again; `None`: they see
             the model's own.
+        stored: names under which a latent store has what the teachers see, which then need not be loaded.
 
     Raises:
         ValueError: an option is out of range; the message names its key.
@@ -65,6 +66,7 @@ class TeacherFeatures:
     every: int
     until: int | None
     pixels: int | None = None
+    stored: tuple[str, ...] = ()
     _loaded: dict[str, Teacher] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,26 +92,49 @@ class TeacherFeatures:
         Returns:
             For each teacher packed (T, Z), otherwise (B, N, Z); zeros where there is no image.
         """
-        self._loaded = self._loaded or {name: load() for name, load in self.teachers.items()}
+        return self._laid_out(
+            [(image,) for image in images],
+            lambda group: self.maps(group, group.shape[2] // unit, group.shape[3] // unit),
+            layout,
+            device,
+        )
+
+    def read(self, maps: Sequence[Sequence[Tensor]], layout: Layout, device: torch.device) -> tuple[Tensor, ...]:
+        """The same of what a store has of each image: of each teacher (Z, rows, columns)."""
+        return self._laid_out(maps, lambda *groups: groups, layout, device)
+
+    def _laid_out(
+        self, shown: Sequence[Sequence[Tensor]], see: Callable[..., Sequence[Tensor]], layout: Layout,
+        device: torch.device,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """What `see` makes of what is shown of each image, those of one size together: of each teacher a map."""
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, image in enumerate(images):
-            by_size[tuple(image.shape)].append(place)
+        for place, own in enumerate(shown):
+            by_size[tuple(own[0].shape)].append(place)
         found: list[dict[int, Tensor]] = [{} for _ in self.teachers]
-        for (_, height, width), places in by_size.items():
-            group = torch.stack([images[place] for place in places]).to(device, non_blocking=True)
-            for of_teacher, name in zip(found, self.teachers, strict=True):
-                of_teacher.update(zip(places, self._seen(name, group, height // unit, width // unit), strict=True))
-        return tuple(token_features([of_images[place] for place in range(len(images))], layout) for of_images in found)
+        for places in by_size.values():
+            together = zip(*(shown[place] for place in places), strict=True)
+            groups = [torch.stack(same).to(device, non_blocking=True) for same in together]
+            for of_teacher, features in zip(found, see(*groups), strict=True):
+                values = features.float()
+                if self.normalise == "zscore":
+                    values = spatially_normalised(values, self.zscore_alpha)
+                of_teacher.update(zip(places, values, strict=True))
+        return tuple(token_features([of_images[place] for place in range(len(shown))], layout) for of_images in found)
 
     @torch.no_grad()
-    def _seen(self, name: str, images: Tensor, rows: int, columns: int) -> Tensor:
-        """(B, Z, rows, columns) float32, what a teacher sees in images of one size, normalised."""
-        teacher = self._loaded[name]
-        features, expected = teacher(images, rows, columns).float(), (len(images), teacher.width, rows, columns)
-        if features.shape != expected:
-            shape = f"features of shape {tuple(features.shape)} instead of {expected}"
-            raise ValueError(f"alignment.teachers.{name}: {shape}, (images, width, rows, columns)")
-        return spatially_normalised(features, self.zscore_alpha) if self.normalise == "zscore" else features
+    def maps(self, images: Tensor, rows: int, columns: int) -> list[Tensor]:
+        """What each teacher sees in images of one size, (B, Z, rows, columns) float32."""
+        self._loaded = self._loaded or {name: load() for name, load in self.teachers.items()}
+        found = []
+        for name, teacher in self._loaded.items():
+            features = teacher(images, rows, columns).float().contiguous()  # as a store has them, to the last bit
+            expected = (len(images), teacher.width, rows, columns)
+            if features.shape != expected:
+                shape = f"features of shape {tuple(features.shape)} instead of {expected}"
+                raise ValueError(f"alignment.teachers.{name}: {shape}, (images, width, rows, columns)")
+            found.append(features)
+        return found
 
 
 def token_features(maps: Sequence[Tensor], layout: Layout) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from genfound.alignment.base import Teacher, TeacherFeatures
 from genfound.alignment.repa import Alignment
+from genfound.alignment.stored import stored_names
 from genfound.backbones.base import Backbone
 from genfound.config import targets
 from genfound.config.compose import TARGET
@@ -25,20 +26,18 @@ OF_TEACHERS = ("normalise", "zscore_alpha", "every", "until", "pixels")
 
 def alignment(config: Config, backbone: Backbone) -> Alignment | None:
     """The alignment of a configuration with its projectors, initialised from the seed; on `meta` without values."""
-    options, named = dict(config.get("alignment") or {}), _teachers(config)
+    options, named = dict(config.get("alignment") or {}), named_teachers(config)
     if not named:
         return None
     if absent := [key for key in OF_TEACHERS if key not in options]:
         raise ValueError(f"alignment has no {absent[0]}; let its yaml begin with defaults: [repa, _self_]")
-    for key in (*OF_TEACHERS, "teachers"):
-        del options[key]
-    widths = {name: own["width"] for name, own in named.items()}
+    options = {key: value for key, value in options.items() if key not in (*OF_TEACHERS, "teachers", "features")}
     width, blocks = config["model"].get("width"), len(getattr(backbone, "blocks", ()))
     if width is None or not blocks:
         missing = "model.width" if width is None else "`blocks`"
         raise ValueError(f"alignment: {type(backbone).__name__} has no {missing}; choose alignment=none")
     with torch.device("meta"):
-        built: Alignment = instantiate("alignment", options, trusted(config), width=width, widths=widths)
+        built: Alignment = instantiate("alignment", options, trusted(config), width=width, widths=widths(config))
     if built.depth > blocks:
         raise ValueError(f"alignment.depth={built.depth} is the number of a block, and model.depth={blocks}")
     if torch.get_default_device().type != "meta":
@@ -48,9 +47,9 @@ def alignment(config: Config, backbone: Backbone) -> Alignment | None:
 
 
 def fetch_teachers(config: Config, download: bool = True) -> dict[str, Path]:
-    """Name -> the weights of each teacher that needs some, downloaded if they are not at hand."""
-    found = {}
-    for name, options in _teachers(config).items():
+    """Name -> the weights of each teacher that is needed and needs some, downloaded if they are not at hand."""
+    found, named = dict[str, Path](), named_teachers(config)
+    for name, options in {} if stored_names(config, named) else named.items():
         kind = targets.target("alignment.teachers", options, trusted(config))
         if not (isinstance(kind, type) and issubclass(kind, Teacher)):
             raise ValueError(
@@ -59,9 +58,9 @@ def fetch_teachers(config: Config, download: bool = True) -> dict[str, Path]:
         try:
             path = kind.fetch(options.get("weights"), download)
         except FileNotFoundError as error:
-            named = f"{error}".replace("alignment.teachers weights", f"alignment.teachers.{name}.weights")
+            reason = f"{error}".replace("alignment.teachers weights", f"alignment.teachers.{name}.weights")
             way = "alignment=none trains without a teacher, which is another system than the published one"
-            raise FileNotFoundError(f"{named}; {way}") from None
+            raise FileNotFoundError(f"{reason}; {way}") from None
         if path is not None:
             found[name] = path
     return found
@@ -82,7 +81,13 @@ def load_teacher(
     return built
 
 
-def _teachers(config: Config) -> dict[str, Any]:
+def widths(config: Config) -> dict[str, int]:
+    """The channels of the features of each teacher."""
+    return {name: own["width"] for name, own in named_teachers(config).items()}
+
+
+def named_teachers(config: Config) -> dict[str, Any]:
+    """The options of each teacher, by name."""
     every = (config.get("alignment") or {}).get("teachers") or {}
     if not isinstance(every, Mapping):
         raise ValueError(f"alignment.teachers={every} must be teachers by their names")
@@ -98,8 +103,9 @@ def _teachers(config: Config) -> dict[str, Any]:
 
 def teachers(config: Config, images: ImageSource | None = None) -> TeacherFeatures | None:
     """The teachers of a configuration, which are loaded when they are first asked; with the images to learn from."""
-    trust, named = trusted(config), _teachers(config)
+    trust, named = trusted(config), named_teachers(config)
     if not named:
         return None
+    stored = stored_names(config, named)
     loaders = {name: functools.partial(load_teacher, own, trust, images, config["runs"]) for name, own in named.items()}
-    return TeacherFeatures(loaders, **{key: config["alignment"][key] for key in OF_TEACHERS})
+    return TeacherFeatures(loaders, stored=stored, **{key: config["alignment"][key] for key in OF_TEACHERS})

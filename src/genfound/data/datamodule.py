@@ -104,6 +104,8 @@ class GenerativeDataModule(lightning.LightningDataModule):
         teachers, trainer = self.parts.teachers, self.trainer
         if teachers is None or trainer is None or not (trainer.training and teachers.aligned(micro)):
             return batch
+        if images.features is not None:
+            return replace(batch, features=teachers.read(images.features, self.parts.layout, device))
         shown, unit = images.images, self.parts.unit
         if images.pictures is not None:
             shown, unit = images.pictures, teachers.pixels or unit

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from genfound import build
+from genfound.alignment import from_config, stored
 from genfound.config.checks import integer, one_of
 from genfound.config.command_line import explain_oom
 from genfound.config.targets import trusted
@@ -51,7 +52,8 @@ class Encoding:
     def __init__(self, config: Mapping[str, Any], device: torch.device) -> None:
         if build.reads_latents(config):
             raise ValueError("data: only images can be encoded; choose data=image_folder or data=imagenet_native")
-        one_of("dtype", config["dtype"], DTYPES)
+        for key in ("dtype", "features_dtype"):
+            one_of(key, config[key], DTYPES)
         for key in ("patch_size", "shard_images"):
             integer(key, config[key], 1)
         self.config, self.device = config, device
@@ -64,7 +66,10 @@ class Encoding:
         self.pixels = config["tokenizer"].get("pixels_per_call", PIXELS)
         side = self.codec.spec.stride * config["patch_size"]
         self.planes = _moments(self.codec, torch.zeros(1, 3, side, side, device=device)).shape[1]
+        self.side, self.teachers = side, from_config.teachers(config, sources["train"])
+        self.widths = from_config.widths(config)
         weight = self.variants * self.planes * self.dtype.itemsize / self.codec.spec.stride**2
+        weight += self.variants * sum(self.widths.values()) * DTYPES[config["features_dtype"]].itemsize / side**2
         every = [part.shards(split, config["shard_images"], weight) for split, part in self.parts.items()]
         self.shards = [shard for shards in every for shard in shards]
         self.place = StoreWriter(Path(config["out"]), self._described())
@@ -97,9 +102,18 @@ class Encoding:
             },
             "source": {"root": config["data"].get("root"), "holdout": config["data"]["holdout"]},
             "classes": train.class_names,
+            **self._seen(),
             "statistics": None,
             "shards": None,
         }  # fmt: skip
+
+    def _seen(self) -> dict[str, Any]:
+        """What the manifest says of teachers, if there are any."""
+        if self.teachers is None:
+            return {}
+        named, pixels = from_config.named_teachers(self.config), self.teachers.pixels
+        held = stored.described(named, trusted(self.config), self.side, pixels)
+        return {"features": {**held, "dtype": self.config["features_dtype"]}}
 
     def run(self, shards: list[Shard], workers: int, encoded: Callable[[int], None]) -> None:
         """Encode shards one after another; `encoded` is called with the number of latents so far."""
@@ -109,10 +123,13 @@ class Encoding:
         filling: store.ShardWriter | None = None
         count = 0
         encoded(count)
-        for batch, pictures, replaced in read_ahead(EncodeDataset(self.parts), batches, workers):
+        pixels = self.teachers and self.teachers.pixels
+        dataset = EncodeDataset(self.parts, (pixels, self.side) if pixels else None)
+        for batch, pictures, replaced in read_ahead(dataset, batches, workers):
             shard, entries = batch
             filling = filling or self._filling(shard)
-            filling.put([entry - shard.first for entry in entries], self._encoded(batch, pictures))
+            moments, features = self._encoded(batch, pictures[0]), self._features(*pictures)
+            filling.put([entry - shard.first for entry in entries], moments, features)
             filling.replaced |= replaced
             count += len(entries)
             encoded(count)
@@ -125,7 +142,21 @@ class Encoding:
         images, rules, sizes = (column[shard.first : shard.end] for column in part.entries)
         columns = {"sizes": sizes // stride, "labels": part.labels[images], "images": images, "rules": rules}
         names = [part.name(image) for image in np.unique(images).tolist()]
-        return store.ShardWriter(columns, names, channels, self.planes, self.variants, self.dtype)
+        grid = {"features": self.widths, "patch_size": self.config["patch_size"]}
+        kept = DTYPES[self.config["features_dtype"]]
+        return store.ShardWriter(
+            columns, names, channels, self.planes, self.variants, self.dtype, **grid, features_dtype=kept
+        )
+
+    def _features(self, pictures: Tensor, *seen: Tensor) -> list[Tensor]:
+        """What each teacher sees, (B, variants, Z, rows, columns) in the stored dtype."""
+        if self.teachers is None:
+            return []
+        rows, columns = (side // self.side for side in pictures.shape[2:])
+        images = (seen or (pictures,))[0].to(self.device, non_blocking=True)
+        both = [self.teachers.maps(own, rows, columns) for own in (images, images.flip(-1))[: self.variants]]
+        kept = DTYPES[self.config["features_dtype"]]
+        return [torch.stack(same, dim=1).to(kept).cpu() for same in zip(*both, strict=True)]
 
     def _encoded(self, batch: EncodeBatch, pictures: Tensor) -> Tensor:
         """(B, variants, planes, h, w) moments in the stored dtype."""
@@ -193,6 +224,7 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
     check_folder("out", Path(config["out"]))
     device = devices.device(config["accelerator"])
     count = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    from_config.fetch_teachers(config)
     if count == 1:
         processes.tune_malloc()
         return encode(config, node, nodes, device)

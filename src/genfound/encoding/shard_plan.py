@@ -55,8 +55,15 @@ class Split(NamedTuple):
 
     def read(self, entry: int) -> Tensor:
         """(3, height, width) uint8."""
-        source = self.source
-        return to_picture(source.entry(entry) if isinstance(source, ImageFiles) else source.image(entry))
+        return self.shown(entry, None)[0]
+
+    def shown(self, entry: int, seen: tuple[int, int] | None) -> list[Tensor]:
+        """(3, height, width) uint8, and if that can be read anew another one, of so many pixels for each so many."""
+        source, size = self.source, self.entries.sizes[entry]
+        if not isinstance(source, ImageFiles):
+            return [to_picture(source.image(entry))]
+        sizes = [size] if seen is None else [size, size // seen[1] * seen[0]]
+        return [to_picture(image) for image in source.entry(entry, sizes)]
 
     def shards(self, split: str, size: int, bytes_per_pixel: float) -> list[Shard]:
         """Files of at most `size` images and `LARGEST` bytes each; an image is never divided."""
@@ -89,13 +96,17 @@ class Split(NamedTuple):
                 yield EncodeBatch(shard, entries[begin : begin + rows])
 
 
-class EncodeDataset(Dataset[tuple[EncodeBatch, Tensor, dict[str, str]]]):
-    """A batch -> it, its images (B, 3, height, width) uint8, and which are shown by others; runs in the workers."""
+class EncodeDataset(Dataset[tuple[EncodeBatch, list[Tensor], dict[str, str]]]):
+    """A batch -> it, its images (B, 3, height, width) uint8, and which are shown by others; runs in the workers.
 
-    def __init__(self, parts: Mapping[str, Split]) -> None:
-        self.parts = parts
+    Where teachers see others, these are second; see `Split.shown`.
+    """
 
-    def __getitem__(self, batch: EncodeBatch) -> tuple[EncodeBatch, Tensor, dict[str, str]]:
+    def __init__(self, parts: Mapping[str, Split], seen: tuple[int, int] | None = None) -> None:
+        self.parts, self.seen = parts, seen
+
+    def __getitem__(self, batch: EncodeBatch) -> tuple[EncodeBatch, list[Tensor], dict[str, str]]:
         part = self.parts[batch.shard.split]
-        pictures = torch.stack([part.read(entry) for entry in batch.entries])
+        read = (part.shown(entry, self.seen) for entry in batch.entries)
+        pictures = [torch.stack(same) for same in zip(*read, strict=True)]
         return batch, pictures, part.replaced(batch.entries)

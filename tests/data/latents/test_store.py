@@ -194,7 +194,7 @@ def test_files_are_read_however_little_comes_at_a_time(copy: Path, monkeypatch: 
     assert torch.equal(store.moments(9, True), expected)
     index = verify(file)
     assert len(index.columns["labels"]) == 5 and max(sizes) == 1000
-    flip(file, index.values.begin + index.values.bytes - 1)
+    flip(file, index.values[""].begin + index.values[""].bytes - 1)
     with pytest.raises(ValueError, match=r"train-00001\.safetensors is damaged: entry 4 has not the checksum"):
         verify(file)
 
@@ -204,7 +204,7 @@ def test_a_flipped_value_is_found_when_it_is_read(copy: Path) -> None:
     flip(copy / "train-00000.safetensors", header.spans["values"].begin + 10)
     store = opened(copy)
     store.moments(1, False)
-    with pytest.raises(ValueError, match=r"train-00000\.safetensors is damaged: entry 0 has not its checksum"):
+    with pytest.raises(ValueError, match=r"train-00000\.safetensors is damaged: entry 0 has not the checksum"):
         store.moments(0, False)
 
 

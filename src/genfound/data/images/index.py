@@ -113,18 +113,17 @@ class ImageFiles(PictureSource, ABC):
 
     def image(self, index: int) -> np.ndarray:
         """(height, width, 3) uint8, an item of the pass."""
-        return self.entry(int(self.items[index]))
+        entry = int(self.items[index])
+        return self.entry(entry, [self.entries.sizes[entry]])[0]
 
     def rendered(self, index: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """See `Rerendered`; of an item of the pass."""
-        entry = int(self.items[index])
-        picture, rule = self.picture(int(self.entries.images[entry])), int(self.entries.rules[entry])
-        return [self.views.render(picture, rule, np.array(size)) for size in sizes]
+        return self.entry(int(self.items[index]), [np.array(size) for size in sizes])
 
-    def entry(self, entry: int) -> np.ndarray:
-        """(height, width, 3) uint8, see `image`."""
-        images, rules, sizes = self.entries
-        return self.views.render(self.picture(int(images[entry])), int(rules[entry]), sizes[entry])
+    def entry(self, entry: int, sizes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Each (height, width, 3) uint8, see `rendered`."""
+        picture, rule = self.picture(int(self.entries.images[entry])), int(self.entries.rules[entry])
+        return [self.views.render(picture, rule, size) for size in sizes]
 
     def report(self) -> list[str]:
         """Counts of classes and sizes, and what was converted, reduced, left out or skipped."""

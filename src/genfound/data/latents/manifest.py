@@ -58,6 +58,9 @@ def fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     for group, free in FREE:
         if group in kept:
             kept[group] = {key: value for key, value in kept[group].items() if key != free}
+    if "features" in kept:
+        free_of = {name: {**own, "weights": None} for name, own in kept["features"]["teachers"].items()}
+        kept["features"] = {**kept["features"], "teachers": free_of}
     return kept
 
 

@@ -13,6 +13,7 @@ A folder holds `manifest.json` and, for each split, shards `train-00000.safetens
 | checks | (n, 1 or 2) crc32 of the moments of the image and of its mirror image |
 | sums | (2, C) sum and sum of squares of the means, not mirrored |
 | names | the images' names as the file system has them, one after another, with a byte 0 between two |
+| values/NAME, offsets/NAME, checks/NAME | likewise of what a teacher sees; an entry is (mirrored, Z, rows, columns) |
 
 Values are unscaled, as the encoder left them. Everything but the values is the index of a shard; the crc32 of the
 index is in the manifest, so that no byte can change unnoticed: one of the index is found when the store is opened,
@@ -22,7 +23,7 @@ others because their own files could not be read.
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,35 +42,48 @@ UNREADABLE = "because their own files could not be read when they were encoded"
 
 
 class ShardIndex(NamedTuple):
-    """The index of a shard, what its metadata say, its checksum, and where its values begin."""
+    """The index of a shard, what its metadata say, its checksum, and where its values begin, by what they are of."""
 
     columns: dict[str, np.ndarray]
     note: dict[str, Any]
     crc32: int
-    values: Span
+    values: dict[str, Span]  # of the moments, "", and of what teachers see, "/NAME"
 
 
 class ShardWriter:
-    """A shard in memory, of which every entry is put in once; planes are C or, with log-variance, 2 C."""
+    """A shard in memory, of which every entry is put in once; planes are C or, with log-variance, 2 C.
+
+    `features`: the width of each teacher's, by name, each on a grid of `patch_size` latents a side.
+    """
 
     def __init__(
         self, columns: Mapping[str, np.ndarray], names: list[str], channels: int, planes: int, variants: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype, features: Mapping[str, int] | None = None, patch_size: int = 1,
+        features_dtype: torch.dtype = torch.float16,
     ) -> None:  # fmt: skip
         self.columns = {name: np.ascontiguousarray(column, dtype=np.int32) for name, column in columns.items()}
         self.names = names
         self.variants, self.planes = variants, planes  # variants: 2 with mirror images, else 1
-        lengths = variants * planes * self.columns["sizes"].astype(np.int64).prod(axis=1)
-        self.offsets = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
-        self.values = torch.empty(int(self.offsets[-1]), dtype=dtype)
+        sizes = self.columns["sizes"].astype(np.int64)
+        self.offsets = {"": _offsets(variants * planes * sizes.prod(axis=1))}
+        grid = (sizes // patch_size).prod(axis=1)
+        self.offsets |= {f"/{name}": _offsets(variants * width * grid) for name, width in (features or {}).items()}
+        self.values = {
+            of: torch.empty(int(offsets[-1]), dtype=features_dtype if of else dtype)
+            for of, offsets in self.offsets.items()
+        }
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
-        self.missing = len(lengths)  # entries that are still to be put in
+        self.missing = len(sizes)  # entries that are still to be put in
         self.replaced: dict[str, str] = {}  # images that cannot be read -> those that are shown in their place
 
-    def put(self, entries: list[int], moments: Tensor) -> None:
-        """Put in entries of one size, by their numbers in the shard: (B, variants, planes, h, w)."""
-        for entry, values in zip(entries, moments, strict=True):
-            self.values[self.offsets[entry] : self.offsets[entry + 1]] = values.flatten()
+    def put(self, entries: list[int], moments: Tensor, features: Sequence[Tensor] = ()) -> None:
+        """Put in entries of one size, by their numbers in the shard.
+
+        Moments (B, variants, planes, h, w); features, of each teacher, (B, variants, Z, rows, columns).
+        """
+        for (of, values), found in zip(self.values.items(), (moments, *features), strict=True):
+            for entry, own in zip(entries, found, strict=True):
+                values[self.offsets[of][entry] : self.offsets[of][entry + 1]] = own.flatten()
         means = moments[:, 0, : self.sums.shape[1]].double()
         self.sums += torch.stack([means.sum((0, 2, 3)), means.square().sum((0, 2, 3))])
         self.missing -= len(entries)
@@ -77,16 +91,27 @@ class ShardWriter:
     def first(self) -> Tensor:
         """(1, planes, h, w) float32, the first entry."""
         height, width = self.columns["sizes"][0].tolist()
-        return self.values[: self.planes * height * width].float().view(1, self.planes, height, width)
+        return self.values[""][: self.planes * height * width].float().view(1, self.planes, height, width)
 
     def write(self, file: Path, note: Mapping[str, Any]) -> None:
         """Write the shard, whole or not at all; the note becomes part of its metadata."""
         names = np.frombuffer(Names(self.names).table, dtype=np.uint8).copy()
-        found = checks(self.values, self.offsets, self.variants)
-        index = {**self.columns, "offsets": self.offsets, "checks": found, "sums": self.sums.numpy(), "names": names}
+        index = {**self.columns, "sums": self.sums.numpy(), "names": names}
+        index |= {f"offsets{of}": offsets for of, offsets in self.offsets.items()}
+        index |= {f"checks{of}": checks(own, self.offsets[of], self.variants) for of, own in self.values.items()}
         note = {**note, "replaced": self.replaced}
         remark = json.dumps({**note, "crc32": _crc(index, note)}, sort_keys=True)
-        write_tensors(file, {"values": self.values, **{key: torch.from_numpy(index[key]) for key in INDEX}}, remark)
+        tensors = {f"values{of}": own for of, own in self.values.items()}
+        write_tensors(file, tensors | {key: torch.from_numpy(index[key]) for key in _index(self.values)}, remark)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
+
+
+def _index(values: Iterable[str]) -> list[str]:
+    """The tensors of the index of a shard that holds these values."""
+    return [*INDEX, *(f"{name}{of}" for of in values if of for name in ("offsets", "checks"))]
 
 
 def checks(values: Tensor, offsets: np.ndarray, variants: int) -> np.ndarray:
@@ -109,14 +134,16 @@ def read_index(file: Path) -> ShardIndex:
     except ValueError as error:
         raise ValueError(f"{error}; {REPAIR}") from None
     try:
-        columns = read_tensors(file, {name: spans[name] for name in INDEX})
+        seen = sorted(name for name in spans if name.startswith("values/"))
+        values = {name.removeprefix("values"): spans[name] for name in ("values", *seen)}
+        columns = read_tensors(file, {name: spans[name] for name in _index(values)})
         note = json.loads(metadata["genfound"])
         crc = note.pop("crc32")
         intact = crc == _crc(columns, note)
-        values = spans["values"]
+        ends = [int(columns[f"offsets{of}"][-1]) == span.shape[0] for of, span in values.items()]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is damaged: its index cannot be read; {REPAIR}") from None
-    if not intact or columns["offsets"][-1] != values.shape[0]:
+    if not (intact and all(ends)):
         raise ValueError(f"{file} is damaged: its index has not the checksum that was written with it; {REPAIR}")
     return ShardIndex(columns, note, crc, values)
 
@@ -124,15 +151,21 @@ def read_index(file: Path) -> ShardIndex:
 def verify(file: Path) -> ShardIndex:
     """Read a whole shard, a little at a time."""
     index = read_index(file)
-    expected = index.columns["checks"].view(np.uint32)
-    lengths = np.diff(index.columns["offsets"]) // expected.shape[1] * index.values.dtype.itemsize
     with open(file, "rb", buffering=2**24) as stream:
-        stream.seek(index.values.begin)
-        for entry, length in enumerate(lengths.tolist()):
-            if [zlib.crc32(stream.read(length)) for _ in expected[entry]] != expected[entry].tolist():
-                reason = f"entry {entry} has not the checksum that was written with it"
-                raise ValueError(f"{file} is damaged: {reason}; {REPAIR}")
+        for of, span in index.values.items():
+            expected = index.columns[f"checks{of}"].view(np.uint32)
+            lengths = np.diff(index.columns[f"offsets{of}"]) // expected.shape[1] * span.dtype.itemsize
+            stream.seek(span.begin)
+            for entry, length in enumerate(lengths.tolist()):
+                if [zlib.crc32(stream.read(length)) for _ in expected[entry]] != expected[entry].tolist():
+                    raise _damaged(file, entry, of)
     return index
+
+
+def _damaged(file: Path, entry: int, of: str) -> ValueError:
+    """About an entry of a shard, or what a teacher sees in it."""
+    which = f"entry {entry}" + (f" of the features of {of[1:]}" if of else "")
+    return ValueError(f"{file} is damaged: {which} has not the checksum that was written with it; {REPAIR}")
 
 
 def manifest_line(file: Path, index: ShardIndex) -> dict[str, Any]:
@@ -143,9 +176,31 @@ def manifest_line(file: Path, index: ShardIndex) -> dict[str, Any]:
 
 def _crc(columns: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> int:
     crc = zlib.crc32(json.dumps(note, sort_keys=True).encode())
-    for name in INDEX:
+    seen = sorted(key.removeprefix("checks") for key in columns if key.startswith("checks/"))
+    for name in _index(seen):
         crc = zlib.crc32(np.ascontiguousarray(columns[name]).data, crc)
     return crc
+
+
+class _Places(NamedTuple):
+    """Where values of each entry are: the first byte in its shard, the bytes of a variant, and the crc32 of each."""
+
+    begins: np.ndarray
+    lengths: np.ndarray
+    checks: np.ndarray
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, shards: Sequence[ShardIndex], of: str) -> "_Places":
+        begins, lengths, checked = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
+        for shard in shards:
+            span, offsets, own = shard.values[of], shard.columns[f"offsets{of}"], shard.columns[f"checks{of}"]
+            begins.append(span.begin + offsets[:-1] * span.dtype.itemsize)
+            lengths.append(np.diff(offsets) * span.dtype.itemsize // own.shape[1])
+            checked.append(own)
+        dtype = shards[0].values[of].dtype if shards else torch.float32
+        every = np.concatenate(checked) if checked else np.zeros((0, 1), np.int32)
+        return cls(np.concatenate(begins), np.concatenate(lengths), every, dtype)
 
 
 class Store(LatentSource):
@@ -161,8 +216,7 @@ class Store(LatentSource):
         note = {"split": split, "store": store_digest(self.manifest)}
         shards = [self._opened(line, note) for line in lines]
         self._reader = Reader([root / line["file"] for line in lines])
-        variants = 2 if self.manifest["mirrored"] else 1
-        shapes = {"sizes": (0, 2), "labels": (0,), "images": (0,), "rules": (0,), "checks": (0, variants)}
+        shapes = {"sizes": (0, 2), "labels": (0,), "images": (0,), "rules": (0,)}
         columns = {
             name: np.concatenate([np.zeros(shape, np.int32), *(shard.columns[name] for shard in shards)])
             for name, shape in shapes.items()
@@ -171,11 +225,10 @@ class Store(LatentSource):
         entries = Entries(columns["images"], columns["rules"], columns["sizes"].astype(np.int64) * stride)
         self._items = views.items(entries, self.manifest["views"])
         self._complete(entries, split)
-        self._sizes, self._checks = columns["sizes"], columns["checks"]
+        self._sizes = columns["sizes"]
         self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(s.columns["labels"]) for s in shards])
-        begins = [s.values.begin + s.columns["offsets"][:-1] * s.values.dtype.itemsize for s in shards]
-        self._begin = np.concatenate([np.zeros(0, np.int64), *begins])
-        self._dtype = shards[0].values.dtype if shards else torch.float32
+        self._features: dict[str, Any] = self.manifest.get("features", {}).get("teachers", {})
+        self._places = {of: _Places.of(shards, of) for of in ("", *(f"/{name}" for name in self._features))}
         self._planes = self.manifest["tokenizer"]["channels"] * len(self.manifest["tokenizer"]["moments"])
         self.class_names: list[str] = self.manifest["classes"]
         self.labels = columns["labels"][self._items].astype(np.int64)
@@ -234,15 +287,22 @@ class Store(LatentSource):
     def moments(self, index: int, mirrored: bool) -> Tensor:
         """(C, h, w), or (2 C, h, w) mean and log-variance, of an image or its mirror image, in the stored dtype."""
         entry = int(self._items[index])
-        height, width = self._sizes[entry].tolist()
-        count = self._planes * height * width * self._dtype.itemsize
-        begin = int(self._begin[entry]) + mirrored * count
-        shard = int(self._shard[entry])
-        data = self._reader.read(shard, begin, count)
-        if zlib.crc32(data) != int(self._checks[entry, int(mirrored)]) & 0xFFFFFFFF:
-            file, place = self._reader.files[shard], entry - int(np.searchsorted(self._shard, shard))
-            raise ValueError(f"{file} is damaged: entry {place} has not its checksum; {REPAIR}")
-        return as_tensor(data, self._dtype).view(self._planes, height, width)
+        return self._values("", entry, mirrored).view(self._planes, *self._sizes[entry].tolist())
+
+    def features(self, index: int, mirrored: bool, names: Sequence[str]) -> list[Tensor]:
+        """Each (Z, rows, columns), what teachers see in an image or its mirror image, in the stored dtype."""
+        entry, patch = int(self._items[index]), self.manifest["patch_size"]
+        grid = (self._sizes[entry] // patch).tolist()
+        return [self._values(f"/{name}", entry, mirrored).view(self._features[name]["width"], *grid) for name in names]
+
+    def _values(self, of: str, entry: int, mirrored: bool) -> Tensor:
+        """Flat, of an entry or its mirror image."""
+        shard, places = int(self._shard[entry]), self._places[of]
+        count = int(places.lengths[entry])
+        data = self._reader.read(shard, int(places.begins[entry]) + mirrored * count, count)
+        if zlib.crc32(data) != int(places.checks[entry, int(mirrored)]) & 0xFFFFFFFF:
+            raise _damaged(self._reader.files[shard], entry - int(np.searchsorted(self._shard, shard)), of)
+        return as_tensor(data, places.dtype)
 
     def report(self) -> list[str]:
         """Counts, views and sizes, and the statistics of the raw latents."""
@@ -254,6 +314,7 @@ class Store(LatentSource):
             f"{high[0]} x {high[1]} pixels (height x width), as {' and '.join(self.views.rules)}",
             f"  encoded by {codec['name']}, {' and '.join(codec['moments'])} in {self.manifest['dtype']}{mirrored}; "
             f"unscaled mean {mean:.3f}, std {std:.3f}",
+            *(f"  what {name} sees, {own['width']} channels" for name, own in self._features.items()),
             *remarks(self.class_names),
             *([f"  {self._replaced:,} show others of their class, {UNREADABLE}"] if self._replaced else []),
         ]

@@ -29,11 +29,14 @@ class RawImages:
     labels: Tensor  # (B,) int64
     encoded: bool  # they are moments
     pictures: list[Tensor] | None = None  # (3, height, width) uint8 for teachers, where those are not the images
+    features: list[list[Tensor]] | None = None  # what they see, of each (Z, rows, columns), where that is stored
 
     def pin_memory(self) -> "RawImages":
         """The same in page-locked host memory (called by the DataLoader)."""
         pinned = [image.pin_memory() for image in self.images]
-        return replace(self, images=pinned, pictures=self.pictures and [x.pin_memory() for x in self.pictures])
+        pictures = self.pictures and [picture.pin_memory() for picture in self.pictures]
+        features = self.features and [[seen.pin_memory() for seen in of_image] for of_image in self.features]
+        return replace(self, images=pinned, pictures=pictures, features=features)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """From the plan to batches on the host: reading, tokenizing and laying out images in worker processes."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import cast
@@ -19,6 +19,9 @@ from genfound.data.packing.prefetch import read_ahead
 from genfound.rng import Rng
 
 Item = tuple[Batch | RawImages, MicroBatch]
+
+Features = Callable[[MicroBatch, Sequence[bool]], list[list[Tensor]] | None]
+"""Of a micro-batch, and which images of it are mirrored: what each teacher sees in each image."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class MicroBatches(Dataset[Item]):
     assembly: Collate | None  # encodes and lays them out; `None` leaves that to the training device
     flips: Rng | None = None  # decides which images of a micro-batch are mirrored; `None` mirrors none
     reread: tuple[int, int] | None = None  # for teachers: pixels per token side of the images, and of what they see
+    features: Features | None = None  # reads what they see, where that is stored
 
     def __getitem__(self, micro: MicroBatch) -> Item:
         count = len(micro.indices)
@@ -49,7 +53,9 @@ class MicroBatches(Dataset[Item]):
         read = self._moments if encoded else self._pictures
         tensors, *seen = zip(*map(read, micro.indices, coins), strict=True)
         pictures = list(seen[0]) if seen else None
-        images = RawImages(list(tensors), torch.from_numpy(self.source.labels[list(micro.indices)]), encoded, pictures)
+        features = None if self.features is None else self.features(micro, coins)
+        labels = torch.from_numpy(self.source.labels[list(micro.indices)])
+        images = RawImages(list(tensors), labels, encoded, pictures, features)
         return images if self.assembly is None else self.assembly(images, micro.positions, torch.device("cpu")), micro
 
     def _pictures(self, index: int, mirrored: bool) -> list[Tensor]:
