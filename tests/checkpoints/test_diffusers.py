@@ -44,9 +44,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dit_moe": ("model=dit_moe_tiny",),
     "dit_moe_rf": ("model=dit_moe_tiny", "objective=flow", "model.qk_norm=layernorm", "model.unused_half=true"),
     "lightningdit": ("model=lightningdit_tiny",),
+    "jit": ("model=jit_tiny",),
+    "jit_published": ("model=jit_tiny", "objective.noise_scale=2", "model.in_context_start=1", "guidance=cfg_jit"),
     "cosine": ("model=dit_tiny", "objective.schedule=cosine", "objective.clip_x0=true"),
 }
-OBLONG = {"lightningdit", "fit", "fitv2", "nit", "nit_official"}
+OBLONG = {"lightningdit", "jit", "jit_published", "fit", "fitv2", "nit", "nit_official"}
 SIZE = {"dit_decoded": (64, 64)}
 
 
@@ -173,7 +175,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert same(first.net.state_dict(), genfound.load(folder / "transformer").net.state_dict())
 
 
-@pytest.mark.parametrize("name", ["dit", "nit", "fitv2"])
+@pytest.mark.parametrize("name", ["dit", "nit", "fitv2", "jit_published"])
 def test_without_our_note_the_config_decides(name: str, tmp_path: Path) -> None:
     """As after a training in diffusers."""
     folder = folder_of(tmp_path, name)
@@ -364,8 +366,8 @@ REFUSED = {
     "its decoder is an AutoencoderKL": (("model=dit_tiny",), True),
     "model.mlp_ratio=4": ((*DECODED, "model.mlp_ratio=2"), True),
     "other steps than objective.schedule=cosine": ((*DECODED, "objective.schedule=cosine"), True),
-    "objective.path=linear and objective.prediction=velocity": (("model=sit_tiny", "objective.path=gvp"), "auto"),
-    "lightningdit, not model=jit": (("model=jit_tiny",), "auto"),
+    "objective.path=linear and objective.prediction=velocity or x0": (("model=sit_tiny", "objective.path=gvp"), "auto"),
+    "lightningdit, jit, not model=dig": (("model=dig_tiny",), "auto"),
     "native=maybe is unknown": (("model=nit_tiny",), "maybe"),
 }
 

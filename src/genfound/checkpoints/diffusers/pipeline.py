@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from genfound.rng import Rng
+from genfound.samplers.guidance import ENDS
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")
 """Of this file, for a pipeline that is saved again."""
@@ -33,7 +34,10 @@ class FolderPipeline(DiffusionPipeline):
         sample_size: [height, width] in pixels of a picture.
         stride: pixels of a side for one of a latent.
         num_inference_steps, guidance_scale, guidance_interval, guidance_channels: of a call that says nothing.
+        guidance_ends: of the interval, `inclusive`, `strict`, or `open`, strict but at 0 and 1.
         noise_scale: standard deviation of the noise.
+        prediction: of a network of a flow, `velocity` or the data, `x0`.
+        sigma_floor: noise level that the velocity of predicted data is divided by at least.
 
     Args of a call:
         class_labels: numbers or names.
@@ -64,7 +68,10 @@ class FolderPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance_interval: list[float] | None = None,
         guidance_channels: int | None = None,
+        guidance_ends: str = "inclusive",
         noise_scale: float = 1.0,
+        prediction: str = "velocity",
+        sigma_floor: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -76,7 +83,10 @@ class FolderPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval or [0.0, 1.0],
             guidance_channels=guidance_channels,
+            guidance_ends=guidance_ends,
             noise_scale=noise_scale,
+            prediction=prediction,
+            sigma_floor=sigma_floor,
         )
         named = ((name.strip(), int(k)) for k, names in (id2label or {}).items() for name in names.split(","))
         self.labels = dict(sorted(named))
@@ -157,13 +167,14 @@ class FolderPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Noise (B, C, h, w) -> latents."""
         levels = self._set_timesteps(steps)
+        guided = ENDS[self.config.guidance_ends]
         null = torch.full_like(labels, self.transformer.null_label or 0)
         known = inspect.signature(self.scheduler.step).parameters
         options = {"use_clipped_model_output": True} if "use_clipped_model_output" in known else {}
         for level, t in zip(self.progress_bar(levels), self.scheduler.timesteps, strict=True):
             state = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             out = self._predict(state, labels, level, t)
-            if scale != 1 and interval[0] <= level <= interval[1]:
+            if scale != 1 and guided(interval[0], level, interval[1]):
                 other = self._predict(state, null, level, t)[:, :channels]
                 out[:, :channels] = other + scale * (out[:, :channels] - other)
             x = self.scheduler.step(out, t, x, **options).prev_sample
@@ -191,6 +202,8 @@ class FolderPipeline(DiffusionPipeline):
         time = (1 - level if reverse else level) if self._flow else float(t)
         times = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
         out = self.transformer(x, times, labels).sample[:, : x.shape[1]].float()
+        if self._flow and self.config.prediction == "x0":
+            return (x - out) / max(level, self.config.sigma_floor)
         return -out if reverse and self._flow else out
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:

@@ -24,6 +24,7 @@ FAMILY = {
     "NiT": "nit",
     "DiTMoE": "dit_moe",
     "LightningDiT": "lightningdit",
+    "JiT": "jit",
     **dict.fromkeys((name.removesuffix("Transformer2DModel") for name in native.CLASSES), "dit"),
 }
 """Class of a network, without Transformer2DModel -> its family."""

@@ -45,6 +45,12 @@ OF_DIT = (
     "self.pos_embed = nn.Parameter(position_table(rows, columns, hidden_size)[None], requires_grad=False)",
 )
 
+OF_JIT = (
+    "self.x_embedder.proj1 = PatchConvolution(in_channels, bottleneck_dim, patch_size, patch_size, bias=False)",
+    "self.x_embedder.proj2 = PatchConvolution(bottleneck_dim, hidden_size, 1)",
+    *OF_DIT[1:],
+)
+
 OF_SHAPES = (
     (STAND_INS, "PatchConvolution"),
     (STAND_INS, "PatchOutput"),
@@ -87,6 +93,11 @@ class Code(NamedTuple):
     stem: str
     shapes: tuple[str, ...] = OF_DIT
 
+    @property
+    def of_one_size(self) -> bool:
+        """Whether its weights hold a table of positions."""
+        return OF_DIT[-1] in self.shapes
+
 
 CODE = {
     "dit": Code("OfficialDiT", "transformer_dit"),
@@ -95,6 +106,7 @@ CODE = {
     "nit": Code("NiT", "transformer_nit", (CONVOLUTION,)),
     "dit_moe": Code("DiTMoE", "transformer_dit_moe"),
     "lightningdit": Code("LightningDiT", "transformer_lightningdit"),
+    "jit": Code("JiT", "transformer_jit", OF_JIT),
 }
 """Module of a backbone -> its code in a folder."""
 
@@ -182,10 +194,10 @@ def _with_code(model: Model, code: Code, family: str, spec: LatentSpec, work: Pa
     if options.get("learn_sigma") == "auto":
         options["learn_sigma"] = build.objective(model.config).learned_variance
     name, config = f"{code.name}Transformer2DModel", {KEYS.get(key, key): value for key, value in options.items()}
-    if code.shapes == OF_DIT:
+    if code.of_one_size:
         config["input_size"] = [side // spec.stride for side in model.sizes[0]]
     _transformer(model, model.state, {"_class_name": name, **config}, work)
-    text = _network(name, family, backbone, list(options), model.config["model"], code.shapes)
+    text = _network(name, family, backbone, list(options), model.config["model"], code)
     (work / "transformer" / f"{code.stem}.py").write_text(text, encoding="utf-8")
     pipeline = Merged([(PIPELINE, "SOURCE"), (PIPELINE, "FolderPipeline")]).text()
     pipeline = pipeline.replace("FolderPipeline", f"{code.name}Pipeline")
@@ -195,13 +207,13 @@ def _with_code(model: Model, code: Code, family: str, spec: LatentSpec, work: Pa
     return index | {"sample_size": list(model.sizes[0]), "stride": spec.stride, **_drawn(model.config)}
 
 
-def _network(name: str, family: str, backbone: str, options: list[str], model: Config, shapes: tuple[str, ...]) -> str:
+def _network(name: str, family: str, backbone: str, options: list[str], model: Config, code: Code) -> str:
     """The file of a network that is a model of diffusers."""
     layout = "Dense" if "dense" in targets.target("model", model, ()).layouts else "Packed"
     roots = [(f"genfound.backbones.{family}", backbone), (f"genfound.layouts.{layout.lower()}", layout)]
     roots += [(STAND_INS, part) for part in ("SOURCE", "FolderTransformer")]
-    roots += [root for root in OF_SHAPES if any(root[1] in line for line in shapes)]
-    arguments = [KEYS.get(option, option) for option in options] + ["input_size"] * (shapes == OF_DIT)
+    roots += [root for root in OF_SHAPES if any(root[1] in line for line in code.shapes)]
+    arguments = [KEYS.get(option, option) for option in options] + ["input_size"] * code.of_one_size
     passed = [f"{option}={KEYS.get(option, option)}" for option in options]
     passed += [f"{key}={value}" for key, value in CONSTANT.items() if key in model]
     return MODEL.format(
@@ -211,7 +223,7 @@ def _network(name: str, family: str, backbone: str, options: list[str], model: C
         parts=Merged(roots).text(),
         arguments=",\n        ".join(arguments),
         passed=",\n            ".join(passed),
-        shapes="".join(f"        {line}\n" for line in shapes),
+        shapes="".join(f"        {line}\n" for line in code.shapes),
     )
 
 
@@ -227,12 +239,12 @@ def _scheduler(config: Config) -> dict[str, Any]:
     """The scheduler of diffusers for an objective."""
     objective, sampler = config["objective"], config["sampler"]
     kind = str(objective["_target_"]).rpartition(".")[2]
-    if kind == "Flow" and (objective["path"], objective["prediction"]) == ("linear", "velocity"):
+    if kind == "Flow" and objective["path"] == "linear" and objective["prediction"] in ("velocity", "x0"):
         shift = sampler.get("shift", 1.0)
         shift = float(shift) if isinstance(shift, int | float) else 1.0
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
     if kind != "Gaussian":
-        what = "objective=gaussian, and flows of objective.path=linear and objective.prediction=velocity"
+        what = "objective=gaussian, and flows of objective.path=linear and objective.prediction=velocity or x0"
         raise ValueError(f"format=diffusers takes {what}, for which diffusers has schedulers")
     steps = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     if (objective["schedule"], objective["timesteps"]) != ("linear", 1000):
@@ -257,19 +269,22 @@ def _drawn(config: Config) -> dict[str, Any]:
         "num_inference_steps": steps if isinstance(steps, int) else 50,
         "guidance_scale": float(guidance["scale"]) if plain else 1.0,
         "guidance_interval": list(guidance["interval"]) if plain else [0.0, 1.0],
+        "guidance_ends": guidance.get("ends", "inclusive"),
         "guidance_channels": 3 if plain and guidance["channels"] == "first3" else None,
         "noise_scale": float(config["objective"].get("noise_scale", 1.0)),
+        "prediction": config["objective"]["prediction"],
+        "sigma_floor": float(config["objective"].get("sigma_floor", 0.0)),
     }
 
 
 def _unlike(config: Config) -> list[str]:
     """What the guidance of a model has and the pipelines of folders have not."""
     guidance = compose.fill_option("guidance", config["guidance"])
-    usual = {"name": "cfg", "schedule": "constant", "ends": "inclusive"}
+    usual = {"name": "cfg", "schedule": "constant"}
     odd = [f"guidance.{key}={guidance[key]}" for key, value in usual.items() if guidance.get(key, value) != value]
     if not odd or guidance.get("name") == "none":
         return []
-    return [f"without {odd[0]}: its pipeline guides by the null label, at a constant scale, between inclusive ends"]
+    return [f"without {odd[0]}: its pipeline guides by the null label, at a constant scale"]
 
 
 def _decoder(codec: Any, work: Path) -> dict[str, Any]:
