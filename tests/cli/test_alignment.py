@@ -42,6 +42,11 @@ WRONG = {
     f"{DINO}._target_=genfound.layers.mlp.Mlp": "genfound.layers.mlp.Mlp is no Teacher",
     f"{DINO}=5": "alignment.teachers.dinov2=5 must be a teacher: _target_, width, and what else it needs; or null",
     "alignment.teachers=5": "alignment.teachers=5 must be teachers by their names",
+    "alignment.teachers={}": "alignment.teachers={} would change nothing; alignment.teachers.KEY=null takes one of its",
+    "alignment.teachers={x:{width:3}}": "unknown key alignment.teachers: it is not an option of alignment=repa; +alig",
+    "alignment.teachers.x.width=3": "+alignment.teachers.NAME={_target_:CLASS,width:CHANNELS} adds a teacher",
+    "+alignment.teachers.x={width:3}": "alignment.teachers.x has no _target_; set it to the class",
+    "+alignment.x=3": "+alignment.x=3 would add the unknown key alignment.x, which nothing reads; drop the +",
     "alignment.pixels=0": "alignment.pixels=0 must be a whole number of at least 1, or null",
     "alignment=other": "alignment=other is unknown; choose one of irepa, irepa_probe, none, repa",
 }
@@ -78,6 +83,15 @@ def test_a_teacher_of_ones_own(own: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "block 1 aligned to colours" in result.stdout
     assert "genfound.train --config-dir mine model=nit_tiny alignment=colours" in DOCS.read_text()
+
+
+def test_a_second_teacher_is_added_on_the_command_line(tmp_path: Path) -> None:
+    second = "+alignment.teachers.second={_target_:genfound.alignment.radio.RADIO,weights:random_tiny,width:32}"
+    result = genfound("train", *SHORT, *ALIGNED, second, cwd=tmp_path)
+    assert result.returncode == 0 and "block 1 aligned to dinov2, second: 2,688 more" in result.stdout, result.stderr
+    assert "+alignment.teachers.radio='{_target_:" in DOCS.read_text()
+    other = genfound("sample", "from=runs/default/run", second, cwd=tmp_path)
+    assert "would add the unknown key alignment.teachers.second, which nothing reads" in one_error(other)
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,9 @@ def named_teachers(config: Config) -> dict[str, Any]:
         if not isinstance(options, Mapping):
             way = "must be a teacher: _target_, width, and what else it needs; or null"
             raise ValueError(f"alignment.teachers.{name}={options} {way}")
-        if "width" not in options:
-            raise ValueError(f"alignment.teachers.{name} has no width; set it to the channels of its features")
+        for key, what in {TARGET: "class", "width": "channels of its features"}.items():
+            if key not in options:
+                raise ValueError(f"alignment.teachers.{name} has no {key}; set it to the {what}")
     return named
 
 

@@ -119,7 +119,7 @@ def hydra_main(
 def _answer(job: Callable[[DictConfig], None], config_name: str, read_origin: ReadOrigin | None) -> None:
     """Help, or the jobs of the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _refuse_new_keys(sys.argv[1:])
+    _refuse_new_keys(sys.argv[1:], config_name)
     given, sys.argv[1:] = sys.argv[1:], with_origin(read_origin, sys.argv[1:])
     _added[:] = [argument for argument in sys.argv[1:] if argument not in given]
     if HELP.issuperset(flags := [a for a in sys.argv[1:] if a.startswith("-")]) and flags:
@@ -293,14 +293,27 @@ def user_overrides() -> list[str]:
     return [override for override in HydraConfig.get().overrides.task if override not in _added]
 
 
-def _refuse_new_keys(arguments: list[str]) -> None:
-    """`+key=value` would add a key that nothing reads, but for a callback or logger; `~key` take one that is read."""
+NAMED = {"callbacks": "callbacks.", "logger": "logger.", "alignment": "alignment.teachers."}
+"""Group -> where it holds things by names that a command line may add."""
+
+ADDED = "+alignment.teachers.NAME={_target_:CLASS,width:CHANNELS} adds a teacher"
+
+
+def _refuse_new_keys(arguments: list[str], config_name: str) -> None:
+    """`+key=value` would add a key that nothing reads, but for what has names; `~key` take one that is read.
+
+    And `key={}` takes nothing away: Hydra merges.
+    """
+    groups = compose.read_yaml(Path(compose.config_dir()) / f"{config_name}.yaml").get("defaults", [])
+    addable = ("hydra", *(NAMED[key] for group in groups if isinstance(group, dict) for key in NAMED.keys() & group))
     for argument in arguments:
-        if match := re.match(r"(\+{1,2})(?!hydra|callbacks\.|logger\.)([^=]+)=", argument):
+        if (match := re.match(r"(\+{1,2})([^=]+)=", argument)) and not match[2].startswith(addable):
             key, added = match[2], match[1]
             raise ValueError(f"{argument} would add the unknown key {key}, which nothing reads; drop the {added}")
         if argument.startswith("~"):
             raise ValueError(f"{argument} would take away a key that is read; set {argument[1:]}=... instead")
+        if match := re.fullmatch(r"([^=]+)=\{\s*\}", argument):
+            raise ValueError(f"{argument} would change nothing; {match[1]}.KEY=null takes one of its keys away")
 
 
 def _of_another_command(config_name: str, arguments: Sequence[str]) -> str | None:
@@ -331,7 +344,8 @@ def _composition_error(error: Exception, config_name: str, arguments: Sequence[s
         group = key[1].partition(".")[0]
         foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
         near = difflib.get_close_matches(key[1], _known_keys(config_name, arguments), 1, 0.85 if foreign else 0.6)
-        return f"unknown key {key[1]}{foreign}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        return f"unknown key {key[1]}{foreign}; {ADDED if key[1].startswith('alignment.teachers') else hint}"
     # Hydra lists nothing where the default is null
     if experiment := re.search(r"Could not find 'experiment/([^']+)'", text):
         folder = Path(compose.config_dir()) / "experiment"
