@@ -18,6 +18,10 @@ from genfound.config import compose
 from tests.helpers import composed, training_module
 
 TRAINABLE = {
+    "dim_h": 862_407_184,
+    "dim_h_512": 863_586_832,
+    "dim_l": 386_063_376,
+    "dim_tiny": 1_276_172,
     "dig_b": 130_551_584,
     "dig_l": 464_760_352,
     "dig_s": 32_983_328,
@@ -125,6 +129,7 @@ OPERATIONS = {
     "dit_moe_s_8e2a": (16.031, 0.604), "dit_moe_xl_8e2a": (327.967, 4.228), "dit_moe_g_16e2a": (698.327, 7.382),
     "lightningdit_b": (23.008, 0), "lightningdit_xl": (118.626, 0), "lightningdit_1p6b": (283.350, 0),
     "jit_b": (25.2, 0), "jit_l": (87.9, 0), "jit_h": (181.9, 0),
+    "dim_l": (139.9, 0), "dim_h": (311.9, 0),
     "dig_s": (5.57, 0), "dig_b": (22.02, 0), "dig_l": (79.69, 0), "dig_xl": (115.20, 0),
     "nit_s": (6.06, 0), "nit_b": (23.0, 0), "nit_l": (80.7, 0), "nit_xl": (118.6, 0), "nit_xxl": (298.2, 0),
 }  # fmt: skip
@@ -133,6 +138,7 @@ OPERATIONS = {
 DiT, SiT: paper table 4 and README; DiT-MoE: paper table 1, and FiT, FiTv2: README, both with attention added.
 NiT: its advertised number has the modulation of every token, ours that of the image. JiT: paper.
 DiG: linear layers and convolutions of the official code, and 2 k v for each token of a head.
+DiM: the same, of 366 tokens, and 9 operations for each state.
 """
 
 

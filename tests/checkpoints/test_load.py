@@ -38,6 +38,7 @@ MODELS = {
     "lightningdit": "lightningdit_b",
     "jit": "jit_b",
     "dig": "dig_s",
+    "dim": "dim_l",
 }
 SMALL = {"width": 32, "depth": 2, "heads": 2}
 HEADS = {"num_heads": 2}
@@ -46,15 +47,16 @@ HEADS = {"num_heads": 2}
 def told(family: str) -> dict[str, Any]:
     """What the shapes of `small` do not tell."""
     more = {"in_context_start": 1} if family == "jit" else {"family": family} if family in ("dit", "sit") else {}
-    return {**HEADS, **more}
+    return more if family == "dim" else {**HEADS, **more}
 
 
 def small(family: str) -> tuple[dict[str, Any], Backbone]:
     """Options and a network of a family, every parameter random."""
     config = composed(f"model={MODELS[family]}", f"experiment=official/{family}")
     rank = {"adaln_rank": 8} if config["model"].get("adaln_rank") else {}
-    start = {"in_context_start": 1} if family == "jit" else {}
-    config = {**config, "model": {**config["model"], **SMALL, **rank, **start}}
+    own = {"jit": {"in_context_start": 1}, "dim": {"table": list(GRID), "states": 4}}.get(family, {})
+    sizes = {key: value for key, value in SMALL.items() if key in config["model"]}
+    config = {**config, "model": {**config["model"], **sizes, **rank, **own}}
     net = build.net(config, build.published_spec(config), CLASSES)
     return config, randomise(net).eval()
 

@@ -26,6 +26,7 @@ FAMILIES = [
     "lightningdit_tiny",
     "jit_tiny",
     "dig_tiny",
+    "dim_tiny",
 ]
 SMALL = ["model.width=64", "model.depth=3", "model.heads=2"]
 
@@ -59,7 +60,8 @@ def test_fsdp_divides_what_ddp_holds_on_every_device(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", FAMILIES)
 def test_activations_are_those_of_a_forward_pass(model: str, precision: str) -> None:
-    config = composed(f"model={model}", *SMALL, f"trainer.precision={precision}")
+    heads = SMALL[-1:] if "heads" in composed(f"model={model}")["model"] else []
+    config = composed(f"model={model}", *SMALL[:-1], *heads, f"trainer.precision={precision}")
     net = build.net(config, PixelTokenizer.spec, 1000).train()
     layout: Layout = build.sampling_layout(config)
     images = [torch.randn(3, 16, 16) for _ in range(5)]

@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 from torch import nn
 
 from genfound import build
-from genfound.checkpoints.initialise import LABELS
+from genfound.checkpoints.initialise import other_tables
 from genfound.checkpoints.load import ALIGNMENT, NET
 from genfound.config.compose import flatten
 from genfound.loggers.base import note
@@ -67,7 +67,7 @@ def _check_network(folder: Path, parts: build.RunComponents, state: Mapping[str,
     tensors = {key.removeprefix(NET): value for key, value in saved if key.startswith(NET)}
     aligned = {key.removeprefix(ALIGNMENT): value for key, value in saved if key.startswith(ALIGNMENT)}
     own, names = parts.net.state_dict(), parts.images.class_names
-    if LABELS in own and LABELS in tensors and len(own[LABELS]) != len(tensors[LABELS]):
+    if other_tables(own, tensors):
         classes = f"data.root has {len(names)} classes and {folder} was trained on {len(state['run']['class_names'])}"
         way = f"start another run from its weights, with name=... init_from={folder}"
         raise ValueError(f"{classes}: its label table does not fit; {way}")

@@ -82,7 +82,9 @@ def convert(
 
 def _compare(found: Weights, path: Path) -> None:
     """Raise a ValueError unless weights are those of their configuration."""
-    first = next(tensor for name, tensor in found.state.items() if re.fullmatch(r"x_embedder\.proj1?\.weight", name))
+    first = next(
+        tensor for name, tensor in found.state.items() if re.fullmatch(r"(x_embedder|pos_embed)\.proj1?\.weight", name)
+    )
     channels = first.shape[1] // found.config["model"]["patch_size"] ** 2
     spec = build.published_spec(found.config)._replace(channels=channels)  # no tokenizer is built
     with torch.device("meta"):

@@ -1,7 +1,9 @@
 """A new run from the weights of another model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from genfound.checkpoints.load import open_official, read_ours
 from genfound.checkpoints.official import projectors
@@ -9,7 +11,8 @@ from genfound.checkpoints.official.families import FAMILIES
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io
 
-LABELS = "y_embedder.embedding_table.weight"
+TABLES = ("embedding_table.weight", "label_emb.weight")
+"""How the names of tables of classes end; DiM has two."""
 
 
 def initialise(module: GenerativeModule, path: Path, trust: Collection[str] = ()) -> list[str]:
@@ -35,9 +38,10 @@ def initialise(module: GenerativeModule, path: Path, trust: Collection[str] = ()
     state, more = module.starting_weights(state)
     remarks += more
     own = net.state_dict()
-    if LABELS in state and len(state[LABELS]) != len(own[LABELS]):
-        remarks.append(f"  the label table is new: {path} has {len(state[LABELS])} rows, this model {len(own[LABELS])}")
-        state[LABELS] = own[LABELS]
+    if tables := other_tables(own, state):
+        rows = f"{path} has {len(state[tables[0]])} rows, this model {len(own[tables[0]])}"
+        remarks.append(f"  the label table is new: {rows}")
+        state |= {name: own[name] for name in tables}
     checkpoint_io.load_strict(net, state, path)
     if module.alignment is not None:
         shapes = {name: tensor.shape for name, tensor in projecting.items()}
@@ -47,3 +51,9 @@ def initialise(module: GenerativeModule, path: Path, trust: Collection[str] = ()
         else:
             remarks.append("  the projectors of the alignment are new")
     return remarks
+
+
+def other_tables(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Tables of classes of which another model has another number of rows."""
+    common = [name for name in own if name.endswith(TABLES) and name in state]
+    return [name for name in common if len(own[name]) != len(state[name])]

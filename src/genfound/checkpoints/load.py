@@ -23,7 +23,7 @@ Config = dict[str, Any]
 NET, ALIGNMENT = "net.", "alignment."
 """Names in a checkpoint begin with one of these; those of averages with the second or none."""
 
-SIZE = ("width", "depth", "experts")
+SIZE = ("width", "depth", "experts", "table")
 """Options that tell published sizes apart."""
 
 
@@ -269,6 +269,8 @@ def _config(family: str, release: str | None, options: Mapping[str, Any], path: 
         released = "sit_repa"
     if released == "dit_moe_rf" and preset == family:
         preset = "dit_moe_xl_8e2a"
+    if preset == "dim_h_512":
+        released = preset
     if family == "jit" and options["patch_size"] == 32:
         released = "jit_512"
     config = compose.compose("train", [f"experiment=official/{released}", f"model={preset}"])
@@ -297,9 +299,11 @@ def _presets(family: str) -> dict[str, dict[str, Any]]:
 
 def _side(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> int:
     """Height and width in pixels: that of a position table, otherwise that of the data."""
+    unit = config["model"]["patch_size"] * build.published_spec(config).stride
+    if "table" in config["model"]:
+        return int(config["model"]["table"][0] * unit)
     if "pos_embed" not in state:
         return int(config["data"]["size"])
-    unit = config["model"]["patch_size"] * build.published_spec(config).stride
     return int(isqrt(state["pos_embed"].shape[1]) * unit)
 
 

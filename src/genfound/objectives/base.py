@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.objectives.predictions import Predictions
+from genfound.objectives.process import Process
 from genfound.objectives.times import TimeLaw
 from genfound.rng import Rng
 
@@ -34,13 +35,17 @@ class TimeAdapter:
     """A network of (batch, t (B,) float32) that is asked, and answers, in the time of the framework.
 
     There flows run from t = 0 (data) to t = end (noise). A network that declares `time = "data1"` (SiT, FiTv2) counts
-    from noise to data, and its velocity points the other way. `end` is `None` for integer steps, which all count alike.
+    from noise to data, and its velocity points the other way. `end` is `None` for integer steps, which all count alike;
+    `process` is the one whose noise the network predicts, if it is of discrete steps.
     """
 
     copies = 1
 
-    def __init__(self, net: Any, end: float | None = None, velocity: bool = False) -> None:
+    def __init__(
+        self, net: Any, end: float | None = None, velocity: bool = False, process: Process | None = None
+    ) -> None:
         self.net = net
+        self.process = process
         self.end = end if getattr(net, "time", "data0") == "data1" else None
         self.negated = velocity and self.end is not None
         self.token_spec: Any = getattr(net, "token_spec", None)
@@ -78,12 +83,26 @@ class Field(Protocol):
         """
 
 
+class NoiseLevels(Field, Protocol):
+    """A field of which samplers know how much signal and noise there is, and what both are predicted to be."""
+
+    def level(self, t: float) -> tuple[float, float]:
+        """alpha and sigma of x = alpha data + sigma noise at time t."""
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """The times, of any shape and float64, at which sigma / alpha has these values."""
+
+    def data_and_noise(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
+        """Both as predicted at x = batch.x and time t."""
+
+
 class Objective(Protocol):
     """Path, prediction, weighting and law of times of one training problem."""
 
     name: str
     gives: frozenset[str]
-    """What samplers may need of its fields: `velocity`, `flow` (all of `Predictions`), `gaussian` (steps of DDPM)."""
+    """What samplers may need of its fields: `velocity`, `flow` (all of `Predictions`), `gaussian` (steps of DDPM), and
+    `levels` (see `NoiseLevels`)."""
     time_range: tuple[float, float]
     weight: str
     learned_variance: bool

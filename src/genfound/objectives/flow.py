@@ -46,7 +46,7 @@ class Flow(Objective):
     """
 
     name = "flow"
-    gives = frozenset(("velocity", "flow"))
+    gives = frozenset(("velocity", "flow", "levels"))
     learned_variance = False
 
     def __init__(
@@ -176,6 +176,20 @@ class FlowField:
     def velocity(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """dx/dt at time t, shaped like `batch.x`."""
         return self.views(batch, t, decide_at).velocity
+
+    def level(self, t: float) -> tuple[float, float]:
+        """alpha and sigma at time t."""
+        point = Coefficients.at(self.path, t)
+        return float(point.alpha), float(point.sigma)
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """The times at which sigma / alpha has these values."""
+        return self.path.time_of(ratio)
+
+    def data_and_noise(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
+        """Both as predicted at time t."""
+        views = self.views(batch, t)
+        return views.x0, views.noise
 
 
 def cosine_loss(net: Net, batch: Batch, out: Tensor, target: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Gaussian(Objective):
     """
 
     name = "gaussian"
-    gives = frozenset(("velocity", "gaussian"))
+    gives = frozenset(("velocity", "gaussian", "levels"))
 
     def __init__(
         self, *, timesteps: int, schedule: str, prediction: str, variance: str, loss: str, clip_x0: bool, weight: str
@@ -143,16 +143,16 @@ class Gaussian(Objective):
         return ReverseStep(c.posterior_mean(x0, batch.x), variance.expand(shape), log_variance.expand(shape), x0)
 
     def times(self, steps: Any, needs: str = "velocity") -> Tensor:
-        """The kept steps of the process; of other samplers equidistant times to -1, where there is no noise at all."""
+        """The kept steps of the process; of other samplers equidistant times, for `velocity` to -1, without noise."""
         if needs == "gaussian":
             return torch.tensor(space_timesteps(steps, len(self.process))[::-1], dtype=torch.float64)
         if not isinstance(steps, int):
             raise ValueError(f"sampler.steps={steps} must be a number for objective=gaussian and a solver")
-        return time_grid(steps, self.time_range[1], -1.0)
+        return time_grid(steps, self.time_range[1], -1.0 if needs == "velocity" else 0.0)
 
     def adapt(self, net: Net) -> TimeAdapter:
         """The network, whose steps have one direction whatever its `time` says."""
-        return TimeAdapter(net)
+        return TimeAdapter(net, process=self.process if self.prediction == "epsilon" else None)
 
     def field(self, net: Net, guidance: GuidanceOf | None = None) -> "GaussianField":
         """The network as samplers see it."""
@@ -207,6 +207,23 @@ class GaussianField:
         if self.objective.prediction == "x0":
             noise = (batch.x - math.exp(log_a / 2) * prediction) / sigma
         return slope / 2 * (batch.x - noise / sigma)
+
+    def level(self, t: float) -> tuple[float, float]:
+        """alpha and sigma at any real t."""
+        log_a, _ = self.objective.process.log_signal(t)
+        return math.exp(log_a / 2), math.sqrt(-math.expm1(log_a))
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """The real timesteps at which sigma / alpha has these values."""
+        return self.objective.process.timestep_of(ratio)
+
+    def data_and_noise(self, batch: Batch, t: float) -> tuple[Tensor, Tensor]:
+        """Both as predicted at any real t."""
+        alpha, sigma = self.level(t)
+        prediction, _ = self.objective.split(batch, self.net(replace(batch, x=batch.x.float()), t).float())
+        if self.objective.prediction == "x0":
+            return prediction, (batch.x - alpha * prediction) / sigma
+        return (batch.x - sigma * prediction) / alpha, prediction
 
     def _reverse(self, batch: Batch, t: float) -> ReverseStep:
         prediction, v = self.objective.split(batch, self.net(batch, t).float())

@@ -165,7 +165,12 @@ def cosine(steps: int) -> Tensor:
     return torch.tensor(betas, dtype=torch.float64)
 
 
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "cosine": cosine}
+def scaled_linear(steps: int) -> Tensor:
+    """Rombach et al. 2022 (Stable Diffusion): roots of the variances rise evenly, those from 0.00085 to 0.012."""
+    return torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "cosine": cosine, "scaled_linear": scaled_linear}
 
 
 def space_timesteps(sections: StepSpec, steps: int) -> list[int]:

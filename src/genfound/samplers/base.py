@@ -39,7 +39,8 @@ class Sampler:
 
     Args:
         function: (field, batch, times, rng, progress, **options) -> Batch.
-        needs: of a field: `velocity`, `flow` (all of its `Predictions`) or `gaussian` (the steps of DDPM).
+        needs: of a field: `velocity`, `flow` (all of its `Predictions`), `gaussian` (the steps of DDPM) or `levels`
+            (`NoiseLevels`).
         check: takes the options and raises a ValueError for a value that is not legal.
         coupling: takes the options; what the length of a step depends on: `batch`, all images of a network call,
             `image`, each its own, or nothing.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from genfound.checkpoints.official import dig, dit, dit_moe, fit, jit, lightningdit, nit
+from genfound.checkpoints.official import dig, dim, dit, dit_moe, fit, jit, lightningdit, nit
 from genfound.checkpoints.official.projectors import is_projector
 
 State = Mapping[str, Tensor]
@@ -36,6 +36,7 @@ FAMILIES = {
     "lightningdit": Family(
         lightningdit.official_options, lightningdit.from_official, dit.to_official, tables=lightningdit.tables
     ),
+    "dim": Family(dim.official_options, dim.from_official, dim.to_official),
     "dig": Family(dig.official_options, dig.from_official, dig.to_official),
     "jit": Family(jit.official_options, jit.from_official, jit.to_official, content=jit.training_checkpoint),
 }
@@ -57,7 +58,7 @@ LIGHTNINGDIT = (
 """Tensors beside DiT's of which LightningDiT has at least one, unless all its flags are off."""
 
 
-OWN = {"x_embedder.proj1.weight": "jit", "blocks.0.attn.gk_proj.0.weight": "dig"}
+OWN = {"x_embedder.proj1.weight": "jit", "blocks.0.attn.gk_proj.0.weight": "dig", dim.PATCHES: "dim"}
 """Tensors that only one family has."""
 
 
