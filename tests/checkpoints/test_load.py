@@ -207,6 +207,20 @@ def test_a_jit_with_patches_of_32_is_the_one_of_512_pixels() -> None:
     assert config["objective"]["noise_scale"] == 1 and config["data"]["size"] == 256
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "w_rmsnorm"])
+@pytest.mark.parametrize("qk_norm", ["none", "w_rmsnorm", "wb_layernorm"])
+def test_weights_of_lightningdit_tell_its_norms(norm: str, qk_norm: str, tmp_path: Path) -> None:
+    """Its released code has two of these pairs; others go out and come in too."""
+    config, _ = small("lightningdit")
+    config = {**config, "model": {**config["model"], "norm": norm, "qk_norm": qk_norm}}
+    net, file = build.net(config, build.published_spec(config), CLASSES), tmp_path / "weights.pt"
+    family = FAMILIES["lightningdit"]
+    torch.save(family.theirs(net.state_dict(), 1, GRID) | family.tables(config["model"], GRID), file)
+    loaded = genfound.load(file)
+    assert (loaded.config["model"]["norm"], loaded.config["model"]["qk_norm"]) == (norm, qk_norm)
+    assert same(loaded.net.state_dict(), net.state_dict())
+
+
 def test_a_lightningdit_without_its_flags_looks_like_dit(tmp_path: Path) -> None:
     options = {"ffn": "mlp", "norm": "layernorm", "positions": "table"}
     config, _ = small("lightningdit")

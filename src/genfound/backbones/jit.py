@@ -19,7 +19,7 @@ from genfound.backbones.lightningdit import LightningDiT
 from genfound.batch import Batch
 from genfound.config.checks import integer, number
 from genfound.layers.initial import Draw
-from genfound.layers.tokens import Prefix
+from genfound.layers.tokens import Prefix, behind_prefix
 from genfound.rng import Rng
 
 
@@ -83,7 +83,10 @@ class JiT(LightningDiT):
         """Without the class tokens, where they have entered."""
         if self.in_context_posemb is None or block < self.start:
             return hidden
-        return Prefix(batch, self.in_context_posemb.shape[1]).remove(hidden)
+        count = self.in_context_posemb.shape[1]
+        if batch.image_of is None:
+            return hidden[:, count:]
+        return hidden.index_select(0, behind_prefix(batch.image_of, count))
 
     def flops(self) -> Flops:
         """As of `Backbone`, with the class tokens of each image."""

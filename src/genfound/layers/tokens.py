@@ -65,7 +65,7 @@ class Prefix:
             return
         bounds = batch.cu_seqlens + count * torch.arange(len(batch.cu_seqlens), device=batch.x.device)
         rows = torch.arange(len(batch.y), device=batch.x.device)
-        own = torch.arange(len(batch.image_of), device=batch.x.device) + count * (batch.image_of + 1)
+        own = behind_prefix(batch.image_of, count)
         new = (bounds[:-1, None] + torch.arange(count, device=batch.x.device)).flatten()
         self.places = own
         self.order = torch.cat([own, new]).argsort()
@@ -84,3 +84,8 @@ class Prefix:
     def remove(self, tokens: Tensor) -> Tensor:
         """The inverse of `add`, without the prefix."""
         return tokens[:, self.count :] if self.batch.image_of is None else tokens.index_select(0, self.places)
+
+
+def behind_prefix(image_of: Tensor, count: int) -> Tensor:
+    """(T,) where packed tokens are, once each image has so many before them."""
+    return torch.arange(len(image_of), device=image_of.device) + count * (image_of + 1)

@@ -177,7 +177,9 @@ def test_parquet_needs_a_library_that_is_named(tmp_path: Path, monkeypatch: pyte
         source(ImageParquet, tmp_path / "data")
 
 
-def parquet(file: Path, seeds: list[int], labels: list[int], names: list[str] | None = None, **columns: str) -> None:
+def parquet(
+    file: Path, seeds: list[int], labels: list[int | None], names: list[str] | None = None, **columns: str
+) -> None:
     """As the `datasets` library writes it, in groups of two rows."""
     arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     images = [{"bytes": picture(seed), "path": f"{seed}.png"} for seed in seeds]
@@ -210,6 +212,9 @@ def test_parquet_without_names_or_columns(tmp_path: Path) -> None:
     parquet(tmp_path / "b/train.parquet", [0], [0], image="img")
     with pytest.raises(ValueError, match="has no column image; its columns: img, label"):
         source(ImageParquet, tmp_path / "b")
+    parquet(tmp_path / "c/train.parquet", [0, 1], [0, None])
+    with pytest.raises(ValueError, match=r"train.parquet has no label in row 1; give every image"):
+        source(ImageParquet, tmp_path / "c")
     (tmp_path / "a/train.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"train.parquet is no parquet file, or is damaged"):
         source(ImageParquet, tmp_path / "a")

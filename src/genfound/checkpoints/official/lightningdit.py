@@ -24,7 +24,7 @@ def official_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     options |= {
         "ffn": "swiglu_fused" if fused else "mlp",
         "norm": "w_rmsnorm" if weighted else "layernorm",
-        "qk_norm": "none" if norm is None else "w_rmsnorm" if weighted else "wb_layernorm",
+        "qk_norm": "none" if norm is None else "wb_layernorm" if "blocks.0.attn.q_norm.bias" in state else "w_rmsnorm",
         "shift": len(state["blocks.0.adaLN_modulation.1.weight"]) == 6 * width,
         "positions": "table" if table is None else "both",
         "unused_half": options["learn_sigma"],

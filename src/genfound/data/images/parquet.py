@@ -38,8 +38,9 @@ class ImageParquet(Archives):
             for image, label in zip(images, labels, strict=True):
                 name, data = f"row {row}", _bytes(image.as_py())
                 found = self.header(name, io.BytesIO(data)) if data else "it is empty"
-                number = label.as_py()
-                yield Member(name, -1 if number is None else number, row, len(data), found)
+                if (number := label.as_py()) is None:
+                    raise ValueError(f"{file} has no label in {name}; give every image the number of its class")
+                yield Member(name, number, row, len(data), found)
                 row += 1
 
     def content(self, file: Path, place: int, size: int) -> bytes:
