@@ -11,7 +11,7 @@ from torch import Tensor
 from genfound.config.options import ema_decays
 from genfound.layers.initial import local
 from genfound.modules.base import GenerativeModule
-from genfound.runtime.fsdp import sharded_like, unsharded
+from genfound.runtime.fsdp import sharded_like
 
 
 class Ema(Callback):
@@ -106,14 +106,14 @@ def the_ema(trainer: Trainer) -> Ema | None:
 
 @contextmanager
 def averaged(trainer: Trainer, module: GenerativeModule) -> Iterator[None]:
-    """Within this context the network is whole and in eval mode, and holds the average where a callback has one.
+    """Within this context the network is in eval mode, and holds the average where a callback has one.
 
-    All ranks enter and leave together.
+    Each rank copies its own part of it, under FSDP too.
     """
     ema = the_ema(trainer)
     module.eval()
     try:
-        with ema.ema_weights(module) if ema else nullcontext(), unsharded(module.net):
+        with ema.ema_weights(module) if ema else nullcontext():
             yield
     finally:
         module.train()

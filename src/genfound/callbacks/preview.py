@@ -9,6 +9,7 @@ from genfound.callbacks.every_n_images import EveryNImages
 from genfound.evaluation.protocol import size_text
 from genfound.loggers.base import note, picture
 from genfound.modules.base import GenerativeModule
+from genfound.runtime.uneven_calls import uneven_calls
 from genfound.sampling.grid import save_grid
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import preview_requests, typical_sizes
@@ -31,12 +32,12 @@ class Preview(EveryNImages):
         self.sampling.check(module.net)
 
     def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
-        """Draw and write the grid, on rank 0; the others give it their parts of the weights."""
+        """Draw and write the grid, on rank 0, for which the others keep their parts of the weights."""
         file = self.folder / f"images-{module.images_seen:09d}.png"
         if trainer.strategy.broadcast(file.exists()):
             return
         try:
-            with averaged(trainer, module):
+            with averaged(trainer, module), uneven_calls(module.net):
                 images = self.sampling(module.net, self.requests, SEED) if trainer.is_global_zero else []
         except FloatingPointError as error:
             note(trainer, f"no preview: {error}")

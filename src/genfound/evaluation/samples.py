@@ -28,6 +28,7 @@ from genfound.metrics.reference_stats import common_size
 from genfound.runtime.files import atomic_write, digest
 from genfound.runtime.processes import wait_until
 from genfound.runtime.progress import Progress, no_progress, shared_progress
+from genfound.runtime.uneven_calls import uneven_calls
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import DATA, SampleRequest, Size, batches, requests_by_rule
 from genfound.tokenizers import Tokenizer
@@ -137,15 +138,16 @@ class SampleStore(SizedImages):
         def within(drawn: float, _: int) -> None:
             progress(done + drawn, total)
 
-        for file, numbers in missing:
-            self._check()
-            try:
-                images = self.pipeline(self.net, [self.requests[k] for k in numbers], self.seed, within)
-            except FloatingPointError as error:
-                atomic_write(self.failure, functools.partial(Path.write_text, data=str(error)))
-                raise
-            atomic_write(file, functools.partial(np.save, arr=np.stack(images)))
-            done += len(images)
+        with uneven_calls(self.net):
+            for file, numbers in missing:
+                self._check()
+                try:
+                    images = self.pipeline(self.net, [self.requests[k] for k in numbers], self.seed, within)
+                except FloatingPointError as error:
+                    atomic_write(self.failure, functools.partial(Path.write_text, data=str(error)))
+                    raise
+                atomic_write(file, functools.partial(np.save, arr=np.stack(images)))
+                done += len(images)
 
     def make(self, rank: int, ranks: int, title: str = "") -> None:
         """`draw` this process's share, and wait for the others'; with a title, the first one says how far it is."""

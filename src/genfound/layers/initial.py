@@ -13,6 +13,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor (`DTensor`), which all processes gather together; another one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 class Draw:
     """Draws each parameter of a network from a stream of its own.
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfound.layers.initial import whole
 from genfound.metrics.inception import SIDE, InceptionV3
 from genfound.metrics.resize import tf1_resize
 from genfound.runtime import checkpoint_io
@@ -110,10 +111,11 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits of the names, shapes and values of tensors."""
+    """16 hexadecimal digits of the names, shapes and values of tensors; of sharded ones in all processes together."""
     hashed = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", copy=True).contiguous()  # numpy fixes the size of what it views
+        values = whole(tensors[name].detach())
+        tensor = values.to("cpu", copy=True).contiguous()  # numpy fixes the size of what it views
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         hashed.update(tensor.flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()

@@ -5,8 +5,7 @@ files of one process, in which tensors are whole, or folders to which each proce
 strategy with both.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,30 +105,13 @@ def shard(net: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = N
                 shard_placement_fn=lambda p: placement(p, mesh),
                 mp_policy=policy,
             )
+            part.register_forward_hook(lambda *_: torch.clear_autocast_cache())  # bf16 copies end with their block
 
 
 def placement(tensor: Tensor, mesh: DeviceMesh) -> Shard:
     """A tensor is divided along its first dimension that the processes divide evenly, such as a few experts' second."""
     even = (dim for dim, size in enumerate(tensor.shape) if size % mesh.size() == 0)
     return Shard(next(even, 0))
-
-
-@contextmanager
-def unsharded(net: nn.Module) -> Iterator[None]:
-    """Within this context a network is whole in every process, which may call it as often as it likes.
-
-    All processes enter and leave together. `state_dict` is not for within: it shards.
-    """
-    parts = [part for part in net.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()
 
 
 def gathered(state: Any, here: bool) -> Any:
