@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from genfound.evaluation.samples import PART, SampleStore
 from genfound.runtime.progress import Progress
@@ -58,7 +59,7 @@ def test_any_number_of_processes_and_an_interruption_give_the_same_images(tmp_pa
     sizes = [(4, 6), (2, 2), (4, 6), (6, 4)] * 80
     asked = [SampleRequest(k % 10, size, k) for k, size in enumerate(sizes)]
     sampler: Any = Sampler()
-    net: Any = None
+    net: Any = nn.Identity()
     alone, shared, again = (
         SampleStore(tmp_path / name, asked, net, sampler, 3) for name in ("alone", "shared", "shared")
     )
