@@ -4,7 +4,17 @@ import math
 import signal
 import time
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def known(*names: str) -> tuple[signal.Signals, ...]:
+    """Those of the signals that this system has; Windows has few."""
+    return tuple(number for number in signal.Signals if number.name in names)
+
+
+OF_SCHEDULERS = known("SIGUSR1", "SIGUSR2")
+"""With which they say that a job has to end; submitit listens to one, and puts the job in Slurm's queue again."""
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, *OF_SCHEDULERS)
 """Signals of users and schedulers that end a run after a global step, with a checkpoint."""
 
 REQUEUE = 75

@@ -72,7 +72,8 @@ if __name__ == "__main__":
     with launch.reporting():
         _request = json.loads(Path(sys.argv[1]).read_text())
         _place = processes.rank_info()
-        signal.alarm(PATIENCE)
+        if hasattr(signal, "alarm"):  # not on Windows
+            signal.alarm(PATIENCE)
         _found = _measure(_request["accelerator"], _place)
         if _place.local_rank == 0:
             Path(_request["out"]).write_text(_found)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -77,7 +78,7 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
     """
     try:
         with _locked(file.with_name(f".{file.name}.partial.lock")) as alone:
-            own = "" if alone else f"{os.uname().nodename}-{os.getpid()}-"
+            own = "" if alone else f"{platform.node()}-{os.getpid()}-"
             temporary = file.with_name(f".partial-{own}{file.name}")
             try:
                 temporary.unlink(missing_ok=True)
@@ -85,7 +86,7 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
                 mode = temporary.stat().st_mode
                 save(temporary)
                 temporary.chmod(mode)  # safetensors lets nobody else read what it writes
-                with open(temporary, "rb") as stream:
+                with open(temporary, "r+b") as stream:  # Windows writes nothing out that is open for reading
                     os.fsync(stream.fileno())
                 temporary.replace(file)
             finally:

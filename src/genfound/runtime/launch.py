@@ -119,10 +119,11 @@ def _leave_reason(reason: str) -> None:
 def _ending(code: int, process: str = "the process") -> str:
     """About a process that could say nothing itself, or has left a traceback."""
     number = -code if code < 0 else code - 128
-    if number <= 0:
+    names = {known.value: known.name for known in signal.Signals}
+    if number not in names:
         return f"{process} failed by a mistake in the program; {TRACEBACK}"
-    short = ": most often because memory was short" if number == signal.SIGKILL else ""
-    ended = f"{process} was ended by signal {number} ({signal.Signals(number).name}){short}"
+    short = ": most often because memory was short" if names[number] == "SIGKILL" else ""
+    ended = f"{process} was ended by signal {number} ({names[number]}){short}"
     return f"{ended}; the same command goes on with what is complete"
 
 

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from genfound.config.environment import LAUNCH, PARENT
 from genfound.config.errors import JobError
-from genfound.config.signals import Received, Stopped
+from genfound.config.signals import OF_SCHEDULERS, Received, Stopped, known
 from genfound.runtime import stopping
 
 GRACE = 40
@@ -132,17 +132,13 @@ def end_with_parent() -> None:
 
     That one alone hears a scheduler, which may give its signals to all processes of a job.
     """
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
+    for number in OF_SCHEDULERS:
         signal.signal(number, signal.SIG_IGN)
     parent = os.environ.pop(PARENT, None)
     if parent is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != int(parent):
             os._exit(1)
-
-
-OF_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
-"""With which they say that a job has to end; submitit listens to one, and puts the job in Slurm's queue again."""
 
 
 @contextlib.contextmanager
@@ -152,7 +148,7 @@ def signals_as_exit() -> Iterator[None]:
     So do those of a scheduler that have a handler, which is called afterwards: once a job is in the queue again, Slurm
     begins to kill its processes.
     """
-    ending = (signal.SIGTERM, signal.SIGHUP, *OF_SCHEDULERS)
+    ending = known("SIGTERM", "SIGHUP") + OF_SCHEDULERS
     usual: dict[int, Any] = {**dict.fromkeys(ending, signal.SIG_DFL), signal.SIGINT: signal.default_int_handler}
     alone = threading.current_thread() is threading.main_thread()
     deadly: dict[int, Any] = {number: own for number, own in usual.items() if alone and signal.getsignal(number) is own}
