@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from genfound.runtime import devices
 from genfound.runtime.devices import Stopwatch
 
 
@@ -32,3 +33,8 @@ def test_on_cuda_it_counts_the_work_of_the_device_without_waiting_for_it() -> No
     whole = time.perf_counter() - begin
     assert watch.take() == pytest.approx(whole, rel=0.2)
     assert started < whole / 2
+
+
+def test_a_device_without_float64_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.accelerator=mps: .*float64.*trainer\.accelerator=cpu runs there"):
+        devices.device("mps", key="trainer.accelerator")

@@ -5,7 +5,6 @@ import signal
 import time
 
 
-
 def known(*names: str) -> tuple[signal.Signals, ...]:
     """Those of the signals that this system has; Windows has few."""
     return tuple(number for number in signal.Signals if number.name in names)

@@ -37,6 +37,10 @@ def compiled(wanted: bool | str, device: torch.device) -> bool:
 
 def device(wanted: str, local_rank: int | None = None, key: str = "accelerator") -> torch.device:
     """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` now means."""
+    if wanted == "mps":
+        raise ValueError(
+            f"{key}=mps: samplers, times and positions are in float64, which mps lacks; {key}=cpu runs there"
+        )
     if wanted not in ("auto", "cpu", "cuda"):
         raise ValueError(f"{key}={wanted} is unknown; choose auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
