@@ -17,10 +17,11 @@ from torch import Tensor
 import genfound
 from genfound import build
 from genfound.backbones.base import Backbone
+from genfound.backbones.dit import DiT
 from genfound.checkpoints import convert, formats, initialise, load
 from genfound.checkpoints.official.families import FAMILIES, release_of
 from genfound.layouts import Dense, Packed, Padded
-from genfound.runtime import run_directory
+from genfound.runtime import checkpoint_io, run_directory
 from genfound.tokenizers import LatentSpec, PixelTokenizer, Undecodable
 from genfound.training import fit
 from tests.evaluation.runs import untrained_run
@@ -468,6 +469,35 @@ def test_a_weaker_network_guides(tmp_path: Path) -> None:
         drawn[scale] = genfound.sample(loaded, [1], guidance=guidance, batch=1)
     plain = genfound.sample(loaded, [1], guidance={"name": "none"}, batch=1)
     assert (drawn[1.0] == plain).all() and (drawn[3.0] != plain).any()
+
+
+def test_no_initial_values_are_drawn_for_weights_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, drawn = untrained_run(tmp_path / "run", of=TINY), []
+    monkeypatch.setattr(Backbone, "materialise", lambda *_: drawn.append("all"))
+    average = checkpoint_io.read(load.newest_checkpoint(run))["ema"]["0.9"]
+    before, loaded = torch.get_rng_state(), genfound.load(run)
+    assert all(torch.equal(value, average[name]) for name, value in loaded.net.state_dict().items())
+    assert not drawn and torch.equal(torch.get_rng_state(), before)
+
+
+def test_buffers_that_no_file_holds_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, initialise_ = DiT.__init__, DiT.initialise
+
+    def make(self: DiT, **options: Any) -> None:
+        made(self, **options)
+        self.register_buffer("computed", torch.empty(3), persistent=False)
+
+    def fill(self: DiT, *rng: Any) -> None:
+        initialise_(self, *rng)
+        if hasattr(self, "computed"):  # not yet where the network itself calls this
+            self.computed.copy_(torch.arange(3.0))
+
+    monkeypatch.setattr(DiT, "__init__", make)
+    monkeypatch.setattr(DiT, "initialise", fill)
+    run = untrained_run(tmp_path / "run", of=TINY)
+    net, average = genfound.load(run).net, checkpoint_io.read(load.newest_checkpoint(run))["ema"]["0.9"]
+    assert net.computed.tolist() == [0, 1, 2]  # type: ignore[operator]
+    assert all(torch.equal(value, average[name]) for name, value in net.state_dict().items())
 
 
 def test_only_the_named_parameters_are_trained(tmp_path: Path) -> None:

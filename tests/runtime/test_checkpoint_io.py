@@ -161,6 +161,21 @@ def test_fill_copies_every_tensor() -> None:
         assert value.data_ptr() != other.state_dict()[key].data_ptr()
 
 
+def test_a_network_without_memory_takes_the_tensors_of_a_file_themselves(tmp_path: Path) -> None:
+    checkpoint_io.save({"net": network().state_dict()}, tmp_path / "x.ckpt")
+    tensors = checkpoint_io.read(tmp_path / "x.ckpt")["net"]
+    tensors["1.weight"] = torch.arange(9, dtype=torch.float64)[1:].view(2, 4)
+    tensors["1.bias"] = torch.arange(3.0)[1:]
+    with torch.device("meta"):
+        net = network().requires_grad_(False)
+    checkpoint_io.load_strict(net, tensors, Path("x.ckpt"))
+    for key, value in net.state_dict(keep_vars=True).items():
+        assert isinstance(value, nn.Parameter) and not value.requires_grad and value.dtype == torch.float32
+        assert torch.equal(value, tensors[key].float())
+        assert (value.data_ptr() == tensors[key].data_ptr()) == key.startswith("0.")
+        assert value.data_ptr() % checkpoint_io.ALIGNED == 0
+
+
 def test_fill_lists_what_does_not_fit_and_copies_nothing() -> None:
     net = network()
     before = {key: value.clone() for key, value in net.state_dict().items()}

@@ -6,6 +6,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from genfound import build
@@ -16,6 +17,7 @@ from genfound.checkpoints.official import projectors
 from genfound.checkpoints.official.families import FAMILIES, RELEASES, family_of, release_of
 from genfound.config import compose, targets
 from genfound.objectives.base import Objective
+from genfound.rng import Rng
 from genfound.runtime import checkpoint_io, run_directory
 from genfound.tokenizers import Tokenizer
 
@@ -75,7 +77,10 @@ def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **
     found = find(Path(path), weights, trust, **hints)
     config = found.config
     tokenizer = build.tokenizer_if_there(config, Path(path))
-    net = build.net(config, tokenizer.spec, len(found.class_names))
+    with torch.device("meta"):  # initial values would be drawn for nothing
+        net = build.net(config, tokenizer.spec, len(found.class_names))
+    if {name for name, _ in net.named_buffers()} - net.state_dict().keys():  # which no file holds
+        net.materialise(Rng(config["seed"], "initialise"))
     checkpoint_io.load_strict(net, found.state, Path(path))
     return LoadedModel(net.eval(), build.objective(config), tokenizer, config, found.class_names, found.sizes)
 

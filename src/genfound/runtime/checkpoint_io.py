@@ -24,6 +24,9 @@ STATE = "state.ckpt"
 PARTIAL = ".partial-"
 """Before the name of a folder that is not written yet, or is being removed."""
 
+ALIGNED = 64
+"""Bytes of whose multiples torch's own tensors begin at."""
+
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint; the old one survives any failure."""
@@ -227,9 +230,18 @@ def _check_archive(file: Path | IO[bytes], path: Path) -> None:
 
 
 def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copy tensors into a network."""
+    """Copy tensors into a network; one on `meta` takes them as they are, so that a file that is mapped is read once."""
     compare_keys(net, tensors, file)
-    net.load_state_dict(dict(tensors))
+    own = net.state_dict()
+    assign = any(tensor.is_meta for tensor in own.values())
+    given = {key: _usable(tensor, own[key]) for key, tensor in tensors.items()} if assign else dict(tensors)
+    net.load_state_dict(given, assign=assign)
+
+
+def _usable(tensor: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of another, and laid out as torch would: products over misaligned rows differ in their last bits."""
+    tensor = tensor.to(like.dtype).contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
 
 
 def compare_keys(net: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
