@@ -19,7 +19,7 @@ from tests.helpers import composed, with_views
 RED = (200, 30, 30)
 DEFAULTS: dict[str, Any] = {
     "holdout": None, "view": "native", "size": 16, "max_tokens": 64, "max_image_tokens": None, "check": "header",
-    "max_pixels": None,
+    "max_pixels": None, "decode": "exact",
     "unit": 8, "split": "train",
 }  # fmt: skip
 

@@ -84,13 +84,13 @@ class Archives(ImageFiles):
         except OSError as error:
             return str(error).splitlines()[0]
 
-    def picture(self, number: int) -> Image.Image:
+    def picture(self, number: int, least: tuple[int, int] | None) -> Image.Image:
         """One of the images, RGB."""
         archive, _, member = self.files[number].partition(f"{self.suffix}/")
         file = self.root / f"{archive}{self.suffix}"
         try:
             data = self.content(file, int(self.stamps[number]), int(self.bytes[number]))
-            with opened(io.BytesIO(data), self.max_pixels) as picture:
+            with opened(io.BytesIO(data), self.max_pixels, least=least) as picture:
                 return as_stored(picture)
         except OSError as error:
             raise ValueError(f"{file}: {member} cannot be read: {error}") from None

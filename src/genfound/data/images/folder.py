@@ -41,22 +41,23 @@ class ImageFolder(ImageFiles):
         found = known(folder, class_names, cache, functools.partial(_examine, max_pixels=max_pixels))
         super().__init__(folder, class_names, found, views, holdout, split)
 
-    def picture(self, number: int) -> Image.Image:
+    def picture(self, number: int, least: tuple[int, int] | None) -> Image.Image:
         """One of the images, RGB."""
         file = self.root / self.files[number]
         try:
-            return open_rgb(file, self.max_pixels)
+            return open_rgb(file, self.max_pixels, least)
         except OSError as error:
             raise ValueError(f"{file} could be read when training began and cannot now: {error}") from None
 
 
-def open_rgb(file: Path, max_pixels: int | None = None) -> Image.Image:
+def open_rgb(file: Path, max_pixels: int | None = None, least: tuple[int, int] | None = None) -> Image.Image:
     """Decode a file by its content, upright as its EXIF tag says, if that can be read, as RGB."""
-    with opened(file, max_pixels) as picture:
+    with opened(file, max_pixels, least=least) as picture:
         picture.load()
         turned: Image.Image = picture
         with contextlib.suppress(Exception):  # the parser of EXIF data raises SyntaxError, struct.error and more
-            turned = ImageOps.exif_transpose(picture)
+            if picture.getexif().get(ORIENTATION, 1) != 1:
+                turned = ImageOps.exif_transpose(picture)
         return on_white(turned)
 
 

@@ -59,11 +59,11 @@ class ImageTree(ImageFiles):
         super().__init__(folder, class_names, found, views, *every)
         self._unreadable = cache.with_suffix(".unreadable")
 
-    def picture(self, number: int) -> Image.Image:
+    def picture(self, number: int, least: tuple[int, int] | None) -> Image.Image:
         """One of the images, RGB, or the one that takes its place."""
         for place in itertools.islice(self._class_from(number), TRIES):
             try:
-                picture = decode(self.root / self.files[place], self.max_pixels)
+                picture = decode(self.root / self.files[place], self.max_pixels, least)
             except OSError as error:
                 self._remark(place, error)
                 continue
@@ -106,9 +106,9 @@ class ImageTree(ImageFiles):
         print(f"warning: {file} cannot be read, an image of its class takes its place: {reason}", file=sys.stderr)
 
 
-def decode(file: Path, max_pixels: int | None = None) -> Image.Image:
+def decode(file: Path, max_pixels: int | None = None, least: tuple[int, int] | None = None) -> Image.Image:
     """Decode a file by its content as the official code does: RGB, as stored, never turned, transparency dropped."""
-    with opened(file, max_pixels) as picture:
+    with opened(file, max_pixels, least=least) as picture:
         return as_stored(picture)
 
 

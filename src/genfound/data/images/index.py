@@ -100,7 +100,7 @@ class ImageFiles(PictureSource, ABC):
         self.items = views.items(self.entries)  # of a pass; `labels`, `sizes` and `image` go by these
         self.labels = self.classes[self.entries.images[self.items]]
         self.sizes = self.entries.sizes[self.items]
-        self.fingerprint = found.fingerprint
+        self.fingerprint = found.fingerprint + ("" if views.decode == "exact" else f"-{views.decode}")
 
     def __getstate__(self) -> dict[str, Any]:
         """What data workers need: not what was found, and names in one piece of memory."""
@@ -108,8 +108,8 @@ class ImageFiles(PictureSource, ABC):
         return {**kept, "files": Names(self.files)}
 
     @abstractmethod
-    def picture(self, number: int) -> Image.Image:
-        """One of the taken images, RGB."""
+    def picture(self, number: int, least: tuple[int, int] | None) -> Image.Image:
+        """One of the taken images, RGB; see `opened` for `least`."""
 
     def image(self, index: int) -> np.ndarray:
         """(height, width, 3) uint8, an item of the pass."""
@@ -122,7 +122,8 @@ class ImageFiles(PictureSource, ABC):
 
     def entry(self, entry: int, sizes: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Each (height, width, 3) uint8, see `rendered`."""
-        picture, rule = self.picture(int(self.entries.images[entry])), int(self.entries.rules[entry])
+        number, rule = int(self.entries.images[entry]), int(self.entries.rules[entry])
+        picture = self.picture(number, self.views.least(np.max(sizes, axis=0)))
         return [self.views.render(picture, rule, size) for size in sizes]
 
     def report(self) -> list[str]:

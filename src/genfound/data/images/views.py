@@ -14,7 +14,7 @@ from PIL import Image
 
 from genfound.config.checks import integer
 
-VIEW_KEYS = ("view", "size", "max_tokens", "max_image_tokens")
+VIEW_KEYS = ("view", "size", "max_tokens", "max_image_tokens", "decode")
 """Keys of `data` that say what is shown of each image."""
 
 FEWEST_TOKENS = 16
@@ -71,9 +71,10 @@ class ImageViews:
     Args:
         unit: pixels per token side.
         max_tokens: larger native images are reduced to it.
+        decode: `exact`, or `dct`: a JPEG that is shown at half of its size or less is not decoded whole.
     """
 
-    def __init__(self, view: str, size: int, unit: int, max_tokens: int) -> None:
+    def __init__(self, view: str, size: int, unit: int, max_tokens: int, decode: str = "exact") -> None:
         if view not in ("native", "square", "squares", "mixed", "flexible"):
             raise ValueError(f"data.view={view} is unknown; choose native, square, squares, mixed or flexible")
         if view != "native" and size % unit:
@@ -82,7 +83,9 @@ class ImageViews:
                 f"data.size={size} must be a multiple of {unit} pixels (tokenizer stride x patch); "
                 f"the nearest legal sizes are {' and '.join(legal)}"
             )
-        self.name, self.size, self.unit, self.max_tokens = view, size, unit, max_tokens
+        if decode not in ("exact", "dct"):
+            raise ValueError(f"data.decode={decode} is unknown; choose exact or dct")
+        self.name, self.size, self.unit, self.max_tokens, self.decode = view, size, unit, max_tokens, decode
         one, bound = f"{size}", functools.partial
         native = {"native": ViewRule(bound(native_size, unit=unit, max_tokens=max_tokens), resized)}
         square, twice = (ViewRule(bound(_square_size, side=side), center_crop) for side in (size, 2 * size))
@@ -106,7 +109,7 @@ class ImageViews:
         integer("data.max_image_tokens", data["max_image_tokens"], 1, or_null=True)
         integer("data.holdout", data["holdout"], 2, or_null=True)
         limit = min(data["max_image_tokens"] or data["max_tokens"], data["max_tokens"])
-        return cls(data["view"], data["size"], unit, limit)
+        return cls(data["view"], data["size"], unit, limit, data.get("decode", "exact"))
 
     def entries(self, heights: Sequence[int], widths: Sequence[int]) -> Entries:
         """All that is shown of images of these sizes."""
@@ -125,6 +128,10 @@ class ImageViews:
         number[entries.rules, entries.images] = np.arange(len(entries.images))
         places = {name: number[place] for place, name in enumerate(names)}
         return np.concatenate([_first(slot, places) for slot in self.slots])
+
+    def least(self, size: np.ndarray) -> tuple[int, int] | None:
+        """Width and height below which an image must not be decoded that is shown at this size (height, width)."""
+        return None if self.decode == "exact" else (int(size[1]), int(size[0]))
 
     def render(self, picture: Image.Image, rule: int, size: np.ndarray) -> np.ndarray:
         """(height, width, 3) uint8: an image by one of the rules."""
