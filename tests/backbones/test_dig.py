@@ -74,6 +74,19 @@ def test_gradients_of_a_pack_are_those_of_its_images() -> None:
     assert_equal_gradients(found, total, 1e-4)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_equals_eager(packed: bool) -> None:
+    z = latents([(8, 8)] * 3)
+    batch = (STATIC if packed else Dense(2)).to_batch(z, torch.arange(3))
+    eager, compiled = (small(depth=2, skip="none").train() for _ in range(2))
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    loss, gradients = loss_and_gradients(eager, batch, times(batch))
+    again, others = loss_and_gradients(compiled, batch, times(batch))
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=0)
+    assert_equal_gradients(others, gradients, 1e-4)
+
+
 CHANGES: dict[str, Any] = {
     "flip": False, "transpose": False, "restore_order": False, "conv": "inside", "conv_size": 5, "gate_normalizer": 4,
     "rms_norm": True, "skip": "xavier", "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 4, "mlp_ratio": 40,

@@ -16,7 +16,7 @@ from genfound.layouts import Dense
 from genfound.modules.base import module_class
 from genfound.modules.dim import DiMModule
 from genfound.tokenizers import LatentSpec
-from tests.helpers import composed, latents, training_module
+from tests.helpers import assert_equal_gradients, composed, latents, loss_and_gradients, training_module
 
 SMALL: dict[str, Any] = {"width": 32, "depth": 7, "table": [4, 4], "states": 4}
 TIMES = torch.tensor([10.0, 600.0])
@@ -59,6 +59,17 @@ def test_every_option_is_in_the_network(key: str) -> None:
     if shapes[0] == shapes[1]:
         changed.load_state_dict(plain.state_dict())
         assert (output(plain, images()) - output(changed, images())).abs().max() > 1e-4
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_equals_eager() -> None:
+    eager, compiled = small(depth=3), small(depth=3)
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    loss, gradients = loss_and_gradients(eager.train(), images(), TIMES)
+    again, others = loss_and_gradients(compiled.train(), images(), TIMES)
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=0)
+    assert_equal_gradients(others, gradients, 1e-4)
 
 
 def test_forms_of_the_recurrence_agree() -> None:

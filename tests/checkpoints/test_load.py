@@ -25,7 +25,7 @@ from genfound.runtime import checkpoint_io, run_directory
 from genfound.tokenizers import LatentSpec, PixelTokenizer, Undecodable
 from genfound.training import fit
 from tests.evaluation.runs import untrained_run
-from tests.helpers import composed, latents, randomise, run_dir
+from tests.helpers import composed, latents, randomise, run_dir, training_module
 
 GRID = (4, 4)
 CLASSES = 7
@@ -516,3 +516,35 @@ def test_samples_are_latents_where_the_autoencoder_is_absent(tmp_path: Path) -> 
     loaded = genfound.load(tmp_path / "dit.pt", **told("dit"))
     drawn = genfound.sample(loaded, labels=[2], sampler={"name": "ddim", "steps": 2, "eta": 0.0}, guidance=1.5, batch=1)
     assert isinstance(drawn, Tensor) and drawn.shape == (1, 4, 8, 8)
+
+
+def test_dim_of_512_pixels_is_known_by_its_positions(tmp_path: Path) -> None:
+    sizes = {"channels": 4, "patch_size": 2, "width": 1536, "depth": 49, "states": 16, "conv": 3, "expand": 2}
+    found = {
+        side: load._config("dim", None, {**sizes, "table": [side, side]}, tmp_path / "nnet_ema.pth")
+        for side in (16, 32)
+    }
+    assert [found[side]["model"]["pad"] for side in found] == ["lateral", "cycled"]
+    assert [found[side]["guidance"]["scale"] for side in found] == [1.4, 1.7]
+    assert [load._side(config, {}) for config in found.values()] == [256, 512]
+    assert all(config["model"]["bf16_inputs"] for config in found.values())
+
+
+def test_a_dim_of_larger_images_begins_with_a_released_one(tmp_path: Path) -> None:
+    """Other classes have new rows in both tables."""
+    torch.save(official_state("dim"), tmp_path / "nnet_ema.pth")
+    config, weak = small("dim")
+    larger = {**config, "model": {**config["model"], "table": [8, 8], "pad": "cycled"}}
+    module = training_module(build.net(larger, build.published_spec(config), 3))
+    before = module.net.state_dict()["label_emb.weight"].clone()
+    remarks = initialise.initialise(module, tmp_path / "nnet_ema.pth")
+    assert [line.strip() for line in remarks[1:]] == [
+        "positions of 4 x 4 tokens are interpolated to 8x8",
+        f"the label table is new: {tmp_path}/nnet_ema.pth has 8 rows, this model 4",
+    ]
+    state, old = module.net.state_dict(), weak.state_dict()
+    assert torch.equal(state["label_emb.weight"], before)
+    same = [name for name in state if name in old and torch.equal(state[name], old[name])]
+    assert state.keys() - same == {
+        "additional_embed", "label_emb.weight", "adaln_single.emb.class_embedder.embedding_table.weight"
+    }  # fmt: skip

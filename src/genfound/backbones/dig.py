@@ -113,7 +113,8 @@ class DiG(Backbone):
             x = x + grid_sinusoid(coordinates(batch, patch), self.width)
             c = self.t_embedder(t)
             c = silu(c if self.y_embedder is None else c + self.y_embedder(batch.y))  # (B, D)
-        scans, rows, kept = Scans.of(batch, patch), Rows.of(batch), list[tuple[Tensor, str]]()
+        scans, rows = Scans.of(batch, patch), Rows.of(batch)
+        kept: list[tuple[Tensor, str]] = []
         for i, block in enumerate(self.blocks):
             order, after, skip = self.orders[i], self.orders[i + 1], None
             if self.skip != "none" and i > len(self.blocks) // 2:

@@ -126,7 +126,8 @@ class DiM(Backbone):
 
     def run_blocks(self, x: Tensor, modulation: Tensor, rows: int, columns: int) -> Tensor:
         """x (B, L, D) with the modulation (B, 3 D) of all blocks -> (B, L, D); the first and last order is by rows."""
-        scans, kept = self._scans(rows, columns, x.device), list[Tensor]()
+        scans = self._scans(rows, columns, x.device)
+        kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             skip = None
             if len(self.blocks) - i in self.senders:

@@ -95,15 +95,15 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, rows: Rows | None) ->
 def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, rows: Rows | None) -> Tensor:
     """Chunk by chunk: products of matrices within them, and a state from one to the next.
 
-    Where decays are too strong for one factor of the query and one of the key, and on devices that would have to wait
-    to know, weights are made by `_stable`.
+    Where decays are too strong for one factor of the query and one of the key, and where to know would break a graph
+    or wait for the device, weights are made by `_stable`.
     """
     tokens = q.shape[1]
     q, k, v, g = (_in_chunks(x.to(g.dtype), rows) for x in (q, k, v, g))
     q = q * q.shape[-1] ** -0.5
     b = g.cumsum(dim=-2)  # (B, H, n, C, k), to the end of each token
     last = b[..., -1:, :]
-    if g.is_cuda or (last.detach() < LOWEST).any():
+    if g.is_cuda or torch.compiler.is_compiling() or (last.detach() < LOWEST).any():
         weights, seen, kept = _stable(q, k, b), q * b.exp(), k * (last - b).exp()
     else:
         middle = last / 2

@@ -12,11 +12,10 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu, softplus
+from torch.nn.functional import linear, pad, silu, softplus
 
 from genfound.config.checks import one_of
 from genfound.layers.adaln import autocast_off
@@ -55,7 +54,7 @@ def _with(scan: Callable[..., Tensor]) -> Form:
     """A form from a recurrence of (delta, delta u, A, B, C) alone."""
 
     def form(u: Tensor, delta: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor) -> Tensor:
-        u, delta, z, b, c = (x.to(a.dtype) for x in (u, delta, z, b, c))
+        u, delta, z, b, c = (x.to(a.dtype).contiguous() for x in (u, delta, z, b, c))
         delta = softplus(delta + bias[:, None])
         return torch.addcmul(scan(delta, delta * u, a, b, c), d[:, None], u) * silu(z)
 
@@ -71,68 +70,96 @@ def _reference(delta: Tensor, given: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     return torch.stack(found, dim=2)
 
 
-class Chunked(torch.autograd.Function):
+def _chunked(delta: Tensor, given: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """All chunks at once, token by token: from nothing, then, when the state before each is known, once more.
 
-    Nothing of the size of the states is kept for the backward pass, which makes them again. No factor is above 1.
+    No factor is above 1, and nothing of the size of the states is kept for the backward pass, which makes them again.
     """
+    return _scan(delta, given, a, b, c)[0]
 
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor, given: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """(B, E, L) of what comes out of the states."""
-        steps, new, b_t, c_t = (_chunks(x) for x in (delta, given, b, c))
-        decays = (steps[..., None] * a).exp_()  # (c, B, n, E, N)
-        end = torch.zeros_like(decays[0])
-        for decay, x, y in zip(decays, new[..., None], b_t[..., None, :], strict=True):
-            end = torch.addcmul(x * y, decay, end)
-        start = state = _carry(end, (steps.sum(0)[..., None] * a).exp_())
-        out = torch.empty_like(steps)
-        for i, (decay, x, y) in enumerate(zip(decays, new[..., None], b_t[..., None, :], strict=True)):
-            state = torch.addcmul(x * y, decay, state)
-            torch.matmul(state, c_t[i, ..., None], out=out[i, ..., None])
-        ctx.save_for_backward(delta, given, a, b, c, start)
-        return _joined(out, delta.shape[2])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Gradients of delta, delta u, A, B and C: the recurrence of the adjoint, backwards, in the same chunks."""
-        *inputs, start = ctx.saved_tensors
-        delta, given, a, b, c = inputs
-        steps, new, b_t, c_t, out = (_chunks(x) for x in (delta, given, b, c, grad))
-        decays = (steps[..., None] * a).exp_()  # (c, B, n, E, N)
-        states = [start]  # before each token, and after the last one
-        own = torch.zeros_like(start)
-        for decay, x, y in zip(decays, new[..., None], b_t[..., None, :], strict=True):
-            states.append(torch.addcmul(x * y, decay, states[-1]))
-        for i in reversed(range(len(steps))):
-            own = torch.addcmul(own, out[i, ..., None], c_t[i, ..., None, :]).mul_(decays[i])
-        # What later chunks say of the last state of each.
-        after = _carry(own.flip(1), (steps.sum(0)[..., None] * a).exp_().flip(1)).flip(1)
-        d_delta, d_given, d_b, d_c = (torch.empty_like(x) for x in (steps, new, b_t, c_t))
-        d_a = torch.zeros_like(start)
-        for i in reversed(range(len(steps))):
-            adjoint = torch.addcmul(after, out[i, ..., None], c_t[i, ..., None, :])
-            d_given[i] = (adjoint @ b_t[i, ..., None])[..., 0]
-            d_b[i] = (new[i, ..., None, :] @ adjoint)[..., 0, :]
-            d_c[i] = (out[i, ..., None, :] @ states[i + 1])[..., 0, :]
-            after = decays[i] * adjoint
-            change = after * states[i]  # by delta A
-            d_a.addcmul_(change, steps[i, ..., None])
-            d_delta[i] = (change * a).sum(-1)
-        length = delta.shape[2]
-        d_delta, d_given, d_b, d_c = (_joined(x, length) for x in (d_delta, d_given, d_b, d_c))
-        return d_delta, d_given, d_a.sum((0, 1)), d_b, d_c
+@torch.library.custom_op("genfound::selective_scan", mutates_args=())
+def _scan(delta: Tensor, given: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """What comes out of the states (B, E, L), and the state before each chunk; one opaque operation to a compiler."""
+    steps, new, b_t, c_t = (_chunks(x) for x in (delta, given, b, c))
+    decays = (steps[..., None] * a).exp_()  # (c, B, n, E, N)
+    end = torch.zeros_like(decays[0])
+    for decay, x, y in zip(decays, new[..., None], b_t[..., None, :], strict=True):
+        end = torch.addcmul(x * y, decay, end)
+    start = state = _carry(end, (steps.sum(0)[..., None] * a).exp_())
+    out = torch.empty_like(steps)
+    for i, (decay, x, y) in enumerate(zip(decays, new[..., None], b_t[..., None, :], strict=True)):
+        state = torch.addcmul(x * y, decay, state)
+        torch.matmul(state, c_t[i, ..., None], out=out[i, ..., None])
+    return _joined(out, delta.shape[2]), start
+
+
+@_scan.register_fake
+def _(delta: Tensor, given: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    chunks = -(-delta.shape[2] // _size(delta.shape[2]))
+    return delta.new_empty(delta.shape), delta.new_empty(len(delta), chunks, *a.shape)
+
+
+@torch.library.custom_op("genfound::selective_scan_grad", mutates_args=())
+def _scan_grad(
+    grad: Tensor, delta: Tensor, given: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of delta, delta u, A, B and C: the recurrence of the adjoint, backwards, in the same chunks."""
+    steps, new, b_t, c_t, out = (_chunks(x) for x in (delta, given, b, c, grad))
+    decays = (steps[..., None] * a).exp_()  # (c, B, n, E, N)
+    states = [start]  # before each token, and after the last one
+    own = torch.zeros_like(start)
+    for decay, x, y in zip(decays, new[..., None], b_t[..., None, :], strict=True):
+        states.append(torch.addcmul(x * y, decay, states[-1]))
+    for i in reversed(range(len(steps))):
+        own = torch.addcmul(own, out[i, ..., None], c_t[i, ..., None, :]).mul_(decays[i])
+    # What later chunks say of the last state of each.
+    after = _carry(own.flip(1), (steps.sum(0)[..., None] * a).exp_().flip(1)).flip(1)
+    d_delta, d_given, d_b, d_c = (torch.empty_like(x) for x in (steps, new, b_t, c_t))
+    d_a = torch.zeros_like(start)
+    for i in reversed(range(len(steps))):
+        adjoint = torch.addcmul(after, out[i, ..., None], c_t[i, ..., None, :])
+        d_given[i] = (adjoint @ b_t[i, ..., None])[..., 0]
+        d_b[i] = (new[i, ..., None, :] @ adjoint)[..., 0, :]
+        d_c[i] = (out[i, ..., None, :] @ states[i + 1])[..., 0, :]
+        after = decays[i] * adjoint
+        change = after * states[i]  # by delta A
+        d_a.addcmul_(change, steps[i, ..., None])
+        d_delta[i] = (change * a).sum(-1)
+    d_delta, d_given, d_b, d_c = (_joined(x, delta.shape[2]) for x in (d_delta, d_given, d_b, d_c))
+    return d_delta, d_given, d_a.sum((0, 1)), d_b, d_c
+
+
+@_scan_grad.register_fake
+def _(grad: Tensor, delta: Tensor, given: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (delta, given, a, b, c))
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    return _scan_grad(grad, *ctx.saved_tensors)
+
+
+_scan.register_autograd(_backward, setup_context=_keep)
+
+
+def _size(length: int) -> int:
+    """Tokens of a chunk: a power of two near the root of all."""
+    return max(8, 1 << round(math.log2(max(length, 1)) / 2))
 
 
 def _chunks(x: Tensor) -> Tensor:
-    """(B, E, L) -> (c, B, n, E), with zeros after the last token; c is a power of two near the root of L."""
-    size = max(8, 1 << round(math.log2(max(x.shape[2], 1)) / 2))
+    """(B, E, L) -> (c, B, n, E), with zeros after the last token."""
+    size = _size(x.shape[2])
     return pad(x, (0, -x.shape[2] % size)).unflatten(2, (-1, size)).permute(3, 0, 2, 1).contiguous()
 
 
 def _joined(x: Tensor, length: int) -> Tensor:
     """The inverse of `_chunks`."""
-    return x.permute(1, 3, 2, 0).flatten(2)[..., :length]
+    return x.permute(1, 3, 2, 0).flatten(2)[..., :length].contiguous()
 
 
 def _carry(ends: Tensor, decays: Tensor) -> Tensor:
@@ -156,7 +183,7 @@ def _mamba_ssm(u: Tensor, delta: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Ten
 
 FORMS: dict[str, Form] = {
     "reference": _with(_reference),
-    "chunked": _with(Chunked.apply),  # type: ignore[no-untyped-call]
+    "chunked": _with(_chunked),
     "mamba_ssm": _mamba_ssm,
 }
 
@@ -202,11 +229,11 @@ class Mamba(nn.Module):
         u, z = self.in_proj(x).mT.chunk(2, dim=1)  # (B, E, L) each
         u = silu(self.conv1d(u)[..., : x.shape[1]])
         states = self.A_log.shape[1]
-        dt, b, c = self.x_proj(u.mT).mT.split([self.rank, states, states], dim=1)
-        delta = (dt.mT @ self.dt_proj.weight.to(dt.dtype).mT).mT  # its bias is added to all of it, in float32
+        dt, b, c = self.x_proj(u.mT).split([self.rank, states, states], dim=2)
+        delta = linear(dt, self.dt_proj.weight).mT  # its bias is added later, in float32
         with autocast_off(x):
             a = -self.A_log.float().exp()
-            out = selective_scan(u, delta, z, a, b, c, self.D.float(), self.dt_proj.bias.float(), self.recurrence)
+            out = selective_scan(u, delta, z, a, b.mT, c.mT, self.D.float(), self.dt_proj.bias.float(), self.recurrence)
         return self.out_proj(out.mT)
 
 
