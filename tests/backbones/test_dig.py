@@ -103,6 +103,19 @@ def test_every_option_is_in_the_network(key: str) -> None:
         assert shapes[0] != shapes[1] or (plain(batch, t) - changed(batch, t)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("layout", [Dense(2), STATIC])
+def test_what_a_block_gives_is_seen_by_rows(layout: Dense | Packed) -> None:
+    """Blocks give what they are given when they begin."""
+    net, seen = fresh(), list[Tensor]()
+    batch = layout.to_batch(latents([(8, 4)] * 3), torch.tensor([1, 2, 3]))
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, given, out: seen.append(out))
+    net(batch, times(batch))
+    assert not torch.equal(seen[0], seen[1])
+    for i, out in enumerate(seen):
+        torch.testing.assert_close(net.image_tokens(out, i, batch), seen[0])
+
+
 def test_a_skip_is_brought_to_the_order_of_its_receiver() -> None:
     batch = Dense(2).to_batch(latents([(8, 8)]), torch.tensor([1]))
     with torch.no_grad():

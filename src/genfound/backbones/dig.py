@@ -129,6 +129,10 @@ class DiG(Backbone):
             x = scans.reorder(x, self.orders[-1], ORDERS[0])
         return shaped_like(batch, self.final_layer(x, c, batch), patch)
 
+    def image_tokens(self, hidden: Tensor, block: int, batch: Batch) -> Tensor:
+        """By rows."""
+        return Scans.of(batch, self.token_spec.patch_size).reorder(hidden, self.orders[block], ORDERS[0])
+
     def initialise(self, rng: Rng | None = None) -> None:
         """As in `Backbone`; small projections of the recurrence, convolutions as identity, zeros of adaLN-Zero."""
         super().initialise(rng)
