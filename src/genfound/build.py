@@ -150,7 +150,7 @@ def check(config: Config, ranks: int) -> None:
 def _expected_spec(config: Config) -> LatentSpec:
     """The published one of the tokenizer; what the model expects, where other weights or latents may have another."""
     weights = Path(config["tokenizer"].get("weights") or "").expanduser()
-    if not reads_latents(config) and (weights == Path() or not weights.is_dir()):
+    if not reads_latents(config) and (weights == Path() or not weights.exists()):
         return published_spec(config)
     return LatentSpec(config["model"]["channels"] or 4, 1)
 
@@ -298,7 +298,7 @@ def objective(config: Config) -> Objective:
     chosen = sampler(config)
     if chosen.needs not in built.gives:
         every = [sampler({"sampler": compose.read_option("sampler", name)}) for name in compose.option_names("sampler")]
-        fitting = " or ".join(other.name for other in every if other.needs in built.gives)
+        fitting = " or ".join(dict.fromkeys(other.name for other in every if other.needs in built.gives))
         raise ValueError(f"sampler={chosen.name} cannot sample objective={built.name}; choose sampler={fitting}")
     return built
 

@@ -31,7 +31,7 @@ def _task(cfg: DictConfig) -> None:
 def main() -> None:
     """Console entry point."""
     try:
-        command_line.hydra_main(_task, "train", may_lack=("data.root",))
+        command_line.hydra_main(_task, "train", may_lack=("data.root", "tokenizer.weights"))
     finally:
         if len(_hours) > 1:
             sums = (f"{sum(job[name] for job in _hours):,.1f} {name} hours" for name in _hours[0])

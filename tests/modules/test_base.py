@@ -79,12 +79,12 @@ def test_schedules(kind: str, images_seen: int, factor: float) -> None:
     ("kind", "images_seen", "factor"),
     [
         ("warmup", 0, 0), ("warmup", 25, 0.25), ("warmup", 100, 1), ("cosine", 100, 1), ("cosine", 550, 0.55),
-        ("cosine", 1000, 0.1),
+        ("cosine", 1000, 0.1), ("linear", 50, 0.5), ("linear", 100, 0.91), ("linear", 500, 0.55), ("linear", 2000, 0.1),
     ],
 )  # fmt: skip
 def test_a_warm_up_from_zero_and_a_least_learning_rate(kind: str, images_seen: int, factor: float) -> None:
     """JiT's util/lr_sched.py; half of the way down from 1 to 0.1 is 0.55."""
-    settings = {"schedule": kind, "warmup_images": 100, "warmup_from_zero": True, "lr": 2e-3, "min_lr": 2e-4}
+    settings = {"schedule": kind, "warmup_images": 100, "warmup_start": 0.0, "lr": 2e-3, "min_lr": 2e-4}
     assert schedule(settings, images_seen, 1000) == pytest.approx(factor, abs=1e-12)
 
 
@@ -104,6 +104,11 @@ def test_learning_rates_grow_with_the_step_where_a_recipe_says_so(overrides: lis
     assert learning_rate(composed(*overrides)) == pytest.approx(rate)
 
 
+def test_a_warm_up_from_a_rate() -> None:
+    settings = {"schedule": "warmup", "warmup_images": 100, "warmup_start": 0.2, "lr": 1.0}
+    assert [schedule(settings, n, 1000) for n in (0, 50, 100)] == pytest.approx([0.2, 0.6, 1.0])
+
+
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.schedule=step is unknown; choose constant, warmup or cosine"):
+    with pytest.raises(ValueError, match=r"optimizer\.schedule=step is unknown; choose constant, warmup, cosine or linear"):
         schedule({"schedule": "step", "warmup_images": 0}, 0, 10)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from genfound.objectives.process import cosine, linear, space_timesteps
+from genfound.objectives.process import cosine, leading_timesteps, linear, scaled_linear, space_timesteps, sqrt
 
 
 def test_the_linear_schedule() -> None:
@@ -45,3 +45,35 @@ def test_kept_steps() -> None:
 def test_impossible_steps_are_refused(sections: int | str, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"sampler\.steps={sections}.*{reason}"):
         space_timesteps(sections, 1000)
+
+
+def test_ldms_schedules() -> None:
+    """With its own ends, and at other numbers of steps, which scale nothing."""
+    for steps in (1000, 250):
+        betas = scaled_linear(steps, 0.0015, 0.0195)
+        torch.testing.assert_close(betas[[0, -1]].tolist(), [0.0015, 0.0195])
+        torch.testing.assert_close(betas.sqrt().diff().std().item(), 0.0, atol=1e-12, rtol=0)
+        torch.testing.assert_close(sqrt(steps)[[0, -1]].tolist(), [0.01, 0.02**0.5])
+    assert (1 - scaled_linear(1000, 0.0015, 0.0195)).prod().item() == pytest.approx(1.423e-4, rel=1e-3)
+
+
+def test_leading_steps() -> None:
+    assert leading_timesteps(4, 1000) == [1, 251, 501, 751]
+    assert len(leading_timesteps(30, 1000)) == 31
+    assert leading_timesteps(500, 1000)[-1] == 999
+    assert leading_timesteps(3, 1000, quadratic=True) == [1, 201, 801]
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        (501, "its last step would be 1000, beyond the 999 of objective.timesteps=1000; the nearest number below is 500"),
+        (1000, "the nearest number below is 500"),
+        (300, "the nearest number below is 250"),
+        (0, "must be a number from 1 to 1000"),
+        ("ddim50", "must be a number from 1 to 1000"),
+    ],
+)
+def test_leading_steps_that_do_not_exist_are_refused(steps: int | str, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"sampler\.steps={steps}\b.*{reason}"):
+        leading_timesteps(steps, 1000)

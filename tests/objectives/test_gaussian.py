@@ -303,3 +303,46 @@ def test_a_schedule_that_needs_more_timesteps_is_refused(timesteps: int) -> None
     ):
         gaussian(timesteps=timesteps)
     assert gaussian(timesteps=21).process.tables.alphas_cumprod.min() > 0
+
+
+@pytest.mark.parametrize("layout", [Dense(1), Packed(1), Padded(1, 20)])
+def test_errors_as_the_bound_weighs_them_are_added(layout: Layout) -> None:
+    batch = layout.to_batch(latents(SQUARES), LABELS)
+    time = torch.tensor([0.0, 0.3, 0.6, 0.999])
+    options = {"variance": "fixed_small", "loss": "mse"}
+    plain, weighted = (
+        gaussian(**options, elbo_weight=weight).loss(half, batch, Given(layout, SQUARES, time)) for weight in (0, 0.5)
+    )
+    assert plain.terms.keys() == {"mse"}
+    c, steps = gaussian().process.tables, torch.tensor([1, 300, 600, 999])  # that of the first is that of the second
+    b = c.betas[steps]
+    weights = b**2 / (2 * c.posterior_variance[steps] * (1 - b) * (1 - c.alphas_cumprod[steps]))
+    torch.testing.assert_close(weighted.terms["vb"], (0.5 * weights * plain.total).float())
+    torch.testing.assert_close(weighted.total, plain.total + weighted.terms["vb"])
+
+
+def half(batch: Batch, t: Tensor) -> Tensor:
+    return batch.x / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"elbo_weight": 0.1}, r"objective\.elbo_weight=0\.1 needs objective\.loss=mse and objective\.prediction=epsilon"),
+        ({"elbo_weight": -1}, r"objective\.elbo_weight=-1 must be a finite number of at least 0"),
+        ({"betas": [0.1, 0.2], "schedule": "cosine"}, r"objective\.betas=\[0\.1, 0\.2\]: .*cosine has none"),
+        ({"betas": [0.2, 0.1]}, r"objective\.betas=\[0\.2, 0\.1\] must be \[low, high\]"),
+        ({"betas": 0.1}, r"objective\.betas=0\.1 must be \[low, high\]"),
+        ({"betas": [0.1, 1.5]}, r"with objective\.betas=\[0\.1, 1\.5\] does not do for objective\.schedule=linear"),
+        ({"betas": [-0.1, 0.5], "schedule": "sqrt"}, r"objective\.betas=\[-0\.1, 0\.5\] does not do"),
+    ],
+)
+def test_options_of_ldm_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gaussian(**options)
+
+
+def test_ends_of_the_betas_are_those_that_are_set() -> None:
+    process = gaussian(schedule="scaled_linear", betas=[0.0015, 0.0195]).process
+    torch.testing.assert_close(process.tables.betas[[0, -1]].tolist(), [0.0015, 0.0195])
+    assert gaussian(betas=[1e-4, 0.02]).signature != gaussian(betas=[1e-4, 0.01]).signature

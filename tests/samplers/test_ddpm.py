@@ -207,3 +207,36 @@ def test_the_input_is_left_alone_and_has_no_gradient(name: str) -> None:
 def test_eta_is_a_share(eta: float) -> None:
     with pytest.raises(ValueError, match=r"sampler\.eta=.* must be a finite number of at least 0 and at most 1"):
         sampler_of("ddim", eta=eta)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "quadratic"])
+def test_ldms_ddim_ends_at_the_noise_of_the_first_step(spacing: str) -> None:
+    """The exact network of one value draws it, and what is left around it is that noise of the state."""
+    chosen, data = sampler_of("ddim", steps=20, spacing=spacing), 0.7
+    batch = noise_batch()
+
+    def one_value(batch: Batch, t: Tensor) -> Tensor:
+        a = objective().process.tables.alphas_cumprod[int(t[0])].float()
+        return (batch.x - a.sqrt() * data) / (1 - a).sqrt()
+
+    times, field = chosen.times(objective()), objective().field(one_value)
+    assert times.min() == 1
+    first, a = objective().process.tables.alphas_cumprod[0], objective().process.tables.alphas_cumprod[int(times[0])]
+    out = chosen(field, batch, times, Steps(batch)).x
+    expected = first.sqrt() * data + (1 - first).sqrt() * (batch.x - a.sqrt() * data) / (1 - a).sqrt()
+    torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-4)
+    even = sampler_of("ddim", steps=20)
+    assert (even(field, batch, even.times(objective()), Steps(batch)).x - data).abs().max() < 1e-4
+
+
+def test_predicted_data_are_replaced_by_those_of_a_codebook() -> None:
+    chosen, batch = sampler_of("ddim", steps=5, quantize_x0=True), noise_batch()
+    field = objective().field(exact)
+    field.quantise = lambda x0, state: x0.sign()
+    out = chosen(field, batch, chosen.times(objective()), Steps(batch)).x
+    torch.testing.assert_close(out.abs(), torch.ones_like(out))
+
+
+def test_an_unknown_spacing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sampler\.spacing=log is unknown; choose one of even, leading, quadratic"):
+        sampler_of("ddim", spacing="log")

@@ -20,7 +20,8 @@ from genfound.layouts import Packed
 from genfound.objectives.base import Objective
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import SampleRequest, check_size, label_number, make_requests
-from genfound.tokenizers import PixelTokenizer, Undecodable
+from genfound.tokenizers import LatentSpec, PixelTokenizer, Undecodable
+from genfound.tokenizers.vq_f4 import VQF4
 from tests.evaluation.runs import untrained_run
 from tests.helpers import composed, guidance_of, linear_flow, sampler_of, small_nit
 from tests.samplers.test_ddpm import objective as gaussian
@@ -279,3 +280,17 @@ def test_the_weaker_network_must_predict_the_same(
         "genfound.sampling.pipeline.load", lambda *_, **__: SimpleNamespace(net=NET, objective=linear_flow())
     )
     assert Pipeline.from_config(config, linear_flow(), PixelTokenizer(), torch.device("cpu"), 2).guide is NET
+
+
+def test_codes_take_the_place_of_predicted_data_where_a_tokenizer_has_them() -> None:
+    config = composed("model=ldm_tiny", "sampler.steps=2", "guidance=none", "sampler.quantize_x0=true", name="train")
+    goal, cpu = build.objective(config), torch.device("cpu")
+    net = build.net(config, LatentSpec(3, 4), 3).eval()
+    with pytest.raises(ValueError, match=r"sampler\.quantize_x0=true needs a tokenizer with a codebook"):
+        Pipeline.from_config(config, goal, PixelTokenizer(), cpu, 2).check(net)
+    codec = VQF4(weights="random_tiny", precision="fp32", pixels_per_call=2**20)
+    requests = make_requests([0, 1], [(32, 16)], 1, ["a", "b", "c"])
+    pipeline = Pipeline.from_config(config, goal, codec, cpu, 2)
+    rounded = pipeline.latents(net, requests, seed=0)
+    plain = replace(pipeline, sampler=pipeline.sampler.configured("ddim", 2, {"spacing": "leading"}))
+    assert all((a - b).abs().max() > 0.1 for a, b in zip(rounded, plain.latents(net, requests, seed=0), strict=True))

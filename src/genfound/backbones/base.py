@@ -125,6 +125,8 @@ class Backbone(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks for training, all of one kind together; evaluation, of any shape, stays eager."""
         torch._dynamo.config.optimize_ddp = False  # a block is small enough to overlap with communication as it is
+        limit = torch._dynamo.config.recompile_limit  # of graphs; each of a U-Net's blocks may have its own
+        torch._dynamo.config.recompile_limit = max(limit, len(self.blocks))
         compiled = torch.compile(_forward)
         for block in self.blocks:  # not their hooks, by which FSDP gathers the weights
             block.forward = partial(_in_training, compiled, block)  # type: ignore[method-assign]

@@ -28,7 +28,7 @@ def to_official(
     unit = build.published_spec(config).stride * config["model"]["patch_size"]
     grid = (sizes[0][0] // unit, sizes[0][1] // unit)
     theirs = FAMILIES[family].theirs(state, config["model"]["patch_size"], grid)
-    return theirs | FAMILIES[family].tables(config["model"], grid)
+    return theirs | FAMILIES[family].tables(config, grid)
 
 
 class Conversion(NamedTuple):
@@ -82,10 +82,9 @@ def convert(
 
 def _compare(found: Weights, path: Path) -> None:
     """Raise a ValueError unless weights are those of their configuration."""
-    first = next(
-        tensor for name, tensor in found.state.items() if re.fullmatch(r"(x_embedder|pos_embed)\.proj1?\.weight", name)
-    )
-    channels = first.shape[1] // found.config["model"]["patch_size"] ** 2
+    pattern = r"(x_embedder|pos_embed)\.proj1?\.weight|input_blocks\.0\.0\.weight"
+    first = next(tensor for name, tensor in found.state.items() if re.fullmatch(pattern, name))
+    channels = first.shape[1] // (1 if first.ndim == 4 else found.config["model"]["patch_size"] ** 2)
     spec = build.published_spec(found.config)._replace(channels=channels)  # no tokenizer is built
     with torch.device("meta"):
         net = build.net(found.config, spec, len(found.class_names))

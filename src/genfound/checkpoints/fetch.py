@@ -34,7 +34,9 @@ def fetch(tokenizer: Mapping[str, Any], alignment: Mapping[str, Any], inception:
     found, settings = [f"tokenizer {build.name_of(tokenizer)} needs no weights of the hub"], []
     if folder := build.fetch_tokenizer(config):
         build.tokenizer(config)
-        if to is None:
+        if folder.is_file():
+            settings.append(f"tokenizer.weights={folder.resolve()}")
+        elif to is None:
             settings.append("HF_HUB_OFFLINE=1 in the environment")
         else:
             folder = _copied(folder, to / Path(tokenizer["weights"]).name, (CONFIG, WEIGHTS))

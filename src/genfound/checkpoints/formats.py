@@ -3,12 +3,12 @@
 flat                       DiT-XL-2-256x256.pt, SiT-XL-2-256.pt, NiT's and FiT's releases (.safetensors, .bin)
 {"ema", "model", ...}      training checkpoints of DiT, SiT and DiT-MoE; `args` holds their arguments
 {"model_ema1", ...}        those of JiT, whose first average is taken
-{"state_dict", ...}        Lightning and others
+{"state_dict", ...}        Lightning and others, LDM
 folder                     accelerate: two sets of weights, in an order that depends on the repository
 """
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from genfound.runtime import checkpoint_io, run_directory
 from genfound.runtime.files import atomic_write
+from genfound.tokenizers.ldm import BESIDE_WEIGHTS
 
 State = Mapping[str, Tensor]
 
@@ -58,11 +59,11 @@ def read(path: Path) -> CheckpointFile:
     with open(path, "rb") as file:
         if file.read(64).lstrip()[:5].lower() in (b"<!doc", b"<html"):
             raise ValueError(f"{path} is a web page; download the file itself (/resolve/ instead of /blob/ on the hub)")
-    content = checkpoint_io.read(path, [argparse.Namespace])
+    content = checkpoint_io.read(path, BESIDE_WEIGHTS)
     args = content.get("args", {})
     outer = {key: content[key] for key in OUTER if isinstance(content.get(key), Mapping)}
     states = {key: strip_prefixes(state, path) for key, state in (outer or {"": content}).items()}
-    return CheckpointFile(states, dict(vars(args)) if isinstance(args, argparse.Namespace) else {})
+    return CheckpointFile(states, dict(vars(args)) if isinstance(args, Namespace) else {})
 
 
 def ours(path: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from genfound.checkpoints import format_1, formats
 from genfound.checkpoints.diffusers import read as diffusers_folder
 from genfound.checkpoints.official import projectors
 from genfound.checkpoints.official.families import FAMILIES, RELEASES, family_of, release_of
+from genfound.checkpoints.official.ldm import FIRST_STAGE
 from genfound.config import compose, targets
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
@@ -228,6 +229,7 @@ def open_official(path: Path, weights: str, family: str | None) -> Official:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     state = stored.choose(weights, path, FAMILIES[name].ema_first)
+    state = FAMILIES[name].averaged(state) if weights == "ema" else state
     if folder is not None:
         folder.check(FAMILIES[name].options(state))
     return Official(name, release, state, stored.args, folder)
@@ -245,6 +247,8 @@ def _released_config(official: Official, hints: dict[str, Any], path: Path) -> t
     codec = hints.pop("tokenizer", None)
     if codec is None and folder is not None and folder.vae is not None:
         codec = str(folder.vae)
+    if codec is None and any(name.startswith(FIRST_STAGE) for name in state):
+        codec = str(path)
     told = {"heads" if key == "num_heads" else key: value for key, value in hints.items()}
     options = {**FAMILIES[family].options(state), **(folder.options() if folder else {}), **told}
     names = [str(number) for number in range(options.pop("num_classes"))]
@@ -253,6 +257,7 @@ def _released_config(official: Official, hints: dict[str, Any], path: Path) -> t
     config = _config(family, release, options, path)
     if codec is not None:
         config["tokenizer"] = build.hinted_tokenizer(config["tokenizer"], codec)
+    config["objective"] |= FAMILIES[family].objective(state)
     for key in ("path_type", "prediction"):
         if key in args:
             config["objective"][key.removesuffix("_type")] = str(args[key]).lower()

@@ -22,6 +22,7 @@ MOVED = {
     "logger.project": "logger.wandb.project",
     "logger.name": "the group, logger=wandb, tensorboard, csv or jsonl",
     "data.source": "data=latent_store, nit_latents or lightningdit_latents",
+    "optimizer.warmup_from_zero": "optimizer.warmup_start=0.0",
     "launcher": "Hydra's group, hydra/launcher=...",
 }
 """Keys of earlier versions, and what replaces them."""
@@ -110,7 +111,7 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     for decay in published if isinstance(published, list) else [published]:
         number("optimizer.ema_decay", decay, 0, 1)
     rates = ["lr" if optimizer["lr"] is not None or "base_lr" not in optimizer else "base_lr"]
-    for key in (*rates, "weight_decay", *({"min_lr"} & optimizer.keys())):
+    for key in (*rates, "weight_decay", *({"min_lr", "warmup_start"} & optimizer.keys())):
         number(f"optimizer.{key}", optimizer[key], 0)
     if optimizer["clip"] is not None:
         number("optimizer.clip", optimizer["clip"], 0, above=True)

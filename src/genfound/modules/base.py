@@ -287,21 +287,27 @@ def parts_of(key: str, named: Named, parts: Sequence[str]) -> Named:
 
 
 def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> float:
-    """Factor of the learning rate: constant, warmup (then constant) or cosine (warmup, then to `min_lr` at the budget).
+    """Factor of the learning rate: constant; warmup, then constant; or, after a warmup, down to `min_lr` at the budget.
 
-    A warm-up begins as if one image had been seen, or, with `warmup_from_zero`, at 0.
+    `cosine` falls from the end of the warmup on, `linear` to where a straight line from the first image is (LDM).
+    A warmup begins as if one image had been seen, or at the factor `warmup_start`.
     """
-    kind, warmup, first = settings["schedule"], settings["warmup_images"], not settings.get("warmup_from_zero")
-    if kind not in ("constant", "warmup", "cosine"):
-        raise ValueError(f"optimizer.schedule={kind} is unknown; choose constant, warmup or cosine")
+    kind, warmup, start = settings["schedule"], settings["warmup_images"], settings.get("warmup_start")
+    if kind not in ("constant", "warmup", "cosine", "linear"):
+        raise ValueError(f"optimizer.schedule={kind} is unknown; choose constant, warmup, cosine or linear")
     if kind == "constant":
         return 1.0
     if images_seen < warmup:
-        return (images_seen + first) / (warmup + first)
+        if start is None:
+            return (images_seen + 1) / (warmup + 1)
+        return float(start + (1 - start) * images_seen / warmup)
     if kind == "warmup":
         return 1.0
-    progress, least = min((images_seen - warmup) / max(budget - warmup, 1), 1.0), settings.get("min_lr", 0.0)
+    least = settings.get("min_lr", 0.0)
     lowest = least / settings["lr"] if least else 0.0
+    if kind == "linear":
+        return lowest + (1 - lowest) * max(1 - images_seen / budget, 0.0)
+    progress = min((images_seen - warmup) / max(budget - warmup, 1), 1.0)
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -146,5 +146,8 @@ class Objective(Protocol):
         adapted = self.adapt(net)
         return adapted if guidance is None else guidance(adapted, time_range=self.time_range)
 
-    def times(self, steps: Any, needs: str = "velocity") -> Tensor:
-        """The times from noise to data of a sampler with such needs, float64 on the host."""
+    def times(self, steps: Any, needs: str = "velocity", spacing: str = "even") -> Tensor:
+        """The times from noise to data of a sampler with such needs, float64 on the host.
+
+        `spacing` is of the kept steps of a process, see `samplers.ddpm.ddim`.
+        """

@@ -141,7 +141,7 @@ class Flow(Objective):
         noised = replace(batch, x=point.state(batch.x, noise))
         return Predictions(self.prediction, self.adapt(net)(noised, t).float(), noised.x, point)
 
-    def times(self, steps: Any, needs: str = "velocity") -> Tensor:
+    def times(self, steps: Any, needs: str = "velocity", spacing: str = "even") -> Tensor:
         """steps + 1 equidistant times."""
         if isinstance(steps, str):
             raise ValueError(f"sampler.steps={steps} must be a whole number for objective=flow")

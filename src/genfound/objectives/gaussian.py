@@ -1,7 +1,7 @@
 """Gaussian diffusion (DDPM): predict the noise of a discrete process, and its variance if wanted."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
-from genfound.config.checks import integer, one_of
+from genfound.config.checks import integer, interval, number, one_of
 from genfound.objectives.base import GuidanceOf, GuidedNet, Losses, Net, Objective, TimeAdapter
 from genfound.objectives.bits import discretised_bits, kl_bits
 from genfound.objectives.interpolants import INTERPOLANTS
 from genfound.objectives.predictions import Predictions
-from genfound.objectives.process import SCHEDULES, Process, Tables, space_timesteps
+from genfound.objectives.process import SCHEDULES, Process, Tables, leading_timesteps, space_timesteps
 from genfound.objectives.times import TimeLaw, time_grid
 from genfound.objectives.weighting import EXPONENTS
 
@@ -38,12 +38,14 @@ class Gaussian(Objective):
     Args:
         timesteps: T.
         schedule: of the betas, a name of `SCHEDULES`.
+        betas: the first and the last; `None`: those of the schedule. `cosine` has none.
         prediction: what the network's first output per channel is: `epsilon` (the noise) or `x0` (the data).
         variance: `learned_range`, a second output v per channel with log variance between the posterior's
             (v = -1) and log beta (v = 1); `fixed_small`, the posterior's; or `fixed_large`, beta.
         loss: `hybrid`, `rescaled_mse`, `kl` or `mse`.
         clip_x0: clamp predicted data to [-1, 1] in ddpm and ddim; for pixels.
         weight: how images count in a global step: `image`, `sqrt` or `token`.
+        elbo_weight: of the squared errors of the noise in the variational bound, in nats, beside `mse` (LDM).
 
     Raises:
         ValueError: an unknown name, or a loss that leaves a learned variance untrained.
@@ -53,16 +55,10 @@ class Gaussian(Objective):
     gives = frozenset(("velocity", "gaussian", "levels"))
 
     def __init__(
-        self, *, timesteps: int, schedule: str, prediction: str, variance: str, loss: str, clip_x0: bool, weight: str
-    ) -> None:
-        integer("objective.timesteps", timesteps, 1)
-        betas = SCHEDULES[one_of("objective.schedule", schedule, SCHEDULES)](timesteps)
-        if not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(
-                f"objective.timesteps={timesteps} is too few for objective.schedule={schedule}, whose largest beta "
-                f"would be {betas.max():g}; take more, or objective.schedule=cosine"
-            )
-        self.process = Process(betas)  # the steps it is trained on
+        self, *, timesteps: int, schedule: str, prediction: str, variance: str, loss: str, clip_x0: bool, weight: str,
+        betas: Sequence[float] | None = None, elbo_weight: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.process = Process(_betas(timesteps, schedule, betas))  # the steps it is trained on
         self.prediction = one_of("objective.prediction", prediction, ("epsilon", "x0"))
         self.variance = one_of("objective.variance", variance, ("learned_range", "fixed_small", "fixed_large"))
         self.kind = one_of("objective.loss", loss, ("hybrid", "rescaled_mse", "kl", "mse"))
@@ -73,6 +69,7 @@ class Gaussian(Objective):
             "objective": self.name,
             "objective.timesteps": timesteps,
             "objective.schedule": schedule,
+            "objective.betas": None if betas is None else list(betas),
             "objective.prediction": prediction,
             "objective.variance": "learned" if self.learned_variance else "fixed",
         }
@@ -81,6 +78,10 @@ class Gaussian(Objective):
         if loss == "mse" and self.learned_variance:
             ways = "choose objective.loss=hybrid or objective.variance=fixed_large"
             raise ValueError(f"objective.loss=mse does not train objective.variance=learned_range; {ways}")
+        self.elbo_weight = number("objective.elbo_weight", elbo_weight, 0)
+        if elbo_weight and (loss, prediction) != ("mse", "epsilon"):
+            needed = "objective.loss=mse and objective.prediction=epsilon"
+            raise ValueError(f"objective.elbo_weight={elbo_weight} needs {needed}")
 
     def loss_at(self, net: Net, batch: Batch, part: Tensor, noise: Tensor) -> Losses:
         """The loss of each image at a whole step; terms `mse` and `vb`."""
@@ -107,7 +108,10 @@ class Gaussian(Objective):
             reverse = self.reverse(c, noised, prediction, v, clip=False)
             return {"vb": vlb_bits(c, clean, noised, reverse) * len(self.process)}
         target = noise if self.prediction == "epsilon" else clean.x
-        terms = {"mse": clean.per_image((target - prediction) ** 2)}
+        error = (target - prediction) ** 2
+        terms = {"mse": clean.per_image(error)}
+        if self.elbo_weight:
+            terms["vb"] = self.elbo_weight * clean.per_image(c.vlb_weights * error)
         if v is not None:
             reverse = self.reverse(c, noised, prediction.detach(), v, clip=False)
             factor = len(self.process) / 1000 if self.kind == "rescaled_mse" else 1.0
@@ -142,10 +146,12 @@ class Gaussian(Objective):
         shape = batch.x.shape
         return ReverseStep(c.posterior_mean(x0, batch.x), variance.expand(shape), log_variance.expand(shape), x0)
 
-    def times(self, steps: Any, needs: str = "velocity") -> Tensor:
+    def times(self, steps: Any, needs: str = "velocity", spacing: str = "even") -> Tensor:
         """The kept steps of the process; of other samplers equidistant times, for `velocity` to -1, without noise."""
         if needs == "gaussian":
-            return torch.tensor(space_timesteps(steps, len(self.process))[::-1], dtype=torch.float64)
+            count, quadratic = len(self.process), spacing == "quadratic"
+            kept = space_timesteps(steps, count) if spacing == "even" else leading_timesteps(steps, count, quadratic)
+            return torch.tensor(kept[::-1], dtype=torch.float64)
         if not isinstance(steps, int):
             raise ValueError(f"sampler.steps={steps} must be a number for objective=gaussian and a solver")
         return time_grid(steps, self.time_range[1], -1.0 if needs == "velocity" else 0.0)
@@ -170,6 +176,7 @@ class GaussianField:
     objective: Gaussian
     process: Process
     gradient: Callable[[Batch, float], Tensor] | None = None  # of log p(y | x_t) over x_t, shaped like `batch.x`
+    quantise: Callable[[Tensor, Batch], Tensor] | None = None  # predicted data -> the nearest that a codebook has
 
     lowest = 0.0
 
@@ -228,6 +235,22 @@ class GaussianField:
     def _reverse(self, batch: Batch, t: float) -> ReverseStep:
         prediction, v = self.objective.split(batch, self.net(batch, t).float())
         return self.objective.reverse(self.at(batch, t), batch, prediction, v, self.objective.clip_x0)
+
+
+def _betas(timesteps: int, schedule: str, ends: Sequence[float] | None) -> Tensor:
+    """(T,) float64."""
+    integer("objective.timesteps", timesteps, 1)
+    make = SCHEDULES[one_of("objective.schedule", schedule, SCHEDULES)]
+    if ends is not None and schedule == "cosine":
+        raise ValueError(f"objective.betas={list(ends)}: objective.schedule=cosine has none; set objective.betas=null")
+    betas = make(timesteps, *(() if ends is None else interval("objective.betas", ends)))
+    if not ((betas > 0) & (betas < 1)).all():
+        asked = "is too few" if ends is None else f"with objective.betas={list(ends)} does not do"
+        raise ValueError(
+            f"objective.timesteps={timesteps} {asked} for objective.schedule={schedule}, whose largest beta "
+            f"would be {betas.max():g}; take more, or objective.schedule=cosine"
+        )
+    return betas
 
 
 def vlb_bits(c: Tables, clean: Batch, noised: Batch, reverse: ReverseStep) -> Tensor:

@@ -36,6 +36,9 @@ class Tables:
     log_betas: Tensor
     fixed_large_variance: Tensor
     fixed_large_log_variance: Tensor
+    vlb_weights: (
+        Tensor  # of the squared error of the noise in the variational bound; at the first step as at the second
+    )
 
     @classmethod
     def of(cls, betas: Tensor, timesteps: Tensor) -> "Tables":
@@ -45,6 +48,7 @@ class Tables:
         variance = betas * (1 - a_prev) / (1 - a)  # 0 at the first step
         positive = torch.cat([variance[1:2] if len(betas) > 1 else betas, variance[1:]])
         large = torch.cat([positive[:1], betas[1:]])
+        in_bound = betas**2 / (2 * positive * (1 - betas) * (1 - a))
         return cls(
             timesteps=timesteps.double(),
             betas=betas,
@@ -63,6 +67,7 @@ class Tables:
             log_betas=betas.log(),
             fixed_large_variance=large,
             fixed_large_log_variance=large.log(),
+            vlb_weights=torch.cat([in_bound[1:2] if len(betas) > 1 else in_bound, in_bound[1:]]),
         )
 
     def at(self, batch: Batch, step: Tensor) -> "Tables":
@@ -149,10 +154,20 @@ StepSpec = int | str | Sequence[int]
 """How many steps to keep: 250; "10,10,10" or [10, 10, 10], so many of each third; or "ddim50", a whole stride."""
 
 
-def linear(steps: int) -> Tensor:
-    """Ho et al. 2020: from 1e-4 to 0.02 in 1,000 steps, scaled for other numbers of steps."""
+def linear(steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """Ho et al. 2020: evenly spaced; the ends are those of 1,000 steps, scaled for other numbers of steps."""
     scale = 1000 / steps
-    return torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64)
+    return torch.linspace(first * scale, last * scale, steps, dtype=torch.float64)
+
+
+def scaled_linear(steps: int, first: float = 0.00085, last: float = 0.012) -> Tensor:
+    """Rombach et al. 2022: roots of the variances rise evenly; between those of Stable Diffusion, or other ends (LDM)."""
+    return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+
+
+def sqrt(steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """LDM's `sqrt`: roots of evenly spaced numbers."""
+    return torch.linspace(first, last, steps, dtype=torch.float64) ** 0.5
 
 
 def cosine(steps: int) -> Tensor:
@@ -165,12 +180,10 @@ def cosine(steps: int) -> Tensor:
     return torch.tensor(betas, dtype=torch.float64)
 
 
-def scaled_linear(steps: int) -> Tensor:
-    """Rombach et al. 2022 (Stable Diffusion): roots of the variances rise evenly, those from 0.00085 to 0.012."""
-    return torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
-
-
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "cosine": cosine, "scaled_linear": scaled_linear}
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "linear": linear, "scaled_linear": scaled_linear, "sqrt": sqrt, "cosine": cosine,
+}  # fmt: skip
+"""Betas of (number of steps, first, last), but of `cosine`, which has no ends."""
 
 
 def space_timesteps(sections: StepSpec, steps: int) -> list[int]:
@@ -196,6 +209,27 @@ def space_timesteps(sections: StepSpec, steps: int) -> list[int]:
         start += length
     if not kept:
         raise ValueError(f"sampler.steps={sections} must be at least 1")
+    return kept
+
+
+def leading_timesteps(sections: StepSpec, steps: int, quadratic: bool = False) -> list[int]:
+    """LDM's kept steps in rising order (util.py:make_ddim_timesteps), which begin at 1 as the data has no noise at 0.
+
+    Every steps // count-th one, and so more than `count` where that does not divide; or, `quadratic`, as many, up to
+    four fifths.
+    """
+    count = sections if isinstance(sections, int) else 0
+    if not 1 <= count <= steps:
+        raise ValueError(f"sampler.steps={sections} must be a number from 1 to {steps} with this sampler.spacing")
+    if quadratic:
+        return [int(root**2) + 1 for root in np.linspace(0, (0.8 * steps) ** 0.5, count)]
+    kept = [step + 1 for step in range(0, steps, steps // count)]
+    if kept[-1] >= steps:
+        fewer = next(c for c in range(count, 0, -1) if (steps - 1) // (steps // c) * (steps // c) + 1 < steps)
+        raise ValueError(
+            f"sampler.steps={count}: with sampler.spacing=leading its last step would be {kept[-1]}, beyond the "
+            f"{steps - 1} of objective.timesteps={steps}; the nearest number below is {fewer}"
+        )
     return kept
 
 

@@ -93,14 +93,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(path.rename(gone))
 
 
-def read(path: Path, allowed: Sequence[type] = (), parts: Collection[str] | None = None) -> dict[str, Any]:
+def read(path: Path, allowed: Sequence[Any] = (), parts: Collection[str] | None = None) -> dict[str, Any]:
     """Open a sharded checkpoint, or a file of torch.save; no code in it is run.
 
     A file is mapped into memory, or loaded where it is of the format before torch 1.6.
 
     Args:
         path: of a file or a folder.
-        allowed: classes that it may hold beside tensors and plain values.
+        allowed: for `torch.serialization.safe_globals`: classes that it may hold beside tensors and plain values.
         parts: beginnings of the names of the sharded tensors to read, see `sharded_values`; `None`: of all. The others
             have shape and dtype, and are on `meta`.
 
@@ -139,7 +139,7 @@ def values(path: Path) -> Callable[[str, Any], Any]:
     return Values(path).value
 
 
-def _read_file(path: Path, allowed: Sequence[type]) -> dict[str, Any]:
+def _read_file(path: Path, allowed: Sequence[Any]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if not path.stat().st_size:

@@ -84,7 +84,8 @@ class Sampler:
 
     def times(self, objective: Objective) -> Tensor:
         """The times to walk, from noise to data."""
-        return objective.times(self.steps, self.needs)
+        spacing = {key: self.options[key] for key in ("spacing",) if key in self.options}
+        return objective.times(self.steps, self.needs, **spacing)
 
 
 def sampler(needs: str, **declared: Any) -> Callable[[Callable[..., Batch]], Sampler]:

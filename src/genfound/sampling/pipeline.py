@@ -73,7 +73,21 @@ class Pipeline:
     def check(self, net: Backbone) -> None:
         """Raise a ValueError if this network cannot be sampled from so; costs nothing."""
         self.sampler.times(self.objective)
-        self.objective.field(net, self.guidance)
+        self.field(net)
+
+    def field(self, net: Backbone) -> Any:
+        """What the sampler sees of a network."""
+        field: Any = self.objective.field(net, self.guidance)
+        if not self.sampler.options.get("quantize_x0"):
+            return field
+        if not hasattr(self.tokenizer, "quantise"):
+            raise ValueError("sampler.quantize_x0=true needs a tokenizer with a codebook, such as tokenizer=vq_f4")
+        return replace(field, quantise=self._quantised)
+
+    def _quantised(self, x: Tensor, batch: Batch) -> Tensor:
+        """The nearest codes of latents, shaped like `batch.x`."""
+        latents = torch.stack(self.layout.to_latents(x, batch))
+        return self.layout.to_batch(list(self.tokenizer.quantise(latents)), batch.y).x  # type: ignore[attr-defined]
 
     @property
     def rows(self) -> int:
@@ -123,7 +137,7 @@ class Pipeline:
     ) -> list[Tensor]:
         """Latents (C, h, w) of up to `micro_batch` images of one size."""
         padded = requests + [requests[-1]] * (self.rows - len(requests))
-        field, times = self.objective.field(net, self.guidance), self.sampler.times(self.objective)
+        field, times = self.field(net), self.sampler.times(self.objective)
         copies = field.net.copies
         noise = self._noise(padded, seed)
         labels = torch.tensor([r.label for r in padded])

@@ -28,3 +28,10 @@ class VQF4(Autoencoder):
 
     def _moments(self, images: Tensor) -> Tensor:
         return self.model.encode(images).latents
+
+    def quantise(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) normalised -> the nearest codes, normalised."""
+        codes = self._in_groups(
+            lambda z: self.model.quantize(z)[0], latents / self.scale + self.shift, self.spec.stride
+        )
+        return (codes - self.shift) * self.scale

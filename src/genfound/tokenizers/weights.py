@@ -1,15 +1,16 @@
-"""Weights of diffusers' autoencoders: from the hub, from a folder, or random."""
+"""Weights of diffusers' autoencoders: from the hub, from a folder, from a file of LDM, or random."""
 
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from genfound.config.environment import LAUNCH
+from genfound.tokenizers import ldm
 from genfound.tokenizers.base import LatentSpec
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -47,20 +48,22 @@ def load(kind: Architecture, weights: str) -> Any:
             torch.manual_seed(0)
             model = model_class(**{**kind.official, **smaller})
     else:
-        folder = locate(weights)
-        check_class(folder / CONFIG, kind.name)
-        model = _from_folder(model_class, folder)
+        place = locate(weights)
+        config = {**kind.official, **read_config(place, kind.name)}
+        model = _from_file(model_class, config, place) if place.is_file() else _from_folder(model_class, place)
     return model.eval().requires_grad_(False)
 
 
 def locate(
     weights: str, download: bool = True, key: str = "tokenizer.weights", files: Sequence[str] = (CONFIG, WEIGHTS)
 ) -> Path:
-    """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it.
+    """The folder with the config and the weights: a local one, the hub's cache, or downloaded into it; or LDM's file.
 
     Only a command itself downloads, none of the processes that it starts. `key` is what the user set.
     """
     folder = Path(weights).expanduser()
+    if WEIGHTS in files and folder.is_file():
+        return folder
     if folder.is_dir():
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
@@ -110,23 +113,57 @@ def _download(name: str, allowed: bool, key: str, files: Sequence[str]) -> Path:
     )
 
 
-def check_class(file: Path, wanted: str) -> None:
-    """Raise a ValueError unless a config is of the wanted class."""
-    try:
-        found = json.loads(file.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged or is not the config of an autoencoder of diffusers") from None
-    if found != wanted:
+def read_config(place: Path, wanted: str) -> dict[str, Any]:
+    """The config of an autoencoder in a folder, or what a file of LDM tells of it.
+
+    Raises:
+        ValueError: it is damaged, or not of the wanted class of diffusers.
+    """
+    file = place if place.is_file() else place / CONFIG
+    config = _config(file)
+    if (found := config["_class_name"]) != wanted:
         way_out = f"; choose tokenizer={OPTIONS[found]}" if found in OPTIONS else ""
         raise ValueError(f"tokenizer={OPTIONS[wanted]} takes {wanted}, but {file} describes {found}{way_out}")
+    return config
 
 
-def option_of(folder: Path) -> str | None:
-    """The option of `tokenizer` that takes the autoencoder of a folder, if it tells."""
+def _config(file: Path) -> dict[str, Any]:
+    if file.name != CONFIG:
+        return ldm.config_of(ldm.read(file), file)
     try:
-        return OPTIONS.get(json.loads((folder.expanduser() / CONFIG).read_text())["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
+        config = json.loads(file.read_text())
+        return {**config, "_class_name": str(config["_class_name"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged or is not the config of an autoencoder of diffusers") from None
+
+
+def tensors(place: Path) -> Iterator[tuple[str, Any]]:
+    """(name, NumPy array) of each weight in a folder or a file, in the order of names."""
+    if place.is_file():
+        yield from ((name, value.numpy()) for name, value in sorted(ldm.read(place).items()))
+        return
+    with importlib.import_module("safetensors").safe_open(place / WEIGHTS, "np") as file:
+        yield from ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+
+
+def option_of(place: Path) -> str | None:
+    """The option of `tokenizer` that takes the autoencoder of a folder or file, if it tells."""
+    place = place.expanduser()
+    try:
+        return OPTIONS.get(_config(place if place.is_file() else place / CONFIG)["_class_name"])
+    except (OSError, ValueError):
         return None
+
+
+def _from_file(model_class: Any, config: Mapping[str, Any], file: Path) -> Any:
+    """Load a file of LDM, and no other way than completely."""
+    model = model_class(**{key: value for key, value in config.items() if key != "_class_name"})
+    try:
+        model.load_state_dict(ldm.to_diffusers(ldm.read(file), len(config["block_out_channels"])))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} does not fit {model_class.__name__}: {reason}") from None
+    return model
 
 
 def _from_folder(model_class: Any, folder: Path) -> Any:

@@ -231,7 +231,7 @@ def train(fixture: Fixture) -> Results:
     recipe = {
         **{key: call[key] for key in ("lr", "min_lr", "weight_decay", "betas", "eps")}, "clip": None,
         "schedule": {"constant": "warmup", "cosine": "cosine"}[call["lr_schedule"]],
-        "warmup_images": call["warmup_epochs"] * per_epoch, "warmup_from_zero": True,
+        "warmup_images": call["warmup_epochs"] * per_epoch, "warmup_start": 0.0,
     }  # fmt: skip
     net, goal = official(fixture, asked).train(), objective_of(config["loss"])
     module = DrawnJiT(net, goal, recipe, config["loss"]["label_drop_prob"], 0, call["epochs"] * per_epoch)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from genfound.checkpoints.official import dig, dim, dit, dit_moe, fit, jit, lightningdit, nit
+from genfound.checkpoints.official import dig, dim, dit, dit_moe, fit, jit, ldm, lightningdit, nit
 from genfound.checkpoints.official.projectors import is_projector
 
 State = Mapping[str, Tensor]
@@ -20,9 +20,13 @@ class Family(NamedTuple):
     theirs: Callable[[State, int, tuple[int, int]], dict[str, Tensor]]  # the inverse, of a patch size and grid (h, w)
     ema_first: bool = False  # whether the first weights of its accelerate folders are the averaged ones
     tables: Callable[[Mapping[str, Any], tuple[int, int]], dict[str, Tensor]] = lambda model, grid: {}
-    """What its files also hold, computed from the keys of `model` and a grid."""
+    """What its files also hold, computed from a configuration and a grid."""
     content: Callable[[State], Mapping[str, Any]] = dict
     """What its own code wants a file of torch.save to hold."""
+    averaged: Callable[[State], State] = lambda state: state
+    """A state dict with the averages that it holds beside its live weights in their places."""
+    objective: Callable[[State], dict[str, Any]] = lambda state: {}
+    """Options of the objective that a state dict tells."""
 
 
 FIT = Family(fit.official_options, fit.from_official, lambda state, patch_size, grid: dict(state))
@@ -34,11 +38,23 @@ FAMILIES = {
     "nit": Family(nit.official_options, nit.from_official, lambda s, p, grid: nit.to_official(s, p), ema_first=True),
     "dit_moe": Family(dit_moe.official_options, dit_moe.from_official, dit_moe.to_official),
     "lightningdit": Family(
-        lightningdit.official_options, lightningdit.from_official, dit.to_official, tables=lightningdit.tables
+        lightningdit.official_options,
+        lightningdit.from_official,
+        dit.to_official,
+        tables=lambda config, grid: lightningdit.tables(config["model"], grid),
     ),
     "dim": Family(dim.official_options, dim.from_official, dim.to_official),
     "dig": Family(dig.official_options, dig.from_official, dig.to_official),
     "jit": Family(jit.official_options, jit.from_official, jit.to_official, content=jit.training_checkpoint),
+    "ldm": Family(
+        ldm.official_options,
+        ldm.from_official,
+        lambda state, patch_size, grid: ldm.to_official(state),
+        tables=ldm.tables,
+        content=lambda state: {"state_dict": dict(state)},
+        averaged=ldm.averaged,
+        objective=ldm.objective_options,
+    ),
 }
 
 RELEASES = {
@@ -58,7 +74,10 @@ LIGHTNINGDIT = (
 """Tensors beside DiT's of which LightningDiT has at least one, unless all its flags are off."""
 
 
-OWN = {"x_embedder.proj1.weight": "jit", "blocks.0.attn.gk_proj.0.weight": "dig", dim.PATCHES: "dim"}
+OWN = {
+    "x_embedder.proj1.weight": "jit", "blocks.0.attn.gk_proj.0.weight": "dig", dim.PATCHES: "dim",
+    "model.diffusion_model.input_blocks.0.0.weight": "ldm",
+}  # fmt: skip
 """Tensors that only one family has."""
 
 

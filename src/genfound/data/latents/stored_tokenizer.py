@@ -6,12 +6,10 @@ Nothing here loads the weights of an autoencoder. Only decoding does, for the pi
 import contextlib
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
 from torch import Tensor
 
 from genfound.config.targets import target
@@ -21,7 +19,7 @@ from genfound.data.latents.store import Store
 from genfound.tokenizers import LatentSpec, Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.tokenizers.sd_vae import drawn
-from genfound.tokenizers.weights import CONFIG, WEIGHTS, check_class, latent_spec, locate, scaling
+from genfound.tokenizers.weights import latent_spec, locate, read_config, scaling, tensors
 
 RANDOM = ("random", "random_tiny")
 
@@ -36,7 +34,7 @@ class TokenizerInfo(NamedTuple):
 
     name: str  # of the file of its class, e.g. `dc_ae`
     weights: str  # as the configuration names them; empty where it has none
-    folder: Path | None  # where they lie; `None` where it has none, or they are not to be had
+    folder: Path | None  # where they lie, or LDM's file; `None` where it has none, or they are not to be had
     spec: LatentSpec
     scale: float | Tensor  # latent = (mean - shift) * scale, numbers or (C, 1, 1)
     shift: float | Tensor
@@ -103,11 +101,10 @@ def describe(
         scale, shift = getattr(codec, "scale", 1.0), getattr(codec, "shift", 0.0)
         return TokenizerInfo(name, "", None, codec.spec, scale, shift, codec.stochastic)
     weights, folder, config = str(options["weights"]), None, dict(kind.kind.official)
-    if weights not in RANDOM and (look or Path(weights).expanduser().is_dir()):
+    if weights not in RANDOM and (look or Path(weights).expanduser().exists()):
         with contextlib.suppress(FileNotFoundError):
             folder = locate(weights)
-            check_class(folder / CONFIG, kind.kind.name)
-            config |= json.loads((folder / CONFIG).read_text())
+            config |= read_config(folder, kind.kind.name)
     stochastic = options.get("posterior") == "sample"
     return TokenizerInfo(name, weights, folder, latent_spec(config), *scaling(config), stochastic)
 
@@ -117,11 +114,10 @@ def encoder_digest(described: TokenizerInfo) -> str:
     if described.folder is None:
         return described.weights
     hashed = hashlib.blake2b(digest_size=16)
-    with safe_open(described.folder / WEIGHTS, "np") as tensors:
-        for key in sorted(tensors.keys()):
-            if not key.startswith(DECODER_KEYS):
-                hashed.update(key.encode())
-                hashed.update(tensors.get_tensor(key).tobytes())
+    for key, value in tensors(described.folder):
+        if not key.startswith(DECODER_KEYS):
+            hashed.update(key.encode())
+            hashed.update(value.tobytes())
     return hashed.hexdigest()
 
 
@@ -152,6 +148,6 @@ def _same_encoder(ours: TokenizerInfo, made: Mapping[str, Any]) -> bool:
     """Names on the hub tell encoders apart, and so do the weights themselves."""
     if ours.name.replace("_", "") != made["name"].replace("_", "").lower():  # stores of before say `DcAe`
         return False
-    if ours.weights == made["weights"] and not Path(ours.weights).expanduser().is_dir():
+    if ours.weights == made["weights"] and not Path(ours.weights).expanduser().exists():
         return True
     return not ours.absent and encoder_digest(ours) == made["digest"]
