@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TOPICS = {
     "DiT": ["dit"], "SiT": ["sit"], "FiT, FiTv2": ["fit", "fitv2"], "NiT": ["nit"], "DiT-MoE": ["dit_moe"],
-    "LightningDiT": ["lightningdit"], "JiT": ["jit"], "DiG": ["dig"], "DiM": ["dim"],
+    "LightningDiT": ["lightningdit"], "JiT": ["jit"], "DiG": ["dig"], "DiM": ["dim"], "LDM": ["ldm"],
 }  # fmt: skip
 """Row of the table -> the families of it; the first one is the topic of its fixtures."""
 

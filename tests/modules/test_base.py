@@ -110,5 +110,5 @@ def test_a_warm_up_from_a_rate() -> None:
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.schedule=step is unknown; choose constant, warmup, cosine or linear"):
+    with pytest.raises(ValueError, match=r"optimizer\.schedule=step is unknown; .*warmup, cosine or linear"):
         schedule({"schedule": "step", "warmup_images": 0}, 0, 10)

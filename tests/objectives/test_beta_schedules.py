@@ -67,7 +67,10 @@ def test_leading_steps() -> None:
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        (501, "its last step would be 1000, beyond the 999 of objective.timesteps=1000; the nearest number below is 500"),
+        (
+            501,
+            "would be 1000, beyond the 999 of objective.timesteps=1000; the nearest number below is 500",
+        ),
         (1000, "the nearest number below is 500"),
         (300, "the nearest number below is 250"),
         (0, "must be a number from 1 to 1000"),

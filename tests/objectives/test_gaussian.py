@@ -328,7 +328,10 @@ def half(batch: Batch, t: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"elbo_weight": 0.1}, r"objective\.elbo_weight=0\.1 needs objective\.loss=mse and objective\.prediction=epsilon"),
+        (
+            {"elbo_weight": 0.1},
+            r"elbo_weight=0\.1 needs objective\.loss=mse and objective\.prediction=epsilon",
+        ),
         ({"elbo_weight": -1}, r"objective\.elbo_weight=-1 must be a finite number of at least 0"),
         ({"betas": [0.1, 0.2], "schedule": "cosine"}, r"objective\.betas=\[0\.1, 0\.2\]: .*cosine has none"),
         ({"betas": [0.2, 0.1]}, r"objective\.betas=\[0\.2, 0\.1\] must be \[low, high\]"),

@@ -31,9 +31,9 @@ def ldm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         part = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
         for ours, other in (
             ("down_blocks", "down"), (".resnets.", ".block."), (".attentions.", ".attn."),
-            ("mid_block.block.0", "mid.block_1"), ("mid_block.block.1", "mid.block_2"), ("mid_block.attn.0", "mid.attn_1"),
-            (".downsamplers.0", ".downsample"), (".upsamplers.0", ".upsample"), ("conv_shortcut", "nin_shortcut"),
-            ("conv_norm_out", "norm_out"),
+            ("mid_block.block.0", "mid.block_1"), ("mid_block.block.1", "mid.block_2"),
+            ("mid_block.attn.0", "mid.attn_1"), (".downsamplers.0", ".downsample"), (".upsamplers.0", ".upsample"),
+            ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
             ("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"),
         ):  # fmt: skip
             part = part.replace(ours, other)

@@ -52,14 +52,15 @@ def ddim(
     def move(step: int, state: Batch, t: float) -> Tensor:
         x0, c = field.x0(state, t), field.at(state, t)
         noise, a, a_prev = c.noise_from_x0(state.x, x0), c.alphas_cumprod, c.alphas_cumprod_prev
-        if spacing != "even" and step == len(times) - 1:
+        to_data = step == len(times) - 1 and spacing == "even"
+        if step == len(times) - 1 and not to_data:
             a_prev = whole.at(state, 0).alphas_cumprod
         if quantize_x0:
             assert field.quantise is not None
             x0 = field.quantise(x0, state)
         sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
         x = x0 * a_prev.sqrt() + (1 - a_prev - sigma**2).sqrt() * noise
-        return x + sigma * rng.normal(step).to(x.device) if eta else x
+        return x + sigma * rng.normal(step).to(x.device) if eta and not to_data else x
 
     return walk(batch, times.tolist(), move, progress, torch.float32)
 
