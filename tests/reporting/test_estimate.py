@@ -27,6 +27,7 @@ FAMILIES = [
     "jit_tiny",
     "dig_tiny",
     "dim_tiny",
+    "ldm_tiny",
 ]
 SMALL = ["model.width=64", "model.depth=3", "model.heads=2"]
 
@@ -67,7 +68,7 @@ def test_activations_are_those_of_a_forward_pass(model: str, precision: str) -> 
     images = [torch.randn(3, 16, 16) for _ in range(5)]
     batch = layout.to_batch(images, torch.zeros(5, dtype=torch.int64))
     real = saved_bytes(net, batch, low=precision == "bf16")
-    kept, recomputed = activations(config, images=5, tokens=64)
+    kept, recomputed = activations(config, images=5, tokens=256 // config["model"]["patch_size"] ** 2)
     assert kept == pytest.approx(real, rel=0.02)
     assert recomputed < 0.8 * kept
 
@@ -109,7 +110,7 @@ def test_a_sweep_is_summed_up(tmp_path: Path) -> None:
 
 WRONG = {
     "model=dit_s data=imagenet_256 trainer.devices=3": "cannot be shared by trainer.devices=3; set batch.packs",
-    "model=dit_q": "model=dit_q is unknown; choose one of dit",
+    "model=dit_q": "model=dit_q is unknown; choose one of dig",
     "model=dit_s data=imagenet_512 tokenizer=dc_ae model.channels=4": "tokenizer is dc_ae (32 channels) but model.chan",
     "trainer.precision=fp8": "trainer.precision=fp8 is unknown; choose one of auto, bf16, fp32",
     "trainer.accelerator=tpu": "trainer.accelerator=tpu is unknown; choose one of auto, cpu, cuda",
