@@ -161,7 +161,7 @@ def linear(steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
 
 
 def scaled_linear(steps: int, first: float = 0.00085, last: float = 0.012) -> Tensor:
-    """Rombach et al. 2022: roots of the variances rise evenly; between those of Stable Diffusion, or other ends (LDM)."""
+    """Rombach et al. 2022: roots of the variances rise evenly; without ends between those of Stable Diffusion."""
     return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
 
 
