@@ -298,7 +298,7 @@ def objective(config: Config) -> Objective:
     chosen = sampler(config)
     if chosen.needs not in built.gives:
         every = [sampler({"sampler": compose.read_option("sampler", name)}) for name in compose.option_names("sampler")]
-        fitting = " or ".join(dict.fromkeys(other.name for other in every if other.needs in built.gives))
+        fitting = " or ".join(other.name for other in every if other.needs in built.gives)
         raise ValueError(f"sampler={chosen.name} cannot sample objective={built.name}; choose sampler={fitting}")
     return built
 

@@ -20,7 +20,7 @@ from tests.helpers import SAMPLERS, composed
 OBJECTIVES = sorted(file.stem for file in (Path(compose.config_dir()) / "objective").glob("*.yaml"))
 FP32 = "trainer.precision=fp32"
 LEGAL = {
-    "gaussian": {"ddpm", "ddim", "euler", "heun", "dopri5", "dpm_solver"},
+    "gaussian": {"ddpm", "ddim", "ddim_ldm", "euler", "heun", "dopri5", "dpm_solver"},
     "flow": {"euler", "heun", "dopri5", "sde", "dpm_solver"},
 }
 
