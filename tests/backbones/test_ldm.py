@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+import genfound
 from genfound import build
 from genfound.alignment import from_config
 from genfound.backbones.ldm import LDM
@@ -15,7 +18,9 @@ from genfound.checkpoints.official.ldm import official_options, to_official
 from genfound.layouts import Dense
 from genfound.rng import Rng
 from genfound.tokenizers import LatentSpec
-from tests.helpers import ALIGNED, assert_equal_gradients, composed, latents, loss_and_gradients
+from genfound.tokenizers.vq_f4 import VQF4
+from genfound.training import fit
+from tests.helpers import ALIGNED, assert_equal_gradients, composed, latents, loss_and_gradients, run_dir
 
 SMALL = {
     "channels": 3, "num_classes": 5, "patch_size": 2, "width": 32, "channel_mult": [1, 2], "depth": 1,
@@ -187,3 +192,15 @@ def test_every_block_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(compiled, eager)
     most = max(float(gradient.abs().max()) for gradient in expected.values())  # those of biases before a norm are noise
     assert all((found[name] - gradient).abs().max() < 1e-5 * most for name, gradient in expected.items())
+
+
+def test_it_trains_on_latents_of_an_autoencoder_with_a_codebook_and_samples(tmp_path: Path) -> None:
+    """Encoded as they are trained, and decoded by the nearest codes."""
+    few = ["tokenizer=vq_f4", "tokenizer.weights=random_tiny", "data.sides=[32]", "data.size=32", "trainer.max_steps=2"]
+    quiet = ["logger=jsonl", "callbacks.preview=null", "callbacks.validation.images=8", "data.num_workers=0"]
+    run = run_dir(tmp_path, "model=ldm_tiny", *few, *quiet)
+    fit(run)
+    loaded = genfound.load(run)
+    images = genfound.sample(loaded, labels=["moon", "ring"], size=(32, 48), sampler={"name": "ddim_ldm", "steps": 2})
+    assert isinstance(loaded.tokenizer, VQF4) and images.shape == (2, 32, 48, 3)
+    assert len(np.unique(images)) > 2

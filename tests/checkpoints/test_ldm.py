@@ -14,8 +14,9 @@ from torch import Tensor
 
 import genfound
 from genfound import build
+from genfound.backbones.base import Backbone
 from genfound.backbones.ldm import LDM
-from genfound.checkpoints import convert
+from genfound.checkpoints import convert, initialise
 from genfound.checkpoints.official import ldm
 from genfound.tokenizers import Undecodable
 from genfound.tokenizers import ldm as first_stages
@@ -29,11 +30,16 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def whole(**objective: Any) -> dict[str, Tensor]:
-    """A state dict of a small model of seven classes, with a first stage of random weights."""
+def small(classes: int, **objective: Any) -> tuple[dict[str, Any], Backbone]:
+    """Options and a network of two levels."""
     config = composed("model=ldm_4", "experiment=official/ldm")
     config = {**config, "model": {**config["model"], **OPTIONS}, "objective": {**config["objective"], **objective}}
-    net = build.net(config, build.published_spec(config), 7)
+    return config, build.net(config, build.published_spec(config), classes)
+
+
+def whole(**objective: Any) -> dict[str, Tensor]:
+    """A state dict of a small model of seven classes, with a first stage of random weights."""
+    config, net = small(7, **objective)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.05)
     first = {f"first_stage_model.{name}": value for name, value in ldm_names(wide().model.state_dict()).items()}
@@ -116,3 +122,8 @@ def test_a_class_of_lightning_in_a_file_is_not_imported(tmp_path: Path, monkeypa
     for read in (lambda: genfound.load(file, num_heads=2), lambda: first_stages.read(file)):
         with pytest.raises(ValueError, match=re.escape(f"{file} is damaged")):
             read()
+
+
+def test_a_run_of_other_classes_starts_from_all_but_their_table() -> None:
+    (_, few), (_, more) = small(3), small(7)
+    assert initialise.other_tables(few.state_dict(), more.state_dict()) == ["cond_stage_model.embedding.weight"]

@@ -11,7 +11,7 @@ from genfound.checkpoints.official.families import FAMILIES
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io
 
-TABLES = ("embedding_table.weight", "label_emb.weight")
+TABLES = ("embedding_table.weight", "label_emb.weight", "cond_stage_model.embedding.weight")
 """How the names of tables of classes end; DiM has two."""
 
 
