@@ -217,7 +217,7 @@ def test_weights_of_lightningdit_tell_its_norms(norm: str, qk_norm: str, tmp_pat
     config = {**config, "model": {**config["model"], "norm": norm, "qk_norm": qk_norm}}
     net, file = build.net(config, build.published_spec(config), CLASSES), tmp_path / "weights.pt"
     family = FAMILIES["lightningdit"]
-    torch.save(family.theirs(net.state_dict(), 1, GRID) | family.tables(config["model"], GRID), file)
+    torch.save(family.theirs(net.state_dict(), 1, GRID) | family.tables(config, GRID), file)
     loaded = genfound.load(file)
     assert (loaded.config["model"]["norm"], loaded.config["model"]["qk_norm"]) == (norm, qk_norm)
     assert same(loaded.net.state_dict(), net.state_dict())

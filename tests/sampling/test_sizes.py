@@ -26,6 +26,7 @@ TABLE = {  # the official count, of which the fixed position table is no paramet
     "lightningdit_1p6b": 1_631_767_120, "lightningdit_1p6b patch 2": 1_631_767_216,
     "dim_l": 386_063_376, "dim_h": 862_407_184, "dim_h_512": 863_586_832,
     "dig_s": 33_081_632, "dig_b": 130_748_192, "dig_l": 465_022_496, "dig_xl": 675_953_952,
+    "ldm_4": 400_920_579 + 1001 * 512, "ldm_8": 394_984_196 + 1001 * 512,  # the U-Net and the table of classes
     "jit_b": 131_320_320, "jit_l": 459_139_808, "jit_h": 952_842_048,
     "dit_moe_l_8e2a": 2_823_764_000, "dit_moe_xl_8e2a": 4_168_172_192, "dit_moe_g_16e2a": 16_503_731_232,
 }  # fmt: skip
