@@ -114,7 +114,7 @@ def test_codes_are_the_nearest_in_units_of_latents(tmp_path: Path) -> None:
     torch.testing.assert_close(codec.quantise(z), expected)
 
 
-@pytest.mark.parametrize("kind", ["another class", "no autoencoder", "cut", "other weights"])
+@pytest.mark.parametrize("kind", ["another class", "no autoencoder", "no names", "cut", "other weights"])
 def test_wrong_files_are_named(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "model.ckpt"
     codec = wide()
@@ -126,6 +126,9 @@ def test_wrong_files_are_named(kind: str, tmp_path: Path) -> None:
         message = f"tokenizer=sd_vae takes AutoencoderKL, but {file} {way}"
     elif kind == "no autoencoder":
         torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(1)}}, file)
+        message = f"{file} holds no autoencoder of LDM"
+    elif kind == "no names":
+        torch.save([torch.zeros(1)], file)
         message = f"{file} holds no autoencoder of LDM"
     elif kind == "cut":
         written(codec, file)

@@ -69,8 +69,8 @@ def read(file: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, safetensors.SafetensorError) as error:
         reason = f"{error}".splitlines()[0][:150] if f"{error}" else type(error).__name__
         raise ValueError(f"{file} is damaged, or holds more than weights: {reason}") from None
-    state = content.get("state_dict", content)
-    named = {name.removeprefix(PREFIX): value for name, value in state.items() if isinstance(value, Tensor)}
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    named = {str(name).removeprefix(PREFIX): value for name, value in state.items() if isinstance(value, Tensor)}
     found = {name: value for name, value in named.items() if name.startswith((*PARTS, "scale_factor"))}
     if "post_quant_conv.weight" not in found or "encoder.conv_in.weight" not in found:
         raise ValueError(f"{file} holds no autoencoder of LDM; give a folder with one of diffusers, or its own file")
