@@ -139,6 +139,7 @@ WRONG = {
     "optimizer.schedule=step": "optimizer.schedule=step is unknown",
     "trainer.precision=fp8": "trainer.precision=fp8 is unknown",
     "trainer.accelerator=gpu": "error: trainer.accelerator=gpu is unknown; choose one of auto, cpu, cuda",
+    "trainer.accelerator=mps": "in float64, which mps lacks; trainer.accelerator=cpu runs there",
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",

@@ -99,6 +99,13 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_file_that_is_called_safetensors_and_is_none_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_text("hello")
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged or is not a checkpoint of tensors"):
+        checkpoint_io.read(path)
+
+
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chance, state = random.Random(0), {**STATE, "weights": torch.arange(10.0)}
     for step in (1, 2):

@@ -45,3 +45,10 @@ def image_sizes(key: str, value: Any) -> list[tuple[int, int]]:
     if not all(isinstance(row, list) and len(row) == 2 and all(type(side) is int for side in row) for row in rows):
         raise ValueError(f"{key}={value} must be [height,width] or a list of such pairs, in pixels")
     return [(row[0], row[1]) for row in rows]
+
+
+def accelerator(key: str, wanted: str) -> None:
+    """`auto`, `cpu` or `cuda`."""
+    if wanted == "mps":
+        raise ValueError(f"{key}=mps: samplers, times, positions are in float64, which mps lacks; {key}=cpu runs there")
+    one_of(key, wanted, ("auto", "cpu", "cuda"))

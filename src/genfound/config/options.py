@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from genfound.config.checks import integer, number, one_of
+from genfound.config.checks import accelerator, integer, number, one_of
 
 MOVED = {
     "trainer.log_every": "trainer.log_every_n_steps (steps)",
@@ -144,8 +144,8 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
     for key, instead in OTHER_KEYS.items():
         if config["trainer"].get(key) is not None:
             raise ValueError(f"trainer.{key} cannot be set: {instead}")
-    for key, names in (("accelerator", ("auto", "cpu", "cuda")), ("precision", ("auto", "bf16", "fp32"))):
-        one_of(f"trainer.{key}", config["trainer"][key], names)
+    accelerator("trainer.accelerator", config["trainer"]["accelerator"])
+    one_of("trainer.precision", config["trainer"]["precision"], ("auto", "bf16", "fp32"))
     profiler, limit = config["trainer"]["profiler"], config["trainer"]["max_time"]
     if profiler not in (None, *PROFILERS):
         raise ValueError(f"trainer.profiler={profiler} is unknown; choose {', '.join(PROFILERS)} or null")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError  # torch.load goes by the name of a file
 from torch import Tensor, nn
 
 from genfound.runtime.files import atomic_write, damaged, visible
@@ -148,7 +149,7 @@ def _read_file(path: Path, allowed: Sequence[Any]) -> dict[str, Any]:
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual versions of pickle
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError, LookupError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
         raise damaged(path, reason) from None
     if not isinstance(state, dict):

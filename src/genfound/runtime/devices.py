@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from genfound.config.checks import accelerator
+
 
 def precision(wanted: str, device: torch.device, key: str = "trainer.precision") -> str:
     """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic."""
@@ -37,12 +39,7 @@ def compiled(wanted: bool | str, device: torch.device) -> bool:
 
 def device(wanted: str, local_rank: int | None = None, key: str = "accelerator") -> torch.device:
     """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` now means."""
-    if wanted == "mps":
-        raise ValueError(
-            f"{key}=mps: samplers, times and positions are in float64, which mps lacks; {key}=cpu runs there"
-        )
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"{key}={wanted} is unknown; choose auto, cpu or cuda")
+    accelerator(key, wanted)
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{key}=cuda, but this machine has no CUDA device")
     if wanted == "cpu" or not torch.cuda.is_available():
