@@ -27,11 +27,13 @@ def forward() -> dict[str, Any]:
 
 
 def one_of_each_kind() -> list[str]:
-    """The first fixture of each kind that has numbers."""
+    """The first fixture of each kind that has numbers, but not statistics of what is drawn, which are less exact."""
     kinds: dict[tuple[str, str], str] = {}
     for name, file in FILES.items():
         fixture = read(file)
-        if any(isinstance(e, dict) and e.get("abs_max") and "values" in e for e in fixture.get("outputs", {}).values()):
+        if fixture["kind"] != "init" and any(
+            isinstance(e, dict) and e.get("abs_max") and "values" in e for e in fixture.get("outputs", {}).values()
+        ):
             kinds.setdefault((fixture["topic"], fixture["kind"]), name)
     return list(kinds.values())
 

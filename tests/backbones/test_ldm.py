@@ -176,11 +176,11 @@ def test_feature_maps_are_not_aligned() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_every_block_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there are more kinds of blocks than graphs of one function are allowed to be otherwise."""
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: original(function, backend="aot_eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     net, batch, t = small().train(), Dense(2).to_batch(latents([(4, 8)], 3), torch.tensor([1])), torch.tensor([3.0])
     eager, expected = loss_and_gradients(net, batch, t)
     net.compile_blocks()

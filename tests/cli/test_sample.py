@@ -206,6 +206,9 @@ def test_a_sampler_of_the_users_is_a_function_and_an_option(run: Path, tmp_path:
     assert drawn.returncode == 0 and "jumped 0.5" in drawn.stdout, drawn.stderr
 
     error = one_error(call("train", "--config-dir", "mine", "sampler=walking", *tiny))
-    assert "sampler=walking cannot sample objective=flow; choose sampler=dopri5 or euler or heun or sde" in error
+    assert (
+        "sampler=walking cannot sample objective=flow; choose sampler=dopri5 or dpm_solver or euler or heun or sde"
+        in error
+    )
     error = one_error(call("sample", *own, f"from={run}", "sampler.speed=2", *arguments))
     assert "unknown key sampler.speed" in error

@@ -90,10 +90,9 @@ def best(run: Callable[[], object], times: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("heads", "key", "value", "forward", "both"), [(2, 16, 32, 10, 20), (6, 32, 64, 3, 8)])
-def test_chunks_are_much_faster(heads: int, key: int, value: int, forward: float, both: float) -> None:
-    """At 1,024 tokens on the CPU, as many times as said in a forward pass, and with the backward pass."""
-    tensors = [x.detach().float() for x in given(1024, size=(1, heads, key, value))]
+def test_chunks_are_much_faster() -> None:
+    """At 1,024 tokens on the CPU ten times in a forward pass, and twenty times with the backward pass."""
+    tensors = [x.detach().float() for x in given(1024, size=(1, 2, 16, 32))]
 
     def step(form: str) -> None:
         gated_linear_attention(*tensors, form=form)
@@ -101,7 +100,7 @@ def test_chunks_are_much_faster(heads: int, key: int, value: int, forward: float
     def train(form: str) -> None:
         results(form, tensors)
 
-    for run, factor in ((step, forward), (train, both)):
+    for run, factor in ((step, 10), (train, 20)):
         run("chunked")
         slow, fast = (best(functools.partial(run, form), n) for form, n in (("reference", 3), ("chunked", 10)))
         assert slow / fast > factor

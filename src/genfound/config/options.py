@@ -22,7 +22,7 @@ MOVED = {
     "logger.project": "logger.wandb.project",
     "logger.name": "the group, logger=wandb, tensorboard, csv or jsonl",
     "data.source": "data=latent_store, nit_latents or lightningdit_latents",
-    "optimizer.warmup_from_zero": "optimizer.warmup_start=0.0",
+    "optimizer.warmup_from_zero": "optimizer.warmup_start, 0.0 where it was true",
     "launcher": "Hydra's group, hydra/launcher=...",
 }
 """Keys of earlier versions, and what replaces them."""
