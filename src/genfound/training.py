@@ -86,13 +86,11 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
         remarks = initialise(module, Path(config["init_from"]), targets.trusted(config))
         if rank == 0:
             print("\n".join(remarks), flush=True)
-    if devices.compiled(config["compile"], parts.device):
-        parts.net.compile_blocks()
     callbacks = [*_callbacks(config), resuming.Continuation(folder, changes), stopping := Stopping()]
     loggers = [DummyLogger()] if rank else _loggers(folder, config, module.budget, start, changes)
     trainer = _trainer(folder, parts, limit, callbacks, loggers)
     with devices.float32_products(trainer.precision, parts.device):
-        trainer.fit(module, datamodule=GenerativeDataModule(parts), ckpt_path=newest, weights_only=True)
+        trainer.fit(module, datamodule=_data(parts), ckpt_path=newest, weights_only=True)
     if stopping.signal:
         if rank == 0:
             run_directory.mark_stopped(folder, stopping.signal, f"ended after step {trainer.global_step:,}")
@@ -102,6 +100,15 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
         _mark_done(folder, module.images_seen, trainer.global_step, parts.images.fingerprint)
         kept = "" if config["trainer"]["fast_dev_run"] else f"; everything is in {folder}"
         print(f"done: {module.images_seen:,} images in {trainer.global_step:,} steps{kept}")
+
+
+def _data(parts: build.RunComponents) -> GenerativeDataModule:
+    """The data of a run, whose network and encoder are compiled if that is wanted."""
+    data = GenerativeDataModule(parts)
+    if devices.compiled(parts.config["compile"], parts.device):
+        parts.net.compile_blocks()
+        data.compile_tokenizer()
+    return data
 
 
 def _callbacks(config: Mapping[str, Any]) -> list[lightning.Callback]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning
+import numpy as np
 import torch
 
 from genfound.batch import Batch
@@ -16,6 +17,7 @@ from genfound.data.packing.loader import HeldOut, TrainLoader, ValidationLoader
 from genfound.layouts import Dense
 from genfound.rng import Rng
 from genfound.runtime.devices import Stopwatch
+from genfound.tokenizers.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
     from genfound.build import RunComponents
@@ -37,6 +39,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
         self.val_collate = Collate(parts.tokenizer, parts.layout, Rng(0, "val"))  # the same in every run
         self.val = ValidationLoader(parts.batches(parts.held_out, self.val_collate), [], parts.workers)
         self.encoding, self.teaching = Stopwatch(), Stopwatch()  # of the tokenizer and of teachers, in training
+        self._beside: torch.cuda.Stream | None = None  # of the tokenizer
         self._wanted = parts.plan.per_step
         self._encoded: dict[int, Batch] = {}  # held-out images on the host; every validation has the same
         options = parts.config["callbacks"].get("validation") or {"images": len(parts.held_out.labels)}
@@ -93,11 +96,30 @@ class GenerativeDataModule(lightning.LightningDataModule):
             return self._held_out(batch, device)
         images, micro = batch
         if isinstance(images, RawImages):
-            assert self.trainer is not None
-            with self.encoding.running(device) if self.trainer.training else nullcontext():
-                batch = self.collate(images, micro.positions, device)
+            batch = self._encoded_images(images, micro.positions, device)
             return self._taught(batch, images, micro, device), micro
         return images.to(device, non_blocking=True), micro
+
+    def compile_tokenizer(self) -> None:
+        """Compile the encoder of training; held-out images are encoded once, and without waiting for a compiler."""
+        if isinstance(codec := self.collate.tokenizer, Autoencoder):
+            several = len(np.unique(self.parts.images.sizes, axis=0)) > 1
+            self.collate = replace(self.collate, tokenizer=codec.compiled(dynamic=several))
+
+    def _encoded_images(self, images: RawImages, positions: Sequence[int], device: torch.device) -> Batch:
+        """The batch of these images; on CUDA encoded while the device is still at the step before."""
+        assert self.trainer is not None
+        counted = self.encoding.running(device) if self.trainer.training else nullcontext()
+        if device.type != "cuda":
+            with counted:
+                return self.collate(images, positions, device)
+        main, self._beside = torch.cuda.current_stream(device), self._beside or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._beside), counted:
+            batch = self.collate(images, positions, device)
+        main.wait_stream(self._beside)
+        for tensor in (value for value in vars(batch).values() if isinstance(value, torch.Tensor)):
+            tensor.record_stream(main)  # its memory is not given away before this stream has read it
+        return batch
 
     def _taught(self, batch: Batch, images: RawImages, micro: MicroBatch, device: torch.device) -> Batch:
         """The batch with what teachers see in its images, if its step is aligned to them."""

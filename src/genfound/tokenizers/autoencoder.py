@@ -1,8 +1,9 @@
 """What tokenizers that are a network have in common: a frozen autoencoder of diffusers."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Autoencoder(Tokenizer, ABC):
     """Images <-> normalised latents: latent = (h - shift) * scale, with the numbers of the autoencoder's own config.
 
     The network is frozen and always in eval mode. It moves to the device of the images or latents it is
-    given, and works through them in groups of at most `pixels_per_call` pixels.
+    given, and works through them in groups of at most `pixels_per_call` pixels, channels last in memory.
 
     Args:
         weights: name on the Hugging Face hub, a folder, `random` (the official architecture, always the same
@@ -44,7 +45,7 @@ class Autoencoder(Tokenizer, ABC):
             raise ValueError(f"tokenizer.precision={precision} is unknown; choose fp32 or bf16")
         self.pixels_per_call = pixels_per_call
         self.dtype = PRECISIONS[precision]
-        self.model = load(self.kind, weights).to(self.dtype)
+        self.model = load(self.kind, weights).to(dtype=self.dtype, memory_format=torch.channels_last)
         config = self.model.config
         if config.get("latents_mean") is not None:
             raise ValueError(f"tokenizer.weights={weights} normalises each channel (latents_mean): not supported")
@@ -70,6 +71,12 @@ class Autoencoder(Tokenizer, ABC):
         """Moments -> latents of about unit variance."""
         return (moments - self.shift) * self.scale
 
+    def compiled(self, dynamic: bool) -> Self:
+        """The same tokenizer with a compiled encoder; `dynamic`: the same code for images of all sizes."""
+        other = copy.copy(self)
+        other._moments = torch.compile(self._moments, dynamic=dynamic)  # type: ignore[method-assign]
+        return other
+
     @abstractmethod
     def _moments(self, images: Tensor) -> Tensor:
         """Call the encoder."""
@@ -84,5 +91,5 @@ class Autoencoder(Tokenizer, ABC):
             self.model.to(x.device)
         rows = max(self.pixels_per_call // (x.shape[-2] * x.shape[-1] * stride**2), 1)
         with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
-            parts = [call(part.to(self.dtype)).float() for part in x.split(rows)]
-        return torch.cat(parts)  # outside of inference mode: an ordinary tensor
+            parts = [call(part.to(self.dtype, memory_format=torch.channels_last)).float() for part in x.split(rows)]
+        return torch.cat(parts).contiguous()  # outside of inference mode: an ordinary tensor

@@ -55,7 +55,7 @@ class Collate:
         stride = 1 if images.encoded else self.tokenizer.spec.stride
         latents: dict[int, Tensor] = {}
         for shape, places in by_size.items():
-            group = torch.stack([images.images[place] for place in places]).to(device, non_blocking=True)
+            group = torch.stack([images.images[place].to(device, non_blocking=True) for place in places])
             noise = None
             if self.tokenizer.stochastic:  # each image has its own
                 latent = (self.tokenizer.spec.channels, *(side // stride for side in shape[-2:]))
