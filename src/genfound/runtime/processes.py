@@ -56,10 +56,13 @@ def rank_info() -> RankInfo:
 
 
 def tune_malloc() -> None:
-    """Let glibc keep the memory of a step for the next one, instead of paging it in anew (1.5x on CPUs)."""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    """Let glibc keep the memory of a step for the next one, instead of paging it in anew (1.5x on CPUs).
+
+    Blocks above 32 MB, such as the gradients of a stack of experts, are kept only if nothing is mapped on its own.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 2**26)
 
