@@ -33,7 +33,7 @@ def test_every_job_has_its_reason_though_it_cannot_be_composed(tmp_path: Path) -
     told = table(result.stdout)
     assert list(told) == [f"model={m} model.depth={d}" for m in ("nope", "nit_tiny") for d in ("deep", "1")]
     assert all(line.startswith("failed ") for line in told.values())
-    reasons = ["model=nope is unknown; choose one of dit, ", "model=nope is unknown; choose one of dit, ",
+    reasons = ["model=nope is unknown; choose one of dig, ", "model=nope is unknown; choose one of dig, ",
                "model.depth=deep must be a whole number", "objective.path=foo is unknown; choose one of"]  # fmt: skip
     assert all(reason in line for reason, line in zip(reasons, told.values(), strict=True)), told
     assert len(list(tmp_path.glob("runs/s/*/FAILED"))) == 1  # of the one that could be composed
