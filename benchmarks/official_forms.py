@@ -27,6 +27,7 @@ from genfound.batch import Batch
 from genfound.config import compose
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
+from genfound.runtime.processes import tune_malloc
 from genfound.tokenizers import LatentSpec
 
 CLASSES = 1000
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    tune_malloc()  # as a training does; both forms gain from it
     lines = [
         f"## Training step of {TOKENS:,} tokens beside the published form, one thread", "",
         "| model | precision | ours, s | published form, s | ratio | largest difference |", "|---|---|---|---|---|---|",
