@@ -42,5 +42,6 @@ def native(unit: int = 8, max_tokens: int = 4096) -> ImageViews:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder."""
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    """All that a folder holds, hidden files as well, but for empty ones (a killed process may leave its lock)."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from genfound.runtime import files
 from genfound.runtime.files import atomic_write, check_folder, digest, lock, makedirs, remove, visible
@@ -54,16 +56,32 @@ def test_processes_that_write_at_once_never_disturb_each_other(
     assert {file.read_text() for file in tmp_path.iterdir()} == {"own", "the same"}
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, folder: bool) -> None:
     left = tmp_path / ".partial-a"
-    left.write_text("half of a much longer text")
-    left.chmod(0o600)
+    if folder:
+        (left / "of safetensors").mkdir(parents=True)
+    else:
+        left.write_text("half of a much longer text, of an earlier version")
     names: list[Path] = []
     atomic_write(tmp_path / "a", lambda temporary: names.append(temporary) or temporary.write_text("whole"))
-    assert names == [left] and (tmp_path / "a").read_text() == "whole"
+    assert names == [left / "a"] and (tmp_path / "a").read_text() == "whole"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_files_of_safetensors_are_read_by_others_and_nothing_lies_beside_them(tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def save(temporary: Path) -> None:
+        save_file({"a": torch.zeros(3)}, temporary)
+        seen.extend(tmp_path.iterdir())
+
+    atomic_write(tmp_path / "a.safetensors", save)
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+    assert {path.name for path in seen} == {".a.safetensors.partial.lock", ".partial-a.safetensors"}
 
 
 def test_work_belongs_to_one_process(tmp_path: Path) -> None:

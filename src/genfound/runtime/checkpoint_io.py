@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError  # torch.load goes by the name of a file
 from torch import Tensor, nn
 
-from genfound.runtime.files import atomic_write, damaged, visible
+from genfound.runtime.files import atomic_write, damaged, remove_tree, visible
 
 STATE = "state.ckpt"
 """Of a sharded checkpoint."""
@@ -81,7 +81,7 @@ def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Call
 def remove_left(folder: Path) -> None:
     """Remove what a killed process has left in a folder of checkpoints, where no other one writes."""
     for left in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        remove_tree(left)
 
 
 def remove(path: Path) -> None:

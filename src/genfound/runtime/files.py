@@ -71,17 +71,20 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write `.partial-<name>` beside a file, which then takes its name when it is on the disk.
+    """Let `save` write a file in the folder `.partial-<name>`, which then takes its place when it is on the disk.
 
-    What a killed process leaves there, the next one overwrites; what fails leaves nothing. Processes that write the
-    same file take turns; where the file system has no locks, each has a name of its own.
+    What a killed process leaves there, also of `save`'s own making (safetensors writes beside its file first), the next
+    one removes; what fails leaves nothing. Processes that write the same file take turns; where the file system has no
+    locks, each has a folder of its own.
     """
     try:
         with _locked(file.with_name(f".{file.name}.partial.lock")) as alone:
             own = "" if alone else f"{platform.node()}-{os.getpid()}-"
-            temporary = file.with_name(f".partial-{own}{file.name}")
+            work = file.with_name(f".partial-{own}{file.name}")
+            temporary = work / file.name
             try:
-                temporary.unlink(missing_ok=True)
+                remove_tree(work)
+                work.mkdir()
                 temporary.touch()
                 mode = temporary.stat().st_mode
                 save(temporary)
@@ -90,11 +93,16 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
                     os.fsync(stream.fileno())
                 temporary.replace(file)
             finally:
-                temporary.unlink(missing_ok=True)
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        if Path(error.filename or file).parent == file.parent:  # errors of writing name no file
+        if Path(error.filename or file).is_relative_to(file.parent):  # errors of writing name no file
             error.filename = str(file)
         raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def make_once(file: Path, make: Callable[[], object]) -> None:
