@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from genfound.runtime import files
-from genfound.runtime.files import atomic_write, check_folder, digest, lock, makedirs, remove, visible
+from genfound.runtime.files import atomic_folder, atomic_write, check_folder, digest, lock, makedirs, remove, visible
 from tests.runtime.children import started
 
 HOLD = """
@@ -82,6 +82,25 @@ def test_files_of_safetensors_are_read_by_others_and_nothing_lies_beside_them(tm
     (tmp_path / "b").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
     assert {path.name for path in seen} == {".a.safetensors.partial.lock", ".partial-a.safetensors"}
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".partial-a").mkdir()
+    (tmp_path / ".partial-a/of a killed process").touch()
+
+    def half(work: Path) -> None:
+        (work / "first").touch()
+        raise ValueError("no second")
+
+    with pytest.raises(ValueError, match="no second"):
+        atomic_folder(tmp_path / "a", half)
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+    atomic_folder(tmp_path / "a", lambda work: (work / "first").touch())
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "first"]
+    with pytest.raises(OSError, match="not empty"):
+        atomic_folder(tmp_path / "a", lambda work: (work / "second").touch())
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "first"]
 
 
 def test_work_belongs_to_one_process(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Writing sets of images: ADM's npz file, or a folder of PNGs."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from PIL import Image
 
 from genfound.data.images.npz import ImageStack, write_npz
 from genfound.data.images.sets import LABELS, NOTE, ImageSet
-from genfound.runtime.files import check_folder, visible
+from genfound.runtime.files import atomic_folder, check_folder, visible
 
 
 def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:
@@ -23,21 +22,16 @@ def export(images: ImageSet, to: str, note: Mapping[str, Any]) -> Path:
         labels = {} if images.labels is None else {"arr_1": images.labels}
         write_npz(path, {"arr_0": stack, **labels, "protocol": np.array(text)})
         return path
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed command has left
-    try:
-        temporary.mkdir(parents=True)
+
+    def fill(work: Path) -> None:
         digits = max(len(str(len(images) - 1)), 6)  # 000000.png and on, as DiT's and SiT's sample_ddp.py
         for number in range(len(images)):
-            Image.fromarray(images[number]).save(temporary / f"{number:0{digits}d}.png")
-        (temporary / NOTE).write_text(text)
+            Image.fromarray(images[number]).save(work / f"{number:0{digits}d}.png")
+        (work / NOTE).write_text(text)
         if images.labels is not None:
-            (temporary / LABELS).write_text("".join(f"{label}\n" for label in images.labels))
-        if path.is_dir():
-            path.rmdir()
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (work / LABELS).write_text("".join(f"{label}\n" for label in images.labels))
+
+    atomic_folder(path, fill)
     return path
 
 

@@ -79,8 +79,7 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
     """
     try:
         with _locked(file.with_name(f".{file.name}.partial.lock")) as alone:
-            own = "" if alone else f"{platform.node()}-{os.getpid()}-"
-            work = file.with_name(f".partial-{own}{file.name}")
+            work = _partial(file, alone)
             temporary = work / file.name
             try:
                 remove_tree(work)
@@ -98,6 +97,21 @@ def atomic_write(file: Path, save: Callable[[Path], object]) -> None:
         if Path(error.filename or file).is_relative_to(file.parent):  # errors of writing name no file
             error.filename = str(file)
         raise
+
+
+def atomic_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """As `atomic_write` a folder, which is absent or empty before: `fill` writes its files into another one."""
+    with _locked(folder.with_name(f".{folder.name}.partial.lock")) as alone:
+        work = _partial(folder, alone)
+        try:
+            remove_tree(work)
+            work.mkdir()
+            fill(work)
+            if folder.is_dir():
+                folder.rmdir()
+            work.replace(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def remove_tree(path: Path) -> None:
@@ -153,6 +167,12 @@ def digest(*parts: str | bytes, size: int = 8) -> str:
     for part in parts:
         hashed.update(part.encode() if isinstance(part, str) else part)
     return hashed.hexdigest()
+
+
+def _partial(path: Path, alone: bool) -> Path:
+    """Where a file or folder is made, by one process at a time where the file system has locks."""
+    own = "" if alone else f"{platform.node()}-{os.getpid()}-"
+    return path.with_name(f".partial-{own}{path.name}")
 
 
 def _wait(lease: SoftFileLease, path: Path, way_out: str, until_free: bool) -> None:

@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from genfound.checkpoints.diffusers import native
 from genfound.checkpoints.diffusers.source import STAND_INS, Merged
 from genfound.config import compose, targets
 from genfound.objectives.process import SCHEDULES
+from genfound.runtime.files import atomic_folder
 from genfound.tokenizers import LatentSpec, Undecodable
 from genfound.tokenizers.autoencoder import Autoencoder
 
@@ -137,9 +136,8 @@ def write(model: Model, folder: Path, own_dit: bool | str, path: Path) -> list[s
     hindrance = _hindrance(model, family, codec)
     if own_dit is True and hindrance:
         raise ValueError(f"native=true: this is no DiT of diffusers; {hindrance}; set native=false")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=folder.parent))
-    try:
+
+    def fill(work: Path) -> None:
         index = _decoder(codec, work)
         if own_dit and not hindrance:
             index |= _native(model, codec.spec.stride, work)
@@ -149,10 +147,8 @@ def write(model: Model, folder: Path, own_dit: bool | str, path: Path) -> list[s
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
         index["id2label"] = {str(number): name for number, name in enumerate(model.class_names)}
         _json(work / "model_index.json", {**index, "_diffusers_version": _version()})
-        work.chmod(0o755)
-        work.replace(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+    atomic_folder(folder, fill)
     without = [f"without a vae: {codec.reason}"] if isinstance(codec, Undecodable) else []
     return [*without, *_unlike(model.config), WITH_CODE if hindrance or not own_dit else NATIVE]
 
