@@ -113,7 +113,7 @@ def test_join_of_packed_equals_packing_at_once() -> None:
     assert joined.cu_seqlens.dtype == torch.int32
     assert torch.equal(joined.image_of, at_once.image_of)
     assert torch.equal(joined.positions, at_once.positions)
-    assert joined.max_seqlen == at_once.max_seqlen
+    assert (joined.max_seqlen, joined.sides) == (at_once.max_seqlen, at_once.sides)
     assert torch.equal(joined.sizes, at_once.sizes)
 
 

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 from genfound.checkpoints.official.families import FAMILIES
+from genfound.config import targets
 from tests.golden.runner import COMMITTED, fixture_files, read
+from tests.helpers import composed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -58,6 +60,13 @@ def test_all_models_are_listed() -> None:
     listed = {name for row in rows("model") for name in re.findall(r"`(\w+)`", row[1])}
     files = (ROOT / "conf/model").glob("*.yaml")
     assert listed == {file.stem for file in files if "???" not in file.read_text() and file.stem != "fitnet"}
+
+
+def test_every_model_is_listed_with_its_layouts() -> None:
+    for _, sizes, layouts in rows("model"):
+        for name in re.findall(r"`(\w+)`", sizes):
+            kind = targets.target("model", composed(f"model={name}")["model"], ())
+            assert set(re.findall(r"`(\w+)`", layouts)) == {*kind.layouts}, name
 
 
 def test_contributing_names_what_is_there() -> None:

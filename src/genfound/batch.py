@@ -33,6 +33,7 @@ class Batch:
     image_of: Tensor | None = None  # packed only, (T,) int, the row each token belongs to
     cu_seqlens: Tensor | None = None  # packed only, (B + 1,) int32, where each row begins and ends
     max_seqlen: int = 0  # packed only, a bound on the tokens of one row, known on the host
+    sides: int = 0  # packed only, a bound on rows and columns of all real images together, known on the host
     block_mask: "BlockMask | None" = None  # packed only, which blocks of tokens meet, where attention needs it
     features: tuple[Tensor, ...] = ()  # what teachers see, where a loss aligns to it: packed (T, Z), others (B, N, Z)
 
@@ -103,8 +104,8 @@ class Batch:
             assert other.image_of is not None and other.cu_seqlens is not None
             joined["image_of"] = torch.cat([self.image_of, other.image_of + len(self.y)])
             joined["cu_seqlens"] = torch.cat([self.cu_seqlens, other.cu_seqlens[1:] + self.cu_seqlens[-1]])
-        longest = max(self.max_seqlen, other.max_seqlen)
-        return replace(self, max_seqlen=longest, **joined)  # type: ignore[arg-type]
+        longest, sides = max(self.max_seqlen, other.max_seqlen), self.sides + other.sides
+        return replace(self, max_seqlen=longest, sides=sides, **joined)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""

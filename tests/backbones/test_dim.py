@@ -1,25 +1,30 @@
-"""DiM: each option in the network, its tokens, how it begins, and larger images from smaller ones."""
+"""DiM: the same in both layouts, each option in the network, its tokens, and larger images from smaller ones."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from genfound import build
-from genfound.backbones.dim import DiM, Frame, resized, scan_orders
+from genfound.backbones.dim import DiM, resized, scan_orders
 from genfound.batch import Batch
+from genfound.layers.frames import Frame, Framed
 from genfound.layers.scans import ORDERS
-from genfound.layouts import Dense
+from genfound.layouts import Dense, Packed
 from genfound.modules.base import module_class
 from genfound.modules.dim import DiMModule
 from genfound.tokenizers import LatentSpec
-from tests.helpers import assert_equal_gradients, composed, latents, loss_and_gradients, training_module
+from tests.helpers import assert_equal_gradients, composed, latents, loss_and_gradients, packed, training_module
 
 SMALL: dict[str, Any] = {"width": 32, "depth": 7, "table": [4, 4], "states": 4}
 TIMES = torch.tensor([10.0, 600.0])
+SIZES = [(6, 10), (8, 8), (2, 14), (8, 2)]
+STATIC = Packed(2, max_tokens=90, max_images=6, filler_label=10)
 
 
 def fresh(**options: Any) -> DiM:
@@ -43,7 +48,78 @@ def images(side: int = 8) -> Batch:
 
 def output(net: DiM, batch: Batch) -> Tensor:
     with torch.no_grad():
-        return net(batch, TIMES)
+        return net(batch, times(batch))
+
+
+def times(batch: Batch) -> Tensor:
+    """Another one for every image."""
+    return TIMES if len(batch.y) == 2 else 900 / (1 + torch.arange(len(batch.y)))
+
+
+PACKS: list[dict[str, Any]] = [
+    {}, {"pad": "cycled", "table": [3, 5]}, {"pad": "none", "smooth": False}, {"skip_tune": [0.5, 0.7]},
+    {"freeu": [0.3, 0.2, 1.1, 1.2]}, {"width": 516, "depth": 3}, {"conv": 2, "recurrence": "reference"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PACKS)
+def test_images_of_a_pack_are_as_alone(options: dict[str, Any]) -> None:
+    net, z, y = small(**options), latents(SIZES), torch.arange(len(SIZES))
+    for layout in (Packed(2), STATIC):
+        batch = layout.to_batch(z, y)
+        for i, found in enumerate(layout.to_latents(output(net, batch), batch)):
+            with torch.no_grad():
+                wanted = net(Dense(2).to_batch([z[i]], y[i : i + 1]), times(batch)[i : i + 1])[0]
+            torch.testing.assert_close(found, wanted, atol=1e-5 * wanted.abs().max().item(), rtol=0)
+
+
+def test_gradients_of_a_pack_are_those_of_its_images() -> None:
+    net, z = small(), latents(SIZES)
+    batch = STATIC.to_batch(z, torch.arange(len(z)))
+    loss, found = loss_and_gradients(net, batch, times(batch))
+    total, losses = dict[str, Tensor](), list[Tensor]()
+    for i, image in enumerate(z):
+        one = Dense(2).to_batch([image], torch.tensor([i]))
+        own_loss, own = loss_and_gradients(net, one, times(batch)[i : i + 1])
+        total = {name: total.get(name, 0) + own[name] for name in own}
+        losses.append(own_loss)
+    torch.testing.assert_close(loss, sum(losses), rtol=1e-5, atol=0)
+    assert_equal_gradients(found, total, 1e-4)
+
+
+def test_filler_of_any_kind_changes_nothing() -> None:
+    """Neither its values, which are as large as numbers can be, nor how much of it there is."""
+    net, z, y = small(), latents(SIZES[:2]), torch.arange(2)
+    plain = Packed(2).to_batch(z, y)
+    used = len(plain.x)
+    for max_tokens, max_images in ((used, 2), (used + 1, 3), (4 * used, 9)):
+        batch = Packed(2, max_tokens, max_images, filler_label=10).to_batch(z, y)
+        batch.x[used:] = 1e4
+        with torch.no_grad():
+            t = nn.functional.pad(TIMES, (0, max_images - 1))
+            torch.testing.assert_close(net(batch, t)[:used], net(plain, TIMES), atol=1e-5, rtol=1e-5)
+
+
+def pack_of(rows: int) -> Batch:
+    layout = Packed(2, max_tokens=512, max_images=6, filler_label=10)
+    return layout.to_batch(latents([(2 * rows, 2 * n) for n in (4, 7, 9)]), torch.arange(3))
+
+
+def test_packs_have_few_shapes() -> None:
+    net = small()
+    assert len({net.framed(pack_of(rows)).tokens for rows in range(4, 15)}) == 3
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_blocks_are_compiled_at_most_twice_for_packs_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, net, seen = CompileCounter(), small(depth=3), list[int]()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    net.train().compile_blocks()
+    for rows in (4, 6, 12, 14):
+        batch = pack_of(rows)
+        net(batch, times(batch)).sum().backward()
+        seen.append(counted.frame_count)
+    assert seen[0] > 0 and seen[1:] == [2 * seen[0]] * 3
 
 
 CHANGES: dict[str, Any] = {
@@ -62,12 +138,14 @@ def test_every_option_is_in_the_network(key: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_equals_eager() -> None:
+@pytest.mark.parametrize("layout", [Dense(2), STATIC])
+def test_compiled_equals_eager(layout: Dense | Packed) -> None:
+    batch = layout.to_batch(latents([(8, 8)] * 2), torch.tensor([1, 2]))
     eager, compiled = small(depth=3), small(depth=3)
     compiled.load_state_dict(eager.state_dict())
     compiled.compile(fullgraph=True, backend="aot_eager")
-    loss, gradients = loss_and_gradients(eager.train(), images(), TIMES)
-    again, others = loss_and_gradients(compiled.train(), images(), TIMES)
+    loss, gradients = loss_and_gradients(eager.train(), batch, times(batch))
+    again, others = loss_and_gradients(compiled.train(), batch, times(batch))
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=0)
     assert_equal_gradients(others, gradients, 1e-4)
 
@@ -106,9 +184,11 @@ def test_a_skip_is_in_the_order_of_its_receiver(depth: int) -> None:
         if block.skip_linear is not None:
             block.skip_linear.weight.data.copy_(torch.cat([torch.zeros(32, 32), torch.eye(32)], dim=1))
     assert sum(block.skip_linear is not None for block in net.blocks) == (depth - 1) // 2
-    x = torch.randn(1, 5 + 49, 32)
-    with torch.no_grad():
-        assert torch.equal(net.run_blocks(x, torch.zeros(1, 96), 4, 4), x)
+    for batch in (images(), STATIC.to_batch(latents(SIZES), torch.arange(4))):
+        framed = net.framed(batch)
+        x = torch.randn(*(2,) * (batch.image_of is None), framed.tokens, 32)
+        with torch.no_grad():
+            assert torch.equal(net.run_blocks(x, torch.zeros(len(batch.y), 96), framed), x)
 
 
 def test_what_a_block_gives_is_seen_by_rows() -> None:
@@ -117,21 +197,26 @@ def test_what_a_block_gives_is_seen_by_rows() -> None:
         block.attn1.out_proj.weight.data.zero_()
         block.skip_linear = None
         block.register_forward_hook(lambda _, given, out: seen.append(out))
-    output(net, images())
-    every = [net.image_tokens(out, i, images()) for i, out in enumerate(seen)]
-    assert every[0].shape == (2, 16, 32)
-    assert all(torch.equal(found, every[0]) for found in every)
+    for batch in (images(), STATIC.to_batch(latents(SIZES), torch.arange(4))):
+        seen.clear()
+        output(net, batch)
+        every = [net.image_tokens(out, i, batch) for i, out in enumerate(seen)]
+        assert every[0].shape == ((2, 16, 32) if batch.image_of is None else (90, 32))
+        assert all(torch.equal(found, every[0]) for found in every)
 
 
 def test_padding_lies_right_and_below() -> None:
     for cycled, below in ((False, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]), (True, [0, 1, 0, 1, 0, 1, 0, 1, 0, 1])):
         frame = Frame(1, 2, cycled, smooth=False)
-        nn.init.zeros_(frame.pad_token_dec_split)
+        frame.pad_token_dec_split.data.zero_()
         frame.pad_token.data.copy_(torch.tensor([[[0.0, 1.0]]]))
-        x = torch.arange(10.0, 18.0)[None, :, None]  # two conditions and 2 x 3 tokens
-        found = frame(x, 2, 3)[0, :, 0].tolist()
-        assert found == [10, 11, 0, 0, 12, 13, 14, 0, 1, 15, 16, 17, 0, 1, *below]
-        assert torch.equal(frame.image(frame(x, 2, 3), 2, 3), x[:, 2:])
+        conditions, image = torch.tensor([[[10.0], [11.0]]]), torch.arange(12.0, 18.0)[:, None]  # 2 x 3 tokens
+        dense = Dense(1).to_batch(latents([(2, 3)]), torch.zeros(1))
+        for batch, x in ((dense, image[None]), (packed([(2, 3)]), image)):
+            framed = Framed(batch, 1, 2, 4)
+            found = frame(conditions, x, framed)
+            assert found.flatten().tolist() == [10, 11, 0, 0, 12, 13, 14, 0, 1, 15, 16, 17, 0, 1, *below]
+            assert torch.equal(frame.image(found, framed), x)
 
 
 def test_other_sizes_have_interpolated_positions() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,10 +31,10 @@ def given(length: int, strength: float = 1.0, rows: int = 2, channels: int = 6, 
     return [u, strength * delta, z, a, b, c, normal(channels), normal(channels)]
 
 
-def results(form: str, tensors: list[Tensor]) -> list[Tensor]:
+def results(form: str, tensors: list[Tensor], fresh: Tensor | None = None) -> list[Tensor]:
     """The output and the gradients of a weighted sum of it."""
     leaves = [x.detach().requires_grad_() for x in tensors]
-    out = selective_scan(*leaves, form)
+    out = selective_scan(*leaves, form, fresh)
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
     return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
@@ -43,6 +45,57 @@ def test_chunks_give_what_the_sequence_gives(length: int, strength: float) -> No
     tensors = given(length, strength)
     for found, wanted in zip(results("chunked", tensors), results("reference", tensors), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-10 * (1 + wanted.abs().max().item()), rtol=0)
+
+
+LENGTHS = [1, 7, 40, 2, 129, 64, 3]
+
+
+def of_images(tensors: list[Tensor]) -> list[Tensor]:
+    """The results of a pack, image by image."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    every = [x.split(LENGTHS, dim=2) if i in (0, 1, 2, 4, 5) else [x] * len(LENGTHS) for i, x in enumerate(leaves)]
+    out = torch.cat([selective_scan(*image, "reference") for image in zip(*every, strict=True)], dim=2)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0, 20.0])
+@pytest.mark.parametrize("form", ["reference", "chunked"])
+def test_images_of_a_pack_begin_with_nothing(form: str, strength: float) -> None:
+    tensors = given(sum(LENGTHS), strength, rows=1)
+    fresh = torch.cat([torch.arange(n) == 0 for n in LENGTHS])
+    for found, wanted in zip(results(form, tensors, fresh), of_images(tensors), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-10 * (1 + wanted.abs().max().item()), rtol=0)
+
+
+def test_the_convolution_of_a_mixer_sees_its_own_image() -> None:
+    for width in (1, 2, 3, 4):
+        layer, x = Mamba(8, 4, width, 2, "auto"), torch.randn(sum(LENGTHS), 8)
+        layer.initialise(Draw(layer), 1)
+        positions = torch.cat([torch.arange(n) for n in LENGTHS])
+        alone = torch.cat([layer(image[None])[0] for image in x.split(LENGTHS)])
+        torch.testing.assert_close(layer(x, positions), alone)
+
+
+def test_the_kernel_of_mamba_ssm_is_told_of_images_by_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a kernel that does what the package says of its own."""
+
+    def kernel(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        state, found = torch.zeros(*u.shape[:2], a.shape[1], dtype=u.dtype), list[Tensor]()
+        for t in range(u.shape[2]):
+            new = (delta[:, :, t] * u[:, :, t])[..., None] * b[:, None, :, t]
+            state = (delta[:, :, t, None] * a).exp() * state + new
+            found.append((state * c[:, None, :, t]).sum(-1))
+        return torch.stack(found, dim=2)
+
+    package = SimpleNamespace(selective_scan_fn=kernel)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", package)
+    monkeypatch.setattr("genfound.layers.ssm.choose_form", lambda form, device: form)
+    tensors = [x.float() for x in given(sum(LENGTHS), rows=1)]
+    tensors[1][..., 5] = -200.0  # a step of 0
+    fresh = torch.cat([torch.arange(n) == 0 for n in LENGTHS])
+    for found, wanted in zip(results("mamba_ssm", tensors, fresh), of_images(tensors), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5 * (1 + wanted.abs().max().item()), rtol=0)
 
 
 def test_strong_decays_stay_finite_in_float32() -> None:

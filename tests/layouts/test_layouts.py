@@ -76,6 +76,7 @@ def test_static_packs_have_one_shape(sizes: Sizes, max_images: int) -> None:
     assert batch.cu_seqlens[-1] == budget
     assert torch.equal(batch.cu_seqlens.diff().long(), batch.tokens)
     assert batch.max_seqlen >= int(batch.tokens.max())
+    assert batch.sides % (budget // 32) == 0 <= batch.sides - sum(h + w for h, w in sizes) < budget // 32
 
 
 def test_a_full_pack_has_an_empty_filler() -> None:

@@ -6,28 +6,32 @@ framed by learned tokens, so that the recurrence knows where rows and columns en
 blocks. Long skips go from each of the first blocks to one of the last. Steps are counted from 1.
 
 The tokens of an image are time and class, P tokens of the split, and a grid of (H + P, W + P): the image's own, then P
-columns and P rows of padding.
+columns and P rows of padding. Images of any size can be packed: frames, orders, recurrence and convolutions end where
+an image ends.
 
-Legend: B images, (H, W) tokens of an image, D width, P tokens of padding, L tokens of a sequence, K classes.
+Legend: B images, (H, W) tokens of an image, N of them, D width, P tokens of padding, L tokens of a sequence; T and S, N
+and L of all images of a pack. "..." is B, N or L, or T or S alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, silu
+from torch.nn.functional import silu
 
 from genfound.backbones.base import Backbone, Flops, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import integer, one_of
 from genfound.layers.adaln import autocast_off
 from genfound.layers.embed import FREQUENCIES, LabelEmbedder, PatchEmbedder, sinusoid
+from genfound.layers.frames import Frame, Framed
 from genfound.layers.initial import Draw
-from genfound.layers.scans import ORDERS, Scans, depthwise
+from genfound.layers.scans import ORDERS, Scans
 from genfound.layers.ssm import Mamba
-from genfound.layers.tokens import from_tokens, to_tokens
+from genfound.layers.tokens import shaped_like, tokens_of
 from genfound.rng import Rng
 
 CONDITIONS, EPS = 2, 1e-5
@@ -58,7 +62,7 @@ class DiM(Backbone):
         bf16_inputs: in training round states and times to bfloat16, as the released code does.
     """
 
-    layouts = ("dense",)
+    layouts = ("dense", "packed")
     time = "index"
 
     def __init__(
@@ -107,53 +111,48 @@ class DiM(Backbone):
         return self.transformer_blocks
 
     def forward(self, batch: Batch, t: Tensor) -> Tensor:
-        """Dense `batch.x` (B, C, h, w) at times t (B,) -> (B, C, h, w), or 2 C channels with a variance."""
-        patch, t, image = self.token_spec.patch_size, t.float() + 1, batch.x
+        """`batch.x` at times t (B,) -> a tensor of its shape, 2 C channels where a variance is learned."""
+        patch, t = self.token_spec.patch_size, t.float() + 1
         if self.bf16_inputs and self.training:
-            t, image = t.bfloat16().float(), image.bfloat16().float()
-        rows, columns = (side // patch for side in image.shape[2:])
-        tokens = self.pos_embed(to_tokens(image, patch)).float()  # (B, H W, D)
-        with autocast_off(tokens):
+            t, batch = t.bfloat16().float(), replace(batch, x=batch.x.bfloat16().float())
+        framed = self.framed(batch)
+        image = self.pos_embed(tokens_of(batch, patch)).float()  # (..., D)
+        with autocast_off(image):
             told = torch.stack([sinusoid(t, self.width), self.label_emb(batch.y)], dim=1)  # (B, 2, D)
-            x = torch.cat([told, tokens], dim=1) + resized(self.additional_embed, self.table, (rows, columns))
-            x = self.a4m_adapter(x, rows, columns)
+            of_conditions, of_image = self.additional_embed[0].split([CONDITIONS, prod(self.table)])
+            image = image + interpolated(of_image, self.table, framed.own)
+            x = self.a4m_adapter(told + of_conditions, image, framed)
             modulation = self.adaln_single(t, batch.y)
-        x = self.run_blocks(x, modulation, rows, columns)
+        x = self.run_blocks(x, modulation, framed)
         with autocast_off(x):
-            x = self.norm_out["norm"](self.a4m_adapter.image(x, rows, columns))
-            shift, scale = self.proj_out_1(silu(told.sum(dim=1)))[:, None].chunk(2, dim=2)
-            return from_tokens(self.proj_out_2(torch.addcmul(shift, x, 1 + scale)), rows, patch)
+            x = self.norm_out["norm"](self.a4m_adapter.image(x, framed))
+            shift, scale = map(batch.per_token, self.proj_out_1(silu(told.sum(dim=1))).chunk(2, dim=1))
+            return shaped_like(batch, self.proj_out_2(torch.addcmul(shift, x, 1 + scale)), patch)
 
-    def run_blocks(self, x: Tensor, modulation: Tensor, rows: int, columns: int) -> Tensor:
-        """x (B, L, D) with the modulation (B, 3 D) of all blocks -> (B, L, D); the first and last order is by rows."""
-        scans = self._scans(rows, columns, x.device)
+    def framed(self, batch: Batch) -> Framed:
+        """Where all tokens lie."""
+        pads = self.a4m_adapter.count
+        return Framed(batch, self.token_spec.patch_size, pads, CONDITIONS + pads)
+
+    def run_blocks(self, x: Tensor, modulation: Tensor, framed: Framed) -> Tensor:
+        """All tokens x (..., D), modulation (B, 3 D) of all blocks -> (..., D); first and last they are by rows."""
         kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             skip = None
             if len(self.blocks) - i in self.senders:
-                x, skip = self._tuned(i, x, kept.pop())
-            index = None
-            if i and self.orders[i - 1] != self.orders[i]:
-                grid = scans.between(self.orders[i - 1], self.orders[i])
-                index = torch.cat([torch.arange(self._fixed, device=x.device), grid + self._fixed])
-            x = self.run_block(block, x, modulation, index, skip)
+                x, skip = self._tuned(i, x, kept.pop(), framed.batch)
+            before, own = self.orders[max(i - 1, 0)], self.orders[i]
+            moved = None if before == own else framed.between(before, own)
+            x = self.run_block(block, x, modulation, Place(framed.batch, framed.positions, moved), skip)
             if i in self.senders:
                 kept.append(x)
         return x
 
-    @property
-    def _fixed(self) -> int:
-        """Tokens before those of the grid, which are in no order."""
-        return CONDITIONS + self.a4m_adapter.count
-
-    def _scans(self, rows: int, columns: int, device: torch.device) -> Scans:
-        return Scans.of_grid(rows + self.a4m_adapter.count, columns + self.a4m_adapter.count, device)
-
-    def _tuned(self, i: int, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    def _tuned(self, i: int, x: Tensor, skip: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """What block i is given and skips, by `freeu` and `skip_tune`."""
         first, last = len(self.blocks) - len(self.senders), len(self.blocks) - 1
         if self.freeu is not None and i < first + 2:
-            x, skip = free_u(x, skip, self.freeu[i - first], self.freeu[2 + i - first])
+            x, skip = free_u(x, skip, self.freeu[i - first], self.freeu[2 + i - first], batch)
         if self.skip_tune is not None:
             top, bottom = self.skip_tune
             skip = skip * ((i - first) / max(last - first, 1) * (top - bottom) / 1000 + bottom)
@@ -161,10 +160,8 @@ class DiM(Backbone):
 
     def image_tokens(self, hidden: Tensor, block: int, batch: Batch) -> Tensor:
         """Without conditions and padding, by rows."""
-        rows, columns = (side // self.token_spec.patch_size for side in batch.x.shape[2:])
-        scans = self._scans(rows, columns, hidden.device)
-        grid = scans.reorder(hidden[:, self._fixed :], self.orders[block], ORDERS[0])
-        return grid.unflatten(1, (rows + self.a4m_adapter.count, -1))[:, :rows, :columns].flatten(1, 2)
+        framed = self.framed(batch)
+        return framed.reorder(hidden, self.orders[block], ORDERS[0]).index_select(-2, framed.image)
 
     def initialise(self, rng: Rng | None = None) -> None:
         """As the released code: PyTorch's own laws, biases 0, tables N(0, 0.02^2), Mamba's; no output begins at 0."""
@@ -207,7 +204,7 @@ class DiM(Backbone):
             else:
                 per_token += own
         pads = self.a4m_adapter.count
-        more = self._fixed + pads * (sum(self.table) + pads)
+        more = CONDITIONS + pads + pads * (sum(self.table) + pads)
         return Flops(per_image + more * per_block, per_token + per_block, 0)
 
 
@@ -233,15 +230,45 @@ def scan_orders(depth: int, directions: int) -> list[str]:
 
 def resized(table: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Positions (1, 2 + H W, D) of a grid, of which those of the image are interpolated to another grid."""
-    if grid == wanted:
+    conditions, image = table[0].split([CONDITIONS, prod(grid)])
+    return torch.cat([conditions, interpolated(image, grid, Scans.of_grid(*wanted, table.device))])[None]
+
+
+def interpolated(table: Tensor, grid: tuple[int, int], wanted: Scans) -> Tensor:
+    """Values (H W, D) of a grid, bilinear between its centres, at each token of other grids: (N or T, D)."""
+    if isinstance(wanted.rows, int) and (wanted.rows, wanted.columns) == grid:
         return table
-    conditions, image = table.split([CONDITIONS, prod(grid)], dim=1)
-    image = interpolate(image.mT.unflatten(2, grid), wanted, mode="bilinear", align_corners=False)
-    return torch.cat([conditions, image.flatten(2).mT], dim=1)
+    top, bottom, down = _between(wanted.place // wanted.columns, wanted.rows, grid[0])
+    left, right, across = _between(wanted.place % wanted.columns, wanted.columns, grid[1])
+
+    def row(number: Tensor) -> Tensor:
+        first, second = (table.index_select(0, number * grid[1] + column) for column in (left, right))
+        return torch.lerp(first, second, across)
+
+    return torch.lerp(row(top), row(bottom), down)
 
 
-def free_u(x: Tensor, skip: Tensor, less: float, more: float) -> tuple[Tensor, Tensor]:
-    """Strengthens the tokens (B, L, D) where they are large, and weakens the slowest waves of the skip."""
+def _between(place: Tensor, size: Tensor | int, known: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of places on a side of a size: the two of a side of `known` around them, and the share (..., 1) of the second."""
+    at = ((place + 0.5) * (known / size) - 0.5).clamp(min=0)
+    first = at.long()
+    return first, (first + 1).clamp(max=known - 1), (at - first)[..., None]
+
+
+def free_u(x: Tensor, skip: Tensor, less: float, more: float, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Strengthens tokens (..., D) where those of an image are large, and weakens the slowest waves of the skip."""
+    if batch.cu_seqlens is not None:
+        rows = batch.cu_seqlens.diff().tolist()
+        images = zip(x[None].split(rows, dim=1), skip[None].split(rows, dim=1), strict=True)
+        found = [_free_u(own, skipped, less, more) for own, skipped in images]
+        return torch.cat([own for own, _ in found], dim=1)[0], torch.cat([skipped for _, skipped in found], dim=1)[0]
+    return _free_u(x, skip, less, more)
+
+
+def _free_u(x: Tensor, skip: Tensor, less: float, more: float) -> tuple[Tensor, Tensor]:
+    """Of images of one size, (B, L, D)."""
+    if x.shape[1] == CONDITIONS:
+        return x, skip
     own, means = x[:, CONDITIONS:], x[:, CONDITIONS:].mean(dim=2, keepdim=True)
     low, high = means.aminmax(dim=1, keepdim=True)
     own = own * ((more - 1) * (means - low) / (high - low) + 1)
@@ -251,6 +278,14 @@ def free_u(x: Tensor, skip: Tensor, less: float, more: float) -> tuple[Tensor, T
     factors[middle - 1 : middle + 1] = less
     slow = torch.fft.ifft(torch.fft.ifftshift(waves * factors, dim=1), dim=1).real
     return torch.cat([x[:, :CONDITIONS], own], dim=1), torch.cat([skip[:, :CONDITIONS], slow], dim=1)
+
+
+class Place(NamedTuple):
+    """Where the tokens that a block sees lie."""
+
+    batch: Batch
+    positions: Tensor | None  # (S,) of each token within its image, in a pack
+    moved: Tensor | None  # (L or S,) where those that come next stand in the order before, if it is another
 
 
 class Block(nn.Module):
@@ -264,18 +299,18 @@ class Block(nn.Module):
         joined = nn.Linear(2 * width, width) if width <= WIDEST_PAIR else both
         self.skip_linear = joined if skips else None
 
-    def forward(self, x: Tensor, modulation: Tensor, index: Tensor | None, skip: Tensor | None) -> Tensor:
-        """x and what it skips (B, L, D) in the order before, modulation (B, 3 D), places of the new order -> x."""
+    def forward(self, x: Tensor, modulation: Tensor, place: Place, skip: Tensor | None) -> Tensor:
+        """x and what it skips (..., D) in the order before, modulation (B, 3 D) -> x."""
         if skip is not None and isinstance(self.skip_linear, nn.ModuleList):
             x = (self.skip_linear[0](x) + self.skip_linear[1](skip)).float()
         elif skip is not None and self.skip_linear is not None:
-            x = self.skip_linear(torch.cat([x, skip], dim=2)).float()
-        x = x if index is None else x.index_select(1, index)
+            x = self.skip_linear(torch.cat([x, skip], dim=-1)).float()
+        x = x if place.moved is None else x.index_select(-2, place.moved)
         with autocast_off(x):
             parts = self.scale_shift_table + modulation.unflatten(1, (3, -1))
-            shift, scale, gate = parts[:, :, None].unbind(1)  # (B, 1, D) each
+            shift, scale, gate = map(place.batch.per_token, parts.unbind(1))
             mixed = torch.addcmul(shift, self.norm1["norm"](x), 1 + scale)
-        return x + (1 + gate) * self.attn1(mixed)
+        return x + (1 + gate) * self.attn1(mixed, place.positions)
 
 
 class Modulation(nn.Module):
@@ -303,45 +338,3 @@ class Embedder(nn.Module):
         """t, y (B,) -> (B, D)."""
         layers = self.timestep_embedder
         return layers["linear_2"](silu(layers["linear_1"](sinusoid(t)))) + self.class_embedder(y)
-
-
-class Frame(nn.Module):
-    """Convolutions of the grid of an image, and P tokens of padding at its right, below it and before it."""
-
-    def __init__(self, width: int, count: int, cycled: bool, smooth: bool) -> None:
-        super().__init__()
-        self.count, self.cycled = count, cycled
-        self.pad_token_dec_split = nn.Parameter(torch.empty(1, count, width)) if count else None
-        self.pad_token = nn.Parameter(torch.empty(1, width, count)) if count else None
-        self.first_smoother = nn.Conv2d(width, width, 3, padding=1, groups=width) if smooth else None
-        self.last_smoother = nn.Conv2d(width, width, 3, padding=1, groups=width) if smooth else None
-
-    @property
-    def paddings(self) -> list[nn.Parameter]:
-        """Learned tokens."""
-        return [p for p in (self.pad_token_dec_split, self.pad_token) if p is not None]
-
-    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """Conditions and grid (B, 2 + H W, D) -> all tokens (B, L, D), by rows."""
-        conditions, grid = x.split([CONDITIONS, rows * columns], dim=1)
-        if self.first_smoother is not None:
-            grid = depthwise(self.first_smoother, grid, (rows, columns))
-        if self.pad_token is None or self.pad_token_dec_split is None:
-            return torch.cat([conditions, grid], dim=1)
-        split, pads = (p.expand(len(x), -1, -1) for p in (self.pad_token_dec_split, self.pad_token.mT))
-        framed = torch.cat([grid, pads], dim=1).index_select(1, self._index(rows, columns, x.device))
-        return torch.cat([conditions, split, framed], dim=1)
-
-    def image(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """All tokens (B, L, D), by rows -> those of the image (B, H W, D)."""
-        grid = x[:, CONDITIONS + self.count :].unflatten(1, (rows + self.count, -1))[:, :rows, :columns].flatten(1, 2)
-        return grid if self.last_smoother is None else depthwise(self.last_smoother, grid, (rows, columns))
-
-    def _index(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """The token of the image, or after them of the padding, at each place of the framed grid."""
-        own, count = rows * columns, self.count
-        inside = torch.arange(own, device=device).view(rows, columns)
-        right = own + torch.arange(count, device=device).expand(rows, -1)
-        below = torch.arange(count * (columns + count), device=device)
-        below = own + (below % count if self.cycled else below // (columns + count))
-        return torch.cat([torch.cat([inside, right], dim=1).flatten(), below])

@@ -5,6 +5,8 @@
 with delta = softplus(delta + bias), and the output y * SiLU(z). Every form takes u, delta, z (B, E, L), A (E, N), B and
 C (B, N, L), D and bias (E,), and gives (B, E, L). `reference` is what all others are tested against.
 
+A pack is one image of L tokens, of which `fresh` says with which an image begins: there nothing is left of the state.
+
 Legend: B images, L tokens, D width, E channels of the recurrence, N states of a channel, n chunks of c tokens.
 """
 
@@ -21,18 +23,22 @@ from genfound.config.checks import one_of
 from genfound.layers.adaln import autocast_off
 from genfound.layers.initial import Draw
 
-Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+RESET = 1e15
+"""A step after which nothing is left of a state in float32, unless A is above -1e-13."""
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor, form: str = "auto"
-) -> Tensor:
+    u: Tensor, delta: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor,
+    form: str = "auto", fresh: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The recurrence by a name of `FORMS`, or by the best one that runs here; (B, E, L) in the dtype of u.
 
-    States are kept in float32, or in float64 if A is.
+    States are kept in float32, or in float64 if A is. `fresh` (L,) is true where an image of a pack begins.
     """
     with autocast_off(u):
-        return FORMS[choose_form(form, u.device.type)](u, delta, z, a, b, c, d, bias).to(u.dtype)
+        return FORMS[choose_form(form, u.device.type)](u, delta, z, a, b, c, d, bias, fresh).to(u.dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -53,10 +59,14 @@ def _installed(module: str) -> bool:
 def _with(scan: Callable[..., Tensor]) -> Form:
     """A form from a recurrence of (delta, delta u, A, B, C) alone."""
 
-    def form(u: Tensor, delta: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor) -> Tensor:
+    def form(
+        u: Tensor, delta: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor,
+        fresh: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         u, delta, z, b, c = (x.to(a.dtype).contiguous() for x in (u, delta, z, b, c))
         delta = softplus(delta + bias[:, None])
-        return torch.addcmul(scan(delta, delta * u, a, b, c), d[:, None], u) * silu(z)
+        decay = delta if fresh is None else delta.masked_fill(fresh, RESET)
+        return torch.addcmul(scan(decay, delta * u, a, b, c), d[:, None], u) * silu(z)
 
     return form
 
@@ -147,8 +157,11 @@ _scan.register_autograd(_backward, setup_context=_keep)
 
 
 def _size(length: int) -> int:
-    """Tokens of a chunk: a power of two near the root of all."""
-    return max(8, 1 << round(math.log2(max(length, 1)) / 2))
+    """Tokens of a chunk: a power of two near the root of all, found so that a compiler need not know their number."""
+    size = 8
+    while 2 * size**2 <= length:
+        size *= 2
+    return size
 
 
 def _chunks(x: Tensor) -> Tensor:
@@ -171,14 +184,23 @@ def _carry(ends: Tensor, decays: Tensor) -> Tensor:
     return torch.stack(found, dim=1)
 
 
-def _mamba_ssm(u: Tensor, delta: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor) -> Tensor:
+def _mamba_ssm(
+    u: Tensor, delta: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor, fresh: Tensor | None
+) -> Tensor:
     """The kernel of the package mamba-ssm (CUDA)."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     u, delta, z, b, c = (x.contiguous() for x in (u, delta, z, b, c))
+    if fresh is not None:
+        return _with(functools.partial(_in_steps, selective_scan_fn))(u, delta, z, a, b, c, d, bias, fresh)
     out = selective_scan_fn(u, delta, a, b, c, d, z=z, delta_bias=bias, delta_softplus=True)
     assert isinstance(out, Tensor)
     return out
+
+
+def _in_steps(kernel: Callable[..., Tensor], delta: Tensor, given: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """By a kernel of (delta, u, A, B, C), which multiplies delta and u itself."""
+    return kernel(given / delta.clamp(min=torch.finfo(delta.dtype).tiny), delta, a, b, c)
 
 
 FORMS: dict[str, Form] = {
@@ -224,17 +246,29 @@ class Mamba(nn.Module):
         """Of the recurrence."""
         return 9 * self.A_log.numel()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        u, z = self.in_proj(x).mT.chunk(2, dim=1)  # (B, E, L) each
-        u = silu(self.conv1d(u)[..., : x.shape[1]])
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(B, L, D), or a pack (L, D) with the position of each token in its image, -> the same shape."""
+        row = x if positions is None else x[None]
+        u, z = self.in_proj(row).mT.chunk(2, dim=1)  # (B, E, L) each
+        u = silu(self.convolved(u, positions))
         states = self.A_log.shape[1]
         dt, b, c = self.x_proj(u.mT).split([self.rank, states, states], dim=2)
         delta = linear(dt, self.dt_proj.weight).mT  # its bias is added later, in float32
+        fresh = None if positions is None else positions == 0
         with autocast_off(x):
-            a = -self.A_log.float().exp()
-            out = selective_scan(u, delta, z, a, b.mT, c.mT, self.D.float(), self.dt_proj.bias.float(), self.recurrence)
-        return self.out_proj(out.mT)
+            a, d, bias = -self.A_log.float().exp(), self.D.float(), self.dt_proj.bias.float()
+            out = selective_scan(u, delta, z, a, b.mT, c.mT, d, bias, self.recurrence, fresh)
+        return self.out_proj(out.mT).view_as(x)
+
+    def convolved(self, u: Tensor, positions: Tensor | None) -> Tensor:
+        """Each token (B, E, L) with those before it in its image."""
+        if positions is None:
+            return self.conv1d(u)[..., : u.shape[2]]
+        assert self.conv1d.bias is not None
+        out = self.conv1d.bias[:, None]
+        for back, weight in enumerate(self.conv1d.weight.flatten(1).flip(1).unbind(1)):
+            out = torch.addcmul(out, pad(u, (back, 0))[..., : u.shape[2]], weight[:, None] * (positions >= back))
+        return out.to(u.dtype)
 
 
 def _rising_(a_log: Tensor, generator: torch.Generator | None = None) -> Tensor:

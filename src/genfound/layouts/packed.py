@@ -30,9 +30,10 @@ class Packed(Layout):
         """Concatenate the tokens of latents (C, h, w)."""
         sizes = token_sizes(latents, self.patch_size)
         x = torch.cat([to_tokens(z, self.patch_size) for z in latents])
-        real = torch.ones(len(latents), dtype=torch.bool)
+        real, sides = torch.ones(len(latents), dtype=torch.bool), int(sizes.sum())
         if self.max_tokens is not None:
             x, y, sizes, real = self._fill(x, y, sizes, real)
+            sides += -sides % max(self.max_tokens // 32, 1)  # few values, as of max_seqlen
         lengths = sizes.prod(dim=1)
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         return Batch(
@@ -43,6 +44,7 @@ class Packed(Layout):
             image_of=torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(x.device),
             cu_seqlens=bounds.to(x.device, torch.int32),
             max_seqlen=1 << max(int(lengths.max()) - 1, 0).bit_length(),  # a power of 2: few recompilations
+            sides=sides,
         )
 
     def _fill(self, x: Tensor, y: Tensor, sizes: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfound.backbones.dim import Block, DiM, Frame, resized, scan_orders
+from genfound.backbones.dim import CONDITIONS, Block, DiM, Place, resized, scan_orders
 from genfound.checkpoints.official.dim import from_official, official_options, to_official
 from genfound.layers import ssm
+from genfound.layers.frames import Frame, Framed
 from genfound.layers.scans import ORDERS
 from genfound.objectives.gaussian import Gaussian
 from genfound.objectives.process import scaled_linear
@@ -139,7 +140,8 @@ def orders(fixture: Fixture) -> Results:
         block.skip_linear = None
         block.register_forward_hook(lambda _, given, out, i=i: found.update({f"block{i}": out[0, :, 0].long()}))
     with torch.no_grad():
-        net.run_blocks(torch.arange(count).float().expand(8, -1).mT[None], torch.zeros(1, 24), *tiny["table"])
+        framed = net.framed(dense(torch.zeros(1, 1, *(2 * n for n in tiny["table"])), torch.zeros(1), 2))
+        net.run_blocks(torch.arange(count).float().expand(8, -1).mT[None], torch.zeros(1, 24), framed)
     return found
 
 
@@ -178,19 +180,22 @@ def block(fixture: Fixture, config: Config, given: Mapping[str, Tensor]) -> Resu
     found, calls = {}, {"": given["hidden"] + twice * given["residual"], "first_block_": given["hidden"]}
     for name, x in calls.items():
         if f"{name}out" in fixture["outputs"]:
-            out = layer(x, given["modulation"], None, given.get("skip"))
+            batch = dense(torch.zeros(len(x), 1, 1, 1), torch.zeros(len(x)), 1)
+            out = layer(x, given["modulation"], Place(batch, None, None), given.get("skip"))
             found |= {f"{name}out": out - seen[-1], f"{name}residual_out": seen[-1]}
     return found
 
 
 def frame(fixture: Fixture, config: Config, given: Mapping[str, Tensor]) -> Results:
     cycled = "rho_pad" in config["pad_token_schedules"]
-    layer = Frame(config["dim"], config["mamba_d_conv"] if config["use_pad_token"] else 0, cycled, smooth=True)
+    count, x = config["mamba_d_conv"] if config["use_pad_token"] else 0, given["x"]
+    layer = Frame(config["dim"], count, cycled, smooth=True)
     checkpoint_io.load_strict(layer, parameters(fixture), SOURCE)
-    grid = (config["height"], config["width"])
+    batch = dense(torch.zeros(len(x), 1, config["height"], config["width"]), torch.zeros(len(x)), 1)
+    framed = Framed(batch, 1, count, CONDITIONS + count)
     return {
-        "prepared": layer(given["x"], *grid),
-        "finalized": layer.image(given["sequence"] + given["residual"], *grid),
+        "prepared": layer(x[:, :CONDITIONS], x[:, CONDITIONS:], framed),
+        "finalized": layer.image(given["sequence"] + given["residual"], framed),
     }
 
 
