@@ -24,6 +24,11 @@ FAMILIES = {
     "FiTModule": ["model=fitv2_tiny", *PACKED, "model.adaln_rank=8"],
     "NiTModule": ["model=nit_tiny", *PACKED],
     "DiTMoEModule": ["model=dit_moe_tiny", *DENSE],
+    "LightningDiTModule": ["model=lightningdit_tiny", *DENSE],
+    "JiTModule": ["model=jit_tiny", *PACKED],
+    "DiGModule": ["model=dig_tiny", *DENSE],
+    "DiMModule": ["model=dim_tiny", *SMALL[:-1], "data.batch_size=8"],
+    "LDMModule": ["model=ldm_tiny", *DENSE, "model.context_width=16"],
 }
 
 

@@ -1,17 +1,21 @@
 """What every model of conf/model/ must do; a new yaml file is found here by itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import genfound
 from genfound import build
+from genfound.alignment import from_config
 from genfound.config import compose, options
+from genfound.objectives.base import Losses
 from genfound.tokenizers import LatentSpec
 from genfound.training import fit
-from tests.helpers import composed, run_dir, state_differences
+from tests.helpers import ALIGNED, composed, latents, run_dir, state_differences
 
 FILES = sorted((Path(compose.config_dir()) / "model").glob("*.yaml"))
 MODELS = [file.stem for file in FILES if "???" not in file.read_text()]
@@ -62,6 +66,27 @@ def test_it_learns_and_resumes_exactly(model: str, objective: str, tmp_path: Pat
     assert losses(tmp_path / "resumed") == values
     assert not state_differences(straight, tmp_path / "resumed")
     assert not genfound.load(tmp_path / "resumed").net.training
+
+
+@pytest.mark.parametrize("model", [name for name in TINY if name != "ldm_tiny"])  # whose feature maps are not aligned
+def test_alignment_and_activation_checkpointing_go_together(model: str) -> None:
+    def gradients(*overrides: str) -> list[Tensor | None]:
+        config = composed(f"model={model}", *ALIGNED, "alignment.depth=2", "model.depth=2", *overrides)
+        net = build.net(config, LatentSpec(3, 1), num_classes=10)
+        aligned = from_config.alignment(config, net)
+        assert aligned is not None
+        for number, parameter in enumerate(net.parameters()):  # those that begin as zeros would hide the blocks
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 10
+        batch = build.sampling_layout(config).to_batch(latents([(16, 16)] * 2, 3), torch.tensor([1, 2]))
+        with aligned.watching(net.train(), batch):
+            losses = Losses(net(batch, torch.tensor([0.3, 0.6])).square().mean().expand(2), torch.zeros(2))
+        assert aligned._hidden is not None
+        seen = torch.linspace(-1, 1, 32).expand(*aligned._hidden.shape[:-1], 32)
+        aligned.added(losses, replace(batch, features=(seen,))).total.sum().backward()
+        return [parameter.grad for parameter in (*net.parameters(), *aligned.parameters())]
+
+    pairs = zip(gradients(), gradients("model.activation_checkpointing=true"), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs if one is not None or other is not None)
 
 
 OFFICIAL = sorted((Path(compose.config_dir()) / "experiment/official").glob("*.yaml"))

@@ -7,23 +7,36 @@ if TYPE_CHECKING:
     from genfound.checkpoints.load import LoadedModel, load
     from genfound.data.datamodule import GenerativeDataModule
     from genfound.modules.base import GenerativeModule
+    from genfound.modules.dig import DiGModule
+    from genfound.modules.dim import DiMModule
     from genfound.modules.dit import DiTModule
     from genfound.modules.dit_moe import DiTMoEModule
     from genfound.modules.fit import FiTModule
+    from genfound.modules.jit import JiTModule
+    from genfound.modules.ldm import LDMModule
+    from genfound.modules.lightningdit import LightningDiTModule
     from genfound.modules.nit import NiTModule
     from genfound.modules.sit import SiTModule
     from genfound.sampling.pipeline import sample
 
 _PLACES = {
     "LoadedModel": "checkpoints.load", "load": "checkpoints.load", "sample": "sampling.pipeline",
-    "GenerativeDataModule": "data.datamodule", "GenerativeModule": "modules.base", "DiTModule": "modules.dit",
-    "DiTMoEModule": "modules.dit_moe", "FiTModule": "modules.fit", "NiTModule": "modules.nit",
+    "GenerativeDataModule": "data.datamodule", "GenerativeModule": "modules.base",
+    "DiGModule": "modules.dig",
+    "DiMModule": "modules.dim",
+    "DiTModule": "modules.dit",
+    "DiTMoEModule": "modules.dit_moe",
+    "FiTModule": "modules.fit",
+    "JiTModule": "modules.jit",
+    "LDMModule": "modules.ldm",
+    "LightningDiTModule": "modules.lightningdit",
+    "NiTModule": "modules.nit",
     "SiTModule": "modules.sit",
 }  # fmt: skip
 
 __all__ = [
-    "DiTMoEModule", "DiTModule", "FiTModule", "GenerativeDataModule", "GenerativeModule", "LoadedModel", "NiTModule",
-    "SiTModule", "load", "sample",
+    "DiGModule", "DiMModule", "DiTMoEModule", "DiTModule", "FiTModule", "GenerativeDataModule", "GenerativeModule",
+    "JiTModule", "LDMModule", "LightningDiTModule", "LoadedModel", "NiTModule", "SiTModule", "load", "sample",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
 from genfound.config.compose import TARGET
 from genfound.config.targets import instantiate, partial, trusted
-from genfound.data.images.base import ImageSource, LatentSource, Rerendered
+from genfound.data.images.base import ImageSource, LatentSource
 from genfound.data.images.views import VIEW_KEYS, ImageViews
 from genfound.data.latents import stored_tokenizer
 from genfound.data.latents.store import Store
@@ -28,6 +28,8 @@ from genfound.data.packing.loader import MicroBatches, TrainLoader
 from genfound.data.packing.order import Order
 from genfound.data.packing.packer import Batcher, FixedBatcher, Packer, Repeated
 from genfound.layers.attention import choose_backend
+from genfound.layers.gla import GatedLinearAttention
+from genfound.layers.ssm import Mamba
 from genfound.layouts import Layout
 from genfound.objectives.base import GuidanceOf, Objective
 from genfound.rng import Rng
@@ -97,7 +99,7 @@ class RunComponents:
             read = stored.FeatureReader(cast(Store, self.images), self.teachers)
             batches = replace(batches, assembly=None, features=read)
         elif self.teachers is not None:  # they see the images on the training device
-            anew = isinstance(self.images, Rerendered) and (self.teachers.pixels or reads_latents(self.config))
+            anew = self.teachers.pixels or reads_latents(self.config)
             reread = (self.unit, self.teachers.pixels or self.unit) if anew else None
             batches = replace(batches, assembly=None, reread=reread)
         return TrainLoader(batches, self.plan, rank, self.ranks, self.workers, self.device.type == "cuda")
@@ -111,6 +113,7 @@ class RunComponents:
         if "attention" in self.config["model"]:
             dtype = torch.bfloat16 if running == "bf16-mixed" else torch.float32
             running += f", attention {choose_backend(self.config['model']['attention'], self.device.type, dtype)}"
+        running += "".join(f", recurrence {form}" for form in recurrences(self.net, self.device))
         return [
             *self.images.report(),
             f"{type(self.net).__name__}: {parameters:,} parameters, on {self.device.type} in {running}",
@@ -139,12 +142,19 @@ def check(config: Config, ranks: int) -> None:
         raise FileNotFoundError(f"data.root={root} is not a folder")
     with torch.device("meta"):
         backbone = net(config, _expected_spec(config), num_classes=1)
+        recurrences(backbone, place)
         from_config.alignment(config, backbone)
         from_config.teachers(config)
     goal, preview = objective(config), config["callbacks"].get("preview") or {}
     if preview.get("every") and config["guidance"].get("weights") is None:  # a guiding network would have to be read
         sampler(config).times(goal)
         goal.field(backbone, guidance(config))
+
+
+def recurrences(backbone: Backbone, place: torch.device) -> list[str]:
+    """The forms in which the recurrent layers of a network will run on a device; a ValueError where one cannot."""
+    recurrent = (layer for layer in backbone.modules() if isinstance(layer, (GatedLinearAttention, Mamba)))
+    return sorted({layer.form_on(place.type) for layer in recurrent})
 
 
 def _expected_spec(config: Config) -> LatentSpec:
@@ -173,6 +183,8 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
             "images, data=nit_latents with data.image_root=..., a store of genfound.encode with alignment=..., or "
             "alignment=none, which is another system"
         )
+    if taught is not None:
+        taught.check_source(images)
     return RunComponents(
         config, ranks, place, codec, images, held_out, backbone, goal, arranged, steps, aligned, taught
     )

@@ -60,6 +60,9 @@ def output(net: LDM, y: int = 1, t: float = 500.0, size: tuple[int, int] = (8, 1
     return net(batch, torch.tensor([t, 3.0]))
 
 
+WITHOUT_CLASS = {"conditioning": "none", "label_drop": 0.0}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weights_tell_how_a_network_is_built(variant: str) -> None:
     options = {**SMALL, **VARIANTS[variant]}
@@ -78,8 +81,8 @@ def test_weights_tell_how_a_network_is_built(variant: str) -> None:
     [
         ({}, {"heads": 1}),
         ({}, {"head_width": 8}),
-        ({"conditioning": "none"}, {"conditioning": "none", "attention_order": "kinds"}),
-        ({"conditioning": "none"}, {"conditioning": "none", "heads": 1}),
+        (WITHOUT_CLASS, {**WITHOUT_CLASS, "attention_order": "kinds"}),
+        (WITHOUT_CLASS, {**WITHOUT_CLASS, "heads": 1}),
     ],
 )
 def test_what_weights_do_not_tell_changes_the_output(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -96,7 +99,7 @@ def test_operations_at_256_pixels_are_those_of_the_official_code(model: str, mul
     assert counted.total(1, 64, 64**2) / 2e9 == pytest.approx(multiply_adds, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"conditioning": "none"}, {"resblock_updown": True}, {"conv_resample": False}])
+@pytest.mark.parametrize("options", [{}, WITHOUT_CLASS, {"resblock_updown": True}, {"conv_resample": False}])
 def test_operations_are_those_that_run(options: dict[str, Any]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,6 +150,11 @@ def test_recomputed_blocks_have_the_same_gradients() -> None:
             r"model\.conditioning=text is unknown; choose one of cross_attention, embedding",
         ),
         ({"attention_order": "rows"}, r"model\.attention_order=rows is unknown; choose one of heads, kinds"),
+        ({"conditioning": "none"}, r"model\.label_drop=0\.1 needs model\.conditioning=embedding"),
+        (
+            {"attention_resolutions": [16, 8]},
+            r"model\.attention_resolutions=\[16, 8\]: no level is 8 times smaller; choose among 1, 2",
+        ),
         ({"heads": 5}, r"model\.heads=5 does not divide the 64 channels of a level"),
         ({"head_width": 24}, r"model\.head_width=24 does not divide the 64 channels of a level"),
         ({"transformer_depth": 0}, r"model\.transformer_depth=0 must be a whole number"),

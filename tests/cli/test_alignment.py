@@ -47,6 +47,7 @@ WRONG = {
     "alignment.teachers.x.width=3": "+alignment.teachers.NAME={_target_:CLASS,width:CHANNELS} adds a teacher",
     "+alignment.teachers.x={width:3}": "alignment.teachers.x has no _target_; set it to the class",
     "+alignment.x=3": "+alignment.x=3 would add the unknown key alignment.x, which nothing reads; drop the +",
+    "alignment.pixels=4": "alignment.pixels=4 needs images that can be read at another size, from files",
     "alignment.pixels=0": "alignment.pixels=0 must be a whole number of at least 1, or null",
     "alignment=other": "alignment=other is unknown; choose one of irepa, irepa_probe, none, repa",
 }

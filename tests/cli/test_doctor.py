@@ -9,8 +9,8 @@ import pytest
 from tests.cli.commands import genfound, one_error
 
 ROWS = (
-    "versions", "processor", "bf16", "attention loop", "grouped matmul", "torch.compile", "runs", "W&B",
-    "Slurm", "tokenizer", "all-reduce",
+    "versions", "processor", "bf16", "attention loop", "grouped matmul", "recurrence of DiG", "recurrence of DiM",
+    "torch.compile", "runs", "W&B", "Slurm", "tokenizer", "all-reduce",
 )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ WRONG = {
     "from=nowhere": "there is no run nowhere",
     "reference=nowhere.npz": "there is no file nowhere.npz",
     "extractor=inception": "download weights-inception-2015-12-05-6726825d.pth from https://github.com/toshas/torch",
-    "experiment=sit_axes_mini": "experiment=sit_axes_mini is one of another command: python -m genfound.train exp",
+    "experiment=sit_axes_mini": "experiment=sit_axes_mini is not one of this command; python -m genfound.train exp",
     "experiment=best": "experiment=best is unknown; choose one of evaluate/fit_extrapolation, evaluate/",
     "protocol=adm": "protocol=adm is unknown; choose one of adm_50k",
     "n=ten": "n=ten must be a whole number",

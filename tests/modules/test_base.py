@@ -66,8 +66,8 @@ def test_labels_are_dropped_with_the_given_probability(label_drop: float, low: f
 @pytest.mark.parametrize(
     ("kind", "images_seen", "factor"),
     [
-        ("constant", 0, 1), ("constant", 999, 1), ("warmup", 0, 1 / 101), ("warmup", 50, 51 / 101), ("warmup", 100, 1),
-        ("warmup", 900, 1), ("cosine", 50, 51 / 101), ("cosine", 100, 1), ("cosine", 550, 0.5), ("cosine", 1000, 0),
+        ("constant", 0, 1 / 101), ("constant", 50, 51 / 101), ("constant", 100, 1), ("constant", 900, 1),
+        ("cosine", 50, 51 / 101), ("cosine", 100, 1), ("cosine", 550, 0.5), ("cosine", 1000, 0),
         ("cosine", 5000, 0),
     ],
 )  # fmt: skip
@@ -78,7 +78,7 @@ def test_schedules(kind: str, images_seen: int, factor: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "images_seen", "factor"),
     [
-        ("warmup", 0, 0), ("warmup", 25, 0.25), ("warmup", 100, 1), ("cosine", 100, 1), ("cosine", 550, 0.55),
+        ("constant", 0, 0), ("constant", 25, 0.25), ("constant", 100, 1), ("cosine", 100, 1), ("cosine", 550, 0.55),
         ("cosine", 1000, 0.1), ("linear", 50, 0.5), ("linear", 100, 0.91), ("linear", 500, 0.55), ("linear", 2000, 0.1),
     ],
 )  # fmt: skip
@@ -105,10 +105,10 @@ def test_learning_rates_grow_with_the_step_where_a_recipe_says_so(overrides: lis
 
 
 def test_a_warm_up_from_a_rate() -> None:
-    settings = {"schedule": "warmup", "warmup_images": 100, "warmup_start": 0.2, "lr": 1.0}
+    settings = {"schedule": "constant", "warmup_images": 100, "warmup_start": 0.2, "lr": 1.0}
     assert [schedule(settings, n, 1000) for n in (0, 50, 100)] == pytest.approx([0.2, 0.6, 1.0])
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.schedule=step is unknown; .*warmup, cosine or linear"):
+    with pytest.raises(ValueError, match=r"optimizer\.schedule=step is unknown; choose constant .*, cosine or linear"):
         schedule({"schedule": "step", "warmup_images": 0}, 0, 10)

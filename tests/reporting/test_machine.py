@@ -15,7 +15,7 @@ from torch import Tensor
 from genfound.backbones.base import Backbone
 from genfound.config import compose
 from genfound.config.errors import JobError
-from genfound.layers import attention, expert_kernels
+from genfound.layers import attention, expert_kernels, gla, ssm
 from genfound.reporting import all_reduce, kernels, machine
 from genfound.reporting.machine import CHECKS, Finding, examine
 from genfound.runtime import launch
@@ -139,6 +139,16 @@ def test_experts(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     grouped = expert_kernels.KERNELS["grouped"]
     monkeypatch.setitem(expert_kernels.KERNELS, "grouped", lambda rows, *rest: grouped(1.01 * rows, *rest))
     assert find("grouped matmul")["grouped matmul"].status == "problem"
+
+
+def test_recurrences(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = find("recurrence")
+    assert {finding.status for finding in right.values()} == {"ok"}
+    assert all(finding.found.endswith("model.recurrence=auto takes chunked") for finding in right.values())
+    for layer, name in ((gla, "recurrence of DiG"), (ssm, "recurrence of DiM")):
+        chunked = layer.FORMS["chunked"]
+        monkeypatch.setitem(layer.FORMS, "chunked", lambda *parts, form=chunked: 1.01 * form(*parts))
+        assert find("recurrence")[name].status == "problem"
 
 
 def test_compiling(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:

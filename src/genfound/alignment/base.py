@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genfound.config.checks import integer, number, one_of
+from genfound.data.images.base import ImageSource, Rerendered
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.layouts import Layout
 
@@ -75,6 +76,14 @@ class TeacherFeatures:
         integer("alignment.every", self.every, 1)
         integer("alignment.until", self.until, 1, or_null=True)
         integer("alignment.pixels", self.pixels, 1, or_null=True)
+
+    def check_source(self, images: ImageSource) -> None:
+        """Raise a ValueError where teachers are to see other pixels than the model, and the images are drawn once."""
+        if self.pixels and not self.stored and not isinstance(images, Rerendered):
+            raise ValueError(
+                f"alignment.pixels={self.pixels} needs images that can be read at another size, from files; choose "
+                "data=image_folder or another one of files, or alignment.pixels=null: teachers see what the model sees"
+            )
 
     def aligned(self, micro: MicroBatch) -> bool:
         """Whether the global step of a micro-batch is aligned."""

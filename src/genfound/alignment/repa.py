@@ -67,15 +67,17 @@ class Alignment(nn.Module):
     def watching(self, net: Backbone, batch: Batch) -> Iterator[None]:
         """Within this context the tokens of the images that leave the block are kept for `added`."""
 
+        left: list[Tensor] = []  # and nothing is done with it there: a block is computed twice by checkpointing
+
         def keep(block: nn.Module, inputs: object, out: Tensor | tuple[Tensor, ...]) -> None:
-            hidden = out if isinstance(out, Tensor) else out[0]
-            self._hidden = net.image_tokens(hidden, self.depth - 1, batch)
+            left.append(out if isinstance(out, Tensor) else out[0])
 
         handle = net.blocks[self.depth - 1].register_forward_hook(keep)
         try:
             yield
         finally:
             handle.remove()
+        self._hidden = net.image_tokens(left[0], self.depth - 1, batch)
 
     def added(self, losses: Losses, batch: Batch) -> Losses:
         """Losses with that of the alignment, of the tokens that were kept; `terms` has both parts.

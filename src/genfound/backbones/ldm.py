@@ -81,13 +81,14 @@ class LDM(Backbone):
             raise ValueError(f"{levels}; set model.patch_size={2 ** (len(channel_mult) - 1)}")
         if width % GROUPS:
             raise ValueError(f"model.width={width} must be a multiple of {GROUPS}, the groups of each norm")
-        if label_drop and not null_class:
-            raise ValueError(f"model.label_drop={label_drop} needs model.null_class=true")
+        self.null_label = num_classes if null_class and conditioning != "none" else None
+        if label_drop and self.null_label is None:
+            needed = "null_class=true" if conditioning != "none" else "conditioning=embedding, or cross_attention"
+            raise ValueError(f"model.label_drop={label_drop} needs model.{needed}")
         if not isinstance(learn_sigma, bool):
             raise ValueError(f"model.learn_sigma={learn_sigma} is unknown; choose auto, true or false")
         integer("model.head_width", head_width, 1, or_null=True)
         integer("model.transformer_depth", transformer_depth, 1)
-        self.null_label = num_classes if null_class else None
         self.token_spec = TokenSpec(channels, patch_size)
         self.activation_checkpointing = activation_checkpointing
         self.width, self.heads, self.head_width = width, heads, head_width
@@ -109,6 +110,9 @@ class LDM(Backbone):
     def _make_levels(self, channels: int, mults: Sequence[int], depth: int, attended: Sequence[int]) -> None:
         """The blocks on the way down, at the bottom, and on the way up, which take what has left those."""
         last, now, skipped = len(mults) - 1, self.width, [self.width]
+        if unknown := set(attended) - (known := {2**level for level in range(len(mults))}):
+            text = f"model.attention_resolutions={list(attended)}: no level is {min(unknown)} times smaller"
+            raise ValueError(f"{text}; choose among {', '.join(map(str, sorted(known)))}")
         self.input_blocks = nn.ModuleList([UNetBlock([nn.Conv2d(channels, now, 3, padding=1)])])
         for level, mult in enumerate(mults):
             out = mult * self.width

@@ -30,6 +30,12 @@ def number(key: str, value: Any, low: float = -math.inf, high: float = math.inf,
     raise ValueError(f"{key}={value} must be a finite number{least}{most}")
 
 
+def texts(key: str, value: Any, what: str) -> None:
+    """Nothing, if the value is a list of texts that are not empty, and there is one."""
+    if not (isinstance(value, list) and value and all(isinstance(part, str) and part for part in value)):
+        raise ValueError(f"{key}={value} must be a list of {what}")
+
+
 def interval(key: str, value: Any) -> tuple[float, float]:
     """The value, if it is [low, high] with low <= high."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:

@@ -319,10 +319,12 @@ def _refuse_new_keys(arguments: list[str], config_name: str) -> None:
 def _of_another_command(config_name: str, arguments: Sequence[str]) -> str | None:
     """About an experiment on the command line that this command cannot compose."""
     chosen = next((text.partition("=")[2] for text in arguments if text.startswith("experiment=")), "")
-    command = "evaluate" if chosen.startswith("evaluate/") else "train"
-    if command == config_name or not (Path(compose.config_dir()) / "experiment" / f"{chosen}.yaml").is_file():
-        return None
-    return f"experiment={chosen} is one of another command: python -m genfound.{command} experiment={chosen}"
+    for name in (chosen, f"evaluate/{chosen}"):
+        command = "evaluate" if name.startswith("evaluate/") else "train"
+        there = (Path(compose.config_dir()) / "experiment" / f"{name}.yaml").is_file()
+        if there and (command, name) != (config_name, chosen):
+            return f"experiment={chosen} is not one of this command; python -m genfound.{command} experiment={name}"
+    return None
 
 
 def composition_error(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
@@ -337,8 +339,8 @@ def _composition_error(error: Exception, config_name: str, arguments: Sequence[s
         return _rewritten(error.override)
     text = f"{error} {error.__cause__ or ''}"
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    if key and key[1] in options.MOVED:
-        return f"{key[1]} has moved; set {options.MOVED[key[1]]}"
+    if key and (told := options.elsewhere(key[1])):
+        return told
     if key and ("not in struct" in text or "Could not override" in text):
         groups = dict(argument.partition("=")[::2] for argument in arguments)
         group = key[1].partition(".")[0]

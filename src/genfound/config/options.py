@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from genfound.config.checks import accelerator, integer, number, one_of
+from genfound.config.checks import accelerator, integer, number, one_of, texts
 
 MOVED = {
     "trainer.log_every": "trainer.log_every_n_steps (steps)",
@@ -26,6 +26,24 @@ MOVED = {
     "launcher": "Hydra's group, hydra/launcher=...",
 }
 """Keys of earlier versions, and what replaces them."""
+
+ELSEWHERE = {
+    "model.hidden_size": "set model.width",
+    "model.num_layers": "set model.depth",
+    "model.class_dropout_prob": "set model.label_drop",
+    "lr": "set optimizer.lr",
+    "learning_rate": "set optimizer.lr",
+    "batch_size": "set batch.images (dense layout) or batch.packs, the global step",
+    "epochs": "set budget.images",
+    "max_steps": "set trainer.max_steps",
+    "ckpt_path": "the same command continues a stopped run, and init_from=PATH starts from other weights",
+    "resume": "the same command continues a stopped run",
+    "trainer.gpus": "set trainer.devices",
+    "trainer.resume_from_checkpoint": "the same command continues a stopped run",
+    "cfg_scale": "set guidance.scale",
+    "num_sampling_steps": "set sampler.steps",
+}
+"""Keys that other code bases have, and what they are here."""
 
 OTHER_KEYS = {
     "strategy": "choose strategy=auto, ddp or fsdp",
@@ -78,6 +96,13 @@ SIZES = {"depth", "width", "heads", "patch_size"}
 """Whole numbers of at least 1 of the models that have them."""
 
 
+def elsewhere(key: str) -> str | None:
+    """What is said of a key of earlier versions or of other code bases."""
+    if key in MOVED:
+        return f"{key} has moved; set {MOVED[key]}"
+    return f"unknown key {key}; {ELSEWHERE[key]}" if key in ELSEWHERE else None
+
+
 def check(config: Mapping[str, Any]) -> None:
     """Raise a ValueError for a setting of the run that makes no sense."""
     for group, keys in AT_LEAST.items():
@@ -92,15 +117,17 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"ema.decays={decays} must be a list, such as [0.9999,0.999]")
     if not isinstance(warmup := config["ema"]["warmup"], bool | None):
         raise ValueError(f"ema.warmup={warmup} must be true, false or null")
+    _check_optimizer(optimizer)
     for key, value in (("ema.decays", decays or ()), ("optimizer.betas", optimizer["betas"])):
         for decay in value:
             number(key, decay, 0, 1)
+    if "mlp_ratio" in model:
+        number("model.mlp_ratio", model["mlp_ratio"], 0, above=True)
     for key in SIZES & model.keys():
         integer(f"model.{key}", model[key], 1)
     if not isinstance(every := model.get("activation_checkpointing", False), bool):
         integer("model.activation_checkpointing", every, 1)
     number("model.label_drop", model["label_drop"], 0, 1)
-    _check_optimizer(optimizer)
     read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
     if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
         raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
@@ -115,9 +142,12 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
         number(f"optimizer.{key}", optimizer[key], 0)
     if optimizer["clip"] is not None:
         number("optimizer.clip", optimizer["clip"], 0, above=True)
+    if not isinstance(betas := optimizer["betas"], list) or len(betas) != 2:
+        raise ValueError(f"optimizer.betas={betas} must be two numbers, such as [0.9,0.999]")
+    if optimizer.get("trainable") is not None:
+        texts("optimizer.trainable", optimizer["trainable"], "parts of names, such as [adaLN,bias], or null")
     if "matrices" in optimizer:  # those of Muon
-        if not isinstance(parts := optimizer["matrices"], list) or not parts:
-            raise ValueError(f"optimizer.matrices={parts} must be a list of parts of names, such as [blocks]")
+        texts("optimizer.matrices", optimizer["matrices"], "parts of names, such as [blocks]")
         number("optimizer.momentum", optimizer["momentum"], 0, 1)
         integer("optimizer.ns_steps", optimizer["ns_steps"], 1)
         number("optimizer.ns_steps", optimizer["ns_steps"], 1, 99)  # torch.optim.Muon's own limit

@@ -67,6 +67,8 @@ class Encoding:
         side = self.codec.spec.stride * config["patch_size"]
         self.planes = _moments(self.codec, torch.zeros(1, 3, side, side, device=device)).shape[1]
         self.side, self.teachers = side, from_config.teachers(config, sources["train"])
+        if self.teachers is not None:
+            self.teachers.check_source(sources["train"])
         self.widths = from_config.widths(config)
         weight = self.variants * self.planes * self.dtype.itemsize / self.codec.spec.stride**2
         weight += self.variants * sum(self.widths.values()) * DTYPES[config["features_dtype"]].itemsize / side**2

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad, silu
 
 from genfound.batch import Batch
-from genfound.config.checks import one_of
+from genfound.config.checks import integer, number, one_of
 from genfound.layers.adaln import autocast_off
 
 CHUNK, PART = 64, 8
@@ -184,7 +184,8 @@ class GatedLinearAttention(nn.Module):
         recurrence: str,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.heads, self.gate_normalizer = heads, gate_normalizer
+        integer("model.gate_rank", gate_rank, 1)
+        self.heads, self.gate_normalizer = heads, number("model.gate_normalizer", gate_normalizer, 0, above=True)
         self.recurrence = one_of("model.recurrence", recurrence, ("auto", *FORMS))
         self.q_proj = nn.Linear(width, key_width, bias=False)
         self.k_proj = nn.Linear(width, key_width, bias=False)
@@ -193,6 +194,11 @@ class GatedLinearAttention(nn.Module):
         self.gk_proj = nn.Sequential(nn.Linear(width, gate_rank, bias=False), nn.Linear(gate_rank, key_width))
         self.o_proj = nn.Linear(value_width, width, bias=False)
         self.g_norm_swish_gate = nn.RMSNorm(value_width // heads, eps=1e-6)
+
+    def form_on(self, device: str) -> str:
+        """The form that will run; a ValueError if it cannot."""
+        smallest = min(self.k_proj.out_features, self.v_proj.out_features) // self.heads
+        return choose_form(self.recurrence, device, smallest)
 
     @property
     def flops_per_token(self) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, silu, softplus
 
-from genfound.config.checks import one_of
+from genfound.config.checks import integer, one_of
 from genfound.layers.adaln import autocast_off
 from genfound.layers.initial import Draw
 
@@ -223,6 +223,8 @@ class Mamba(nn.Module):
 
     def __init__(self, width: int, states: int, conv: int, expand: int, recurrence: str) -> None:
         super().__init__()
+        for key, value in (("states", states), ("conv", conv), ("expand", expand)):
+            integer(f"model.{key}", value, 1)
         channels, self.rank = width * expand, -(-width // 16)
         self.recurrence = one_of("model.recurrence", recurrence, ("auto", *FORMS))
         self.in_proj = nn.Linear(width, 2 * channels, bias=False)
@@ -240,6 +242,10 @@ class Mamba(nn.Module):
         draw(_steps_, self.dt_proj.bias)
         spread = (self.out_proj.in_features * blocks) ** -0.5
         draw(nn.init.uniform_, self.out_proj.weight, a=-spread, b=spread)
+
+    def form_on(self, device: str) -> str:
+        """The form that will run; a ValueError if it cannot."""
+        return choose_form(self.recurrence, device)
 
     @property
     def flops_per_token(self) -> int:

@@ -287,21 +287,19 @@ def parts_of(key: str, named: Named, parts: Sequence[str]) -> Named:
 
 
 def schedule(settings: Mapping[str, Any], images_seen: int, budget: int) -> float:
-    """Factor of the learning rate: constant; warmup, then constant; or, after a warmup, down to `min_lr` at the budget.
+    """Factor of the learning rate: after a warmup `constant`, or down to `min_lr` at the budget.
 
     `cosine` falls from the end of the warmup on, `linear` to where a straight line from the first image is (LDM).
     A warmup begins as if one image had been seen, or at the factor `warmup_start`.
     """
     kind, warmup, start = settings["schedule"], settings["warmup_images"], settings.get("warmup_start")
-    if kind not in ("constant", "warmup", "cosine", "linear"):
-        raise ValueError(f"optimizer.schedule={kind} is unknown; choose constant, warmup, cosine or linear")
-    if kind == "constant":
-        return 1.0
+    if kind not in ("constant", "cosine", "linear"):
+        raise ValueError(f"optimizer.schedule={kind} is unknown; choose constant (after a warmup), cosine or linear")
     if images_seen < warmup:
         if start is None:
             return (images_seen + 1) / (warmup + 1)
         return float(start + (1 - start) * images_seen / warmup)
-    if kind == "warmup":
+    if kind == "constant":
         return 1.0
     least = settings.get("min_lr", 0.0)
     lowest = least / settings["lr"] if least else 0.0

@@ -1,14 +1,15 @@
-"""Whether the arithmetic of this machine is right and fast: bf16, attention, compiled blocks, experts."""
+"""Whether the arithmetic of this machine is right and fast: bf16, attention, compiled blocks, experts, recurrences."""
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from genfound import build
 from genfound.config import compose
+from genfound.layers import gla, ssm
 from genfound.layers.attention import packed_attention
 from genfound.layers.expert_kernels import KERNELS
 from genfound.layouts import Packed
@@ -64,6 +65,20 @@ def experts_error(device: torch.device, dtype: torch.dtype) -> float:
     forms = (lambda rows, *weights, form=form: form(rows, ends, *weights) for form in KERNELS.values())
     one, other = (_with_gradients(form, inputs) for form in forms)
     return _error(one, other)
+
+
+def recurrence_errors(device: torch.device) -> Iterator[tuple[str, str, float]]:
+    """Model, form that `model.recurrence=auto` takes, relative error of output and gradients against the reference."""
+    q, k, v, g = (_normal(1, 100, 2, 32, seed=seed).to(device) for seed in range(4))
+    form = gla.choose_form("auto", device.type, 32)
+    forms = (functools.partial(gla.gated_linear_attention, form=name) for name in (form, "reference"))
+    yield "DiG", form, _error(*(_with_gradients(own, [q, k, v, nn.functional.logsigmoid(g)]) for own in forms))
+    shapes = ((1, 8, 100), (1, 8, 100), (1, 8, 100), (8, 4), (1, 4, 100), (1, 4, 100), (8,), (8,))
+    inputs = [_normal(*shape, seed=seed).to(device) for seed, shape in enumerate(shapes)]
+    inputs[3] = -inputs[3].exp()
+    form = ssm.choose_form("auto", device.type)
+    forms = (functools.partial(ssm.selective_scan, form=name) for name in (form, "reference"))
+    yield "DiM", form, _error(*(_with_gradients(own, inputs) for own in forms))
 
 
 def compiled_block(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

@@ -147,6 +147,13 @@ def _experts(machine: Machine) -> Iterator[Finding]:
     yield _judged("grouped matmul", error, machine.dtype, used, "another version of torch")
 
 
+def _recurrences(machine: Machine) -> Iterator[Finding]:
+    """The recurrences of DiG and DiM in the form that training takes."""
+    for name, form, error in kernels.recurrence_errors(machine.device):
+        used, way_out = f"; model.recurrence=auto takes {form}", "model.recurrence=reference"
+        yield _judged(f"recurrence of {name}", error, torch.float32, used, way_out)
+
+
 def _compile(machine: Machine) -> Iterator[Finding]:
     """A compiled block, unless that is switched off."""
     wanted = machine.config["compile"]
@@ -217,6 +224,6 @@ def _processes(machine: Machine) -> Iterator[Finding]:
 
 CHECKS: dict[str, Callable[[Machine], Iterator[Finding]]] = {
     "versions": _versions, "hardware": _hardware, "bf16": _bf16, "attention": _attention, "grouped matmul": _experts,
-    "torch.compile": _compile, "runs": _disk, "/dev/shm": _surroundings, "tokenizer": _tokenizer,
-    "all-reduce": _processes,
+    "recurrence": _recurrences, "torch.compile": _compile, "runs": _disk, "/dev/shm": _surroundings,
+    "tokenizer": _tokenizer, "all-reduce": _processes,
 }  # fmt: skip

@@ -2,8 +2,8 @@
 
 Image k of a request depends on (seed, k, its label, its size) and on nothing else: its noise is its own, and
 the network always sees a full micro-batch of images of one size, padded with copies where needed, because
-matrix kernels differ in the last bit with the number of rows. The experts of DiT-MoE are the exception: how many
-rows one of them sees depends on the other images of the call, so its images agree to rounding only.
+matrix kernels differ in the last bit with the number of rows. Two exceptions agree to rounding only: how many rows an
+expert of DiT-MoE sees, and which form DiG's recurrence takes where gates are strong, depend on the other images too.
 """
 
 from collections.abc import Callable, Mapping, Sequence

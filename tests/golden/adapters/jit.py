@@ -230,7 +230,7 @@ def train(fixture: Fixture) -> Results:
     images, per_epoch = call["x_shape"][0], call["steps_per_epoch"] * call["x_shape"][0]
     recipe = {
         **{key: call[key] for key in ("lr", "min_lr", "weight_decay", "betas", "eps")}, "clip": None,
-        "schedule": {"constant": "warmup", "cosine": "cosine"}[call["lr_schedule"]],
+        "schedule": call["lr_schedule"],
         "warmup_images": call["warmup_epochs"] * per_epoch, "warmup_start": 0.0,
     }  # fmt: skip
     net, goal = official(fixture, asked).train(), objective_of(config["loss"])
