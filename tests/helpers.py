@@ -46,7 +46,8 @@ def sampler_of(name: str, **options: Any) -> Sampler:
 
 def guidance_of(name: str, **options: Any) -> GuidanceOf | None:
     """An option of the group, with other options."""
-    return build.guidance({"guidance": compose.fill_option("guidance", {"name": name, **options})})
+    own = compose.fill_option("guidance", {"name": name, **options})
+    return build.guidance({"guidance": own, "layout": {"name": "dense"}})
 
 
 def at_one_time(net: Callable[[Batch, float], Tensor]) -> Net:

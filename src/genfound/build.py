@@ -22,7 +22,14 @@ from genfound.data.images.views import VIEW_KEYS, ImageViews
 from genfound.data.latents import stored_tokenizer
 from genfound.data.latents.store import Store
 from genfound.data.packing.batch_plan import MicroBatch, Plan
-from genfound.data.packing.budget import held_out_batches, max_images, micro_batches, token_budget, token_counts
+from genfound.data.packing.budget import (
+    batch_size,
+    held_out_batches,
+    max_images,
+    micro_batches,
+    token_budget,
+    token_counts,
+)
 from genfound.data.packing.collate import Collate
 from genfound.data.packing.loader import MicroBatches, TrainLoader
 from genfound.data.packing.order import Order
@@ -108,8 +115,11 @@ class RunComponents:
         """What is about to be trained, in lines for the user."""
         parameters = sum(p.numel() for p in self.net.parameters())
         running = precision(self.config["trainer"]["precision"], self.device)
-        micro = {"packed": "packs of {max_tokens:,} tokens", "dense": "batches of {batch_size:,} images"}
-        unit = micro.get(self.layout.name, "padded batches").format(**self.config["data"])
+        micro = {
+            "packed": f"packs of {self.config['data']['max_tokens']:,} tokens",
+            "dense": f"batches of {batch_size(self.config):,} images",
+        }
+        unit = micro.get(self.layout.name, "padded batches")
         if "attention" in self.config["model"]:
             dtype = torch.bfloat16 if running == "bf16-mixed" else torch.float32
             running += f", attention {choose_backend(self.config['model']['attention'], self.device.type, dtype)}"
@@ -331,7 +341,10 @@ def guidance(config: Config, **nets: Any) -> GuidanceOf | None:
     if TARGET not in filled:
         return None
     options = {key: value for key, value in filled.items() if key not in ("name", "weights")}
-    return functools.partial(partial("guidance", options, trusted(config)), **nets)
+    bound, layout = partial("guidance", options, trusted(config)), config["layout"]["name"]
+    if layout not in (fitting := getattr(bound.func, "layouts", (layout,))):
+        raise ValueError(f"guidance={filled['name']} does not fit layout={layout}; set layout={' or '.join(fitting)}")
+    return functools.partial(bound, **nets)
 
 
 def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], spec: LatentSpec) -> Layout:
@@ -341,7 +354,7 @@ def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], sp
     if name == "dense":
         if len(np.unique(np.concatenate([images.sizes for images in splits]), axis=0)) > 1:
             raise ValueError("layout=dense needs images of one size; set data.view=square, or layout=packed")
-        static = {"max_images": config["data"]["batch_size"], "filler_label": null}
+        static = {"max_images": batch_size(config), "filler_label": null}
     elif name == "padded":
         static = {"max_tokens": max(int(token_counts(images, spec, patch).max(initial=0)) for images in splits)}
     elif name == "packed":
@@ -365,7 +378,7 @@ def plan(config: Config, images: ImageSource, spec: LatentSpec, weight: str, ran
     order = Order(len(tokens), seed)
     grouper: Batcher
     if config["layout"]["name"] == "dense":
-        grouper = FixedBatcher(config["data"]["batch_size"])
+        grouper = FixedBatcher(batch_size(config))
     else:
         budget = token_budget(config, tokens)
         grouper = Packer(lambda k: int(tokens[order[k]]), budget, max_images(tokens, budget))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from genfound import build
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.layouts import Dense, Packed
+from genfound.layouts import Dense
 from genfound.objectives.gaussian import Gaussian
 from tests.helpers import composed, guidance_of, latents, linear_flow
 
@@ -95,7 +96,8 @@ def test_what_cannot_be_guided_so_is_refused() -> None:
         with pytest.raises(ValueError, match=needed):
             other.field(Toy(), guidance_of("upsample"))
     field = objective().field(Toy(), guidance_of("upsample", factor=3))
-    packed = Packed(1).to_batch(latents([(6, 6)]), torch.tensor([1]))
-    for batch in (BATCH, packed):
-        with pytest.raises(ValueError, match="needs layout=dense, and latents of multiples of 3 numbers a side"):
-            field.net(batch, 949.0)
+    with pytest.raises(ValueError, match=r"^guidance=upsample needs latents of multiples of 3 numbers a side"):
+        field.net(BATCH, 949.0)
+    config = composed("model=dim_tiny", "layout=packed", "guidance=upsample")
+    with pytest.raises(ValueError, match=r"^guidance=upsample does not fit layout=packed; set layout=dense$"):
+        build.check(config, 1)

@@ -36,6 +36,9 @@ def alignment(config: Config, backbone: Backbone) -> Alignment | None:
     if width is None or not blocks:
         missing = "model.width" if width is None else "`blocks`"
         raise ValueError(f"alignment: {type(backbone).__name__} has no {missing}; choose alignment=none")
+    if not backbone.passes_tokens:
+        text = "have feature maps, not tokens; choose alignment=none"
+        raise ValueError(f"alignment: the blocks of {type(backbone).__name__} {text}")
     with torch.device("meta"):
         built: Alignment = instantiate("alignment", options, trusted(config), width=width, widths=widths(config))
     if built.depth > blocks:

@@ -50,6 +50,7 @@ class Backbone(nn.Module):
     token_spec: TokenSpec
     null_label: int | None  # the label that means "no label"
     blocks: nn.ModuleList  # in their order
+    passes_tokens: bool = True  # from block to block, which a loss can align; not feature maps
     activation_checkpointing: bool | int = False  # recompute each block, or every k-th, in the backward pass
 
     @classmethod

@@ -67,6 +67,7 @@ class LDM(Backbone):
 
     layouts = ("dense",)
     time = "index"
+    passes_tokens = False
 
     def __init__(
         self, *, channels: int, num_classes: int, patch_size: int, width: int, channel_mult: Sequence[int], depth: int,
@@ -191,10 +192,6 @@ class LDM(Backbone):
             elif isinstance(module, (AttentionBlock, SpatialTransformer)):
                 zero_init_(module.proj_out)
         zero_init_(self.out[-1])
-
-    def image_tokens(self, hidden: Tensor, block: int, batch: Batch) -> Tensor:
-        """There are none."""
-        raise ValueError("alignment: the blocks of LDM have feature maps, not tokens; choose alignment=none")
 
     def flops(self) -> Flops:
         """Of convolutions, linear layers and attention, by the places of a token at each level."""

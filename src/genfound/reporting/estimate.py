@@ -14,7 +14,7 @@ from genfound import build
 from genfound.alignment import from_config
 from genfound.backbones.base import Backbone, Flops
 from genfound.config.options import ema_decays
-from genfound.data.packing.budget import micro_batches, token_counts
+from genfound.data.packing.budget import batch_size, micro_batches, token_counts
 from genfound.loggers.json_lines import lines_of
 from genfound.modules.base import train_only
 
@@ -167,7 +167,7 @@ def estimate(config: Config) -> Estimate:
     projectors = 0 if aligned is None else _count(aligned)
     parameters, trained = _count(net), sum(p.numel() for p in net.parameters() if p.requires_grad)
     dense = config["layout"]["name"] == "dense"
-    images = config["data"]["batch_size"] if dense else config["data"]["max_tokens"] / tokens
+    images = batch_size(config) if dense else config["data"]["max_tokens"] / tokens
     kept, recomputed = activations(config, images, tokens)
     divided, gathered = (ranks, _gathered(net)) if build.sharded(config, ranks) else (1, 0)
     per = FLOAT * (trained + projectors) // divided

@@ -6,6 +6,7 @@ m x m latent pixels, with what it predicts for the image that is m times smaller
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class UpsampleGuidance(ClassifierFreeGuidance):
         share: of the way from noise to data, on which it acts.
     """
 
+    layouts: ClassVar = ("dense",)
+
     factor: int = field(kw_only=True)
     strength: float = field(kw_only=True)
     share: float = field(kw_only=True)
@@ -49,8 +52,8 @@ class UpsampleGuidance(ClassifierFreeGuidance):
         if (t + 1) / len(self.net.process) < 1 - self.share:
             return out
         unit = m * self.net.token_spec.patch_size
-        if batch.layout != "dense" or any(side % unit for side in batch.x.shape[2:]):
-            raise ValueError(f"guidance=upsample needs layout=dense, and latents of multiples of {unit} numbers a side")
+        if any(side % unit for side in batch.x.shape[2:]):
+            raise ValueError(f"guidance=upsample needs latents of multiples of {unit} numbers a side")
         signal = self.signal(t)
         small = avg_pool2d(batch.x, m) / math.sqrt(signal + (1 - signal) / m**2)
         below = super().__call__(replace(batch, x=small, sizes=batch.sizes // m), self.earlier(t), decide_at)

@@ -321,6 +321,15 @@ def test_a_dense_step_is_whole_micro_batches(images: int) -> None:
         built(Source((16, 16)), "layout=dense", f"batch.images={images}")
 
 
+@pytest.mark.parametrize(("most", "images"), [(32, 30), (40, 40), (7, 6), (2000, 1200)])
+def test_the_step_of_a_recipe_is_cut_evenly(most: int, images: int) -> None:
+    source = Source(*[(64, 64)] * 1500)
+    options = ("model=ldm_4", f"data.batch_size={most}")
+    step = next(built(source, *options).steps())
+    assert [len(micro.indices) for micro in step] == [images] * (1200 // images)
+    assert len(next(built(source, *options, f"batch.images={3 * most}").steps())) == 3
+
+
 def test_rows_of_a_static_pack() -> None:
     assert budget.max_images(np.array([10, 20, 30]), 100) == 10
     assert budget.max_images(np.array([3]), 100) == 67

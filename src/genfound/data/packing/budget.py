@@ -18,11 +18,20 @@ from genfound.tokenizers import LatentSpec
 Config = Mapping[str, Any]
 
 
+def batch_size(config: Config) -> int:
+    """Images of a dense micro-batch: `data.batch_size`, or the most below it that divide the step of the recipe."""
+    micro: int = config["data"]["batch_size"]
+    integer("data.batch_size", micro, 1)
+    recipe = config["optimizer"]["images_per_step"]
+    if config["batch"]["images"] is not None:
+        return micro
+    return next(n for n in range(micro, 0, -1) if recipe % n == 0)
+
+
 def micro_batches(config: Config, ranks: int) -> int:
     """Micro-batches of all ranks in a global step."""
     if config["layout"]["name"] == "dense":
-        micro = config["data"]["batch_size"]
-        integer("data.batch_size", micro, 1)
+        micro = batch_size(config)
         images = config["batch"]["images"] or config["optimizer"]["images_per_step"]
         per_step, rest = divmod(images, micro)
         if rest or not per_step:
@@ -61,10 +70,11 @@ def held_out_batches(config: Config, tokens: np.ndarray, layout: Layout, images:
     """One step of the first held-out images of a fixed order, each once and in order, whatever the ranks are."""
     if not len(tokens):
         return []
-    budget, rows = math.inf, config["data"]["batch_size"]
+    budget, rows = math.inf, batch_size(config)
     if not isinstance(layout, Dense):
         budget = token_budget(config, tokens)
-        rows = layout.max_images if isinstance(layout, Packed) else max_images(tokens, budget)
+        static = layout.max_images if isinstance(layout, Packed) else None
+        rows = static or max_images(tokens, budget)
     order = Order(len(tokens), 0)
     indices = [order[k] for k in range(min(images, len(tokens)))]
     counts = [int(tokens[i]) for i in indices]
