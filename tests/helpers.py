@@ -46,8 +46,7 @@ def sampler_of(name: str, **options: Any) -> Sampler:
 
 def guidance_of(name: str, **options: Any) -> GuidanceOf | None:
     """An option of the group, with other options."""
-    own = compose.fill_option("guidance", {"name": name, **options})
-    return build.guidance({"guidance": own, "layout": {"name": "dense"}})
+    return build.guidance({"guidance": compose.fill_option("guidance", {"name": name, **options})})
 
 
 def at_one_time(net: Callable[[Batch, float], Tensor]) -> Net:

@@ -166,6 +166,32 @@ def test_numbers_that_make_no_sense_are_refused(override: str) -> None:
     assert SENSELESS[override] in str(error.value)
 
 
+OF_MODELS = {
+    "dig_tiny": {
+        "mlp_ratio=0": "a finite number above 0", "expand_k=-1": "a finite number above 0", "expand_v=0": "a finite",
+        "gate_normalizer=0": "a finite number above 0", "gate_rank=0": "a whole number of at least 1",
+    },
+    "dim_tiny": {"states=0": "a whole number of at least 1", "expand=0": "a whole number of at least 1"},
+    "ldm_tiny": {"context_width=0": "a whole number of at least 1"},
+    "dit_moe_tiny": {
+        "experts=null": "a whole number of at least 1", "top_k=null": "a whole number of at least 1",
+        "shared_experts=-1": "a whole number of at least 0", "balance=-1": "a finite number of at least 0",
+    },
+    "fitv2_tiny": {
+        "adaln_rank=0": "a whole number of at least 1, or null", "rope_theta=0": "a finite number above 0",
+        "time_shifting=0": "a finite number above 0",
+    },
+    "jit_tiny": {"in_context_start=null": "a whole number of at least 0"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", OF_MODELS)
+def test_numbers_of_a_model_that_make_no_sense_are_refused(model: str) -> None:
+    for override, what in OF_MODELS[model].items():
+        with pytest.raises(ValueError, match=rf"^model\.{override} must be {what}"):
+            options.check(composed(f"model={model}", f"model.{override}"))
+
+
 def test_a_project_that_wandb_refuses_stops_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -341,10 +341,7 @@ def guidance(config: Config, **nets: Any) -> GuidanceOf | None:
     if TARGET not in filled:
         return None
     options = {key: value for key, value in filled.items() if key not in ("name", "weights")}
-    bound, layout = partial("guidance", options, trusted(config)), config["layout"]["name"]
-    if layout not in (fitting := getattr(bound.func, "layouts", (layout,))):
-        raise ValueError(f"guidance={filled['name']} does not fit layout={layout}; set layout={' or '.join(fitting)}")
-    return functools.partial(bound, **nets)
+    return functools.partial(partial("guidance", options, trusted(config)), **nets)
 
 
 def layout(config: Config, backbone: Backbone, splits: Sequence[ImageSource], spec: LatentSpec) -> Layout:

@@ -248,6 +248,7 @@ def test_larger_images_begin_with_the_weights_of_smaller_ones() -> None:
         ("directions", 5, "model.directions=5 must be 1, 2, 3 or 4"),
         ("skip_tune", [0.5], "model.skip_tune=[0.5] must be 2 numbers, or null"),
         ("freeu", [1, 2], "model.freeu=[1, 2] must be 4 numbers, or null"),
+        ("freeu", [1, 2, "a", 4], "model.freeu=a must be a finite number"),
         ("conv", 0, "model.conv=0 must be a whole number of at least 1"),
         ("recurrence", "fast", "model.recurrence=fast is unknown; choose one of auto, reference, chunked, mamba_ssm"),
     ],

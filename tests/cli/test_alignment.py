@@ -49,7 +49,7 @@ WRONG = {
     "+alignment.x=3": "+alignment.x=3 would add the unknown key alignment.x, which nothing reads; drop the +",
     "alignment.pixels=4": "alignment.pixels=4 needs images that can be read at another size, from files",
     "alignment.pixels=0": "alignment.pixels=0 must be a whole number of at least 1, or null",
-    f"model=ldm_tiny batch.images=8 {REPA}": "alignment: the blocks of LDM have feature maps, not tokens; choose alignment=none",
+    f"model=ldm_tiny batch.images=8 {REPA}": "alignment: the blocks of LDM have feature maps, not tokens; choose",
     "alignment=other": "alignment=other is unknown; choose one of irepa, irepa_probe, none, repa",
 }
 

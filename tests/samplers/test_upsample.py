@@ -14,6 +14,9 @@ from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.layouts import Dense
 from genfound.objectives.gaussian import Gaussian
+from genfound.sampling.pipeline import Pipeline
+from genfound.sampling.requests import SampleRequest
+from genfound.tokenizers.pixel import PixelTokenizer
 from tests.helpers import composed, guidance_of, latents, linear_flow
 
 BATCH = Dense(1).to_batch(latents([(8, 8)] * 2), torch.tensor([1, 2]))
@@ -95,9 +98,18 @@ def test_what_cannot_be_guided_so_is_refused() -> None:
     for other in (linear_flow(), objective(prediction="x0")):
         with pytest.raises(ValueError, match=needed):
             other.field(Toy(), guidance_of("upsample"))
-    field = objective().field(Toy(), guidance_of("upsample", factor=3))
-    with pytest.raises(ValueError, match=r"^guidance=upsample needs latents of multiples of 3 numbers a side"):
-        field.net(BATCH, 949.0)
-    config = composed("model=dim_tiny", "layout=packed", "guidance=upsample")
-    with pytest.raises(ValueError, match=r"^guidance=upsample does not fit layout=packed; set layout=dense$"):
-        build.check(config, 1)
+    of_packs = Toy()
+    of_packs.layouts = ("packed",)
+    with pytest.raises(ValueError, match=r"^guidance=upsample needs a model of layout=dense; choose guid"):
+        objective().field(of_packs, guidance_of("upsample"))
+
+
+def test_images_are_dense_whatever_the_layout_of_the_training_was() -> None:
+    config = composed("model=dim_tiny", "layout=packed", "guidance=upsample", "sampler.steps=2")
+    pixels, goal = PixelTokenizer(), build.objective(config)
+    net = build.net(config, pixels.spec, 10)
+    pipeline = Pipeline.from_config(config, goal, pixels, torch.device("cpu"), 1)
+    assert pipeline(net, [SampleRequest(0, (8, 12), 0)], 0)[0].shape == (8, 12, 3)
+    made = r"tokenizer stride x patch x guidance\.factor"
+    with pytest.raises(ValueError, match=rf"^size=\[8,10\]: height and width must be multiples of 4 pixels \({made}\)"):
+        pipeline(net, [SampleRequest(0, (8, 10), 0)], 0)

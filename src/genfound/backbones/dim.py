@@ -24,7 +24,7 @@ from torch.nn.functional import silu
 
 from genfound.backbones.base import Backbone, Flops, TokenSpec
 from genfound.batch import Batch
-from genfound.config.checks import integer, one_of
+from genfound.config.checks import integer, number, one_of
 from genfound.layers.adaln import autocast_off
 from genfound.layers.embed import FREQUENCIES, LabelEmbedder, PatchEmbedder, sinusoid
 from genfound.layers.frames import Frame, Framed
@@ -221,6 +221,8 @@ def _check(
     for key, value, count in (("skip_tune", skip_tune, 2), ("freeu", freeu, 4)):
         if value is not None and (not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count):
             raise ValueError(f"model.{key}={value} must be {count} numbers, or null")
+        for own in value or ():
+            number(f"model.{key}", own)
 
 
 def scan_orders(depth: int, directions: int) -> list[str]:

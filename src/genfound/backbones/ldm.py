@@ -77,9 +77,7 @@ class LDM(Backbone):
         activation_checkpointing: bool | int,
     ) -> None:  # fmt: skip
         super().__init__()
-        if patch_size != 2 ** (len(channel_mult) - 1):
-            levels = f"model.channel_mult={list(channel_mult)} has {len(channel_mult)} levels"
-            raise ValueError(f"{levels}; set model.patch_size={2 ** (len(channel_mult) - 1)}")
+        _check_levels(patch_size, channel_mult, attention_resolutions)
         if width % GROUPS:
             raise ValueError(f"model.width={width} must be a multiple of {GROUPS}, the groups of each norm")
         self.null_label = num_classes if null_class and conditioning != "none" else None
@@ -212,6 +210,19 @@ class LDM(Backbone):
                     per_pair += 4 * part.proj_out.out_channels * side**4
         per_token += 2 * sum(p.numel() for p in self.out[-1:].parameters() if p.ndim > 1) * side**2
         return Flops(per_image, per_token, per_pair)
+
+
+def _check_levels(patch_size: int, channel_mult: Sequence[int], attention_resolutions: Sequence[int]) -> None:
+    for key, own in (("channel_mult", channel_mult), ("attention_resolutions", attention_resolutions)):
+        if not isinstance(own, Sequence) or not all(type(n) is int and n > 0 for n in own):
+            raise ValueError(f"model.{key}={own} must be whole numbers of at least 1, such as [1,2,4]")
+    if patch_size != 2 ** (len(channel_mult) - 1):
+        levels = f"model.channel_mult={list(channel_mult)} has {len(channel_mult)} levels"
+        raise ValueError(f"{levels}; set model.patch_size={2 ** (len(channel_mult) - 1)}")
+    if absent := [n for n in attention_resolutions if n > patch_size or n & (n - 1)]:
+        raise ValueError(
+            f"model.attention_resolutions: {absent[0]} is no level; they are powers of 2 up to {patch_size}"
+        )
 
 
 class ClassEmbedder(nn.Module):

@@ -29,7 +29,7 @@ class Preview(EveryNImages):
         self.requests = preview_requests(self.class_names, typical_sizes(parts.images.sizes))
         batch = parts.config["sample"]["batch"]
         self.sampling = Pipeline.from_config(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
-        self.sampling.check(module.net)
+        self.sampling.check(module.net, {request.size for request in self.requests})
 
     def on_interval(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Draw and write the grid, on rank 0, for which the others keep their parts of the weights."""

@@ -92,8 +92,11 @@ PROFILERS = ("simple", "advanced", "pytorch")
 OR_NULL = (("trainer", "max_steps"), ("budget", "images"), ("batch", "packs"), ("batch", "images"))
 """Whole numbers of at least 1, or null."""
 
-SIZES = {"depth", "width", "heads", "patch_size"}
+SIZES = {"depth", "width", "heads", "patch_size", "states", "expand", "gate_rank", "context_width", "experts", "top_k"}
 """Whole numbers of at least 1 of the models that have them."""
+
+FACTORS = {"mlp_ratio", "expand_k", "expand_v", "gate_normalizer", "rope_theta", "time_shifting"}
+"""Numbers above 0 of the models that have them."""
 
 
 def elsewhere(key: str) -> str | None:
@@ -127,6 +130,12 @@ def check(config: Mapping[str, Any]) -> None:
         integer(f"model.{key}", model[key], 1)
     if not isinstance(every := model.get("activation_checkpointing", False), bool):
         integer("model.activation_checkpointing", every, 1)
+    for key in FACTORS & model.keys():
+        number(f"model.{key}", model[key], 0, above=True)
+    integer("model.adaln_rank", model.get("adaln_rank"), 1, or_null=True)
+    for key in ("shared_experts", "in_context_start"):
+        integer(f"model.{key}", model.get(key, 0), 0)
+    number("model.balance", model.get("balance", 0), 0)
     number("model.label_drop", model["label_drop"], 0, 1)
     read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
     if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts

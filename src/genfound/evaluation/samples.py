@@ -79,9 +79,9 @@ def new_samples(
         config["guidance"]["weights"] = str(newest_checkpoint(Path(config["guidance"]["weights"])))
     objective = build.objective(config)  # refuses a sampler that does not fit
     pipeline = Pipeline.from_config(config, objective, tokenizer, device, settings["batch"])
-    pipeline.check(net)
     data = dataset.images("train") if DATA in (size, labels) else None
     requests = requests_by_rule(n, labels, size, dataset.classes, seed, data)
+    pipeline.check(net, {request.size for request in requests})
     return SamplingPlan(requests, size, pipeline, seed, sampling_record(settings, config, pipeline), config)
 
 

@@ -50,6 +50,7 @@ class TimeAdapter:
         self.negated = velocity and self.end is not None
         self.token_spec: Any = getattr(net, "token_spec", None)
         self.null_label: int | None = getattr(net, "null_label", None)
+        self.layouts: tuple[str, ...] = getattr(net, "layouts", ())
 
     def __call__(self, batch: Batch, t: float | Tensor, decide_at: float | None = None) -> Tensor:
         """The output at time t, one of all images or (B,) in float64, which is rounded once."""

@@ -30,7 +30,7 @@ class UpsampleGuidance(ClassifierFreeGuidance):
         share: of the way from noise to data, on which it acts.
     """
 
-    layouts: ClassVar = ("dense",)
+    layout: ClassVar = "dense"  # of what is sampled, whatever that of the training was
 
     factor: int = field(kw_only=True)
     strength: float = field(kw_only=True)
@@ -44,6 +44,8 @@ class UpsampleGuidance(ClassifierFreeGuidance):
         if self.net.process is None or self.doubled:
             needs = "objective=gaussian with objective.prediction=epsilon, and guidance.doubled=false"
             raise ValueError(f"guidance=upsample needs {needs}")
+        if self.layout not in self.net.layouts:
+            raise ValueError(f"guidance=upsample needs a model of layout={self.layout}; choose guidance=cfg")
 
     def __call__(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """The guided output at timestep t, (B, C, h, w) and more channels where a variance is learned."""
@@ -51,9 +53,6 @@ class UpsampleGuidance(ClassifierFreeGuidance):
         assert self.net.process is not None
         if (t + 1) / len(self.net.process) < 1 - self.share:
             return out
-        unit = m * self.net.token_spec.patch_size
-        if any(side % unit for side in batch.x.shape[2:]):
-            raise ValueError(f"guidance=upsample needs latents of multiples of {unit} numbers a side")
         signal = self.signal(t)
         small = avg_pool2d(batch.x, m) / math.sqrt(signal + (1 - signal) / m**2)
         below = super().__call__(replace(batch, x=small, sizes=batch.sizes // m), self.earlier(t), decide_at)

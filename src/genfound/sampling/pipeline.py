@@ -6,7 +6,7 @@ matrix kernels differ in the last bit with the number of rows. Two exceptions ag
 expert of DiT-MoE sees, and which form DiG's recurrence takes where gates are strong, depend on the other images too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
@@ -18,7 +18,7 @@ from genfound import build
 from genfound.backbones.base import Backbone
 from genfound.batch import Batch
 from genfound.checkpoints.load import LoadedModel, load
-from genfound.config import compose
+from genfound.config import compose, targets
 from genfound.config.checks import image_sizes, integer
 from genfound.config.targets import trusted
 from genfound.data.images.pixels import to_uint8
@@ -55,8 +55,12 @@ class Pipeline:
         micro_batch: int,
     ) -> Self:  # fmt: skip
         """Layout, sampler, guidance and precision of a configuration."""
-        weights = compose.fill_option("guidance", config["guidance"]).get("weights")
+        guiding = compose.fill_option("guidance", config["guidance"])
+        weights = guiding.get("weights")
         guide = None if weights is None else load_guide(weights, objective, trusted(config)).to(device)
+        kind = targets.target("guidance", guiding, trusted(config)) if compose.TARGET in guiding else None
+        if needed := getattr(kind, "layout", None):
+            config = {**config, "layout": compose.read_option("layout", needed)}
         return cls(
             objective=objective,
             tokenizer=tokenizer,
@@ -70,10 +74,12 @@ class Pipeline:
             guide=guide,
         )
 
-    def check(self, net: Backbone) -> None:
-        """Raise a ValueError if this network cannot be sampled from so; costs nothing."""
+    def check(self, net: Backbone, sizes: Collection[tuple[int, int]] = ()) -> None:
+        """Raise a ValueError if this network cannot be sampled from so, or not at these sizes; costs nothing."""
         self.sampler.times(self.objective)
-        self.field(net)
+        factor = getattr(self.field(net).net, "factor", 1)
+        for size in sizes:
+            check_size(size, self.tokenizer.spec.stride * self.layout.patch_size, factor)
 
     def field(self, net: Backbone) -> Any:
         """What the sampler sees of a network."""
@@ -111,9 +117,7 @@ class Pipeline:
         self, net: Backbone, requests: Sequence[SampleRequest], seed: int, finish: Callable[[Tensor], Drawn],
         progress: Progress,
     ) -> list[Drawn]:  # fmt: skip
-        for size in {request.size for request in requests}:
-            check_size(size, self.tokenizer.spec.stride * self.layout.patch_size)
-        self.check(net)
+        self.check(net, {request.size for request in requests})
         progress(0, len(requests))
         images: dict[int, Drawn] = {}
         for places in batches(requests, self.rows):

@@ -49,13 +49,18 @@ def batches(requests: Sequence[SampleRequest], most: int) -> list[list[int]]:
     return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
 
 
-def check_size(size: tuple[int, int], unit: int) -> None:
-    """Raise a ValueError that names the nearest legal sizes if a side is not a positive multiple of `unit`."""
+def check_size(size: tuple[int, int], unit: int, factor: int = 1) -> None:
+    """Raise a ValueError that names the nearest legal sizes if a side is not a positive multiple of `unit`.
+
+    `factor` is of upsample guidance, whose small images are of whole tokens too.
+    """
+    unit *= factor
     if all(side > 0 and side % unit == 0 for side in size):
         return
     low, high = ([max(f(side / unit), 1) * unit for side in size] for f in (np.floor, np.ceil))
     legal = " and ".join(dict.fromkeys(f"[{int(h)},{int(w)}]" for h, w in (low, high)))
-    rule = f"height and width must be multiples of {unit} pixels (tokenizer stride x patch)"
+    made = "tokenizer stride x patch" + (" x guidance.factor" if factor > 1 else "")
+    rule = f"height and width must be multiples of {unit} pixels ({made})"
     raise ValueError(f"size=[{size[0]},{size[1]}]: {rule}; the nearest legal sizes are {legal}")
 
 

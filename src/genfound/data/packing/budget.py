@@ -43,7 +43,7 @@ def micro_batches(config: Config, ranks: int) -> int:
         nodes = config["trainer"]["num_nodes"]
         devices = f"trainer.devices={ranks // nodes}" + (f" on each of trainer.num_nodes={nodes}" if nodes > 1 else "")
         step = f"a global step of {per_step} micro-batches cannot be shared by {devices}"
-        raise ValueError(f"{step}; set batch.packs (or batch.images) to a multiple")
+        raise ValueError(f"{step}; set batch.packs to a multiple (dense: batch.images, or data.batch_size)")
     return per_step
 
 
