@@ -71,6 +71,17 @@ def test_activations_are_those_of_a_forward_pass(model: str, precision: str) -> 
     kept, recomputed = activations(config, images=5, tokens=256 // config["model"]["patch_size"] ** 2)
     assert kept == pytest.approx(real, rel=0.02)
     assert recomputed < 0.8 * kept
+    config["model"]["activation_checkpointing"] = True
+    assert activations(config, 5, 256 // config["model"]["patch_size"] ** 2) == (recomputed, recomputed)
+
+
+def test_every_second_block_recomputed_is_between() -> None:
+    sizes = {}
+    for every in ("false", "2", "true"):
+        plan = estimate(composed("model=nit_tiny", f"model.activation_checkpointing={every}", resolve=False))
+        sizes[every] = plan.memory.activations
+        assert ("with model.activation_checkpointing=true" in "\n".join(plan.lines())) == (every != "true")
+    assert sizes["true"] < sizes["2"] < sizes["false"]
 
 
 def test_a_part_that_is_trained_needs_moments_for_this_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:

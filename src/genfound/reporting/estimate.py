@@ -118,7 +118,7 @@ class Estimate:
             f"global step: {self.step_images:,.0f} images, {self.step_images * self.tokens:,.0f} tokens, "
             f"on {self.ranks} devices",
             f"memory of each device, at most: {_gigabytes(m.total)}: {parts}",
-            f"  with model.activation_checkpointing=true: {_gigabytes(saved)}",
+            *([f"  with model.activation_checkpointing=true: {_gigabytes(saved)}"] if saved < m.total else []),
             f"budget: {self.budget:,} images, {self.budget / self.step_images:,.0f} steps, "
             f"{self.training_flops:.3g} FLOPs",
         ]
@@ -207,7 +207,7 @@ def _of_data(config: Config, unit: int) -> tuple[float, int, bool]:
 
 
 def activations(config: Config, images: float, tokens: float) -> tuple[int, int]:
-    """Bytes that the forward pass of so many images keeps: as it is, and with every block recomputed.
+    """Bytes that the forward pass of so many images keeps: as configured, and with every block recomputed.
 
     They grow by the same amount with each block and each image, so networks of one and two blocks on one and two
     images tell all; in bf16 unless trainer.precision=fp32.
@@ -221,7 +221,12 @@ def activations(config: Config, images: float, tokens: float) -> tuple[int, int]
     block = fixed[2] - fixed[1] + scale * (per_image[2] - per_image[1])
     rest = fixed[1] + scale * per_image[1] - block
     stream = FLOAT * images * tokens * config["model"]["width"]
-    return round(rest + depth * block), round(rest + depth * stream + block)
+    every = int(config["model"].get("activation_checkpointing", False))
+
+    def kept(recomputed: int) -> int:
+        return round(rest + (depth - recomputed) * block + recomputed * stream + (block if recomputed else 0))
+
+    return kept(-(-depth // every) if every else 0), kept(depth)
 
 
 def _kept(config: Config, blocks: int, rows: int, side: int, low: bool) -> int:
