@@ -124,22 +124,24 @@ def check(config: Mapping[str, Any]) -> None:
     for key, value in (("ema.decays", decays or ()), ("optimizer.betas", optimizer["betas"])):
         for decay in value:
             number(key, decay, 0, 1)
-    if "mlp_ratio" in model:
-        number("model.mlp_ratio", model["mlp_ratio"], 0, above=True)
-    for key in SIZES & model.keys():
-        integer(f"model.{key}", model[key], 1)
-    if not isinstance(every := model.get("activation_checkpointing", False), bool):
-        integer("model.activation_checkpointing", every, 1)
-    for key in FACTORS & model.keys():
-        number(f"model.{key}", model[key], 0, above=True)
-    integer("model.adaln_rank", model.get("adaln_rank"), 1, or_null=True)
-    for key in ("shared_experts", "in_context_start"):
-        integer(f"model.{key}", model.get(key, 0), 0)
-    number("model.balance", model.get("balance", 0), 0)
-    number("model.label_drop", model["label_drop"], 0, 1)
+    _check_model(model)
     read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
     if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
         raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    for key in SIZES & model.keys():
+        integer(f"model.{key}", model[key], 1)
+    for key in FACTORS & model.keys():
+        number(f"model.{key}", model[key], 0, above=True)
+    for key in ("shared_experts", "in_context_start"):
+        integer(f"model.{key}", model.get(key, 0), 0)
+    integer("model.adaln_rank", model.get("adaln_rank"), 1, or_null=True)
+    if not isinstance(every := model.get("activation_checkpointing", False), bool):
+        integer("model.activation_checkpointing", every, 1)
+    number("model.balance", model.get("balance", 0), 0)
+    number("model.label_drop", model["label_drop"], 0, 1)
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
