@@ -137,3 +137,19 @@ def test_a_batch_cannot_be_changed_in_place() -> None:
     with pytest.raises(AttributeError):
         batch.y = batch.y + 1  # type: ignore[misc]
     assert isinstance(batch, Batch)
+
+
+def test_text_is_filled_up_to_one_length_and_joined() -> None:
+    batch = packed([(2, 2), (1, 3)], max_tokens=12, max_images=3, filler_label=7)
+    texts = [torch.ones(2, 5), torch.full((4, 5), 2.0)]
+    told = batch.with_text(texts, 4)
+    assert told.text is not None and told.text_tokens is not None
+    assert told.text.shape == (4, 4, 5) and told.text_tokens.tolist() == [2, 4, 0, 0]
+    assert torch.equal(told.text[0, :2], texts[0]) and torch.equal(told.text[1], texts[1])
+    assert (told.text[0, 2:] == 0).all() and (told.text[2:] == 0).all()
+    both = told.join(told)
+    assert both.text is not None and both.text_tokens is not None
+    assert both.text_tokens.tolist() == [2, 4, 0, 0] * 2 and torch.equal(both.text, torch.cat([told.text] * 2))
+    assert batch.join(batch).text is None
+    with pytest.raises(RuntimeError):
+        batch.with_text([torch.ones(5, 5)], 4)

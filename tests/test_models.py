@@ -78,6 +78,8 @@ def test_alignment_and_activation_checkpointing_go_together(model: str) -> None:
         for number, parameter in enumerate(net.parameters()):  # those that begin as zeros would hide the blocks
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 10
         batch = build.sampling_layout(config).to_batch(latents([(16, 16)] * 2, 3), torch.tensor([1, 2]))
+        if net.text_width is not None:
+            batch = batch.with_text([torch.ones(3, net.text_width)] * 2, net.text_tokens)
         with aligned.watching(net.train(), batch):
             losses = Losses(net(batch, torch.tensor([0.3, 0.6])).square().mean().expand(2), torch.zeros(2))
         assert aligned._hidden is not None

@@ -20,7 +20,7 @@ ORDER = (
     {"batch", "rng", "config", "layers", "tokenizers"},
     {"layouts", "backbones", "objectives", "runtime"},
     {"samplers", "data", "loggers"},
-    {"build", "modules", "metrics", "alignment"},
+    {"build", "modules", "metrics", "alignment", "text"},
     {"checkpoints", "encoding"},
     {"sampling"},
     {"evaluation"},

@@ -4,10 +4,10 @@ Everything that handles latents of several images goes through `Batch`: objectiv
 backbones never ask which memory layout they are given.
 
 Letters used for shapes: B rows (images), N tokens of the longest row, T packed tokens, C channels,
-H and W latent height and width, D values of one token.
+H and W latent height and width, D values of one token, L text tokens, E values of one text token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,8 @@ class Batch:
     max_seqlen: int = 0  # packed only, a bound on the tokens of one row, known on the host
     sides: int = 0  # packed only, a bound on rows and columns of all real images together, known on the host
     block_mask: "BlockMask | None" = None  # packed only, which blocks of tokens meet, where attention needs it
+    text: Tensor | None = None  # (B, L, E) what a text encoder makes of each caption, zeros beyond its end
+    text_tokens: Tensor | None = None  # (B,) int, the length of each caption
     features: tuple[Tensor, ...] = ()  # what teachers see, where a loss aligns to it: packed (T, Z), others (B, N, Z)
 
     @property
@@ -94,12 +96,22 @@ class Batch:
         tokens = self.tokens if self.mask is None else self.mask.sum(dim=1)
         return tokens * values.shape[-1]
 
+    def with_text(self, text: Sequence[Tensor], tokens: int) -> "Batch":
+        """The batch with the text (n, E) of its first rows, each of at most L = `tokens` tokens; others have none."""
+        device, width = self.x.device, text[0].shape[1]
+        whole = torch.zeros(len(self.y), tokens, width, dtype=text[0].dtype, device=device)
+        for row, own in zip(whole, text, strict=False):
+            row[: len(own)] = own
+        lengths = [len(own) for own in text] + [0] * (len(self.y) - len(text))
+        return replace(self, text=whole, text_tokens=torch.tensor(lengths).to(device, non_blocking=True))
+
     def join(self, other: "Batch") -> "Batch":
         """The rows of this batch followed by the rows of another one of the same layout."""
         assert self.layout == other.layout
         joined = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "sizes", "real")}
-        if self.mask is not None and other.mask is not None:
-            joined["mask"] = torch.cat([self.mask, other.mask])
+        for name in ("mask", "text", "text_tokens"):
+            if (own := getattr(self, name)) is not None:
+                joined[name] = torch.cat([own, getattr(other, name)])
         if self.image_of is not None and self.cu_seqlens is not None:
             assert other.image_of is not None and other.cu_seqlens is not None
             joined["image_of"] = torch.cat([self.image_of, other.image_of + len(self.y)])

@@ -16,6 +16,7 @@ from genfound.alignment import Alignment, TeacherFeatures, from_config, stored
 from genfound.backbones.base import Backbone
 from genfound.config import compose, targets
 from genfound.config.compose import TARGET
+from genfound.config.options import text_sizes
 from genfound.config.targets import instantiate, partial, trusted
 from genfound.data.images.base import ImageSource, LatentSource
 from genfound.data.images.views import VIEW_KEYS, ImageViews
@@ -42,6 +43,8 @@ from genfound.objectives.base import GuidanceOf, Objective
 from genfound.rng import Rng
 from genfound.runtime.devices import device, precision
 from genfound.samplers import Sampler
+from genfound.text import TextEncoder
+from genfound.text.from_config import check_captions, reader_of_text, text_encoder
 from genfound.tokenizers import LatentSpec, Tokenizer, Undecodable
 from genfound.tokenizers.autoencoder import Autoencoder
 from genfound.tokenizers.weights import locate, option_of
@@ -89,9 +92,15 @@ class RunComponents:
         """From decoded images to batches."""
         return Collate(self.tokenizer, self.layout, Rng(self.config["seed"], "encode"))
 
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Of a model of text; it is loaded when it is first asked for."""
+        return cast(TextEncoder, text_encoder(self.config))
+
     def batches(self, images: ImageSource, assembly: Collate, flips: Rng | None = None) -> MicroBatches:
-        """Reads micro-batches; where images are for a network, they are encoded on the training device."""
-        return MicroBatches(images, None if self.tokenizer.online else assembly, flips)
+        """Reads micro-batches; where images or captions are for a network, they are encoded on the training device."""
+        text = None if self.net.text_width is None else reader_of_text(images)
+        return MicroBatches(images, None if self.tokenizer.online or text else assembly, flips, text=text)
 
     @property
     def unit(self) -> int:
@@ -180,6 +189,7 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
     check(config, ranks)
     codec = training_tokenizer(config)
     images, held_out = (source(config, codec.spec, split) for split in ("train", "val"))
+    check_captions(config, images)
     with nullcontext() if with_values else torch.device("meta"):
         backbone = net(config, codec.spec, len(images.class_names))
     goal, place = objective(config), device(config["trainer"]["accelerator"])
@@ -198,12 +208,6 @@ def build_run(config: Config, ranks: int, with_values: bool = True) -> RunCompon
     return RunComponents(
         config, ranks, place, codec, images, held_out, backbone, goal, arranged, steps, aligned, taught
     )
-
-
-def sharded(config: Config, ranks: int) -> bool:
-    """Whether each of several processes keeps a part of the network (`strategy=fsdp`)."""
-    fsdp = compose.read_option("strategy", "fsdp")[TARGET]
-    return ranks > 1 and (config["strategy"] or {}).get(TARGET) == fsdp
 
 
 def tokenizer(config: Config) -> Tokenizer:
@@ -303,7 +307,8 @@ def net(config: Config, spec: LatentSpec, num_classes: int) -> Backbone:
     if options.get("learn_sigma") == "auto":
         with torch.device("cpu"):  # also where the network itself is built without memory, on meta
             options["learn_sigma"] = objective(config).learned_variance
-    known = {"channels": spec.channels, "num_classes": num_classes}
+    kind = targets.target("model", options, trusted(config))
+    known = {"channels": spec.channels, "num_classes": num_classes, **text_sizes(config, kind)}
     with torch.device("meta"):
         built: Backbone = instantiate("model", options, trusted(config), **known)
     if (name := config["layout"]["name"]) not in built.layouts:

@@ -10,8 +10,9 @@ from genfound.config import command_line, compose
 def _task(cfg: DictConfig) -> None:
     from genfound.checkpoints.fetch import fetch
 
-    tokenizer, alignment = compose.to_dict(cfg.tokenizer), compose.to_dict(cfg.alignment)
-    print("\n".join(fetch(tokenizer, alignment, cfg.inception, cfg.to and Path(cfg.to).expanduser())))
+    groups = ("tokenizer", "alignment", "text_encoder")
+    config = compose.with_own_targets({group: compose.to_dict(cfg[group]) for group in groups})
+    print("\n".join(fetch(config, cfg.inception, cfg.to and Path(cfg.to).expanduser())))
 
 
 def main() -> None:

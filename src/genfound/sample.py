@@ -1,4 +1,4 @@
-"""`python -m genfound.sample from=RUN labels=[0,diamond] size=[16,24]`: a labelled grid, and each image alone."""
+"""`python -m genfound.sample from=RUN labels=[0,diamond] size=[16,24]`: a grid with titles, and each image alone."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,6 @@ from genfound.runtime.files import visible
 if TYPE_CHECKING:
     from genfound.sampling.requests import SampleRequest
 
-FEW = 10
 LONGEST_CLASS = 80
 """Letters of a class name in that of a file."""
 
@@ -30,7 +29,7 @@ def _task(cfg: DictConfig) -> None:
     from genfound.runtime.progress import ProgressCounter
     from genfound.sampling.grid import save_grid
     from genfound.sampling.pipeline import Pipeline, as_composed
-    from genfound.sampling.requests import make_requests
+    from genfound.sampling.requests import requests_of
     from genfound.tokenizers import Undecodable
 
     processes.tune_malloc()
@@ -44,12 +43,11 @@ def _task(cfg: DictConfig) -> None:
     if isinstance(loaded.tokenizer, Undecodable):
         raise ValueError(loaded.tokenizer.reason)
     loaded.net.reposition(config["rope"])
-    labels = loaded.class_names[:FEW] if config["labels"] is None else config["labels"]
     sizes = loaded.sizes if config["size"] is None else checks.image_sizes("size", config["size"])
-    requests = make_requests(labels if isinstance(labels, list) else [labels], sizes, config["n"], loaded.class_names)
+    requests, titles = requests_of(loaded, config["labels"], config["prompts"], sizes, config["n"])
     device, how = devices.device(config["accelerator"]), as_composed(loaded.config, config)
     pipeline = Pipeline.from_config(how, build.objective(how), loaded.tokenizer, device, config["batch"])
-    names = _file_names(requests, loaded.class_names)
+    names = _file_names(requests, titles)
     _refuse_others(out, {*names, GRID})
     if numbered(loaded.class_names):
         drawn = dict.fromkeys(loaded.class_names[request.label] for request in requests)
@@ -57,7 +55,7 @@ def _task(cfg: DictConfig) -> None:
     images = pipeline(loaded.net.to(device), requests, config["seed"], ProgressCounter("images"))
     for name, image in zip(names, images, strict=True):
         save_png(out / name, image)
-    save_grid(out / GRID, images, requests, loaded.class_names)
+    save_grid(out / GRID, images, requests, titles)
     print(f"{len(images)} images and their grid: {out / GRID}")
 
 

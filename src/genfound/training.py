@@ -33,7 +33,7 @@ from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, sweeps, targets
 from genfound.config.command_line import explain_oom
 from genfound.config.errors import USER_ERRORS, JobError
-from genfound.config.options import check, one_step
+from genfound.config.options import check, one_step, sharded
 from genfound.config.signals import Stopped
 from genfound.config.targets import instantiate_own
 from genfound.data.datamodule import GenerativeDataModule
@@ -44,6 +44,7 @@ from genfound.modules.base import module_of
 from genfound.runtime import checkpoint_io, devices, launch, processes, rendezvous, run_directory
 from genfound.runtime.files import lock
 from genfound.runtime.stopping import signal_of
+from genfound.text.from_config import draws_samples, fetch_for_training
 
 
 class OneProcess(LightningEnvironment):
@@ -68,7 +69,7 @@ def fit(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     _quiet_lightning()
     config = run_directory.claimed(folder)
     devices.device(config["trainer"]["accelerator"], local_rank, "trainer.accelerator")
-    apart = build.sharded(config, ranks) and not config["init_from"]  # then each process draws its part
+    apart = sharded(config, ranks) and not config["init_from"]  # then each process draws its part
     parts = build.build_run(config, ranks, with_values=not apart)
     newest = checkpoint_io.newest(folder / "checkpoints")
     start: dict[str, Any] = checkpoint_io.read(newest, parts=()) if newest else {"global_step": 0, "images_seen": 0}
@@ -293,6 +294,7 @@ def _check_at_once(folder: Path, config: Mapping[str, Any]) -> None:
     try:
         build.check(config, _ranks(config))
         from_config.fetch_teachers(config)
+        fetch_for_training(config)
         if evaluation.get("every") and evaluation.get("protocol"):
             from genfound.callbacks.evaluation import training_request
 
@@ -309,6 +311,7 @@ def _follow(folder: Path, config: Mapping[str, Any], machines: rendezvous.Machin
     """Take part in the job of another machine, which has locked the folder and written the configuration."""
     build.check(config, _ranks(config))
     from_config.fetch_teachers(config)
+    fetch_for_training(config)
     expected = run_directory.config_hash(config)
     machines.agree(expected)
     if not processes.wait_until(lambda: run_directory.claimed_hash(folder) == expected, SHARED_WITHIN):
@@ -356,9 +359,8 @@ def _run_apart(folder: Path, config: Mapping[str, Any], machines: rendezvous.Mac
 
 def _fetch_tokenizer(config: Mapping[str, Any]) -> None:
     """Download the weights of the tokenizer, if the processes of a job will read them and would not have them."""
-    latents, callbacks = build.reads_latents(config), config["callbacks"]
-    decodes = any((callbacks.get(name) or {}).get("every") for name in ("preview", "evaluation"))
-    if decodes or not latents:
+    latents = build.reads_latents(config)
+    if draws_samples(config) or not latents:
         with contextlib.suppress(*[FileNotFoundError] * latents):  # pictures then show channels of the latents
             build.fetch_tokenizer(config)
 

@@ -16,6 +16,7 @@ from genfound.config import compose
 from genfound.runtime import run_directory
 from tests.cli.commands import TINY, genfound, variables
 from tests.cli.test_image_folder import photographs
+from tests.cli.test_text import captioned
 from tests.data.images.test_archives import webdataset
 from tests.helpers import composed
 from tests.hub import hub
@@ -52,11 +53,14 @@ def released(file: Path) -> None:
 def test_commands_run(page: Path, tmp_path: Path) -> None:
     photographs(tmp_path / "photos", 12)
     webdataset(tmp_path / "tars")
+    captioned(tmp_path / "captioned")
     if "DiT-XL" in page.read_text():
         released(tmp_path / "DiT-XL-2-256x256.pt")
     for name, *shown in commands(page):
         arguments = sized_for_a_test(shown) if name == "train" else shown
-        if "model=nit_xl" in arguments or (name == "sample" and "from=DiT-XL-2-256x256.pt" in arguments):
+        if {"model=nit_xl", "model=nit_t2i_xl"} & set(arguments) or (
+            name == "sample" and "from=DiT-XL-2-256x256.pt" in arguments
+        ):
             with hydra.initialize_config_dir(compose.config_dir(), version_base="1.3"):
                 hydra.compose(name, shown)
             continue

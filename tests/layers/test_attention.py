@@ -251,3 +251,83 @@ def test_every_available_backend_equals_loop(lengths: list[int]) -> None:
     for name in names:
         for mine, expected in zip(run(name), reference, strict=True):
             torch.testing.assert_close(mine, expected, atol=0.03, rtol=0.03, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def across(lengths: list[int], tail: int = 3) -> tuple[attention.Keys, list[int], int]:
+    """Rows of other lengths to attend to, with a tail that is of none."""
+    other = [n and (3 * n) % 7 + 1 for n in lengths]
+    return attention.Keys(bounds(other), max(other)), other, sum(other) + tail
+
+
+def naive_across(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], other: list[int]) -> Tensor:
+    rows = zip(q.split(lengths), k[: sum(other)].split(other), v[: sum(other)].split(other), strict=True)
+    weights = (((torch.einsum("ihd,jhd->hij", a, b) / math.sqrt(q.shape[-1])).softmax(-1), c) for a, b, c in rows)
+    return torch.cat([torch.einsum("hij,jhd->ihd", w, c) for w, c in weights])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_rows_attend_to_those_of_another_sequence(lengths: list[int], compiled: bool, fresh_compiler: None) -> None:
+    keys, other, total = across(lengths)
+    (q, _, _, upstream), (_, k, v, _) = inputs(sum(lengths)), inputs(total)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, bounds_q, max(lengths), "loop", keys=keys)
+
+    bounds_q = bounds(lengths)
+    function = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    ours = output_and_gradients(function, q, k, v, upstream)
+    reference = output_and_gradients(lambda q, k, v: naive_across(q, k, v, lengths, other), q, k, v, upstream)
+    for mine, expected in zip(ours, reference, strict=True):
+        torch.testing.assert_close(mine, expected, atol=2e-6, rtol=1e-5)
+    assert (ours[2][sum(other) :] == 0).all()  # nothing attends to the tail
+
+
+@pytest.mark.parametrize("lengths", PACKS)
+def test_a_block_mask_of_two_sequences_is_that_of_the_definition(lengths: list[int]) -> None:
+    rows, tokens = image_of(lengths), sum(lengths)
+    of_keys = torch.cat([image_of([n and n // 2 + 1 for n in lengths]), torch.full((200,), len(lengths))])
+    ours = document_mask(rows, of_keys)
+    theirs = create_block_mask(lambda b, h, i, j: rows[i] == of_keys[j], None, None, tokens, len(of_keys), device="cpu")
+    assert ours.seq_lengths == theirs.seq_lengths and torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_kernels_are_told_the_rows_of_the_keys_and_give_their_tail_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs has chance numbers there, here none at all."""
+    given: list[Any] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *where: Any, **_: Any) -> Tensor:
+        given.append(where)
+        return q + (k.sum() + v.sum()) * float("nan")
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=kernel))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    keys, other, total = across([4, 5])
+    (q, *_), (_, k, v, _) = inputs(9), inputs(total)
+    for name in ("flash", "varlen"):
+        out = BACKENDS[name](q, k, v, bounds([4, 5]), 5, keys)
+        for gradient in torch.autograd.grad(out.sum(), (k, v)):
+            assert (gradient[sum(other) :] == 0).all() and gradient[: sum(other)].isnan().all()
+    assert [(cu.tolist(), cu_k.tolist(), *most) for cu, cu_k, *most in given] == [
+        ([0, 4, 9], [0, *torch.tensor(other).cumsum(0).tolist()], 5, max(other))
+    ] * 2
+
+
+@pytest.mark.gpu
+def test_every_available_backend_equals_loop_across_sequences() -> None:
+    lengths = [100, 28, 0, 1, 63, 0]
+    keys, _, total = across(lengths, 50)
+    keys = keys._replace(cu_seqlens=keys.cu_seqlens.cuda())
+    make = functools.partial(inputs, heads=4, size=64, device="cuda", dtype=torch.bfloat16)
+    (q, _, _, upstream), (_, k, v, _) = make(sum(lengths)), make(total)
+    cu = bounds(lengths).cuda()
+
+    def run(backend: str) -> tuple[Tensor, ...]:
+        return output_and_gradients(lambda *a: packed_attention(*a, cu, 128, backend, keys=keys), q, k, v, upstream)
+
+    reference = run("loop")
+    for name in available_backends("cuda", torch.bfloat16):
+        for mine, expected in zip(run(name), reference, strict=True):
+            torch.testing.assert_close(mine, expected, atol=0.03, rtol=0.03, msg=lambda m, n=name: f"{n}: {m}")

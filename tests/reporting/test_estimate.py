@@ -22,6 +22,7 @@ FAMILIES = [
     "fit_tiny",
     "fitv2_tiny",
     "nit_tiny",
+    "nit_t2i_tiny",
     "dit_moe_tiny",
     "lightningdit_tiny",
     "jit_tiny",
@@ -67,6 +68,8 @@ def test_activations_are_those_of_a_forward_pass(model: str, precision: str) -> 
     layout: Layout = build.sampling_layout(config)
     images = [torch.randn(3, 16, 16) for _ in range(5)]
     batch = layout.to_batch(images, torch.zeros(5, dtype=torch.int64))
+    if net.text_width is not None:
+        batch = batch.with_text([torch.randn(net.text_tokens, net.text_width) for _ in images], net.text_tokens)
     real = saved_bytes(net, batch, low=precision == "bf16")
     kept, recomputed = activations(config, images=5, tokens=256 // config["model"]["patch_size"] ** 2)
     assert kept == pytest.approx(real, rel=0.02)

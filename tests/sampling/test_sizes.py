@@ -19,6 +19,7 @@ TABLE = {  # the official count, of which the fixed position table is no paramet
     "fitv2_b": 128_149_072, "fitv2_xl": 671_045_776, "fitv2_3b": 2_971_928_080,
     "fitv2_hr_xl": 671_045_776, "fitv2_hr_3b": 2_971_928_080,
     "nit_s": 32_874_272, "nit_b": 130_331_168, "nit_l": 457_863_200, "nit_xl": 674_861_216, "nit_xxl": 1_362_730_016,
+    "nit_t2i_xl": 673_214_368,  # 673 M in the paper
     "dit_moe_s_8e2a": 199_307_552, "dit_moe_s_16e2a": 369_213_728, "dit_moe_b_8e2a": 795_861_536,
     "lightningdit_b": 130_556_192, "lightningdit_b patch 2": 130_556_288, "lightningdit_l": 458_153_056,
     "lightningdit_xl": 675_256_736, "lightningdit_xl patch 2": 675_256_832,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from genfound.alignment.base import Teacher, TeacherFeatures
+from genfound.alignment.base import TeacherFeatures
 from genfound.config import targets
 from genfound.config.checks import one_of
 from genfound.config.compose import TARGET
@@ -19,6 +19,7 @@ from genfound.data.packing.batch_plan import MicroBatch
 
 Options = Mapping[str, Any]
 
+TEACHERS = "alignment.teachers"
 FEATURES = ("auto", "compute", "stored")
 """Where features come from; `auto`: out of the store, where the data are one."""
 
@@ -49,7 +50,7 @@ def described(named: Mapping[str, Options], trust: Sequence[str], unit: int, pix
         unit: pixels of an image per token side, of the grid of the features.
         pixels: of what teachers see, likewise; `None`: as many.
     """
-    teachers = {name: {**own, "digest": _weights_digest(own, trust)} for name, own in named.items()}
+    teachers = {name: {**own, "digest": weights_digest(TEACHERS, own, trust)} for name, own in named.items()}
     return {"token_pixels": unit, "seen_pixels": pixels or unit, "teachers": teachers}
 
 
@@ -85,30 +86,30 @@ def stored_names(config: Mapping[str, Any], named: Mapping[str, Options]) -> tup
 def _name_of(name: str, own: Options, held: Mapping[str, Options], root: str, trust: Sequence[str]) -> str:
     """The name of a teacher in a store."""
     for other, made in held.items():
-        if _same(own, made, trust):
+        if same(TEACHERS, own, made, trust):
             return other
     has = ", ".join(f"{other} ({made.get('weights') or made[TARGET]})" for other, made in held.items())
     raise ValueError(f"alignment.teachers.{name}: data.root={root} holds the features of another one, {has}; {ENCODE}")
 
 
-def _same(ours: Options, made: Options, trust: Sequence[str]) -> bool:
-    """Whether a teacher is the one of a store: names on the hub tell them apart, and so do the weights themselves."""
+def same(group: str, ours: Options, made: Options, trust: Sequence[str]) -> bool:
+    """Whether a frozen network is that of a store: names on the hub tell them apart, and so do weights themselves."""
     if {**ours, "weights": None, "digest": None} != {**made, "weights": None, "digest": None}:
         return False
     weights = ours.get("weights")
     if weights == made.get("weights") and not Path(weights or "-").expanduser().exists():
         return True
     try:
-        return _weights_digest(ours, trust) == made["digest"]
+        return weights_digest(group, ours, trust) == made["digest"]
     except FileNotFoundError:
         return False
 
 
-def _weights_digest(options: Options, trust: Sequence[str]) -> str:
-    """Of the files of a teacher's weights; the name of weights that are in none."""
-    kind = targets.target("alignment.teachers", options, trust)
+def weights_digest(group: str, options: Options, trust: Sequence[str]) -> str:
+    """Of the files of the weights of a teacher or text encoder; the name of weights that are in none."""
+    kind = targets.target(group, options, trust)
     weights = options.get("weights")
-    path = kind.fetch(weights) if isinstance(kind, type) and issubclass(kind, Teacher) else None
+    path = kind.fetch(weights) if hasattr(kind, "fetch") else None
     if path is None:
         return str(weights or "")
     hashed = hashlib.blake2b(digest_size=16)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genfound.batch import Batch
 from genfound.config import compose, targets
+from genfound.config.options import text_sizes
 from genfound.layers.embed import TimestepEmbedder
 from genfound.layers.initial import Draw, local
 from genfound.layers.moe import Experts, Router
@@ -49,6 +50,8 @@ class Backbone(nn.Module):
     time: str  # `data0`, t from 0 (data) to 1 (noise); `data1`, reversed; or `index`, integer steps
     token_spec: TokenSpec
     null_label: int | None  # the label that means "no label"
+    text_width: int | None = None  # values of each text token of a batch; `None` where images have classes
+    text_tokens: int = 0  # of a caption at most
     blocks: nn.ModuleList  # in their order
     passes_tokens: bool = True  # from block to block, which a loss can align; not feature maps
     activation_checkpointing: bool | int = False  # recompute each block, or every k-th, in the backward pass
@@ -77,7 +80,7 @@ class Backbone(nn.Module):
             with torch.device("cpu"):  # also where the network itself is built on meta
                 model["learn_sigma"] = targets.instantiate("objective", config["objective"], ()).learned_variance
         with torch.device("meta"):
-            net = cls(**model, num_classes=num_classes)
+            net = cls(**model, num_classes=num_classes, **text_sizes(config, cls))
         if torch.get_default_device().type != "meta":
             net.materialise(Rng(seed, "initialise"))
         return net

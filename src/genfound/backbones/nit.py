@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
+from genfound.config.checks import one_of
 from genfound.layers.adaln import autocast_off, modulation, modulations, norm_modulate, zero_init_
 from genfound.layers.attention import packed_attention, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
@@ -68,11 +69,9 @@ class NiT(Backbone):
         activation_checkpointing: bool | int,
     ) -> None:
         super().__init__()
-        if rope_coords not in ("row_major", "official"):
-            raise ValueError(f"model.rope_coords={rope_coords} is unknown; choose row_major or official")
         self.null_label = num_classes if label_drop > 0 else None
         self.token_spec = TokenSpec(channels, patch_size)
-        self.rope_coords = rope_coords
+        self.rope_coords = check_coordinates(rope_coords)
         self.rope = Rope.of(head_size(width, heads), rope_theta, rope_scaling)
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
@@ -161,6 +160,11 @@ class FinalLayer(nn.Module):
         with autocast_off(x):
             shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token)
             return self.linear(norm_modulate(x, shift, factor))
+
+
+def check_coordinates(order: str) -> str:
+    """`model.rope_coords`, if there is such an order; see `NiT`."""
+    return one_of("model.rope_coords", order, ("row_major", "official"))
 
 
 def coordinates(batch: Batch, order: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""A labelled grid of samples every so many images, from the averaged weights."""
+"""A grid of samples every so many images, of classes or held-out captions, from the averaged weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from genfound.modules.base import GenerativeModule
 from genfound.runtime.uneven_calls import uneven_calls
 from genfound.sampling.grid import save_grid
 from genfound.sampling.pipeline import Pipeline
-from genfound.sampling.requests import preview_requests, typical_sizes
+from genfound.sampling.requests import preview_requests, prompt_requests, some_captions, typical_sizes
 
 SEED = 0
 """Of the noise of every preview."""
@@ -25,8 +25,12 @@ class Preview(EveryNImages):
         """The run directory, and a sampling that fits the run."""
         self.folder = Path(trainer.default_root_dir) / "samples"
         parts = trainer.datamodule.parts  # type: ignore[attr-defined]
-        self.class_names = parts.images.class_names
-        self.requests = preview_requests(self.class_names, typical_sizes(parts.images.sizes))
+        self.titles, sizes = parts.images.class_names, typical_sizes(parts.images.sizes)
+        if module.net.text_width is None:
+            self.requests = preview_requests(self.titles, sizes)
+        else:
+            self.titles = some_captions(parts.held_out if len(parts.held_out.labels) else parts.images)
+            self.requests = prompt_requests(self.titles, sizes, 1)
         batch = parts.config["sample"]["batch"]
         self.sampling = Pipeline.from_config(parts.config, parts.objective, parts.tokenizer, parts.device, batch)
         self.sampling.check(module.net, {request.size for request in self.requests})
@@ -44,7 +48,7 @@ class Preview(EveryNImages):
             return
         if not trainer.is_global_zero:
             return
-        save_grid(file, images, self.requests, self.class_names)
+        save_grid(file, images, self.requests, self.titles)
         pairs = zip(images, self.requests, strict=True)
-        samples = [(image, self.class_names[of.label], size_text(of.size), SEED) for image, of in pairs]
+        samples = [(image, self.titles[of.label], size_text(of.size), SEED) for image, of in pairs]
         picture(trainer, "samples", file, module.images_seen, samples)

@@ -20,6 +20,7 @@ from genfound.config import compose, targets
 from genfound.objectives.base import Objective
 from genfound.rng import Rng
 from genfound.runtime import checkpoint_io, run_directory
+from genfound.text.from_config import text_options
 from genfound.tokenizers import Tokenizer
 
 Config = dict[str, Any]
@@ -69,7 +70,8 @@ def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **
         trust: packages beside genfound whose classes the configuration in a file may name.
         hints: what an official file does not tell, or `None`: `family` (DiT and SiT look alike, and so do FiTv2 and
             `fitv2_hr`), `num_heads` for a size that was never published, `tokenizer` (an option of that group, or a
-            folder with its weights), and any other key of `model`.
+            folder with its weights), and any other key of `model`. Of a run: `tokenizer`, and `text_encoder`, a folder
+            with its weights.
 
     Raises:
         FileNotFoundError: nothing is there, or the run has no checkpoint.
@@ -87,8 +89,9 @@ def load(path: str | Path, weights: str = "ema", trust: Collection[str] = (), **
 
 
 def hints_of(config: Mapping[str, Any]) -> Config:
-    """Hints for `load` in conf/sample.yaml and conf/evaluate.yaml, with where the tokenizer of a run is now."""
-    return {**config["hints"], "tokenizer": config["hints"]["tokenizer"] or config["tokenizer"]["weights"]}
+    """Hints for `load` in conf/sample.yaml and conf/evaluate.yaml, with where tokenizer and text encoder are now."""
+    codec, text = config["hints"]["tokenizer"] or config["tokenizer"]["weights"], config["text_encoder"]["weights"]
+    return {**config["hints"], "tokenizer": codec, "text_encoder": text}
 
 
 def config_of(given: Mapping[str, Any]) -> Config:
@@ -107,13 +110,17 @@ def find(path: Path, weights: str, trust: Collection[str] = (), **hints: Any) ->
     found = read_ours(path, weights, trust)
     if found is None:
         return _released(open_official(path, weights, hints.pop("family", None)), hints, path)
-    codec = hints.pop("tokenizer", None)
+    codec, text = hints.pop("tokenizer", None), hints.pop("text_encoder", None)
     if hints:
         raise ValueError(f"{next(iter(hints))}: {path} tells all options itself")
-    if codec is None:
-        return found
-    tokenizer = build.hinted_tokenizer(found.config["tokenizer"], codec)
-    return replace(found, config={**found.config, "tokenizer": tokenizer})
+    config = dict(found.config)
+    if codec is not None:
+        config["tokenizer"] = build.hinted_tokenizer(config["tokenizer"], codec)
+    if text is not None:
+        if not text_options(config):
+            raise ValueError(f"text_encoder.weights={text}: {path} is a model of classes, which reads no captions")
+        config["text_encoder"] = {**config["text_encoder"], "weights": text}
+    return replace(found, config=config)
 
 
 def read_ours(path: Path, weights: str | None, trust: Collection[str], values: bool = True) -> Weights | None:
@@ -301,10 +308,11 @@ def _config(family: str, release: str | None, options: Mapping[str, Any], path: 
 
 def _presets(family: str) -> dict[str, dict[str, Any]]:
     """Name -> what conf/model/<family>_<size>.yaml says of its size."""
-    others = tuple(f"{name}_" for name in FAMILIES if name != family and name.startswith(family))
     files = sorted((Path(compose.config_dir()) / "model").glob(f"{family}_*.yaml"))
-    sizes = {file.stem: compose.read_yaml(file)["model"] for file in files if not file.stem.startswith(others)}
-    return {name: size for name, size in sizes.items() if "width" in size and not name.endswith("_tiny")}
+    sizes = {file.stem: compose.read_yaml(file)["model"] for file in files}
+    others = tuple(f"{name}_" for name, size in sizes.items() if compose.TARGET in size)  # dit_moe, nit_t2i
+    fitting = {name: size for name, size in sizes.items() if "width" in size and not name.startswith(others)}
+    return {name: size for name, size in fitting.items() if not name.endswith("_tiny")}
 
 
 def _side(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> int:

@@ -1,9 +1,11 @@
 """Which settings of a run make sense, and where keys have gone."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from genfound.config import compose
 from genfound.config.checks import accelerator, integer, number, one_of, texts
 
 MOVED = {
@@ -142,6 +144,31 @@ def _check_model(model: Mapping[str, Any]) -> None:
         integer("model.activation_checkpointing", every, 1)
     number("model.balance", model.get("balance", 0), 0)
     number("model.label_drop", model["label_drop"], 0, 1)
+
+
+def sharded(config: Mapping[str, Any], ranks: int) -> bool:
+    """Whether each of several processes keeps a part of the network (`strategy=fsdp`)."""
+    fsdp = compose.read_option("strategy", "fsdp")[compose.TARGET]
+    return ranks > 1 and (config["strategy"] or {}).get(compose.TARGET) == fsdp
+
+
+def text_sizes(config: Mapping[str, Any], model: Any) -> dict[str, int]:
+    """What a model must know of the text encoder, `text_width` and `text_tokens`; nothing for one that reads no text.
+
+    Raises:
+        ValueError: there is none, or one that nothing reads.
+    """
+    encoder = config.get("text_encoder") or {}
+    if "text_width" not in inspect.signature(model).parameters:
+        if encoder:
+            way = "set text_encoder=none, or choose a model of text such as nit_t2i_xl"
+            raise ValueError(f"text_encoder: {model.__name__} reads no captions; {way}")
+        return {}
+    if not encoder:
+        raise ValueError(f"text_encoder=none, but {model.__name__} reads captions; choose text_encoder=gemma3_1b")
+    for key in ("width", "tokens"):
+        integer(f"text_encoder.{key}", encoder.get(key), 1)
+    return {"text_width": encoder["width"], "text_tokens": encoder["tokens"]}
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:

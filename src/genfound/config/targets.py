@@ -33,6 +33,7 @@ BASES = {
     "guidance": "genfound.samplers.guidance.Guidance",
     "alignment": "genfound.alignment.repa.Alignment",
     "alignment.teachers": "genfound.alignment.base.Teacher",
+    "text_encoder": "genfound.text.base.TextEncoder",
 }
 """Group of the configuration -> what its class must be, of a sampler its declaration; no other group of a file is built
 from a target."""

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning
 import numpy as np
 import torch
+from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.config import compose
@@ -96,7 +97,7 @@ class GenerativeDataModule(lightning.LightningDataModule):
             return self._held_out(batch, device)
         images, micro = batch
         if isinstance(images, RawImages):
-            batch = self._encoded_images(images, micro.positions, device)
+            batch = self._captioned(self._encoded_images(images, micro.positions, device), images)
             return self._taught(batch, images, micro, device), micro
         return images.to(device, non_blocking=True), micro
 
@@ -121,6 +122,14 @@ class GenerativeDataModule(lightning.LightningDataModule):
             tensor.record_stream(main)  # its memory is not given away before this stream has read it
         return batch
 
+    def _captioned(self, batch: Batch, images: RawImages) -> Batch:
+        """The batch with what a text encoder makes of the captions of its images, if these have any."""
+        if images.text is None:
+            return batch
+        made = [own.to(batch.x.device, non_blocking=True) for own in images.text if isinstance(own, Tensor)]
+        made = made or self.parts.text_encoder(cast(list[str], images.text), batch.x.device)
+        return batch.with_text(made, self.parts.net.text_tokens)
+
     def _taught(self, batch: Batch, images: RawImages, micro: MicroBatch, device: torch.device) -> Batch:
         """The batch with what teachers see in its images, if its step is aligned to them."""
         teachers, trainer = self.parts.teachers, self.trainer
@@ -138,7 +147,8 @@ class GenerativeDataModule(lightning.LightningDataModule):
         batch, micro = item.images, item.micro
         if isinstance(batch, RawImages):
             if micro.number not in self._encoded:
-                self._encoded[micro.number] = self.val_collate(batch, micro.positions, device).to("cpu")
+                encoded = self._captioned(self.val_collate(batch, micro.positions, device), batch)
+                self._encoded[micro.number] = encoded.to("cpu")
             batch = self._encoded[micro.number]
         return replace(item, images=batch.to(device), noise=self._noise(batch, micro.positions).to(device))
 

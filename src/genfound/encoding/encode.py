@@ -9,7 +9,7 @@ moment, shards may be shared out over any number of them, and the store is the s
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,16 +31,20 @@ from genfound.data.latents import store
 from genfound.data.latents.manifest import FORMAT, MANIFEST
 from genfound.data.latents.stored_tokenizer import describe, encoder_digest
 from genfound.data.packing.prefetch import read_ahead
-from genfound.encoding.shard_plan import EncodeBatch, EncodeDataset, Shard, Split
+from genfound.encoding.shard_plan import LARGEST, EncodeBatch, EncodeDataset, Shard, Split
 from genfound.encoding.store_writer import StoreWriter
 from genfound.runtime import devices, launch, processes
 from genfound.runtime.files import atomic_write, check_folder
 from genfound.runtime.progress import ProgressCounter
+from genfound.text.from_config import check_captions, fetch_text_encoder, text_encoder, text_options
 from genfound.tokenizers import Tokenizer
 from genfound.tokenizers.autoencoder import Autoencoder
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MOST_NAMED = 10
+
+CAPTIONS = 64
+"""That are encoded together."""
 
 PIXELS = 2**20
 """Of a batch, for tokenizers that do not say."""
@@ -57,7 +61,7 @@ class Encoding:
         for key in ("patch_size", "shard_images"):
             integer(key, config[key], 1)
         self.config, self.device = config, device
-        self.dtype = DTYPES[config["dtype"]]
+        self.dtype, self.features_dtype = DTYPES[config["dtype"]], DTYPES[config["features_dtype"]]
         self.variants = 2 if config["data"]["flip"] else 1
         self.codec = build.tokenizer(config)
         like = {**config, "layout": {"name": "packed"}, "model": {"patch_size": config["patch_size"]}}
@@ -70,9 +74,15 @@ class Encoding:
         if self.teachers is not None:
             self.teachers.check_source(sources["train"])
         self.widths = from_config.widths(config)
+        self.text, most = text_encoder(config), config["shard_images"]
+        check_captions(config, sources["train"])
+        if self.text is not None:
+            most = min(most, max(LARGEST // (self.text.tokens * self.text.width * self.features_dtype.itemsize), 1))
+        if taken := [name for name in store.TEXT if name in self.widths]:
+            raise ValueError(f"alignment.teachers.{taken[0]}: a store has captions of this name; give another one")
         weight = self.variants * self.planes * self.dtype.itemsize / self.codec.spec.stride**2
-        weight += self.variants * sum(self.widths.values()) * DTYPES[config["features_dtype"]].itemsize / side**2
-        every = [part.shards(split, config["shard_images"], weight) for split, part in self.parts.items()]
+        weight += self.variants * sum(self.widths.values()) * self.features_dtype.itemsize / side**2
+        every = [part.shards(split, most, weight) for split, part in self.parts.items()]
         self.shards = [shard for shards in every for shard in shards]
         self.place = StoreWriter(Path(config["out"]), self._described())
 
@@ -110,12 +120,16 @@ class Encoding:
         }  # fmt: skip
 
     def _seen(self) -> dict[str, Any]:
-        """What the manifest says of teachers, if there are any."""
-        if self.teachers is None:
-            return {}
-        named, pixels = from_config.named_teachers(self.config), self.teachers.pixels
-        held = stored.described(named, trusted(self.config), self.side, pixels)
-        return {"features": {**held, "dtype": self.config["features_dtype"]}}
+        """What the manifest says of teachers and of the text encoder, if there are any."""
+        found, kept, trust = dict[str, Any](), {"dtype": self.config["features_dtype"]}, trusted(self.config)
+        if self.teachers is not None:
+            named = from_config.named_teachers(self.config)
+            found["features"] = {**stored.described(named, trust, self.side, self.teachers.pixels), **kept}
+        if self.text is not None:
+            options = text_options(self.config)
+            digest = stored.weights_digest("text_encoder", options, trust)
+            found["text"] = {"encoder": {**options, "digest": digest}, **kept}
+        return found
 
     def run(self, shards: list[Shard], workers: int, encoded: Callable[[int], None]) -> None:
         """Encode shards one after another; `encoded` is called with the number of latents so far."""
@@ -145,10 +159,25 @@ class Encoding:
         columns = {"sizes": sizes // stride, "labels": part.labels[images], "images": images, "rules": rules}
         names = [part.name(image) for image in np.unique(images).tolist()]
         grid = {"features": self.widths, "patch_size": self.config["patch_size"]}
-        kept = DTYPES[self.config["features_dtype"]]
         return store.ShardWriter(
-            columns, names, channels, self.planes, self.variants, self.dtype, **grid, features_dtype=kept
-        )
+            columns, names, channels, self.planes, self.variants, self.dtype, **grid,
+            features_dtype=self.features_dtype, captions=self._captions(part, range(shard.first, shard.end)),
+        )  # fmt: skip
+
+    def _captions(self, part: Split, entries: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Of each entry what the text encoder makes of its caption, in the stored dtype, and the bytes of that."""
+        if self.text is None:
+            return []
+        captions, found = [part.caption(entry) for entry in entries], list[tuple[Tensor, Tensor]]()
+        for begin in range(0, len(captions), CAPTIONS):
+            some = captions[begin : begin + CAPTIONS]
+            for caption, made in zip(some, self.text(some, self.device), strict=True):
+                values = made.to(self.features_dtype).cpu()
+                if not values.isfinite().all():
+                    way = "try features_dtype=bf16" + (" and another out=" if self.place.begun else "")
+                    raise ValueError(f"the text of {caption[:60]!r} is not finite in features_dtype=...; {way}")
+                found.append((values, torch.frombuffer(bytearray(caption.encode()), dtype=torch.uint8)))
+        return found
 
     def _features(self, pictures: Tensor, *seen: Tensor) -> list[Tensor]:
         """What each teacher sees, (B, variants, Z, rows, columns) in the stored dtype."""
@@ -157,8 +186,7 @@ class Encoding:
         rows, columns = (side // self.side for side in pictures.shape[2:])
         images = (seen or (pictures,))[0].to(self.device, non_blocking=True)
         both = [self.teachers.maps(own, rows, columns) for own in (images, images.flip(-1))[: self.variants]]
-        kept = DTYPES[self.config["features_dtype"]]
-        return [torch.stack(same, dim=1).to(kept).cpu() for same in zip(*both, strict=True)]
+        return [torch.stack(same, dim=1).to(self.features_dtype).cpu() for same in zip(*both, strict=True)]
 
     def _encoded(self, batch: EncodeBatch, pictures: Tensor) -> Tensor:
         """(B, variants, planes, h, w) moments in the stored dtype."""
@@ -227,6 +255,7 @@ def encode_on_devices(config: Mapping[str, Any]) -> None:
     device = devices.device(config["accelerator"])
     count = config["devices"] or (torch.cuda.device_count() if device.type == "cuda" else 1)
     from_config.fetch_teachers(config)
+    fetch_text_encoder(config)
     if count == 1:
         processes.tune_malloc()
         return encode(config, node, nodes, device)

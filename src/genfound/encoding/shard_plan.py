@@ -2,14 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from genfound.data.images.base import PictureSource
+from genfound.data.images.base import Captioned, PictureSource
+from genfound.data.images.captions import CaptionedImages
 from genfound.data.images.index import ImageFiles
 from genfound.data.images.pixels import to_picture
 from genfound.data.images.views import Entries
@@ -52,6 +53,12 @@ class Split(NamedTuple):
     def name(self, image: int) -> str:
         """The name of its file, or its number where it has none."""
         return self.source.files[image] if isinstance(self.source, ImageFiles) else str(image)
+
+    def caption(self, entry: int) -> str:
+        """What an entry shows, in words."""
+        if isinstance(self.source, CaptionedImages):
+            return self.source.captions[int(self.entries.images[entry])]
+        return cast(Captioned, self.source).caption(entry)
 
     def read(self, entry: int) -> Tensor:
         """(3, height, width) uint8."""

@@ -63,7 +63,8 @@ class SamplingPlan:
         """Those of a network, in a folder of their own that follows from all that could change one."""
         weights, config = network_hash(net, self.config), self.config
         facts = [asdict(self.record), weights, size_text(self.size), self.pipeline.micro_batch, config["objective"]]
-        work = folder / digest(json.dumps([*facts, config["layout"], len(self.requests)]))
+        prompts = [request.prompt for request in self.requests if request.prompt]
+        work = folder / digest(json.dumps([*facts, config["layout"], len(self.requests), *prompts]))
         images = SampleStore(work, self.requests, net, self.pipeline, self.seed)
         return EvaluationSamples(images, self.size, self.record, {**subject, "hash": weights}, work)
 
@@ -80,7 +81,7 @@ def new_samples(
     objective = build.objective(config)  # refuses a sampler that does not fit
     pipeline = Pipeline.from_config(config, objective, tokenizer, device, settings["batch"])
     data = dataset.images("train") if DATA in (size, labels) else None
-    requests = requests_by_rule(n, labels, size, dataset.classes, seed, data)
+    requests = requests_by_rule(n, labels, size, dataset.classes, seed, data, net.text_width is not None)
     pipeline.check(net, {request.size for request in requests})
     return SamplingPlan(requests, size, pipeline, seed, sampling_record(settings, config, pipeline), config)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from genfound import build
 from genfound.alignment import from_config
 from genfound.backbones.base import Backbone, Flops
-from genfound.config.options import ema_decays
+from genfound.config.options import ema_decays, sharded
 from genfound.data.packing.budget import batch_size, micro_batches, token_counts
 from genfound.loggers.json_lines import lines_of
 from genfound.modules.base import train_only
@@ -169,7 +169,7 @@ def estimate(config: Config) -> Estimate:
     dense = config["layout"]["name"] == "dense"
     images = batch_size(config) if dense else config["data"]["max_tokens"] / tokens
     kept, recomputed = activations(config, images, tokens)
-    divided, gathered = (ranks, _gathered(net)) if build.sharded(config, ranks) else (1, 0)
+    divided, gathered = (ranks, _gathered(net)) if sharded(config, ranks) else (1, 0)
     per = FLOAT * (trained + projectors) // divided
     memory = Memory(
         FLOAT * (parameters + projectors) // divided, per, 2 * per, len(ema_decays(config)) * per, kept, gathered
@@ -244,6 +244,8 @@ def _kept(config: Config, blocks: int, rows: int, side: int, low: bool) -> int:
     net.train()
     latent = torch.zeros(spec.channels, *(side * config["model"]["patch_size"],) * 2)
     batch = build.sampling_layout(config).to_batch([latent] * rows, torch.zeros(rows, dtype=torch.int64))
+    if net.text_width is not None:
+        batch = batch.with_text([torch.zeros(net.text_tokens, net.text_width)] * rows, net.text_tokens)
     return saved_bytes(net, batch, low)
 
 

@@ -24,6 +24,7 @@ from genfound.runtime.files import atomic_write, digest, visible
 NOT_IDENTITY = (
     "runs", "study", "name", "allow_changes", "trust", "trainer", "strategy", "callbacks", "logger", "compile",
     "rdzv", "data.root", "data.image_root", "data.index", "data.num_workers", "tokenizer.weights",
+    "text_encoder.weights",
 )  # fmt: skip
 """Keys that are no part of the name of a run, unless a sweep varies them."""
 
@@ -47,6 +48,7 @@ FORMAT = 2
 
 PLACES = (
     ("data", "root"), ("data", "image_root"), ("data", "index"), ("tokenizer", "weights"), ("guidance", "weights"),
+    ("text_encoder", "weights"),
 )  # fmt: skip
 """Keys of a run that are paths, by group."""
 
@@ -231,9 +233,9 @@ def located(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     origin = run.parents[min(len(runs.parts) + 1, len(run.parents) - 1)]
     if origin == Path.cwd() or origin / runs / str(config.get("study")) != run.parent:
         return dict(config)
-    found = {group: dict(config[group]) for group in {group for group, _ in PLACES}}
+    found = {group: dict(config[group]) for group in {group for group, _ in PLACES} if config.get(group)}
     for group, key in PLACES:
-        value = found[group].get(key)
+        value = found.get(group, {}).get(key)
         if isinstance(value, str) and (origin / value).exists():
             found[group][key] = str(origin / value)
     return {**config, **found}

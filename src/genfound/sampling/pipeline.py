@@ -28,7 +28,9 @@ from genfound.rng import Rng
 from genfound.runtime import devices
 from genfound.runtime.progress import Progress, no_progress
 from genfound.samplers import Sampler
-from genfound.sampling.requests import SampleRequest, batches, check_size, make_requests
+from genfound.sampling.requests import SampleRequest, batches, check_size, requests_of
+from genfound.text import TextEncoder
+from genfound.text.from_config import text_encoder
 from genfound.tokenizers import Tokenizer, Undecodable
 
 Drawn = TypeVar("Drawn")
@@ -48,6 +50,7 @@ class Pipeline:
     uint8: str  # how decoded values become bytes, `round` or `truncate`
     device: torch.device  # where the network is
     guide: Backbone | None = None  # the other network of autoguidance
+    text: TextEncoder | None = None  # of a model of text
 
     @classmethod
     def from_config(
@@ -72,6 +75,7 @@ class Pipeline:
             uint8=config["sample"]["uint8"],
             device=device,
             guide=guide,
+            text=text_encoder(config),
         )
 
     def check(self, net: Backbone, sizes: Collection[tuple[int, int]] = ()) -> None:
@@ -144,10 +148,12 @@ class Pipeline:
         field, times = self.field(net), self.sampler.times(self.objective)
         copies = field.net.copies
         noise = self._noise(padded, seed)
-        labels = torch.tensor([r.label for r in padded])
+        labels = torch.tensor([r.label if r.prompt is None else 0 for r in padded])
         if copies == 2:
             labels = torch.cat([labels, torch.full_like(labels, net.null_label or 0)])
         batch = self.layout.to_batch(noise * copies, labels).to(self.device)
+        if self.text is not None:
+            batch = batch.with_text(self._texts(padded) * copies, net.text_tokens)
         rng = PerImageNoise(seed, padded * copies, self.layout, noise[0].shape)
 
         def stepped(step: int, _: Batch) -> None:
@@ -160,6 +166,13 @@ class Pipeline:
             way = "try guidance=none, more sampler.steps or precision=fp32"
             raise FloatingPointError(f"an image is not finite: the network or its steps diverge; {way}")
         return self.layout.to_latents(batch.x, replace(batch, real=real))
+
+    def _texts(self, requests: Sequence[SampleRequest]) -> list[Tensor]:
+        """What the text encoder makes of each prompt, (n, E); each alone, since kernels differ with their rows."""
+        assert self.text is not None
+        prompts = [str(request.prompt) for request in requests]
+        made = {prompt: self.text([prompt], self.device)[0] for prompt in dict.fromkeys(prompts)}
+        return [made[prompt] for prompt in prompts]
 
     def _noise(self, requests: Sequence[SampleRequest], seed: int) -> list[Tensor]:
         """The latent (C, h, w) that each image begins with."""
@@ -198,7 +211,7 @@ def load_guide(weights: str, objective: Objective, trust: Sequence[str]) -> Back
 
 def sample(
     loaded: LoadedModel,
-    labels: int | str | Sequence[int | str],
+    labels: int | str | Sequence[int | str] | None = None,
     size: tuple[int, int] | None = None,
     n: int = 1,
     sampler: str | Mapping[str, Any] | None = None,
@@ -206,31 +219,31 @@ def sample(
     seed: int = 0,
     batch: int = 16,
     precision: str | None = None,
+    prompts: str | Sequence[str] | None = None,
 ) -> np.ndarray | Tensor:
-    """Images of the given labels, or their latents where the tokenizer is absent.
+    """Images of the given labels or, of a model of text, prompts; their latents where the tokenizer is absent.
 
     Args:
         loaded: what `genfound.load` returned.
-        labels: class numbers or names; a number that is the name of a class is this class.
+        labels: class numbers or names, `None` for ten classes; a number that is the name of a class is this class.
+        prompts, n: what is to be drawn by a model of text; images of each prompt, or of each label.
         size: (height, width) in pixels; `None` is the most typical size of the training data.
-        n: images per label.
-        sampler: a name, or all options; `None` is the run's own.
-        guidance: a scale, or all options; `None` is the run's own.
-        seed: seed of all noise.
-        batch: images per network call.
+        sampler, guidance: a name or a scale, or all options; `None` is the run's own.
+        seed, batch: of all noise; images per network call.
         precision: `auto`, `bf16` or `fp32`; `None` is the run's own.
 
     Returns:
-        (len(labels) * n, height, width, 3) uint8, or latents (len(labels) * n, C, h, w).
+        (images, height, width, 3) uint8, or latents (images, C, h, w).
 
     Raises:
-        ValueError: a label, size, sampler or option that does not exist.
+        ValueError: a label, size, sampler or option that does not exist, or prompts for classes.
     """
-    config = _chosen(loaded.config, sampler, guidance, precision)
     integer("batch", batch, 1)
-    given = list(size) if isinstance(size, Sequence) else size
-    wanted = loaded.sizes[:1] if size is None else image_sizes("size", given)
-    requests = make_requests([labels] if isinstance(labels, int | str) else labels, wanted, n, loaded.class_names)
+    config = _chosen(loaded.config, sampler, guidance, precision)
+    wanted = (
+        loaded.sizes[:1] if size is None else image_sizes("size", list(size) if isinstance(size, Sequence) else size)
+    )
+    requests, _ = requests_of(loaded, labels, prompts, wanted, n)
     device = next(loaded.net.parameters()).device
     pipeline = Pipeline.from_config(config, build.objective(config), loaded.tokenizer, device, batch)
     if isinstance(loaded.tokenizer, Undecodable):

@@ -4,10 +4,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any, cast
 
 import numpy as np
 
+from genfound.checkpoints.load import LoadedModel
 from genfound.config import checks
+from genfound.data.images.base import Captioned, ImageSource
 from genfound.data.images.names import numbered
 from genfound.data.images.sets import ImageSet
 from genfound.rng import Rng
@@ -15,17 +18,22 @@ from genfound.rng import Rng
 DATA = "data"
 """As a size or a label rule: as the images of the data set have them."""
 
+FEW = 10
 LABEL_RULES = ("random", "balanced", DATA)
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One image: its label, its (height, width) in pixels, and its number k within the request."""
+    """One image: its label, its (height, width) in pixels, and its number k within the request.
+
+    That of a model of text has a prompt, and its label says which among those of the request.
+    """
 
     label: int
     size: tuple[int, int]
     number: int
+    prompt: str | None = None
 
 
 def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:
@@ -38,8 +46,14 @@ def typical_sizes(sizes: np.ndarray) -> list[tuple[int, int]]:
 
 def preview_requests(class_names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[SampleRequest]:
     """One image of each of the first ten classes at each size."""
-    pairs = [(label, size) for size in sizes for label in range(min(len(class_names), 10))]
+    pairs = [(label, size) for size in sizes for label in range(min(len(class_names), FEW))]
     return [SampleRequest(label, size, number) for number, (label, size) in enumerate(pairs)]
+
+
+def some_captions(images: ImageSource) -> list[str]:
+    """Up to ten, the first that are not alike among those of a hundred images."""
+    found = (cast(Captioned, images).caption(index) for index in range(min(len(images.labels), 100)))
+    return list(dict.fromkeys(found))[:FEW]
 
 
 def batches(requests: Sequence[SampleRequest], most: int) -> list[list[int]]:
@@ -68,37 +82,74 @@ def make_requests(
     labels: Sequence[int | str], sizes: Sequence[tuple[int, int]], n: int, class_names: Sequence[str]
 ) -> list[SampleRequest]:
     """n images of each label at each size, numbered in this order."""
-    checks.integer("n", n, 1)
     if not len(labels):
         raise ValueError("labels=[]: give at least one class")
     numbers = [label_number(label, class_names) for label in labels]
-    wanted = [(label, size) for size in sizes for _ in range(n) for label in numbers]
+    wanted = _in_order(numbers, sizes, n)
     return [SampleRequest(label, size, number) for number, (label, size) in enumerate(wanted)]
 
 
+def prompt_requests(prompts: Sequence[str], sizes: Sequence[Size], n: int) -> list[SampleRequest]:
+    """n images of each prompt at each size, numbered as those of `make_requests`."""
+    if not len(prompts) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f'prompts={list(prompts)}: give at least one text, such as prompts=["a red circle"]')
+    wanted = _in_order(range(len(prompts)), sizes, n)
+    return [SampleRequest(label, size, number, prompts[label]) for number, (label, size) in enumerate(wanted)]
+
+
+def requests_of(
+    model: LoadedModel, labels: Any, prompts: Any, sizes: Sequence[Size], n: int
+) -> tuple[list[SampleRequest], Sequence[str]]:
+    """n images of each label, or prompt of a model of text, at each size; and the names of the labels.
+
+    Of classes the first ten are taken, if no label is given.
+    """
+    if model.net.text_width is None:
+        if prompts is not None:
+            raise ValueError("prompts: this model knows classes and no text; give labels=[...]")
+        labels = model.class_names[:FEW] if labels is None else labels
+        given = [labels] if isinstance(labels, int | str) else labels
+        return make_requests(given, sizes, n, model.class_names), model.class_names
+    if labels is not None:
+        raise ValueError("labels: this model reads captions; give prompts=[...]")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+    return prompt_requests(texts, sizes, n), texts
+
+
+def _in_order(labels: Sequence[int], sizes: Sequence[Size], n: int) -> list[tuple[int, Size]]:
+    checks.integer("n", n, 1)
+    return [(label, size) for size in sizes for _ in range(n) for label in labels]
+
+
 def requests_by_rule(
-    n: int, labels: str, size: Size | str, classes: int, seed: int, data: ImageSet | None
+    n: int, labels: str, size: Size | str, classes: int, seed: int, data: ImageSet | None, of_text: bool = False
 ) -> list[SampleRequest]:
     """n images, numbered, of a size (height, width) in pixels.
 
     Their labels are `random`, uniform and independent, as DiT, SiT and NiT; `balanced`, each class equally often, in
-    random order; or, as the size can be, `data`: those of images of the data set in a fixed random order.
+    random order; or, as the size can be, `data`: those of images of the data set in a fixed random order. Of a model
+    of text also their prompts are the captions of these, and nothing else.
     """
     checks.one_of("labels", labels, LABEL_RULES)
     checks.integer("n", n, 1)
-    rng, sizes = Rng(seed, "evaluate"), np.array([size] * n)
+    if of_text and labels != DATA:
+        raise ValueError(f"labels={labels}: this model reads captions, which are those of its data; set labels=data")
+    rng, sizes, prompts = Rng(seed, "evaluate"), np.array([size] * n), dict[int, str]()
     numbers: np.ndarray
     if DATA in (labels, size):
         if data is None or data.labels is None:
             raise ValueError("sizes=data and labels=data need the data set of the run")
         rows = np.resize(rng.permutation("data", len(data)).numpy(), n)
         numbers, sizes = data.labels[rows], data.sizes[rows] if size == DATA else sizes
+        if of_text:
+            prompts = {k: data.source.caption(int(row)) for k, row in enumerate(rows)}  # type: ignore[attr-defined]
     if labels == "random":
         numbers = np.array([rng.at(k).integer("label") % classes for k in range(n)])
     elif labels == "balanced":
         numbers = rng.permutation("labels", n).numpy() % classes
     pairs = zip(numbers, sizes, strict=True)
-    return [SampleRequest(int(label), (int(h), int(w)), k) for k, (label, (h, w)) in enumerate(pairs)]
+    rows_of = ((int(label), (int(h), int(w)), k, prompts.get(k)) for k, (label, (h, w)) in enumerate(pairs))
+    return [SampleRequest(*row) for row in rows_of]
 
 
 def label_number(label: int | str, class_names: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genfound.data.images.shapes import CLASSES, Shapes, polygon
+from genfound.data.images.shapes import CLASSES, COLOURS, Shapes, polygon
 
 
 def shapes(**options: Any) -> Shapes:
@@ -131,3 +131,13 @@ def test_anchor() -> None:
 def test_numbers_that_are_too_small_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         shapes(**options)
+
+
+def test_a_caption_names_the_colour_and_the_shape_of_its_image() -> None:
+    source = shapes()
+    captions = [source.caption(index) for index in range(40)]
+    for index, caption in enumerate(captions):
+        _, colour, shape = caption.split()
+        assert shape == source.class_names[source.labels[index]]
+        assert (source.image(index) == np.array(COLOURS[colour], dtype=np.uint8)).all(axis=-1).any()
+    assert len({caption.split()[1] for caption in captions}) == len(COLOURS)

@@ -87,7 +87,7 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, block_mask: None = None
 ) -> Tensor:
     """Softmax attention within each row of a packed sequence, (T, H, d); rows of equal length share a call."""
-    return _packed([sdpa(a, b, c) for a, b, c in _rows(cu_seqlens, q, k, v)])
+    return _packed([sdpa(a, b, c) for a, b, c in _rows(cu_seqlens, [q], [k, v])])
 
 
 def with_block_mask(batch: Batch, tokens: Tensor, backend: str) -> Batch:

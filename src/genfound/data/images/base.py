@@ -35,6 +35,14 @@ class Rerendered(Protocol):
 
 
 @runtime_checkable
+class Captioned(Protocol):
+    """A source that knows what its items show."""
+
+    def caption(self, index: int) -> str:
+        """In words."""
+
+
+@runtime_checkable
 class LatentSource(ImageSource, Protocol):
     """Images as an encoder left them: unscaled mean and, where it is stochastic, log-variance.
 

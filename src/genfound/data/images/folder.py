@@ -38,7 +38,7 @@ class ImageFolder(ImageFiles):
         self.max_pixels, folder = max_pixels, Path(root)
         class_names = class_folders(folder)
         cache = index_file(Path(index), folder, f"image_folder {max_pixels}")
-        found = known(folder, class_names, cache, functools.partial(_examine, max_pixels=max_pixels))
+        found = known(folder, class_names, cache, functools.partial(examine, max_pixels=max_pixels))
         super().__init__(folder, class_names, found, views, holdout, split)
 
     def picture(self, number: int, least: tuple[int, int] | None) -> Image.Image:
@@ -61,7 +61,8 @@ def open_rgb(file: Path, max_pixels: int | None = None, least: tuple[int, int] |
         return on_white(turned)
 
 
-def _examine(file: Path, max_pixels: int | None) -> FileInfo:
+def examine(file: Path, max_pixels: int | None) -> FileInfo:
+    """What is found in a file; of more pixels than are allowed it is an OSError."""
     picture = open_rgb(file, max_pixels)
     with opened(file, max_pixels) as original:
         notes = format_notes(original, file)

@@ -130,8 +130,9 @@ class ImageFiles(PictureSource, ABC):
         """Counts of classes and sizes, and what was converted, reduced, left out or skipped."""
         found, views = self.found, self.views
         low, high = self.entries.sizes.min(0), self.entries.sizes.max(0)
+        of_what = f"of {len(self.class_names)} classes" if self.class_names else "with captions"
         lines = [
-            f"{self.root}: {len(found.good):,} images of {len(self.class_names)} classes, "
+            f"{self.root}: {len(found.good):,} images {of_what}, "
             f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels after rounding (height x width)"
         ]
         notes = Counter(note for notes in found.notes.values() for note in notes)

@@ -77,7 +77,7 @@ def remarks(class_names: Sequence[str]) -> list[str]:
     if numbered(class_names):
         last = class_names[-1]
         lines.append(f"  classes are named by numbers, and a number is a name: labels=[{last}] is the folder {last}")
-    if all(BUCKET.fullmatch(name) for name in class_names):
+    if class_names and all(BUCKET.fullmatch(name) for name in class_names):
         listed = ", ".join(class_names[:3])
         lines.append(f"  warning: folders {listed} may be parts of a data set and no classes; here each is a class")
     return lines

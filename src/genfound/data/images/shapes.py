@@ -15,9 +15,11 @@ from genfound.runtime.files import digest
 Distance = Callable[[np.ndarray], np.ndarray]
 """Signed distance (negative inside) of points (..., 2) as x to the right and y downwards; objects have radius 1."""
 
-OBJECTS = np.array(
-    [[226, 60, 52], [58, 132, 230], [52, 176, 92], [245, 196, 48], [240, 240, 240], [178, 84, 206]], dtype=np.float64
-)
+COLOURS = {
+    "red": [226, 60, 52], "blue": [58, 132, 230], "green": [52, 176, 92], "yellow": [245, 196, 48],
+    "white": [240, 240, 240], "purple": [178, 84, 206],
+}  # fmt: skip
+OBJECTS = np.array(list(COLOURS.values()), dtype=np.float64)
 BACKGROUNDS = np.array([[24, 26, 36], [38, 52, 66], [66, 44, 58], [40, 60, 46]], dtype=np.float64)
 
 
@@ -113,8 +115,19 @@ class Shapes(PictureSource):
     def image(self, index: int) -> np.ndarray:
         """(height, width, 3) uint8."""
         height, width = self.sizes[index]
-        draw = np.random.Generator(np.random.Philox(key=[self.seed, 1 + self.first + index]))
-        return draw_shape(CLASSES[self.class_names[self.labels[index]]], height, width, draw)
+        return draw_shape(CLASSES[self._class(index)], height, width, self._draw(index))
+
+    def caption(self, index: int) -> str:
+        """Colour and shape, such as `a red circle`."""
+        height, width = self.sizes[index]
+        *_, colour, _ = placed(height, width, self._draw(index))
+        return f"a {next(name for name, own in COLOURS.items() if own == colour.tolist())} {self._class(index)}"
+
+    def _class(self, index: int) -> str:
+        return self.class_names[self.labels[index]]
+
+    def _draw(self, index: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, 1 + self.first + index]))
 
     def report(self) -> list[str]:
         """Number and sizes of the drawings."""
@@ -141,11 +154,16 @@ def _check_sides(sides: Sequence[int], unit: int, max_tokens: int) -> None:
         )
 
 
-def draw_shape(shape: Distance, height: int, width: int, draw: np.random.Generator) -> np.ndarray:
-    """One object on a background, (height, width, 3) uint8."""
+def placed(height: int, width: int, draw: np.random.Generator) -> tuple[float, list[float], np.ndarray, np.ndarray]:
+    """Radius and centre (x, y) of an object in pixels, its colour and that of the background."""
     radius = min(height, width) / 2 * draw.uniform(0.86, 0.96)
     centre = [side / 2 + draw.uniform(-0.3, 0.3) * (side - 2 * radius) for side in (width, height)]
-    colour, background = draw.choice(OBJECTS), draw.choice(BACKGROUNDS)
+    return radius, centre, draw.choice(OBJECTS), draw.choice(BACKGROUNDS)
+
+
+def draw_shape(shape: Distance, height: int, width: int, draw: np.random.Generator) -> np.ndarray:
+    """One object on a background, (height, width, 3) uint8."""
+    radius, centre, colour, background = placed(height, width, draw)
     rows, columns = np.mgrid[:height, :width] + 0.5
     offset = np.stack([columns - centre[0], rows - centre[1]], axis=-1) / radius
     coverage = np.clip(0.5 - shape(offset) * radius, 0, 1)[..., None]

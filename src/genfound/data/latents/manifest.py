@@ -61,6 +61,8 @@ def fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if "features" in kept:
         free_of = {name: {**own, "weights": None} for name, own in kept["features"]["teachers"].items()}
         kept["features"] = {**kept["features"], "teachers": free_of}
+    if "text" in kept:
+        kept["text"] = {**kept["text"], "encoder": {**kept["text"]["encoder"], "weights": None}}
     return kept
 
 

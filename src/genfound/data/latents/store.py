@@ -14,6 +14,8 @@ A folder holds `manifest.json` and, for each split, shards `train-00000.safetens
 | sums | (2, C) sum and sum of squares of the means, not mirrored |
 | names | the images' names as the file system has them, one after another, with a byte 0 between two |
 | values/NAME, offsets/NAME, checks/NAME | likewise of what a teacher sees; an entry is (mirrored, Z, rows, columns) |
+| .../text | likewise of what a text encoder makes of the caption; an entry is (n, E), the same for the mirror image |
+| .../captions | likewise of the caption; an entry is its bytes in UTF-8 |
 
 Values are unscaled, as the encoder left them. Everything but the values is the index of a shard; the crc32 of the
 index is in the manifest, so that no byte can change unnoticed: one of the index is found when the store is opened,
@@ -38,6 +40,9 @@ from genfound.data.latents.manifest import REPAIR, fingerprint, read_manifest, s
 from genfound.data.latents.safetensors_io import Reader, Span, as_tensor, read_header, read_tensors, write_tensors
 
 INDEX = ("offsets", "sizes", "labels", "images", "rules", "checks", "sums", "names")
+TEXT = ("text", "captions")
+"""What there is of captions; no teacher has these names."""
+
 UNREADABLE = "because their own files could not be read when they were encoded"
 
 
@@ -53,13 +58,14 @@ class ShardIndex(NamedTuple):
 class ShardWriter:
     """A shard in memory, of which every entry is put in once; planes are C or, with log-variance, 2 C.
 
-    `features`: the width of each teacher's, by name, each on a grid of `patch_size` latents a side.
+    `features`: the width of each teacher's, by name, each on a grid of `patch_size` latents a side. `captions`: of each
+    entry what there is in the order of `TEXT`.
     """
 
     def __init__(
         self, columns: Mapping[str, np.ndarray], names: list[str], channels: int, planes: int, variants: int,
         dtype: torch.dtype, features: Mapping[str, int] | None = None, patch_size: int = 1,
-        features_dtype: torch.dtype = torch.float16,
+        features_dtype: torch.dtype = torch.float16, captions: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:  # fmt: skip
         self.columns = {name: np.ascontiguousarray(column, dtype=np.int32) for name, column in columns.items()}
         self.names = names
@@ -72,6 +78,9 @@ class ShardWriter:
             of: torch.empty(int(offsets[-1]), dtype=features_dtype if of else dtype)
             for of, offsets in self.offsets.items()
         }
+        for name, own in zip(TEXT, zip(*captions, strict=True), strict=False):
+            self.offsets[f"/{name}"] = _offsets(np.array([values.numel() for values in own]))
+            self.values[f"/{name}"] = torch.cat([values.flatten() for values in own])
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
         self.missing = len(sizes)  # entries that are still to be put in
         self.replaced: dict[str, str] = {}  # images that cannot be read -> those that are shown in their place
@@ -81,7 +90,7 @@ class ShardWriter:
 
         Moments (B, variants, planes, h, w); features, of each teacher, (B, variants, Z, rows, columns).
         """
-        for (of, values), found in zip(self.values.items(), (moments, *features), strict=True):
+        for (of, values), found in zip(self.values.items(), (moments, *features), strict=False):
             for entry, own in zip(entries, found, strict=True):
                 values[self.offsets[of][entry] : self.offsets[of][entry + 1]] = own.flatten()
         means = moments[:, 0, : self.sums.shape[1]].double()
@@ -98,7 +107,8 @@ class ShardWriter:
         names = np.frombuffer(Names(self.names).table, dtype=np.uint8).copy()
         index = {**self.columns, "sums": self.sums.numpy(), "names": names}
         index |= {f"offsets{of}": offsets for of, offsets in self.offsets.items()}
-        index |= {f"checks{of}": checks(own, self.offsets[of], self.variants) for of, own in self.values.items()}
+        variants = {of: 1 if of[1:] in TEXT else self.variants for of in self.values}
+        index |= {f"checks{of}": checks(own, self.offsets[of], variants[of]) for of, own in self.values.items()}
         note = {**note, "replaced": self.replaced}
         remark = json.dumps({**note, "crc32": _crc(index, note)}, sort_keys=True)
         tensors = {f"values{of}": own for of, own in self.values.items()}
@@ -228,7 +238,9 @@ class Store(LatentSource):
         self._sizes = columns["sizes"]
         self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(s.columns["labels"]) for s in shards])
         self._features: dict[str, Any] = self.manifest.get("features", {}).get("teachers", {})
-        self._places = {of: _Places.of(shards, of) for of in ("", *(f"/{name}" for name in self._features))}
+        self.encoder: dict[str, Any] | None = self.manifest.get("text", {}).get("encoder")  # of captions
+        held = (*self._features, *(TEXT if self.encoder else ()))
+        self._places = {of: _Places.of(shards, of) for of in ("", *(f"/{name}" for name in held))}
         self._planes = self.manifest["tokenizer"]["channels"] * len(self.manifest["tokenizer"]["moments"])
         self.class_names: list[str] = self.manifest["classes"]
         self.labels = columns["labels"][self._items].astype(np.int64)
@@ -295,6 +307,15 @@ class Store(LatentSource):
         grid = (self._sizes[entry] // patch).tolist()
         return [self._values(f"/{name}", entry, mirrored).view(self._features[name]["width"], *grid) for name in names]
 
+    def caption(self, index: int) -> str:
+        """In words."""
+        return self._values("/captions", int(self._items[index]), False).numpy().tobytes().decode()
+
+    def text(self, index: int) -> Tensor:
+        """(n, E), what the text encoder has made of the caption, in the stored dtype."""
+        assert self.encoder is not None
+        return self._values("/text", int(self._items[index]), False).view(-1, self.encoder["width"])
+
     def _values(self, of: str, entry: int, mirrored: bool) -> Tensor:
         """Flat, of an entry or its mirror image."""
         shard, places = int(self._shard[entry]), self._places[of]
@@ -315,6 +336,7 @@ class Store(LatentSource):
             f"  encoded by {codec['name']}, {' and '.join(codec['moments'])} in {self.manifest['dtype']}{mirrored}; "
             f"unscaled mean {mean:.3f}, std {std:.3f}",
             *(f"  what {name} sees, {own['width']} channels" for name, own in self._features.items()),
+            *([f"  captions, {self.encoder['width']} values of each token"] if self.encoder else []),
             *remarks(self.class_names),
             *([f"  {self._replaced:,} show others of their class, {UNREADABLE}"] if self._replaced else []),
         ]

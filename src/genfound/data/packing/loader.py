@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class MicroBatches(Dataset[Item]):
     flips: Rng | None = None  # decides which images of a micro-batch are mirrored; `None` mirrors none
     reread: tuple[int, int] | None = None  # for teachers: pixels per token side of the images, and of what they see
     features: Features | None = None  # reads what they see, where that is stored
+    text: Callable[[int], Any] | None = None  # reads the caption of an image, or what is made of it; see `RawImages`
 
     def __getitem__(self, micro: MicroBatch) -> Item:
         count = len(micro.indices)
@@ -55,7 +56,8 @@ class MicroBatches(Dataset[Item]):
         pictures = list(seen[0]) if seen else None
         features = None if self.features is None else self.features(micro, coins)
         labels = torch.from_numpy(self.source.labels[list(micro.indices)])
-        images = RawImages(list(tensors), labels, encoded, pictures, features)
+        text = None if self.text is None else [self.text(index) for index in micro.indices]
+        images = RawImages(list(tensors), labels, encoded, pictures, features, text)
         return images if self.assembly is None else self.assembly(images, micro.positions, torch.device("cpu")), micro
 
     def _pictures(self, index: int, mirrored: bool) -> list[Tensor]:
