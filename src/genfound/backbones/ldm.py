@@ -219,10 +219,6 @@ def _check_levels(patch_size: int, channel_mult: Sequence[int], attention_resolu
     if patch_size != 2 ** (len(channel_mult) - 1):
         levels = f"model.channel_mult={list(channel_mult)} has {len(channel_mult)} levels"
         raise ValueError(f"{levels}; set model.patch_size={2 ** (len(channel_mult) - 1)}")
-    if absent := [n for n in attention_resolutions if n > patch_size or n & (n - 1)]:
-        raise ValueError(
-            f"model.attention_resolutions: {absent[0]} is no level; they are powers of 2 up to {patch_size}"
-        )
 
 
 class ClassEmbedder(nn.Module):
