@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 import genfound as library
 from genfound.data.images.shapes import Shapes
+from genfound.metrics.clip_score import ClipScore
 from tests.cli.commands import TINY, genfound, one_error
 from tests.text.test_encoders import gemma
 
@@ -200,3 +204,64 @@ def test_prompts_are_nothing_to_a_model_of_classes(tmp_path: Path) -> None:
         ),
     ):
         assert message in one_error(genfound("sample", "from=runs/default/run", extra, cwd=tmp_path))
+
+
+def clip(folder: Path) -> Path:
+    """A small CLIP of random weights as the hub has them, that knows letters."""
+    torch.manual_seed(0)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(names), "bos_token_id": 0, "eos_token_id": 1}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    CLIPTokenizer(vocab={name: number for number, name in enumerate(names)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def test_a_clip_score_is_the_mean_cosine_of_images_and_their_prompts(tmp_path: Path) -> None:
+    measure = ClipScore(str(clip(tmp_path / "clip")), torch.device("cpu"))
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 256, (20, 24, 3), dtype=np.uint8) for _ in range(70)]
+    prompts = ["a red circle", "a blue square " * 30] * 35
+    pairs = zip(images, prompts, strict=True)
+    apart = [measure([image], [prompt]) for image, prompt in pairs]  # type: ignore[arg-type]
+    assert measure(images, prompts) == pytest.approx(np.mean(apart), abs=1e-6)  # type: ignore[arg-type]
+    words = measure.processor(text=prompts[:1], images=[Image.fromarray(images[0])], return_tensors="pt")
+    out = measure.model(**words)
+    expected = torch.cosine_similarity(out.image_embeds, out.text_embeds).item()
+    assert apart[0] == pytest.approx(expected, abs=1e-5) and len(set(apart)) == 70
+
+
+def test_samples_of_captions_are_measured_with_their_prompts(tmp_path: Path) -> None:
+    clip(tmp_path / "clip")
+    trained = genfound(
+        "train", *TEXT, "data.images=200", "data.holdout=100", "trainer.max_steps=1", "name=run", cwd=tmp_path
+    )
+    assert trained.returncode == 0, trained.stderr
+    asked = ["from=runs/default/run", "protocol=quick", "n=96", "reference_images=100"]
+    measured = genfound("evaluate", *asked, "clip_weights=clip", cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    (line,) = (tmp_path / "runs/default/run/evaluations/results.jsonl").read_text().splitlines()
+    result = json.loads(line)
+    assert abs(result["figures"]["clip_score"]) < 1 and "fd_probe" in result["figures"]
+    assert len(result["protocol"]["extractor"]["clip"]) == 16
+    wrong = {
+        "labels=random": "labels=random: this model reads captions, which are those of its data; set labels=data",
+        "clip_weights=nowhere": "clip_weights=nowhere is not a folder",
+    }
+    for word, message in wrong.items():
+        assert message in one_error(genfound("evaluate", *asked, word, cwd=tmp_path))
+    (tmp_path / "clip/tokenizer.json").write_text("{")
+    assert "clip is damaged" in one_error(genfound("evaluate", *asked, "clip_weights=clip", cwd=tmp_path))
+    captioned(tmp_path / "pictures")
+    classes = [*CLASSES, "data.images=200", "data.holdout=100", "trainer.max_steps=1", "name=classes"]
+    assert genfound("train", *classes, cwd=tmp_path).returncode == 0
+    clip(tmp_path / "clip")
+    for origin, message in (
+        ("from=runs/default/classes", "clip_weights: this model knows classes and no text"),
+        ("from=pictures", "clip_weights: images alone have no prompts"),
+    ):
+        words = [origin, *asked[1:], "clip_weights=clip"]
+        assert message in one_error(genfound("evaluate", *words, cwd=tmp_path))

@@ -28,6 +28,7 @@ from genfound.evaluation.provenance import is_images, model_identity
 from genfound.evaluation.references import DECODED, GIVEN, RunDataset, Workspace, prepare_extractor, prepare_reference
 from genfound.evaluation.samples import EvaluationSamples, SampleStore, existing_samples, new_samples
 from genfound.loggers.provenance import provenance, versions
+from genfound.metrics.clip_score import ClipScore
 from genfound.metrics.compute import PROBE, check_count, check_reference, compute
 from genfound.metrics.features import FeatureStore
 from genfound.runtime import devices, launch, processes
@@ -50,6 +51,8 @@ class Evaluator:
         self.request, self.workspace, config = request, workspace, request.config
         self.extractor = prepare_extractor(config, dataset, workspace)
         check_count("n", n, self.extractor)
+        clip = config["clip_weights"] if workspace.rank == 0 else None
+        self.clip = None if clip is None else ClipScore(clip, workspace.device)
         self.references = {}
         for size in sizes:
             self.references[size] = prepare_reference(config, size, dataset, self.extractor, workspace)
@@ -92,6 +95,8 @@ class Evaluator:
             print(f"samples: {export(images, export_to, note)}", flush=True)
         reference, facts = self.references[samples.size]
         figures = compute(features, reference, self.extractor, config["convention"], images.labels, device)
+        if self.clip is not None:
+            figures["clip_score"] = self.clip(images, images.prompts)  # type: ignore[attr-defined]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
         machine = {"device": name or platform.machine(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         result = Result(figures, self._protocol(samples, facts), samples.subject, {**provenance(), **machine})
@@ -105,6 +110,7 @@ class Evaluator:
     def _protocol(self, samples: EvaluationSamples, facts: Mapping[str, Any]) -> Protocol:
         """What was set otherwise than its name says is listed."""
         request, view, count = self.request, str(facts["view"]), len(samples.images)
+        clip = {} if self.clip is None else {"clip": self.clip.hash}
         named = dict.fromkeys(("reference_view", "reference_images"), UNKNOWN)  # of images in no view
         used = named if view == GIVEN else {"reference_view": view.removesuffix(DECODED)}
         return Protocol(
@@ -113,7 +119,7 @@ class Evaluator:
             count=count,
             size=samples.size if isinstance(samples.size, str) else list(samples.size),
             drawing=samples.record,
-            extractor={"name": self.extractor.name, "hash": self.extractor.hash},
+            extractor={"name": self.extractor.name, "hash": self.extractor.hash, **clip},
             convention=PROBE if self.extractor.name == PROBE else request.config["convention"],
             reference=facts,
             versions=versions(*LIBRARIES),

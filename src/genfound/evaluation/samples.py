@@ -76,6 +76,8 @@ def new_samples(
     """Samples that a network is to make."""
     settings, config = request.config, request.sampling_config(dataset.config, size)
     n, labels, seed = settings["n"], settings["labels"], settings["seed"]
+    if settings["clip_weights"] is not None and net.text_width is None:
+        raise ValueError("clip_weights: this model knows classes and no text, so that its samples have no prompts")
     if "weights" in config["guidance"]:  # of a run that is still training, the checkpoint of now
         config["guidance"]["weights"] = str(newest_checkpoint(Path(config["guidance"]["weights"])))
     objective = build.objective(config)  # refuses a sampler that does not fit
@@ -91,6 +93,8 @@ def existing_samples(config: Mapping[str, Any], source: Path, folder: Path) -> E
     moved = [key for key, value in config["data"].items() if value is not None]
     if moved:
         raise ValueError(f"data.{moved[0]}: images alone have no data set; from=RUN has one")
+    if config["clip_weights"] is not None:
+        raise ValueError("clip_weights: images alone have no prompts; from=RUN of a model of text has")
     images = open_images(source, config["max_pixels"])
     size = common_size(images)
     if config["sizes"] not in (None, DATA):
@@ -117,6 +121,7 @@ class SampleStore(SizedImages):
         self.net, self.pipeline, self.seed, self.requests = net, pipeline, seed, requests
         self.sizes = np.array([request.size for request in requests], dtype=np.int64)
         self.labels = np.array([request.label for request in requests], dtype=np.int64)
+        self.prompts = [str(request.prompt) for request in requests]
         self.key = digest(str(folder.resolve()), self.sizes.tobytes(), self.labels.tobytes())
         self.failure = folder / "failure"  # the reason why a process cannot make its share
         parts = enumerate(batches(requests, PART))
