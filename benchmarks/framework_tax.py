@@ -7,7 +7,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,7 +52,7 @@ class BesideBareLoop(lightning.Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin the bare loop, with a network of its own."""
         parts: build.RunComponents = trainer.datamodule.parts
-        self.loop = bare_loop(build.build_run(parts.config, 1))
+        self.loop = bare_loop(build.build_run(parts.config, 1), trainer.precision_plugin.forward_context)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """At the beginning of a block."""
@@ -66,13 +67,14 @@ class BesideBareLoop(lightning.Callback):
         self._bare = self._began - begin
 
 
-def bare_loop(parts: build.RunComponents) -> Iterator[None]:
+def bare_loop(parts: build.RunComponents, autocast: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Loss, backward, clip, fused AdamW, average: what is left of a step without any framework."""
     settings, net, objective = parts.config["optimizer"], parts.net.train(), parts.objective
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], betas=settings["betas"], fused=True)
     average = [p.detach().clone() for p in net.parameters()]
     for batch, micro in parts.loader(0):
-        losses = objective.loss(net, batch, Rng(0, "train", micro.number))
+        with autocast():
+            losses = objective.loss(net, batch, Rng(0, "train", micro.number))
         weights = image_weight(batch.tokens, objective.weight) * batch.real
         ((weights * losses.total).sum() / micro.weight_sum).backward()
         nn.utils.clip_grad_norm_(net.parameters(), settings["clip"])

@@ -128,11 +128,9 @@ def row(family: Family, precision: str, repeats: int) -> str:
     config = compose.compose("train", family.overrides)
     net, theirs, batch = pair(family, config)
     difference = largest_difference(net, theirs, family.call, batch)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    steps = [our_step(config, net, batch), their_step(theirs, family.call, batch)]
-
-    with autocast:
-        rounds = interleaved([partial(next, step) for step in steps], repeats)
+    bf16 = precision == "bf16"
+    steps = [our_step(config, net, batch, bf16), their_step(theirs, family.call, batch, bf16)]
+    rounds = interleaved([partial(next, step) for step in steps], repeats)
     return f"| {family.overrides[0].partition('=')[2]} | {precision} | {cells(rounds)} | {difference:.0e} |"
 
 
@@ -214,13 +212,14 @@ SIZES = {
 """Height and width of the latents of a step, for each layout."""
 
 
-def our_step(config: dict[str, Any], net: Backbone, batch: Batch) -> Iterator[None]:
+def our_step(config: dict[str, Any], net: Backbone, batch: Batch, bf16: bool = False) -> Iterator[None]:
     """As `GenerativeModule` and Lightning do it: loss, backward, clip, fused AdamW, averages."""
     objective = build.objective(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0, fused=True)
     average = [p.detach().clone() for p in net.parameters()]
     for step in itertools.count():
-        losses = objective.loss(net, batch, Rng(0, "train", step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = objective.loss(net, batch, Rng(0, "train", step))
         weights = image_weight(batch.tokens, objective.weight) * batch.real
         loss = (weights * losses.total).sum() / weights.sum()
         if isinstance(net, DiTMoE):
@@ -234,13 +233,14 @@ def our_step(config: dict[str, Any], net: Backbone, batch: Batch) -> Iterator[No
         yield
 
 
-def their_step(net: nn.Module, call: Call, batch: Batch) -> Iterator[None]:
+def their_step(net: nn.Module, call: Call, batch: Batch, bf16: bool = False) -> Iterator[None]:
     """Mean squared error at random times, backward, clip, AdamW, averages one by one."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0)
     average = [p.detach().clone() for p in net.parameters()]
     while True:
         noise = torch.randn_like(batch.x)
-        out = call(net, replace(batch, x=batch.x + noise), torch.rand(len(batch.y)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = call(net, replace(batch, x=batch.x + noise), torch.rand(len(batch.y)))
         channels = noise.shape[1] if batch.layout == "dense" else noise.shape[-1]
         target = noise[: len(out)]
         loss = (out.narrow(1 if batch.layout == "dense" else -1, 0, channels) - target).square().mean()
