@@ -190,3 +190,22 @@ def test_its_arithmetic_is_that_of_its_layers() -> None:
     across = 28 * 2 * d * tokens**2
     counted = net.flops().total(1, tokens, tokens**2) / 2
     assert counted == pytest.approx(of_tokens + of_text + of_image + pairs + across, rel=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalised", [True, False])
+def test_queries_and_keys_of_text_are_normalised_where_it_is_wanted(normalised: bool) -> None:
+    net, batch = network(qk_norm=normalised), described(packed(SIZES))
+    base = net(batch, TIMES)
+    for block in net.blocks:
+        block.cross.q.weight.mul_(10)  # type: ignore[union-attr, operator]
+        block.cross.q.bias.mul_(10)  # type: ignore[union-attr, operator]
+    assert torch.allclose(net(batch, TIMES), base, atol=1e-3) == normalised
+
+
+@pytest.mark.parametrize("options", [{"rope_coords": "official"}, {"rope_theta": 3.0}, {"mlp_ratio": 2}])
+def test_other_options_change_the_output(options: dict[str, Any]) -> None:
+    batch = described(packed(SIZES))
+    assert (network(**options)(batch, TIMES) - network()(batch, TIMES)).abs().max() > 1e-3
+    assert network(mlp_ratio=2).blocks[0].mlp.fc1.out_features == 64  # type: ignore[union-attr]
+    assert network(learn_sigma=True)(batch, TIMES).shape == (len(batch.x), 8)
