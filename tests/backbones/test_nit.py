@@ -156,7 +156,7 @@ def test_a_head_that_does_not_divide_by_four_is_refused(width: int, heads: int) 
 
 
 def test_unknown_coordinates_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.rope_coords=diagonal.*row_major or official"):
+    with pytest.raises(ValueError, match=r"model\.rope_coords=diagonal.*row_major, official"):
         fresh_nit(rope_coords="diagonal")
 
 
