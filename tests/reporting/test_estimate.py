@@ -75,7 +75,8 @@ def test_activations_are_those_of_a_forward_pass(model: str, precision: str) -> 
     assert kept == pytest.approx(real, rel=0.02)
     assert recomputed < 0.8 * kept
     config["model"]["activation_checkpointing"] = True
-    assert activations(config, 5, 256 // config["model"]["patch_size"] ** 2) == (recomputed, recomputed)
+    both = activations(config, 5, 256 // config["model"]["patch_size"] ** 2)
+    assert both == pytest.approx((recomputed, recomputed), rel=0.01)
 
 
 def test_every_second_block_recomputed_is_between() -> None:
