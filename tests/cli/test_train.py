@@ -143,7 +143,7 @@ WRONG = {
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",
-    "experiment=evaluate/nit_resolutions_mini": "another command: python -m genfound.evaluate experiment=",
+    "experiment=evaluate/nit_resolutions_mini": "is not one of this command; python -m genfound.evaluate experiment=",
     "experiment=best": "experiment=best is unknown; choose one of alignment, alignment_mini, dit_scaling",
     "callbacks.checkpointing.keep=0": "callbacks.checkpointing.keep=0 must be a whole number of at least 1",
 }
