@@ -15,6 +15,7 @@ from genfound.alignment.dinov2 import DINOv2
 from genfound.alignment.probe import ProbeTeacher
 from genfound.alignment.radio import RADIO
 from genfound.metrics.probe import Probe
+from genfound.runtime.transformers_models import transformers_class
 from tests.data.images.test_folder import folder, plain
 
 
@@ -50,7 +51,7 @@ def test_dinov2_of_the_trained_grid_is_that_of_transformers(tmp_path: Path) -> N
     images = pictures(56, 56)
     features = again(images, 4, 4)
     assert torch.equal(features, teacher(images, 4, 4))
-    own = vit.transformers_class("Dinov2WithRegistersModel").from_pretrained(tmp_path).eval()
+    own = transformers_class("Dinov2WithRegistersModel").from_pretrained(tmp_path).eval()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (DINOv2.mean, DINOv2.std))
     tokens = own((images / 255 - mean) / std).last_hidden_state[:, 5:]  # after the class and four registers
     torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens, atol=1e-5, rtol=0)

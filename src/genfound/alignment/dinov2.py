@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from genfound.alignment import vit
+from genfound.runtime.transformers_models import complete, from_state, transformers_class
 
 KINDS = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
 """`model_type` of a config.json -> the name of its classes in transformers."""
@@ -25,17 +26,17 @@ class DINOv2(vit.VisionTransformer):
         """From the hub, a folder, or random."""
         folder = self.fetch(weights)
         if folder is None:
-            return vit.from_state("Dinov2WithRegisters", TINY, None)
+            return from_state("Dinov2WithRegisters", TINY, None)
         try:
             kind = KINDS[json.loads((folder / "config.json").read_text())["model_type"]]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{folder / 'config.json'} does not describe a DINOv2") from None
-        model_class = vit.transformers_class(f"{kind}Model")
+        model_class = transformers_class(f"{kind}Model")
         try:
             model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0][:150]}") from None
-        return vit.complete(model, info, f"the weights in {folder}")
+        return complete(model, info, f"the weights in {folder}")
 
     def resampled(self, table: Tensor, rows: int, columns: int) -> Tensor:
         """Bicubic with antialiasing (timm's resample_abs_pos_embed, which REPA calls)."""

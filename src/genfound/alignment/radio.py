@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from genfound.alignment import vit
 from genfound.runtime import checkpoint_io
+from genfound.runtime.transformers_models import FILES, from_state
 
 HEADS = {32: 2, 768: 12, 1024: 16, 1280: 16}
 """Width -> heads, of the published sizes (and of a small one for tests), which weights do not tell."""
@@ -40,8 +41,8 @@ class RADIO(vit.VisionTransformer):
         if found is None:
             state: Mapping[str, Tensor] = tiny_state()
         else:
-            state = read(found) if found.is_file() else checkpoint_io.read_safetensors(found / vit.FILES[1])
-        model = vit.from_state("Dinov2WithRegisters", *converted(state, weights))
+            state = read(found) if found.is_file() else checkpoint_io.read_safetensors(found / FILES[1])
+        model = from_state("Dinov2WithRegisters", *converted(state, weights))
         model.layernorm = torch.nn.Identity()
         return model
 

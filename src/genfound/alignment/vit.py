@@ -1,9 +1,6 @@
 """Teachers that are vision transformers in the form of DINOv2, as the library transformers computes them."""
 
-import importlib
-import importlib.util
 from abc import abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from genfound.alignment.base import Teacher
+from genfound.runtime.transformers_models import FILES, require
 from genfound.tokenizers.weights import locate
-
-FILES = ("config.json", "model.safetensors")
-"""Of a model of transformers on the Hugging Face hub."""
 
 RANDOM = "random_tiny"
 """Weights for tests: a small network, always the same."""
@@ -45,8 +40,7 @@ class VisionTransformer(Teacher):
     @classmethod
     def fetch(cls, weights: str | None, download: bool = True) -> Path | None:
         """See `Teacher`; of the hub the two files of a model."""
-        if importlib.util.find_spec("transformers") is None:
-            raise ValueError(f"alignment: {cls.__name__} needs a library; pip install 'genfound[teachers]'")
+        require("alignment", cls.__name__)
         return None if weights == RANDOM else locate(str(weights), download, "alignment.teachers weights", FILES)
 
     @abstractmethod
@@ -79,30 +73,3 @@ class VisionTransformer(Teacher):
         if (rows, columns) != (side, side):
             grid = self.resampled(grid, rows, columns)
         return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-def transformers_class(name: str) -> Any:
-    """A class of transformers, whose progress bars and hints are silenced."""
-    library = importlib.import_module("transformers")
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
-    return getattr(library, name)
-
-
-def from_state(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor] | None) -> Any:
-    """A network of transformers with the weights of a state dict, named as the hub's files are, or random ones."""
-    described = transformers_class(f"{kind}Config")(**config)
-    model_class = transformers_class(f"{kind}Model")
-    if state is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return model_class(described)
-    model, info = model_class.from_pretrained(None, config=described, state_dict=dict(state), output_loading_info=True)
-    return complete(model, info, "the weights")
-
-
-def complete(model: Any, info: Mapping[str, Any], origin: str) -> Any:
-    """The model, if all of its weights were there."""
-    if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
-        raise ValueError(f"{origin} are of another network: {len(wrong)} names differ, such as {wrong[0]}")
-    return model

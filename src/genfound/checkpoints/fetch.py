@@ -10,10 +10,10 @@ import torch
 
 from genfound import build
 from genfound.alignment import from_config
-from genfound.alignment.vit import FILES
 from genfound.config import targets
 from genfound.metrics import extractor
 from genfound.runtime.files import atomic_write, check_folder
+from genfound.runtime.transformers_models import FILES
 from genfound.text import gemma
 from genfound.text.from_config import fetch_text_encoder, text_encoder
 from genfound.tokenizers.weights import CONFIG, WEIGHTS

@@ -1,14 +1,13 @@
 """CLIP score (arXiv 2104.08718): how well images show their prompts, by a CLIP of local weights."""
 
 import hashlib
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from genfound.alignment.vit import transformers_class
 from genfound.data.images.sets import ImageSet
+from genfound.runtime.transformers_models import require, transformers_class
 from genfound.tokenizers.weights import locate
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
@@ -35,13 +34,11 @@ class ClipScore:
         with open(folder / FILES[1], "rb") as file:
             self.hash = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         try:
-            self.model = (
-                transformers_class("CLIPModel").from_pretrained(folder, local_files_only=True).eval().to(device)
-            )
+            model = transformers_class("CLIPModel").from_pretrained(folder, local_files_only=True).eval()
             self.processor = transformers_class("CLIPProcessor").from_pretrained(folder, local_files_only=True)
         except Exception as error:  # of transformers, safetensors and tokenizers, which share no class of errors
             raise ValueError(f"clip_weights: {folder} is damaged: {' '.join(str(error).split())[:150]}") from None
-        self.device = device
+        self.model, self.device = model.to(device), device
         longest = self.model.config.text_config.max_position_embeddings
         self.fitting = {"padding": True, "truncation": True, "max_length": longest}
 
@@ -62,6 +59,5 @@ class ClipScore:
 
 def fetch(weights: str) -> Path:
     """The folder of the weights, downloaded if they are not at hand."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("clip_weights: CLIP needs a library; pip install 'genfound[teachers]'")
+    require("clip_weights", "CLIP")
     return locate(weights, True, "clip_weights", FILES)

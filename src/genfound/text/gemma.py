@@ -1,7 +1,6 @@
 """Gemma 3, whose 1B model is the text encoder of NiT for text (arXiv 2506.03131, appendix A)."""
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from genfound.alignment.vit import complete, transformers_class
 from genfound.config.checks import integer, one_of
+from genfound.runtime.transformers_models import complete, require, transformers_class
 from genfound.text.base import TextEncoder
 from genfound.tokenizers.weights import locate
 
@@ -59,8 +58,7 @@ class Gemma3(TextEncoder):
     @classmethod
     def fetch(cls, weights: str | None, download: bool = True) -> Path | None:
         """See `TextEncoder`; of the hub the configuration, the weights in one file, and the tokenizer."""
-        if importlib.util.find_spec("transformers") is None:
-            raise ValueError(f"text_encoder: {cls.__name__} needs a library; pip install 'genfound[teachers]'")
+        require("text_encoder", cls.__name__)
         return locate(str(weights), download, "text_encoder.weights", FILES)
 
     @torch.no_grad()

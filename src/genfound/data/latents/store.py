@@ -90,7 +90,8 @@ class ShardWriter:
 
         Moments (B, variants, planes, h, w); features, of each teacher, (B, variants, Z, rows, columns).
         """
-        for (of, values), found in zip(self.values.items(), (moments, *features), strict=False):
+        kept = [(of, values) for of, values in self.values.items() if of[1:] not in TEXT]
+        for (of, values), found in zip(kept, (moments, *features), strict=True):
             for entry, own in zip(entries, found, strict=True):
                 values[self.offsets[of][entry] : self.offsets[of][entry + 1]] = own.flatten()
         means = moments[:, 0, : self.sums.shape[1]].double()
