@@ -21,8 +21,8 @@ REPA = "alignment=repa alignment.depth=1"
 
 WRONG = {
     f"{REPA} {DINO}.weights=no/where/at/all": (
-        f"{DINO}.weights=no/where/at/all is not a folder; give one with config.json and model.safetensors, a name on "
-        "the Hugging Face hub, or random; alignment=none trains without a teacher, which is another system"
+        f"{DINO}.weights=no/where/at/all is not a folder; give one with config.json and model.safetensors, or a name "
+        "on the Hugging Face hub; alignment=none trains without a teacher, which is another system"
     ),
     f"{REPA} {DINO}.weights=org/model": "weights=org/model is neither a folder nor in the cache",
     f"{REPA} {DINO}.weights=random_tiny": "width=768, but DINOv2 has 32, the channels of its features; set it so",

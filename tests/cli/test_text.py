@@ -249,7 +249,7 @@ def test_samples_of_captions_are_measured_with_their_prompts(tmp_path: Path) -> 
     assert len(result["protocol"]["extractor"]["clip"]) == 16
     wrong = {
         "labels=random": "labels=random: this model reads captions, which are those of its data; set labels=data",
-        "clip_weights=nowhere": "clip_weights=nowhere is not a folder",
+        "clip_weights=nowhere": "preprocessor_config.json, or a name on the Hugging Face hub",
     }
     for word, message in wrong.items():
         assert message in one_error(genfound("evaluate", *asked, word, cwd=tmp_path))

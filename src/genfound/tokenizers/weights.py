@@ -70,10 +70,8 @@ def locate(
             raise FileNotFoundError(f"{key}={weights}: there is no {missing[0]} in this folder")
         return folder
     if folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", "..", "~"):
-        raise FileNotFoundError(
-            f"{key}={weights} is not a folder; give one with {' and '.join(files)}, a name on the "
-            "Hugging Face hub, or random"
-        )
+        hub = "a name on the Hugging Face hub, or random" if WEIGHTS in files else "or a name on the Hugging Face hub"
+        raise FileNotFoundError(f"{key}={weights} is not a folder; give one with {' and '.join(files)}, {hub}")
     return _snapshot(weights, files, local_files_only=True) or _download(weights, download, key, files)
 
 
