@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genfound.alignment import vit
 from genfound.alignment.radio import PATCH, RADIO, converted
+from genfound.runtime.transformers_models import from_state
 from tests.golden.adapters import Results, adapter
 from tests.golden.adapters.nit import Fixture
 from tests.golden.fill import inputs, parameters, unit
@@ -20,7 +20,7 @@ class Given(RADIO):
         super().__init__(weights="given")
 
     def load(self, weights: str) -> object:
-        model = vit.from_state("Dinov2WithRegisters", *converted(self.state, weights))
+        model = from_state("Dinov2WithRegisters", *converted(self.state, weights))
         model.layernorm = torch.nn.Identity()
         return model
 
