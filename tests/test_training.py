@@ -45,10 +45,10 @@ def test_typical_sizes_of_few_images_are_those_there_are(
     assert typical_sizes(np.array(sizes)) == typical
 
 
-@pytest.mark.parametrize("options", WRONG)
-def test_settings_of_previews_are_checked_before_the_first_step(options: str, tmp_path: Path) -> None:
-    folder = run_dir(tmp_path, *TINY, *options.split(), "trainer.max_steps=1", "logger=jsonl")
-    with pytest.raises(ValueError, match=WRONG[options]):
+@pytest.mark.parametrize("overrides", WRONG)
+def test_settings_of_previews_are_checked_before_the_first_step(overrides: str, tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, *TINY, *overrides.split(), "trainer.max_steps=1", "logger=jsonl")
+    with pytest.raises(ValueError, match=WRONG[overrides]):
         fit(folder)
     assert {file.name for file in tmp_path.iterdir()} == {"config.yaml"}
 
@@ -259,15 +259,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("options", REFUSED)
+@pytest.mark.parametrize("overrides", REFUSED)
 def test_what_is_known_at_once_is_refused_before_anything_is_read(
-    options: str, monkeypatch: pytest.MonkeyPatch
+    overrides: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "training_tokenizer", lambda _: pytest.fail("weights were looked for"))
-    config = composed(*TINY, *options.split())
+    config = composed(*TINY, *overrides.split())
     with pytest.raises((ValueError, OSError)) as error:
         build.build_run(config, config["trainer"]["devices"])
-    assert REFUSED[options] in str(error.value)
+    assert REFUSED[overrides] in str(error.value)
 
 
 def test_more_devices_than_the_machine_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
