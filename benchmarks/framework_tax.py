@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.report import facts, write
 from genfound import build
 from genfound.config import compose
+from genfound.modules.base import module_of
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
 from genfound.runtime import run_directory
@@ -68,13 +69,13 @@ class BesideBareLoop(lightning.Callback):
 
 
 def bare_loop(parts: build.RunComponents, autocast: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Loss, backward, clip, fused AdamW, average: what is left of a step without any framework."""
-    settings, net, objective = parts.config["optimizer"], parts.net.train(), parts.objective
+    """Dropped labels, loss, backward, clip, fused AdamW, average: what is left of a step without any framework."""
+    settings, net, objective, module = parts.config["optimizer"], parts.net.train(), parts.objective, module_of(parts)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], betas=settings["betas"], fused=True)
     average = [p.detach().clone() for p in net.parameters()]
     for batch, micro in parts.loader(0):
         with autocast():
-            losses = objective.loss(net, batch, Rng(0, "train", micro.number))
+            losses = module.evaluate(batch, Rng(0, "train", micro.number))
         weights = image_weight(batch.tokens, objective.weight) * batch.real
         ((weights * losses.total).sum() / micro.weight_sum).backward()
         nn.utils.clip_grad_norm_(net.parameters(), settings["clip"])

@@ -55,13 +55,14 @@ class Ema(Callback):
 
         Only now has Lightning restored everything, and moved it to the device.
         """
+        live = dict(module.trained())
         for decay in self.decays or ():
-            weights = dict(module.trained()) if self._saved is None else self._saved[str(decay)]
+            weights = live if self._saved is None else self._saved[str(decay)]
             self.averages[decay] = {
                 name: sharded_like(weights[name].detach(), p).to(p.device, torch.float32, copy=True)
-                for name, p in module.trained()
+                for name, p in live.items()
             }
-        self._saved = None
+        self._live, self._saved = list(live.values()), None
         self._steps = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ class Ema(Callback):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        live = [local(p.detach()).float() for _, p in module.trained()]
+        live = [local(p.detach()).float() for p in self._live]
         most = (1 + self._steps) / (10 + self._steps) if self.warmup else 1.0
         for decay, average in self.averages.items():
             torch._foreach_lerp_([local(value) for value in average.values()], live, 1 - min(decay, most))

@@ -34,7 +34,7 @@ class Throughput:
 
     def begin(self, now: float | None = None) -> None:
         """Begin a window now."""
-        self.images = self.tokens = self.pairs = self.slots = 0
+        self._micros: list[tuple[MicroBatch, int]] = []  # and its slots
         self.away = 0.0
         self._began, self._waited = time.perf_counter() if now is None else now, self.data.train.waited
 
@@ -58,11 +58,7 @@ class Throughput:
 
     def add(self, micro: MicroBatch, batch: Batch) -> None:
         """Add a micro-batch of this rank."""
-        tokens = self.data.train.plan.tokens[list(micro.indices)].astype(float)
-        self.images += len(micro.indices)
-        self.tokens += micro.tokens
-        self.pairs += int((tokens**2).sum())
-        self.slots += micro.tokens if batch.layout == "dense" else batch.slots
+        self._micros.append((micro, micro.tokens if batch.layout == "dense" else batch.slots))
 
     def sums(self, module: GenerativeModule) -> Tensor:
         """What ranks add up; ends the window, once the device has finished it, and begins the next one."""
@@ -70,7 +66,9 @@ class Throughput:
         wall = now - self._began - self.away
         waited, encoded = self.data.train.waited - self._waited, self.data.encoding.take()
         taught = self.data.teaching.take()
-        values = [self.images, self.tokens, self.pairs, self.slots, wall, waited, encoded, taught]
+        tokens = self.data.train.plan.tokens[[i for micro, _ in self._micros for i in micro.indices]].astype(float)
+        slots = sum(slots for _, slots in self._micros)
+        values = [len(tokens), tokens.sum(), (tokens**2).sum(), slots, wall, waited, encoded, taught]
         self.begin(now)
         return torch.tensor(values, dtype=torch.float32, device=module.device)
 

@@ -1,7 +1,7 @@
 """Training curves: loss, loss by time, gradient norm, speed; nothing waits for the device between two lines."""
 
 import math
-from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,23 +10,16 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.callbacks.throughput import Throughput
+from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.loader import Item
 from genfound.loggers.base import log, note
 from genfound.modules.base import GenerativeModule
 from genfound.objectives.weighting import image_weight
 
 BINS = 4
-BY_TIME = "by time"
-"""(2, BINS) losses of images by their time, and number of images."""
 
 USUAL = 5.0
 """Mean and standard deviation of normalised latents are within this, and its inverse."""
-
-
-def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Add values to the sums of their names."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + value.detach().float()
 
 
 class TrainLog(Callback):
@@ -46,15 +39,13 @@ class TrainLog(Callback):
         """Begin an empty window."""
         module.logs_losses = False
         self._logged = trainer.global_step
-        self._clear(module)
+        self._clear()
         self.speed.begin()
         self._started = False
 
-    def _clear(self, module: GenerativeModule) -> None:
-        self._taken = torch.zeros((), device=module.device)  # steps that were not skipped
-        self._grad_norm = torch.full((), math.nan, device=module.device)  # of the last of them
-        self._window = {BY_TIME: torch.zeros(2, BINS, device=module.device)}
-        self._step: dict[str, Tensor] = {}
+    def _clear(self) -> None:
+        self._micros: list[tuple[MicroBatch, list[Tensor], dict[str, Tensor]]] = []  # of images, and extra losses
+        self._ends: list[tuple[int, Tensor]] = []  # of steps: micro-batches up to there, norm of the gradient
 
     def on_train_batch_start(self, trainer: Trainer, module: GenerativeModule, batch: Item, *_: Any) -> None:
         """Look at the first micro-batch, and measure the machine; neither is part of the training."""
@@ -68,34 +59,19 @@ class TrainLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: GenerativeModule, outputs: Any, batch: Item, *_: Any
     ) -> None:
-        """Add a micro-batch to its step, and a whole step to the window; write a line when it is time."""
+        """Keep the losses of a micro-batch until a line is written, and write it when it is time."""
         losses, (images, micro) = outputs["losses"], batch
         assert isinstance(images, Batch)
-        weights = image_weight(images.tokens, module.objective.weight) * images.real
-        parts = {"loss": losses.total, **losses.terms}
-        add_to(self._step, {name: (weights * part).sum() / micro.weight_sum for name, part in parts.items()})
-        add_to(self._step, {name: value / module.loss_scale for name, value in module.extra_losses().items()})
-        low, high = module.objective.time_range
-        index = ((losses.t.float() - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
-        by_time = self._step.setdefault(BY_TIME, torch.zeros(2, BINS, device=module.device))
-        own = losses.total - losses.terms.get("alignment", 0.0)  # of the objective
-        for row, value in enumerate((own.detach() * images.real, images.real.float())):
-            by_time[row].index_add_(0, index, value.float())
+        self._names = ("loss", *losses.terms)
+        values = [v.detach() for v in (losses.t, losses.total, *losses.terms.values())]
+        extra = {name: value.detach() / module.loss_scale for name, value in module.extra_losses().items()}
+        self._micros.append((micro, [images.tokens, images.real, *values], extra))
         self.speed.add(micro, images)
         if trainer.global_step > micro.step:
-            self._end_step(module)
+            assert module.grad_norm is not None
+            self._ends.append((len(self._micros), module.grad_norm.detach()))
         if trainer.global_step >= self._logged + trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self._write(trainer, module)
-
-    def _end_step(self, module: GenerativeModule) -> None:
-        """Add the step to the window unless it was skipped, without asking the device."""
-        assert module.grad_norm is not None
-        norm = module.grad_norm.detach()
-        finite = norm.isfinite()
-        self._taken += finite
-        self._grad_norm = torch.where(finite, norm, self._grad_norm)
-        add_to(self._window, {name: torch.where(finite, value, 0.0) for name, value in self._step.items()})
-        self._step = {}
 
     def on_train_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """The last, shorter window."""
@@ -103,11 +79,12 @@ class TrainLog(Callback):
             self._write(trainer, module)
 
     def _write(self, trainer: Trainer, module: GenerativeModule) -> None:
+        norms = torch.stack([norm for _, norm in self._ends])
+        taken = norms.isfinite()
+        averaged, by_time = self._sums(module, taken)
         said = {name: value / trainer.world_size for name, value in module.diagnostics().items()}
-        by_time = self._window.pop(BY_TIME).flatten()
-        averaged = {name: value / self._taken for name, value in self._window.items()}
         named = torch.stack([value.float() for value in (*averaged.values(), *said.values())])
-        packed = torch.cat([named, by_time, self.speed.sums(module)])
+        packed = torch.cat([named, by_time.flatten(), self.speed.sums(module)])
         total = trainer.strategy.reduce(packed, reduce_op="sum")
         assert isinstance(total, Tensor)
         of_loss, sums, counts, speed = total.split([len(named), BINS, BINS, len(total) - len(named) - 2 * BINS])
@@ -116,13 +93,34 @@ class TrainLog(Callback):
         for i, (value, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
             if count:
                 metrics[f"train/loss_t/{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = value / count
-        metrics["train/skipped"] = trainer.global_step - self._logged - int(self._taken)
-        metrics["train/grad_norm"] = float(self._grad_norm)
+        metrics["train/skipped"] = int((~taken).sum())
+        metrics["train/grad_norm"] = float(norms[taken][-1]) if taken.any() else math.nan
         metrics["train/lr"] = module.trainer.optimizers[0].param_groups[0]["lr"]
         metrics |= self.speed.metrics(speed.tolist(), trainer.world_size)
         log(trainer, metrics)
         self._logged = trainer.global_step
-        self._clear(module)
+        self._clear()
+
+    def _sums(self, module: GenerativeModule, taken: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Of the steps that were taken: averages, and (2, BINS) losses of images by their time and their number."""
+        ends = [end for end, _ in self._ends]
+        micros = self._micros[: ends[-1]]
+        sizes = torch.tensor([end - begin for begin, end in pairwise([0, *ends])], device=taken.device)
+        of_micros = taken.repeat_interleave(sizes)
+        columns = [torch.cat(column).float() for column in zip(*(images for _, images, _ in micros), strict=True)]
+        per_micro = torch.tensor([len(images[0]) for _, images, _ in micros], device=taken.device)
+        sums = torch.tensor([micro.weight_sum for micro, _, _ in micros], device=taken.device)
+        tokens, real, t, *losses = torch.where(of_micros.repeat_interleave(per_micro), torch.stack(columns), 0.0)
+        share = image_weight(tokens, module.objective.weight) * real / sums.repeat_interleave(per_micro)
+        averaged = {name: (share * value).sum() for name, value in zip(self._names, losses, strict=True)}
+        for name in micros[0][2]:
+            values = torch.stack([extra[name].float() for _, _, extra in micros])
+            averaged[name] = torch.where(of_micros, values, 0.0).sum()
+        low, high = module.objective.time_range
+        index = ((t - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+        own = losses[0] - (losses[self._names.index("alignment")] if "alignment" in self._names else 0.0)
+        by_time = torch.zeros(2, BINS, device=taken.device).index_add_(1, index, torch.stack([own * real, real]))
+        return {name: value / taken.sum() for name, value in averaged.items()}, by_time
 
 
 def first_batch(batch: Batch) -> str:

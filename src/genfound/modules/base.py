@@ -222,7 +222,7 @@ class GenerativeModule(lightning.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Measure the norm, clip at `optimizer.clip`, and let the fused step skip itself if it is not finite."""
         limit = self.settings["clip"]
-        parameters = list(self.parameters())
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if limit is not None:
@@ -233,10 +233,13 @@ class GenerativeModule(lightning.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *closure: Any) -> None:
         """Finish a global step: free its gradients, count its images, and stop when the budget has been seen."""
         super().optimizer_step(epoch, batch_idx, optimizer, *closure)
-        optimizer.zero_grad()  # Lightning's own comes after the next forward pass, which needs the memory
+        optimizer.zero_grad()
         assert self._micro is not None
         self.images_seen = self._micro.images_seen
         self.trainer.should_stop = self.images_seen >= self.budget
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Nothing: Lightning would free them after the next forward pass, which needs the memory."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The number of images seen, on which data, schedules and budgets depend."""

@@ -191,7 +191,7 @@ def loss(fixture: Fixture) -> Results:
     module = module_of(fixture, {"clip": None})
     total, losses = step(module, given, Draws(config["transport"].get("use_lognorm", False)))
     total.backward()
-    optimizer: Any = SimpleNamespace()
+    optimizer: Any = SimpleNamespace(param_groups=[{"params": list(module.parameters())}])
     module.configure_gradient_clipping(optimizer)
     gradients = {name: p.grad for name, p in module.net.named_parameters() if p.grad is not None}
     theirs = outwards(gradients, module.net, grid_of(config))
