@@ -1,9 +1,12 @@
 """What genfound.train adds to a training step: processor time beside a bare loop over the same networks and batches.
 
-python -m benchmarks.framework_tax [--models nit_tiny,nit_s] [--blocks 8] [--steps 10]
+python -m benchmarks.framework_tax [--models nit_tiny,nit_s] [--precision fp32,bf16] [--blocks 20] [--steps 20]
+
+Blocks of few steps make both loops slower, and a run more than the bare loop: each begins with cold caches.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -17,6 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.report import facts, write
+from benchmarks.timing import cpu_precisions
 from genfound import build
 from genfound.config import compose
 from genfound.modules.base import module_of
@@ -85,10 +89,11 @@ def bare_loop(parts: build.RunComponents, autocast: Callable[[], AbstractContext
         yield
 
 
-def rounds(model: str, blocks: int, steps: int) -> list[tuple[float, float]]:
+def rounds(model: str, precision: str, blocks: int, steps: int) -> list[tuple[float, float]]:
     """Seconds of each block of a run and of the bare loop beside it, without the first, which warms up."""
     overrides = [
-        f"model={model}", *ON_SHAPES, "logger=jsonl", "batch.packs=1", f"trainer.max_steps={(blocks + 1) * steps + 1}",
+        f"model={model}", *ON_SHAPES, f"trainer.precision={precision}", "logger=jsonl", "batch.packs=1",
+        f"trainer.max_steps={(blocks + 1) * steps + 1}",
         *(f"callbacks.{name}.every={NEVER}" for name in ("validation", "preview", "checkpointing")),
         f"+callbacks.beside={{_target_: {__name__}.BesideBareLoop, steps: {steps}}}",
     ]  # fmt: skip
@@ -103,19 +108,21 @@ def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="nit_tiny,nit_s")
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--precision", default=",".join(cpu_precisions()))
+    parser.add_argument("--blocks", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines = [
         "## Processor time of a step, one pack of drawings, one thread", "",
-        "| model | genfound.train, s | bare loop, s | tax, median of blocks | quartiles |", "|---|---|---|---|---|",
+        "| model | precision | genfound.train, s | bare loop, s | tax, median of blocks | quartiles |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for model in arguments.models.split(","):
-        measured = rounds(model, arguments.blocks, arguments.steps)
+    for model, precision in itertools.product(arguments.models.split(","), arguments.precision.split(",")):
+        measured = rounds(model, precision, arguments.blocks, arguments.steps)
         ours, bare = (statistics.median(column) / arguments.steps for column in zip(*measured, strict=True))
         low, middle, high = statistics.quantiles([a / b - 1 for a, b in measured], n=4)
-        lines.append(f"| {model} | {ours:.3f} | {bare:.3f} | {middle:+.1%} | {low:+.1%} to {high:+.1%} |")
+        lines.append(f"| {model} | {precision} | {ours:.3f} | {bare:.3f} | {middle:+.1%} | {low:+.1%} to {high:+.1%} |")
         print(lines[-1], flush=True)
     print(write("framework_tax", [facts(), "\n".join(lines)]))
 
