@@ -1,10 +1,13 @@
 """Checkpoints every so many images, and at the end."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.resuming import facts
@@ -17,11 +20,17 @@ from genfound.sampling.requests import typical_sizes
 
 
 class Checkpointing(EveryNImages):
-    """Writes `step-<n>.ckpt`, a file or a folder; older ones are deleted after the new one is complete."""
+    """Writes `step-<n>.ckpt`, a file or a folder; older ones are deleted after the new one is complete.
 
-    def __init__(self, every: int, keep: int) -> None:
+    Args:
+        every: images.
+        keep: complete checkpoints.
+        asynchronous: a file is written while the training goes on, see `AsyncCheckpointIO`.
+    """
+
+    def __init__(self, every: int, keep: int, asynchronous: bool = False) -> None:
         super().__init__(every)
-        self.keep, self._saved = keep, -1
+        self.keep, self.asynchronous, self._saved = keep, asynchronous, -1
 
     def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """The run directory, and what sampling must know of the data."""
@@ -48,14 +57,20 @@ class Checkpointing(EveryNImages):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: GenerativeModule) -> None:
-        """Save the last step of a run that was cut short."""
+        """Save the last step of a run that was cut short, and have all of it on the disk."""
         self._save(trainer)
+        trainer.strategy.checkpoint_io.teardown()
+        self._prune(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved:
             return
         self._saved = trainer.global_step
+        trainer.strategy.checkpoint_io.teardown()  # the one before is complete, and has its line in the receipt
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
+        self._prune(trainer)
+
+    def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             for old in visible(self.folder, "step-*.ckpt")[: -self.keep]:
                 checkpoint_io.remove(old)
@@ -79,3 +94,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """See `checkpoint_io.read`; always on the CPU and never running code."""
         return checkpoint_io.read(Path(path))
+
+
+class AsyncCheckpointIO(AtomicCheckpointIO):
+    """Copies a checkpoint to the host, and writes it in a thread; one after another.
+
+    Lightning's own copies it on the device, and any number of them. What fails is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Wait for the one before, copy, and begin to write."""
+        self.teardown()
+        copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+        self._writing = self._thread.submit(super().save_checkpoint, copied, path)
+
+    def teardown(self) -> None:
+        """Wait until it is written; raise what its writing raised, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()

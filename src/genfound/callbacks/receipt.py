@@ -31,8 +31,8 @@ class Receipt(Callback):
             self._receipt.add({"step": trainer.global_step, "ranks": trainer.world_size})
 
     def on_train_batch_start(self, trainer: Trainer, module: GenerativeModule, *_: Any) -> None:
-        """Add a checkpoint that was written after the last step."""
-        if self._saved >= 0:
+        """Add a checkpoint that has been written since."""
+        if self._saved >= 0 and self._file.exists():
             with paused(trainer, module):
                 self._note_checkpoint()
 
@@ -49,14 +49,19 @@ class Receipt(Callback):
                 self._write(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, module: GenerativeModule, checkpoint: dict[str, Any]) -> None:
-        """Write the steps before it."""
+        """Write the steps before it, and the one before."""
+        if self._saved >= 0:
+            self._note_checkpoint()
         self._write(trainer)
         self._saved = trainer.global_step
 
     def teardown(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """Add the last checkpoint."""
-        if self._saved >= 0:
-            self._note_checkpoint()
+        self._note_checkpoint()
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / "checkpoints" / f"step-{self._saved:08d}.ckpt"
 
     def _write(self, trainer: Trainer) -> None:
         if not self._steps:
@@ -74,10 +79,11 @@ class Receipt(Callback):
         self._steps, self._sums, self._norms = [], self._sums[-1:], []
 
     def _note_checkpoint(self) -> None:
-        """Add what a checkpoint holds that has been written since the last look."""
-        step, self._saved = self._saved, -1
-        file = self._folder / "checkpoints" / f"step-{step:08d}.ckpt"
-        if self._receipt and step not in self._receipt.checkpoints and file.exists():
+        """Add what a checkpoint holds that has no line yet, if it is complete."""
+        if self._saved < 0 or not self._file.exists():
+            return
+        step, file, self._saved = self._saved, self._file, -1
+        if self._receipt and step not in self._receipt.checkpoints:
             state = checkpoint_io.read(file, parts=())
             config = receipts.config_hash(run_directory.claimed(self._folder))
             facts = {"images_seen": state["images_seen"], "config": config, "data": state["run"]["fingerprint"]}

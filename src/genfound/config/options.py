@@ -234,3 +234,10 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
         for key in keys if callbacks.get(name) is not None else ():
             or_null = key == "every" and name != "checkpointing"
             integer(f"callbacks.{name}.{key}", callbacks[name][key], 1, or_null)
+    if not isinstance(asynchronous := callbacks["checkpointing"].get("asynchronous"), bool | None):
+        raise ValueError(f"callbacks.checkpointing.asynchronous={asynchronous} must be true or false")
+    if asynchronous and (config["strategy"] or {}).get("save_distributed_checkpoint"):
+        raise ValueError(
+            "callbacks.checkpointing.asynchronous writes files, and strategy.save_distributed_checkpoint folders, in "
+            "which all processes write together; set one of them to false"
+        )

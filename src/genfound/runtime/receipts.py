@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Receipt:
     """
 
     def __init__(self, file: Path, step: int) -> None:
-        kept = [line for line in read(file) if line["step"] <= step]
+        kept = list(takewhile(lambda line: line["step"] <= step, read(file)))
         atomic_write(file, lambda partial: partial.write_text("".join(map(_written, kept))))
         self._file, self._head = file, kept[-1]["hash"] if kept else ""
         self.checkpoints = {line["step"] for line in kept if "checkpoint" in line}
