@@ -101,11 +101,17 @@ Scenario = Callable[[Undisturbed, Path, random.Random], str]
 def kill(straight: Undisturbed, folder: Path, chance: random.Random, number: int = signal.SIGKILL) -> str:
     """A training is ended by a signal at random moments."""
     undisturbed, seconds = straight.train
-    command = Command("train", TRAIN, folder)
+    saving = _saving(chance)
+    command = Command("train", [*TRAIN, *saving], folder)
     deaths = _deaths(command, seconds, number, chance)
     command.finish()
     _compare(undisturbed, folder)
-    return deaths
+    return " ".join([deaths, *saving])
+
+
+def _saving(chance: random.Random) -> list[str]:
+    """How checkpoints are written."""
+    return ["callbacks.checkpointing.asynchronous=true"] if chance.random() < 0.5 else []
 
 
 def terminate(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
@@ -127,7 +133,8 @@ def full_disk(straight: Undisturbed, folder: Path, chance: random.Random) -> str
     """A checkpoint has no room; the same command finds some."""
     undisturbed, seconds = straight.train
     size = _checkpoints(undisturbed)[-1].stat().st_size
-    command = Command("train", TRAIN, folder)
+    saving = _saving(chance)
+    command = Command("train", [*TRAIN, *saving], folder)
     if before := chance.random() < 0.5:
         command.end(signal.SIGKILL, chance.uniform(0.3, 0.9) * seconds)
     largest = int(chance.uniform(0.3, 0.95) * size)
@@ -135,7 +142,7 @@ def full_disk(straight: Undisturbed, folder: Path, chance: random.Random) -> str
         command.check_error()
     command.finish()
     _compare(undisturbed, folder)
-    return f"{'killed, then ' * before}files of at most {largest:,} bytes of {size:,}"
+    return " ".join([f"{'killed, then ' * before}files of at most {largest:,} bytes of {size:,}", *saving])
 
 
 def flipped(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
