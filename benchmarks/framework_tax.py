@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.report import facts, write
 from benchmarks.timing import cpu_precisions
 from genfound import build
+from genfound.batch import Batch
 from genfound.config import compose
 from genfound.modules.base import module_of
 from genfound.objectives.weighting import image_weight
@@ -78,6 +79,7 @@ def bare_loop(parts: build.RunComponents, autocast: Callable[[], AbstractContext
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], betas=settings["betas"], fused=True)
     average = [p.detach().clone() for p in net.parameters()]
     for batch, micro in parts.loader(0):
+        assert isinstance(batch, Batch)
         with autocast():
             losses = module.evaluate(batch, Rng(0, "train", micro.number))
         weights = image_weight(batch.tokens, objective.weight) * batch.real

@@ -204,7 +204,7 @@ def native_sizes() -> list[tuple[int, int]]:
     raise ValueError(f"fewer than {TOKENS} tokens")
 
 
-SIZES = {
+SIZES: dict[str, Callable[[], list[tuple[int, int]]]] = {
     "packed": native_sizes,
     "dense": lambda: [(32, 32)] * 4,
     "padded": lambda: [(32, 32), (28, 32), (24, 40), (32, 24)],

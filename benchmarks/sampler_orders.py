@@ -45,6 +45,7 @@ class Exact:
 
     path: str
     calls: int = 0
+    copies: int = 1
 
     def __call__(self, batch: Batch, t: float, decide_at: float | None = None) -> Tensor:
         """E[dx/dt | x_t]."""

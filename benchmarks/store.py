@@ -69,7 +69,7 @@ def make_store(root: Path, images: int, channels: int) -> None:
         labels = np.arange(begin, begin + len(sizes)) % 1000
         names = [f"n{label:08d}/n{label:08d}_{image}.JPEG" for image, label in enumerate(labels.tolist(), begin)]
         filling = ShardWriter({**columns, "labels": labels}, names, channels, channels, 1, torch.float16)
-        filling.values.normal_(generator=generator)
+        filling.values[""].normal_(generator=generator)
         file = root / f"train-{number:05d}.safetensors"
         filling.write(file, {"split": "train", "number": number, "store": store_digest(manifest)})
         manifest["shards"].append(manifest_line(file, read_index(file)))

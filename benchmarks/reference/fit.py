@@ -28,7 +28,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).unbind(2)
         q, k = (turn(norm(a), cos, sin).to(v.dtype) for norm, a in ((self.q_norm, q), (self.k_norm, k)))
         allowed = (mask[:, None] == mask[:, :, None])[:, None].expand(-1, self.heads, n, n)
-        mixed = scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)), allowed)
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+        mixed = scaled_dot_product_attention(q, k, v, allowed)
         return self.proj(mixed.transpose(1, 2).reshape(b, n, d) * mask[..., None])
 
 
@@ -54,10 +55,12 @@ class Block(nn.Module):
 class FiT(nn.Module):
     """Padded tokens (B, N, C p p)."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, token: int, width: int, depth: int, heads: int, rank: int, classes: int) -> None:
         super().__init__()
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Linear(token, width)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Linear(token, width)})
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(classes, width, null_class=True)
         self.global_adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -71,7 +74,7 @@ class FiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, grid: Tensor, mask: Tensor) -> Tensor:
         """(B, N, P), (B,), (B,), rows and columns (B, 2, N), (B, N) -> (B, N, P)."""
-        x = self.x_embedder.proj(x)
+        x = self.x_embedder["proj"](x)
         c = self.t_embedder(t) + self.y_embedder(y)
         cos, sin = (
             torch.cat([table[grid[:, 0]], table[grid[:, 1]]], dim=-1)[:, :, None] for table in (self.cos, self.sin)
