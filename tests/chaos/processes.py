@@ -58,6 +58,8 @@ class Command:
                 sys.addaudithook(self._hindrance())
             paths = [str(path) for path in output]
             fork_server.command(f"genfound.{self.name}", self.arguments, str(self.cwd), variables(), paths)
+        while os.getpgid(process) != process:  # until then there is no group to be killed
+            time.sleep(0.001)
         return process
 
     def _hindrance(self) -> Callable[[str, tuple[Any, ...]], None]:

@@ -173,7 +173,8 @@ def sharded(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
     command, after, exact = Command("train", SHARDED, folder), chance.uniform(0.1, 1) * seconds, chance.random() < 0.5
     command.end(signal.SIGKILL, after)
     saved = folder / RUN / "checkpoints"
-    saving = command.end_when(lambda: list(saved.glob(f"{checkpoint_io.PARTIAL}*/*")))
+    left = set(saved.glob(f"{checkpoint_io.PARTIAL}*/*"))  # by the first death
+    saving = command.end_when(lambda: set(saved.glob(f"{checkpoint_io.PARTIAL}*/*")) - left)
     Command("train", SHARDED if exact else [*PARALLEL, "trainer.devices=2"], folder).finish()
     _compare(undisturbed, folder, exact)
     return f"at {after:.1f} s, {'in a save, ' * saving}then {'FSDP' if exact else 'DDP'}"
