@@ -1,7 +1,6 @@
 """Training curves: loss, loss by time, gradient norm, speed; nothing waits for the device between two lines."""
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class TrainLog(Callback):
 
     def _clear(self) -> None:
         self._micros: list[tuple[MicroBatch, list[Tensor], dict[str, Tensor]]] = []  # of images, and extra losses
-        self._ends: list[tuple[int, Tensor]] = []  # of steps: micro-batches up to there, norm of the gradient
+        self._norms: dict[int, Tensor] = {}  # of the gradient of each step
 
     def on_train_batch_start(self, trainer: Trainer, module: GenerativeModule, batch: Item, *_: Any) -> None:
         """Look at the first micro-batch, and measure the machine; neither is part of the training."""
@@ -69,7 +68,7 @@ class TrainLog(Callback):
         self.speed.add(micro, images)
         if trainer.global_step > micro.step:
             assert module.grad_norm is not None
-            self._ends.append((len(self._micros), module.grad_norm.detach()))
+            self._norms[micro.step] = module.grad_norm.detach()
         if trainer.global_step >= self._logged + trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self._write(trainer, module)
 
@@ -79,7 +78,7 @@ class TrainLog(Callback):
             self._write(trainer, module)
 
     def _write(self, trainer: Trainer, module: GenerativeModule) -> None:
-        norms = torch.stack([norm for _, norm in self._ends])
+        norms = torch.stack([*self._norms.values()])
         taken = norms.isfinite()
         averaged, by_time = self._sums(module, taken)
         said = {name: value / trainer.world_size for name, value in module.diagnostics().items()}
@@ -103,10 +102,9 @@ class TrainLog(Callback):
 
     def _sums(self, module: GenerativeModule, taken: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Of the steps that were taken: averages, and (2, BINS) losses of images by their time and their number."""
-        ends = [end for end, _ in self._ends]
-        micros = self._micros[: ends[-1]]
-        sizes = torch.tensor([end - begin for begin, end in pairwise([0, *ends])], device=taken.device)
-        of_micros = taken.repeat_interleave(sizes)
+        number = {step: place for place, step in enumerate(self._norms)}
+        micros = [part for part in self._micros if part[0].step in number]
+        of_micros = taken[[number[micro.step] for micro, _, _ in micros]]
         columns = [torch.cat(column).float() for column in zip(*(images for _, images, _ in micros), strict=True)]
         per_micro = torch.tensor([len(images[0]) for _, images, _ in micros], device=taken.device)
         sums = torch.tensor([micro.weight_sum for micro, _, _ in micros], device=taken.device)
