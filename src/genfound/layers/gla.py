@@ -11,8 +11,9 @@ c tokens of a part of a chunk, m = C / c.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ def choose_form(form: str, device: str, head: int) -> str:
 
 @functools.cache
 def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    return find_spec(module) is not None
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, rows: Rows | None) -> Tensor:
@@ -156,10 +157,9 @@ def _stable(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
 
 def _fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, rows: Rows | None) -> Tensor:
     """The kernels of the package flash-linear-attention (CUDA), which count empty rows wrongly."""
-    from fla.ops.gla import chunk_gla
-
+    kernels = import_module("fla.ops.gla")  # by its name, which diffusers would ask for in a folder
     bounds = None if rows is None else rows.cu_seqlens.unique_consecutive().long()
-    out, _ = chunk_gla(q.to(v.dtype), k.to(v.dtype), v, g, scale=q.shape[-1] ** -0.5, cu_seqlens=bounds)
+    out, _ = kernels.chunk_gla(q.to(v.dtype), k.to(v.dtype), v, g, scale=q.shape[-1] ** -0.5, cu_seqlens=bounds)
     assert isinstance(out, Tensor)
     return out
 

@@ -25,6 +25,7 @@ FAMILY = {
     "DiTMoE": "dit_moe",
     "LightningDiT": "lightningdit",
     "JiT": "jit",
+    "DiG": "dig",
     **dict.fromkeys((name.removesuffix("Transformer2DModel") for name in native.CLASSES), "dit"),
 }
 """Class of a network, without Transformer2DModel -> its family."""

@@ -121,9 +121,9 @@ class Merged:
         """The text of a module's kept definitions, in their order."""
         new = {name: other for (owner, name), other in renamed.items() if owner == module.name}
         new |= {here: renamed[origin] for here, origin in module.imports.items() if origin in renamed}
-        kept = [nodes for name, nodes in module.definitions.items() if (module.name, name) in self.kept]
+        kept = {id(nodes): nodes for name, nodes in module.definitions.items() if (module.name, name) in self.kept}
         parts = []
-        for nodes in kept:
+        for nodes in kept.values():
             gone = {n for node in self._left_out(nodes[0]) for n in _lines_of(node)}
             lines = [module.lines[n - 1] for node in nodes for n in _lines_of(node) if n not in gone]
             text = re.sub(r"\n\n\n+", "\n\n", "\n".join(lines)).rstrip()
@@ -152,7 +152,8 @@ def _defined(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    inside = (target.elts if isinstance(target, ast.Tuple) else [target] for target in targets)
+    return [target.id for group in inside for target in group if isinstance(target, ast.Name)]
 
 
 def _walk(node: ast.AST, without: Collection[ast.AST]) -> Iterator[ast.AST]:

@@ -12,6 +12,7 @@ from genfound import build
 from genfound.checkpoints import formats
 from genfound.checkpoints.diffusers import native
 from genfound.checkpoints.diffusers.source import STAND_INS, Merged
+from genfound.checkpoints.official.dig import ALIASES
 from genfound.config import compose, targets
 from genfound.objectives.process import SCHEDULES
 from genfound.runtime.files import atomic_folder
@@ -32,7 +33,7 @@ KEYS = {
 }
 """Options of backbones -> their usual names in diffusers, where they differ."""
 
-CONSTANT = {"attention": '"auto"', "activation_checkpointing": "False"}
+CONSTANT = {"attention": '"auto"', "recurrence": '"auto"', "activation_checkpointing": "False"}
 """Options of training, or of kernels that a folder has not."""
 
 CONVOLUTION = "self.x_embedder.proj = PatchConvolution(in_channels, hidden_size, patch_size, patch_size)"
@@ -91,6 +92,7 @@ class Code(NamedTuple):
     name: str  # before Transformer2DModel and Pipeline
     stem: str
     shapes: tuple[str, ...] = OF_DIT
+    second: tuple[str, ...] = ()  # ends of names that tensors have beside those of the class
 
     @property
     def of_one_size(self) -> bool:
@@ -106,6 +108,7 @@ CODE = {
     "dit_moe": Code("DiTMoE", "transformer_dit_moe"),
     "lightningdit": Code("LightningDiT", "transformer_lightningdit"),
     "jit": Code("JiT", "transformer_jit", OF_JIT),
+    "dig": Code("DiG", "transformer_dig", second=tuple(ALIASES)),
 }
 """Module of a backbone -> its code in a folder."""
 
@@ -192,7 +195,8 @@ def _with_code(model: Model, code: Code, family: str, spec: LatentSpec, work: Pa
     name, config = f"{code.name}Transformer2DModel", {KEYS.get(key, key): value for key, value in options.items()}
     if code.of_one_size:
         config["input_size"] = [side // spec.stride for side in model.sizes[0]]
-    _transformer(model, model.state, {"_class_name": name, **config}, work)
+    state = {key: tensor for key, tensor in model.state.items() if not key.endswith(code.second)}
+    _transformer(model, state, {"_class_name": name, **config}, work)
     text = _network(name, family, backbone, list(options), model.config["model"], code)
     (work / "transformer" / f"{code.stem}.py").write_text(text, encoding="utf-8")
     pipeline = Merged([(PIPELINE, "SOURCE"), (PIPELINE, "FolderPipeline")]).text()

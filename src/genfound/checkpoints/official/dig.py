@@ -59,5 +59,6 @@ def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, i
     """The inverse of `from_official`, with the position table of a grid of (rows, columns) tokens."""
     official = dit.to_official(state, patch_size, grid)
     for second, first in ALIASES.items():
-        official |= {name.replace(first, second): tensor for name, tensor in state.items() if name.endswith(first)}
+        named = ((name.replace(first, second), state[name]) for name in state if name.endswith(first))
+        official |= {name: tensor.clone() for name, tensor in named}  # safetensors writes no tensor twice
     return official
