@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from genfound import build
 from genfound.alignment import from_config
 from genfound.callbacks import resuming
-from genfound.callbacks.checkpointing import AsyncCheckpointIO, AtomicCheckpointIO
+from genfound.callbacks.checkpointing import AtomicCheckpointIO
 from genfound.callbacks.stopping import Stopping
 from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, sweeps, targets
@@ -129,9 +129,6 @@ def _trainer(
 ) -> lightning.Trainer:
     """`lightning.Trainer` with what the configuration sets, and what genfound decides."""
     options, ranks = parts.config["trainer"], parts.ranks
-    saving = (
-        AsyncCheckpointIO() if parts.config["callbacks"]["checkpointing"].get("asynchronous") else AtomicCheckpointIO()
-    )
     ours = {
         "accelerator": "gpu" if parts.device.type == "cuda" else "cpu",
         "strategy": _strategy(parts) if ranks > 1 else "auto",
@@ -141,7 +138,7 @@ def _trainer(
         "accumulate_grad_batches": parts.micro_batches,
         "callbacks": list(callbacks),
         "logger": list(loggers),
-        "plugins": [saving, TorchElasticEnvironment() if ranks > 1 else OneProcess()],
+        "plugins": [AtomicCheckpointIO(), TorchElasticEnvironment() if ranks > 1 else OneProcess()],
         "default_root_dir": folder,
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
         "use_distributed_sampler": False,

@@ -33,7 +33,9 @@ class Checkpointing(EveryNImages):
         self.keep, self.asynchronous, self._saved = keep, asynchronous, -1
 
     def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
-        """The run directory, and what sampling must know of the data."""
+        """The run directory, the way to it, and what sampling must know of the data."""
+        if self.asynchronous:
+            trainer.strategy.checkpoint_io = AsyncCheckpointIO()
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         parts = trainer.datamodule.parts  # type: ignore[attr-defined]
         names, sizes = parts.images.class_names, typical_sizes(parts.images.sizes)

@@ -61,6 +61,8 @@ def head_at(file: Path, checkpoint: str) -> str | None:
 class Receipt:
     """Writes the receipt of a run that begins, or goes on after a step, behind which lines are cut off.
 
+    A checkpoint that was complete only after the next step loses its line with that, and is given another.
+
     `checkpoints` are the steps of those that have a line.
     """
 

@@ -59,6 +59,6 @@ def to_official(state: Mapping[str, Tensor], patch_size: int, grid: tuple[int, i
     """The inverse of `from_official`, with the position table of a grid of (rows, columns) tokens."""
     official = dit.to_official(state, patch_size, grid)
     for second, first in ALIASES.items():
-        named = ((name.replace(first, second), state[name]) for name in state if name.endswith(first))
-        official |= {name: tensor.clone() for name, tensor in named}  # safetensors writes no tensor twice
+        copies = {name.replace(first, second): state[name].clone() for name in state if name.endswith(first)}
+        official |= copies  # not the same tensors, which safetensors would not write twice
     return official
