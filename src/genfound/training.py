@@ -27,7 +27,6 @@ from omegaconf import DictConfig
 from genfound import build
 from genfound.alignment import from_config
 from genfound.callbacks import resuming
-from genfound.callbacks.checkpointing import AtomicCheckpointIO
 from genfound.callbacks.stopping import Stopping
 from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, sweeps, targets
@@ -138,7 +137,7 @@ def _trainer(
         "accumulate_grad_batches": parts.micro_batches,
         "callbacks": list(callbacks),
         "logger": list(loggers),
-        "plugins": [AtomicCheckpointIO(), TorchElasticEnvironment() if ranks > 1 else OneProcess()],
+        "plugins": [TorchElasticEnvironment() if ranks > 1 else OneProcess()],
         "default_root_dir": folder,
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
         "use_distributed_sampler": False,

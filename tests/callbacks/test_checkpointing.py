@@ -75,12 +75,6 @@ def test_a_copy_is_written_and_what_fails_is_raised_once(tmp_path: Path) -> None
     io.teardown()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("callbacks.checkpointing.asynchronous=thread", "asynchronous=thread must be true or false"),
-        (f"{ASYNCHRONOUS} strategy=fsdp strategy.save_distributed_checkpoint=true", "set one of them to false"),
-    ],
-)
-def test_what_cannot_be_is_one_clear_line(options: str, message: str, tmp_path: Path) -> None:
-    assert message in one_error(genfound("train", *SAVING, *options.split(), cwd=tmp_path))
+def test_what_cannot_be_is_one_clear_line(tmp_path: Path) -> None:
+    refused = genfound("train", *SAVING, "callbacks.checkpointing.asynchronous=thread", cwd=tmp_path)
+    assert "asynchronous=thread must be true or false" in one_error(refused)

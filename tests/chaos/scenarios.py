@@ -170,14 +170,16 @@ def processes(straight: Undisturbed, folder: Path, chance: random.Random) -> str
 def sharded(straight: Undisturbed, folder: Path, chance: random.Random) -> str:
     """Two processes of FSDP are killed at a random moment, then as they save; they or two of DDP go on."""
     undisturbed, seconds = straight.sharded
-    command, after, exact = Command("train", SHARDED, folder), chance.uniform(0.1, 1) * seconds, chance.random() < 0.5
+    options = [*SHARDED, *_saving(chance)]
+    command, after, exact = Command("train", options, folder), chance.uniform(0.1, 1) * seconds, chance.random() < 0.5
     command.end(signal.SIGKILL, after)
     saved = folder / RUN / "checkpoints"
     left = set(saved.glob(f"{checkpoint_io.PARTIAL}*/*"))  # by the first death
     saving = command.end_when(lambda: set(saved.glob(f"{checkpoint_io.PARTIAL}*/*")) - left)
-    Command("train", SHARDED if exact else [*PARALLEL, "trainer.devices=2"], folder).finish()
+    Command("train", options if exact else [*PARALLEL, "trainer.devices=2"], folder).finish()
     _compare(undisturbed, folder, exact)
-    return f"at {after:.1f} s, {'in a save, ' * saving}then {'FSDP' if exact else 'DDP'}"
+    done = f"at {after:.1f} s, {'in a save, ' * saving}then {'FSDP' if exact else 'DDP'}"
+    return " ".join([done, *options[len(SHARDED) :]])
 
 
 def evaluate(straight: Undisturbed, folder: Path, chance: random.Random) -> str:

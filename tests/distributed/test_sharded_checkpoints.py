@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from torch.distributed.tensor import DTensor
 import genfound
 from genfound import training
 from genfound.evaluation.protocol import read_results
-from genfound.runtime import checkpoint_io, receipts, sharded_values
+from genfound.runtime import checkpoint_io, receipts, sharded_save
 from tests.cli.commands import genfound as command
 from tests.distributed.test_devices import curve, free_port
 from tests.distributed.test_fsdp import NETS, of_one, prepared, spawn, train_on_two
 from tests.helpers import differences, state_differences
 
 SHARDED = ["strategy=fsdp", "strategy.save_distributed_checkpoint=true"]
+ASYNCHRONOUS = [*SHARDED, "callbacks.checkpointing.asynchronous=true"]
 SAVING = ["callbacks.checkpointing.every=24", "callbacks.checkpointing.keep=2"]
 """Of which more than two are written."""
 
@@ -44,12 +46,15 @@ def without_gathering(rank: int, ranks: int, port: int, runs: Sequence[Path]) ->
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`straight` of six steps and `cut` of three, on two processes, of NiT and of a DiT-MoE; `file`, as straight."""
+    """On two processes NiT and a DiT-MoE: `straight` of six steps, `cut` of three, asynchronous ones, and `file`."""
     folder = tmp_path_factory.mktemp("sharded")
+    kinds = {"straight": SHARDED, "cut": SHARDED, "asynchronous": ASYNCHRONOUS, "cutasynchronous": ASYNCHRONOUS}
     made = [
-        prepared(folder / f"{net}_{name}", 2, *NETS[net], *SHARDED, *SAVING, f"trainer.max_steps={steps}")
+        prepared(
+            folder / f"{net}_{name}", 2, *NETS[net], *how, *SAVING, f"trainer.max_steps={3 if 'cut' in name else 6}"
+        )
         for net in ("nit", "dit_moe")
-        for name, steps in (("straight", 6), ("cut", 3))
+        for name, how in kinds.items()
     ]
     spawn(without_gathering, 2, free_port(), made)
     train_on_two(prepared(folder / "nit_file", 2, *NETS["nit"], "strategy=fsdp", *SAVING))
@@ -114,26 +119,62 @@ def test_another_number_of_processes_goes_on_from_a_folder(runs: Path, tmp_path:
     assert all(newest(run).is_dir() for run in four)
 
 
-def killed_at_the_last_moment(rank: int, port: int, run: Path) -> None:
-    """One of two processes, of which the first is killed when all parts of a checkpoint are on the disk."""
-    write = sharded_values.write
+def test_folders_that_are_written_meanwhile_are_the_same(runs: Path, tmp_path: Path) -> None:
+    again = [going_on(runs, f"{net}_cutasynchronous", tmp_path / net, 2, *ASYNCHRONOUS) for net in ("nit", "dit_moe")]
+    spawn(without_gathering, 2, free_port(), again)
+    for net in ("nit", "dit_moe"):
+        straight = runs / f"{net}_straight"
+        for run in (runs / f"{net}_asynchronous", tmp_path / net):
+            assert not state_differences(run, straight) and newest(run).is_dir()
+            kept = [sorted(path.name for path in (of / "checkpoints").iterdir()) for of in (run, straight)]
+            assert kept[0] == kept[1] and len(kept[0]) == 2
+            noted = [
+                [line for line in receipts.read(of / receipts.FILE) if "checkpoint" in line] for of in (run, straight)
+            ]
+            assert [(line["step"], line["weights"]) for line in noted[0]] == [
+                (line["step"], line["weights"]) for line in noted[1]
+            ]
 
-    def last_act(tensors: Any, folder: Path) -> int:
-        number = write(tensors, folder)
+
+def ending(rank: int, port: int, run: Path, ended: int, how: str) -> None:
+    """One of two processes, of which one dies, or finds the disk full, as it writes its part of a checkpoint.
+
+    The first one dies when it has written it.
+    """
+    write = sharded_save._Part.write
+
+    def last_act(part: sharded_save._Part) -> None:
+        assert threading.current_thread() is not threading.main_thread()
         if rank == 0:
-            os._exit(9)
-        return number
+            write(part)
+        if rank == ended:
+            raise OSError(28, "No space left on device") if how == "full" else SystemExit(os._exit(9))
+        if rank == 1:
+            write(part)
 
-    sharded_values.write = last_act
+    sharded_save._Part.write = last_act  # type: ignore[method-assign]
     of_one(rank, 2, port, [run])
 
 
-def test_a_kill_while_a_folder_is_written_costs_the_steps_since_the_last(runs: Path, tmp_path: Path) -> None:
-    run = going_on(runs, "nit_cut", tmp_path / "run", 2, *SHARDED)
+@pytest.mark.parametrize("how", [SHARDED, ASYNCHRONOUS], ids=["waits", "asynchronous"])
+def test_a_full_disk_of_one_process_ends_all_and_leaves_nothing(how: list[str], runs: Path, tmp_path: Path) -> None:
+    run = going_on(runs, "nit_cut", tmp_path / "run", 2, *how)
+    before = newest(run)
+    with pytest.raises(mp.ProcessRaisedException, match=r"No space left on device: '.*step-00000004\.ckpt'"):
+        mp.spawn(ending, (free_port(), run, 1, "full"), nprocs=2)
+    assert newest(run) == before and not list((run / "checkpoints").glob(".partial-*"))
+
+
+@pytest.mark.parametrize("how", [SHARDED, ASYNCHRONOUS], ids=["waits", "asynchronous"])
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_kill_while_a_folder_is_written_costs_the_steps_since_the_last(
+    ended: int, how: list[str], runs: Path, tmp_path: Path
+) -> None:
+    run = going_on(runs, "nit_cut", tmp_path / "run", 2, *how)
     before = newest(run)
     with pytest.raises(mp.ProcessExitedException):
-        mp.spawn(killed_at_the_last_moment, (free_port(), run), nprocs=2)
-    assert newest(run) == before and list((run / "checkpoints").glob(".partial-*"))
+        mp.spawn(ending, (free_port(), run, ended, "killed"), nprocs=2)
+    assert newest(run) == before
     filed = prepared(Path(shutil.copytree(run, tmp_path / "filed")), 2, *NETS["nit"], *SAVING, "strategy=ddp")
     (run / "checkpoints/.partial-step-00000005.ckpt").write_text("of a killed process that wrote a file")
     train_on_two(run, filed)

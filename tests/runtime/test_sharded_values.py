@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import re
@@ -16,26 +17,32 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from genfound.runtime import checkpoint_io, sharded_values
+from genfound.runtime.sharded_save import ShardedSave
 from tests.helpers import differences
 
-Save = Callable[[Path, int], dict[str, Any]]
+Save = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def save() -> Iterator[Save]:
-    """Writes a sharded checkpoint of a step, and returns what it must hold."""
+    """Writes a sharded checkpoint of a step, from a copy if it is finished otherwise, and returns what it must hold."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
 
     def sharded(values: Tensor) -> DTensor:
         return distribute_tensor(values, mesh, [Shard(0)])
 
-    def write(path: Path, step: int) -> dict[str, Any]:
+    def write(path: Path, step: int, finish: Callable[[ShardedSave], None] = ShardedSave.complete) -> dict[str, Any]:
         weights, moments = torch.randn(6, 4), torch.randn(3, dtype=torch.bfloat16)
         own = {"global_step": step, "optimizer_states": [{"state": {0: {"step": torch.tensor(2.0)}}, "lr": 0.1}]}
         whole = own | {"state_dict": {"net.a": weights}, "ema": [{"0.9": moments}]}
         parts = own | {"state_dict": {"net.a": sharded(weights)}, "ema": [{"0.9": sharded(moments)}]}
-        checkpoint_io.save_sharded(parts, path, True, distributed.barrier)
+        saving = ShardedSave(parts, path, copy=finish is not ShardedSave.complete)
+        if finish is not ShardedSave.complete:  # as the steps that follow do
+            whole = copy.deepcopy(whole)
+            for tensor in (weights, moments, own["optimizer_states"][0]["state"][0]["step"]):
+                tensor.zero_()
+        finish(saving)
         return whole
 
     yield write
@@ -102,6 +109,19 @@ def test_a_failure_and_a_kill_leave_the_old_checkpoint_alone(
     assert checkpoint_io.newest(tmp_path) == path
     save(tmp_path / "step-4.ckpt", 4)
     assert names(tmp_path) == ["step-4.ckpt", "step.ckpt"]
+
+
+def test_a_copy_is_written_or_given_up(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "step.ckpt"
+    whole = save(path, 5, lambda saving: saving.complete())
+    assert not differences(checkpoint_io.read(path), whole) and names(path) == [
+        ".metadata",
+        "__0_0.distcp",
+        "state.ckpt",
+    ]
+    monkeypatch.setattr("genfound.runtime.sharded_save._Part.write", lambda part: None)  # it is for ever under way
+    save(tmp_path / "step-6.ckpt", 6, ShardedSave.give_up)
+    assert names(tmp_path) == ["step.ckpt"]
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "state.ckpt"])

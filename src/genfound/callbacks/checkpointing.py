@@ -2,12 +2,10 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from genfound.callbacks.every_n_images import EveryNImages
 from genfound.callbacks.resuming import facts
@@ -18,6 +16,9 @@ from genfound.runtime.files import visible
 from genfound.runtime.run_directory import FORMAT
 from genfound.sampling.requests import typical_sizes
 
+if TYPE_CHECKING:
+    from genfound.runtime.sharded_save import ShardedSave
+
 
 class Checkpointing(EveryNImages):
     """Writes `step-<n>.ckpt`, a file or a folder; older ones are deleted after the new one is complete.
@@ -25,7 +26,7 @@ class Checkpointing(EveryNImages):
     Args:
         every: images.
         keep: complete checkpoints.
-        asynchronous: a file is written while the training goes on, see `AsyncCheckpointIO`.
+        asynchronous: they are written while the training goes on, see `AsyncCheckpointIO`.
     """
 
     def __init__(self, every: int, keep: int, asynchronous: bool = False) -> None:
@@ -34,8 +35,7 @@ class Checkpointing(EveryNImages):
 
     def setup(self, trainer: Trainer, module: GenerativeModule, stage: str) -> None:
         """The run directory, the way to it, and what sampling must know of the data."""
-        if self.asynchronous:
-            trainer.strategy.checkpoint_io = AsyncCheckpointIO()
+        trainer.strategy.checkpoint_io = self._io = AsyncCheckpointIO() if self.asynchronous else AtomicCheckpointIO()
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         parts = trainer.datamodule.parts  # type: ignore[attr-defined]
         names, sizes = parts.images.class_names, typical_sizes(parts.images.sizes)
@@ -61,14 +61,14 @@ class Checkpointing(EveryNImages):
     def on_train_end(self, trainer: Trainer, module: GenerativeModule) -> None:
         """Save the last step of a run that was cut short, and have all of it on the disk."""
         self._save(trainer)
-        trainer.strategy.checkpoint_io.teardown()
+        self._io.complete()
         self._prune(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved:
             return
         self._saved = trainer.global_step
-        trainer.strategy.checkpoint_io.teardown()  # the one before is complete, and has its line in the receipt
+        self._io.complete()  # the one before, which then has its line in the receipt
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
         self._prune(trainer)
 
@@ -84,12 +84,21 @@ class Checkpointing(EveryNImages):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to our checkpoint files."""
+    """Lightning's way to our checkpoints, files or folders, which are complete when it returns."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `checkpoint_io.save`."""
         checkpoint_io.remove_left(Path(path).parent)
         checkpoint_io.save(checkpoint, Path(path))
+
+    def save_sharded(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """See `sharded_save`; all processes together."""
+        from genfound.runtime.sharded_save import ShardedSave
+
+        ShardedSave(checkpoint, path, copy=False).complete()
+
+    def complete(self) -> None:
+        """Nothing is left to write."""
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -101,21 +110,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class AsyncCheckpointIO(AtomicCheckpointIO):
     """Copies a checkpoint to the host, and writes it in a thread; one after another.
 
-    Lightning's own copies it on the device, and any number of them. What fails is raised by the next call.
+    Lightning's own copies it on the device, and any number of them. What fails is raised by `complete`.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None
+        self._file: Future[None] | None = None
+        self._folder: ShardedSave | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Wait for the one before, copy, and begin to write."""
-        self.teardown()
-        copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
-        self._writing = self._thread.submit(super().save_checkpoint, copied, path)
+        self.complete()
+        self._file = self._thread.submit(super().save_checkpoint, checkpoint_io.copied(checkpoint), path)
+
+    def save_sharded(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """As `save_checkpoint` a folder; all processes together."""
+        from genfound.runtime.sharded_save import ShardedSave
+
+        self.complete()
+        self._folder = ShardedSave(checkpoint, path, copy=True)
+
+    def complete(self) -> None:
+        """Wait until it is written, of a folder all processes together; raise what its writing raised, once."""
+        file, self._file, folder, self._folder = self._file, None, self._folder, None
+        if file is not None:
+            file.result()
+        if folder is not None:
+            folder.complete()
 
     def teardown(self) -> None:
-        """Wait until it is written; raise what its writing raised, once."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        """Wait for a file; a folder is written no further where the training has failed before it was complete."""
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.give_up()
+        self.complete()

@@ -236,8 +236,3 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
             integer(f"callbacks.{name}.{key}", callbacks[name][key], 1, or_null)
     if not isinstance(asynchronous := callbacks["checkpointing"].get("asynchronous"), bool | None):
         raise ValueError(f"callbacks.checkpointing.asynchronous={asynchronous} must be true or false")
-    if asynchronous and (config["strategy"] or {}).get("save_distributed_checkpoint"):
-        raise ValueError(
-            "callbacks.checkpointing.asynchronous writes files, and strategy.save_distributed_checkpoint folders, in "
-            "which all processes write together; set one of them to false"
-        )

@@ -11,11 +11,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError  # torch.load goes by the name of a file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from genfound.runtime.files import atomic_write, damaged, remove_tree, visible
 
@@ -27,6 +28,9 @@ PARTIAL = ".partial-"
 
 ALIGNED = 64
 """Bytes of whose multiples torch's own tensors begin at."""
+
+
+Tree = TypeVar("Tree")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -45,37 +49,12 @@ def save(state: dict[str, Any], path: Path) -> None:
     atomic_write(path, dump)
 
 
-def save_sharded(state: dict[str, Any], folder: Path, first: bool, barrier: Callable[[], object]) -> None:
-    """Write a checkpoint as a folder, in which each process writes its part of sharded tensors; all together.
-
-    It takes its name when all of it is on the disk.
-
-    Args:
-        first: whether this process writes the rest; the one with rank 0.
-        barrier: waits for all processes.
-    """
-    from genfound.runtime import sharded_values
-
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
-    if first:
-        remove_left(folder.parent)
-        partial.mkdir(parents=True)
-    barrier()
-    plain, tensors = sharded_values.without_values(state)
-    try:
-        number = sharded_values.write(tensors, partial)
-        if first:
-            save({**plain, sharded_values.SAVE: number}, partial / STATE)
-            if folder.exists():
-                remove(folder)
-            partial.rename(folder)
-    except OSError as error:
-        error.filename = str(folder)
-        raise
-    finally:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-    barrier()
+def copied(state: Tree) -> Tree:
+    """A tree with copies of its tensors on the host."""
+    copy = tree_map_only(
+        Tensor, lambda tensor: tensor if tensor.is_meta else tensor.detach().to("cpu", copy=True), state
+    )
+    return copy  # type: ignore[no-any-return]
 
 
 def remove_left(folder: Path) -> None:

@@ -53,7 +53,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a folder together, or a file of whole tensors."""
         if self._save_distributed_checkpoint:
-            checkpoint_io.save_sharded(checkpoint, Path(filepath), self.is_global_zero, self.barrier)
+            self.checkpoint_io.save_sharded(checkpoint, Path(filepath))  # type: ignore[attr-defined]
             return
         whole = gathered(checkpoint, self.is_global_zero)
         if self.is_global_zero:

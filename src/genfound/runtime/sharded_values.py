@@ -5,7 +5,6 @@ They have the names of `receipts.leaves`, such as `state_dict.net.blocks.0.attn.
 
 import io
 import pickle
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -13,12 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import KeyPath, SequenceKey, tree_map_with_path
 
@@ -36,6 +33,7 @@ KNOWN = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.storage": {"WriteResult"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
 }  # fmt: skip
@@ -53,6 +51,12 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def unpickled(file: Path) -> Any:
+    """What torch.distributed.checkpoint says of tensors; code in it is an UnpicklingError."""
+    with open(file, "rb") as stream:
+        return _MetadataUnpickler(stream).load()
+
+
 class Values(FileSystemReader):
     """The tensors in a folder.
 
@@ -65,8 +69,7 @@ class Values(FileSystemReader):
         self._folder = folder
         ends: dict[str, int] = {}
         try:
-            with open(folder / METADATA, "rb") as file:
-                self._metadata: Metadata = _MetadataUnpickler(file).load()
+            self._metadata: Metadata = unpickled(folder / METADATA)
             for info in self._metadata.storage_data.values():
                 name, end = PurePosixPath(info.relative_path).name, info.offset + info.length
                 ends[name] = max(end, ends.get(name, 0))
@@ -144,25 +147,6 @@ def without_values(state: Tree) -> tuple[Tree, dict[str, Tensor]]:
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
     return tree_map_with_path(shape, state), tensors
-
-
-def write(tensors: Mapping[str, Tensor], folder: Path) -> int:
-    """Write this process's part of sharded tensors; all processes together. The number of the save.
-
-    Raises:
-        OSError: one of them could not, such as on a full disk; in all.
-    """
-    drawn = [secrets.randbits(62)]
-    dist.broadcast_object_list(drawn)
-    own = {f"{SAVE}.{dist.get_rank()}": torch.tensor(drawn[0])}
-    try:
-        save({**tensors, **own}, storage_writer=FileSystemWriter(folder))
-    except CheckpointException as error:
-        cause = _first(error)
-        number = cause.errno if isinstance(cause, OSError) else None
-        what = cause.strerror if isinstance(cause, OSError) else str(cause).strip().splitlines()[0]
-        raise OSError(number, what) from None
-    return drawn[0]
 
 
 def _first(error: CheckpointException) -> BaseException:
