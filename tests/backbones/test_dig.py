@@ -30,11 +30,11 @@ def fresh(**options: Any) -> DiG:
     return net
 
 
-def small(**options: Any) -> DiG:
+def small(std: float = 0.1, **options: Any) -> DiG:
     """Six small blocks whose weights are all random, also those that start at zero."""
     net, generator = fresh(**options), torch.Generator().manual_seed(0)
     for name, parameter in net.named_parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
+        nn.init.normal_(parameter, std=std, generator=generator)
         if "norm" in name:
             parameter.data += 1
     return net.eval()
@@ -63,7 +63,7 @@ def test_images_of_a_pack_are_as_alone(options: dict[str, Any]) -> None:
 
 
 def test_gradients_of_a_pack_are_those_of_its_images() -> None:
-    net, z = small(skip="xavier"), latents(SIZES)
+    net, z = small(std=0.05, skip="xavier"), latents(SIZES)  # larger ones lose digits on some processors
     batch = STATIC.to_batch(z, torch.arange(len(z)))
     _, found = loss_and_gradients(net, batch, times(batch))
     total: dict[str, Tensor] = {}

@@ -55,6 +55,7 @@ class Backbone(nn.Module):
     blocks: nn.ModuleList  # in their order
     passes_tokens: bool = True  # from block to block, which a loss can align; not feature maps
     activation_checkpointing: bool | int = False  # recompute each block, or every k-th, in the backward pass
+    residual: str  # precision of what passes from block to block, where a backbone has a choice; see `residual_stream`
 
     @classmethod
     def from_preset(cls, name: str, *, num_classes: int = 1000, seed: int = 0, **options: Any) -> Self:
@@ -134,6 +135,12 @@ class Backbone(nn.Module):
         compiled = torch.compile(_forward)
         for block in self.blocks:  # not their hooks, by which FSDP gathers the weights
             block.forward = partial(_in_training, compiled, block)  # type: ignore[method-assign]
+
+    def residual_stream(self, x: Tensor) -> Tensor:
+        """What passes from block to block: float32, with `residual=bf16` bfloat16 where arithmetic is (autocast)."""
+        device = x.device.type
+        rounded = self.residual == "bf16" and torch.is_autocast_enabled(device)
+        return x.to(torch.get_autocast_dtype(device)) if rounded else x.float()
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """A block's output; with activation checkpointing nothing else of it is kept for the backward pass."""

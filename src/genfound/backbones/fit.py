@@ -53,6 +53,7 @@ class FiT(Backbone):
         clamp_time: embed times above 1 as 1 (fit_model.py of the released code, which so takes all steps of FiT v1
             but the first for one).
         attention: backend of `packed_attention`, for the packed layout.
+        residual: `fp32` or `bf16`, see `Backbone.residual_stream`; released code is bf16 under autocast.
     """
 
     layouts = ("padded", "packed", "dense")
@@ -86,6 +87,7 @@ class FiT(Backbone):
         learn_sigma: bool,
         attention: str,
         activation_checkpointing: bool | int,
+        residual: str = "fp32",
     ) -> None:
         super().__init__()
         head = head_size(width, heads)
@@ -98,6 +100,7 @@ class FiT(Backbone):
         self.clamp_time = clamp_time
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
+        self.residual = one_of("model.residual", residual, ("fp32", "bf16"))
         token = channels * patch_size**2
         self.x_embedder = PatchEmbedder(token, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -122,7 +125,7 @@ class FiT(Backbone):
         patch = self.token_spec.patch_size
         x = self.x_embedder(tokens_of(batch, patch))  # (..., D)
         batch = with_block_mask(batch, x, self.attention)
-        x = x.float()
+        x = self.residual_stream(x)
         with autocast_off(x):
             c = self.t_embedder(self._embedded_time(t)) + self.y_embedder(batch.y)  # (B, D)
             shared = 0.0 if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c)  # (B, 6 D)
@@ -167,10 +170,10 @@ class Block(nn.Module):
         """x (..., D), condition c (B, D), the modulation that blocks share (B, 6 D) -> (..., D)."""
         with autocast_off(x):
             per_image = self.adaLN_modulation(c) + shared  # (B, 6 D), and (..., D) each of its tokens
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token)
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token, x.dtype)
         mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), factor_a), batch, rope)
-        x = torch.addcmul(x, gate_a, mixed.float())
-        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), factor_m)).float())
+        x = torch.addcmul(x, gate_a, mixed.to(x.dtype))
+        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), factor_m)).to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -221,8 +224,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (..., D), c (B, D) -> (..., P)."""
         with autocast_off(x):
-            shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token)
-            return self.linear(torch.addcmul(shift, self.norm_final(x), factor))
+            shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token, torch.float32)
+            return self.linear(torch.addcmul(shift, self.norm_final(x.float()), factor))
 
 
 def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:

@@ -43,6 +43,7 @@ class NiT(Backbone):
         rope_scaling: {rule, trained, target, decouple} of `Rope`.
         learn_sigma: also predict a variance, in channels C .. 2C of the output; never in the paper.
         attention: backend of `packed_attention`.
+        residual: `fp32` or `bf16`, see `Backbone.residual_stream`; released code is bf16 under autocast.
     """
 
     layouts = ("packed",)
@@ -67,6 +68,7 @@ class NiT(Backbone):
         learn_sigma: bool,
         attention: str,
         activation_checkpointing: bool | int,
+        residual: str = "fp32",
     ) -> None:
         super().__init__()
         self.null_label = num_classes if label_drop > 0 else None
@@ -75,6 +77,7 @@ class NiT(Backbone):
         self.rope = Rope.of(head_size(width, heads), rope_theta, rope_scaling)
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
+        self.residual = one_of("model.residual", residual, ("fp32", "bf16"))
         token = channels * patch_size**2
         self.x_embedder = PatchEmbedder(token, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -89,7 +92,7 @@ class NiT(Backbone):
         """Packed `batch.x` (T, P) at times t (B,) -> velocity (T, P), with learn_sigma (T, 2 P)."""
         x = self.x_embedder(batch.x)  # (T, D)
         batch = with_block_mask(batch, x, self.attention)
-        x = x.float()
+        x = self.residual_stream(x)
         with autocast_off(x):
             c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(batch.y))  # (B, D)
             rope = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d / 2, 2)
@@ -121,9 +124,9 @@ class Block(nn.Module):
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
         with autocast_off(x):
             per_image = self.adaLN_modulation(c)  # (B, 6 D), and (T, D) each of its tokens
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token)
-        x = torch.addcmul(x, gate_a, self.attn(norm_modulate(x, shift_a, factor_a), batch, rope).float())
-        return torch.addcmul(x, gate_m, self.mlp(norm_modulate(x, shift_m, factor_m)).float())
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token, x.dtype)
+        x = torch.addcmul(x, gate_a, self.attn(norm_modulate(x, shift_a, factor_a), batch, rope).to(x.dtype))
+        return torch.addcmul(x, gate_m, self.mlp(norm_modulate(x, shift_m, factor_m)).to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -158,8 +161,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, P)."""
         with autocast_off(x):
-            shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token)
-            return self.linear(norm_modulate(x, shift, factor))
+            shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token, torch.float32)
+            return self.linear(norm_modulate(x.float(), shift, factor))
 
 
 def check_coordinates(order: str) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, Flops, TokenSpec
 from genfound.backbones.nit import Attention, FinalLayer, check_coordinates, coordinates
 from genfound.batch import Batch
+from genfound.config.checks import one_of
 from genfound.layers.adaln import autocast_off, modulation, modulations, norm_modulate, zero_init_
 from genfound.layers.attention import Keys, document_mask, packed_attention, with_block_mask
 from genfound.layers.embed import PatchEmbedder, TimestepEmbedder
@@ -50,7 +51,7 @@ class NiTT2I(Backbone):
         self, *, channels: int, num_classes: int, patch_size: int, width: int, depth: int, heads: int, mlp_ratio: float,
         qk_norm: bool, adaln_rank: int | None, label_drop: float, rope_theta: float, rope_coords: str,
         rope_scaling: Mapping[str, Any], learn_sigma: bool, attention: str, activation_checkpointing: bool | int,
-        text_width: int, text_tokens: int,
+        text_width: int, text_tokens: int, residual: str = "fp32",
     ) -> None:  # fmt: skip
         super().__init__()
         self.null_label = max(num_classes, 1) if label_drop > 0 else None
@@ -60,6 +61,7 @@ class NiTT2I(Backbone):
         self.rope = Rope.of(head_size(width, heads), rope_theta, rope_scaling)
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
+        self.residual = one_of("model.residual", residual, ("fp32", "bf16"))
         token = channels * patch_size**2
         self.x_embedder = PatchEmbedder(token, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -82,7 +84,7 @@ class NiTT2I(Backbone):
         if batch.block_mask is not None and batch.image_of is not None:
             rows = torch.searchsorted(keys.cu_seqlens, torch.arange(len(text), device=x.device), right=True) - 1
             keys = keys._replace(block_mask=document_mask(batch.image_of, rows))
-        x = x.float()
+        x = self.residual_stream(x)
         with autocast_off(x):
             c = nn.functional.silu(self.t_embedder(t))  # (B, D)
             rope = self.rope(coordinates(batch, self.rope_coords), batch.sizes, batch.per_token)  # (T, 1, d / 2, 2)
@@ -151,10 +153,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, text: Tensor, batch: Batch, rope: Tensor, keys: Keys) -> Tensor:
         """x (T, D), c (B, D) after its SiLU, text (S, D) -> (T, D)."""
         with autocast_off(x):  # shift, factor and gate of the three layers, (T, D) each
-            m = modulations(self.adaLN_modulation(c), 9, batch.per_token)
-        x = torch.addcmul(x, m[2], self.attn(norm_modulate(x, m[0], m[1]), batch, rope).float())
-        x = torch.addcmul(x, m[5], self.cross(norm_modulate(x, m[3], m[4]), text, batch, keys).float())
-        return torch.addcmul(x, m[8], self.mlp(norm_modulate(x, m[6], m[7])).float())
+            m = modulations(self.adaLN_modulation(c), 9, batch.per_token, x.dtype)
+        x = torch.addcmul(x, m[2], self.attn(norm_modulate(x, m[0], m[1]), batch, rope).to(x.dtype))
+        x = torch.addcmul(x, m[5], self.cross(norm_modulate(x, m[3], m[4]), text, batch, keys).to(x.dtype))
+        return torch.addcmul(x, m[8], self.mlp(norm_modulate(x, m[6], m[7])).to(x.dtype))
 
 
 class CrossAttention(nn.Module):

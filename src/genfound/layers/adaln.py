@@ -12,13 +12,15 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
     return torch.addcmul(shift, nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6), factor)
 
 
-def modulations(per_image: Tensor, count: int, per_token: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What `modulation` has made of each image (B, n D) -> shift, factor 1 + scale and gate of its tokens.
+def modulations(
+    per_image: Tensor, count: int, per_token: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """What `modulation` has made of each image (B, n D) -> shift, factor 1 + scale and gate of its tokens, in a dtype.
 
-    One is added for each image, not for each of its tokens.
+    One is added, and it is rounded, for each image, not for each of its tokens.
     """
     parts = per_image.chunk(count, dim=1)
-    return [per_token(1 + part if number % 3 == 1 else part) for number, part in enumerate(parts)]
+    return [per_token((1 + part if number % 3 == 1 else part).to(dtype)) for number, part in enumerate(parts)]
 
 
 def modulation(*widths: int, silu: bool) -> nn.Sequential:
