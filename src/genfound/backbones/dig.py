@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import integer, one_of
-from genfound.layers.adaln import autocast_off, modulation, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, multiply_add, norm_modulate, zero_init_
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder, grid_sinusoid
 from genfound.layers.gla import GatedLinearAttention, Rows
 from genfound.layers.initial import Draw
@@ -213,7 +213,7 @@ class Block(nn.Module):
 
 
 def _modulated(norm: nn.Module | None, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
-    return norm_modulate(x, shift, factor) if norm is None else torch.addcmul(shift, norm(x), factor)
+    return norm_modulate(x, shift, factor) if norm is None else multiply_add(shift, norm(x), factor)
 
 
 class GatedMlp(nn.Module):

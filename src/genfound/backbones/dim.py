@@ -25,7 +25,7 @@ from torch.nn.functional import silu
 from genfound.backbones.base import Backbone, Flops, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import integer, number, one_of
-from genfound.layers.adaln import autocast_off
+from genfound.layers.adaln import autocast_off, multiply_add
 from genfound.layers.embed import FREQUENCIES, LabelEmbedder, PatchEmbedder, sinusoid
 from genfound.layers.frames import Frame, Framed
 from genfound.layers.initial import Draw
@@ -127,7 +127,7 @@ class DiM(Backbone):
         with autocast_off(x):
             x = self.norm_out["norm"](self.a4m_adapter.image(x, framed))
             shift, scale = map(batch.per_token, self.proj_out_1(silu(told.sum(dim=1))).chunk(2, dim=1))
-            return shaped_like(batch, self.proj_out_2(torch.addcmul(shift, x, 1 + scale)), patch)
+            return shaped_like(batch, self.proj_out_2(multiply_add(shift, x, 1 + scale)), patch)
 
     def framed(self, batch: Batch) -> Framed:
         """Where all tokens lie."""
@@ -311,7 +311,7 @@ class Block(nn.Module):
         with autocast_off(x):
             parts = self.scale_shift_table + modulation.unflatten(1, (3, -1))
             shift, scale, gate = map(place.batch.per_token, parts.unbind(1))
-            mixed = torch.addcmul(shift, self.norm1["norm"](x), 1 + scale)
+            mixed = multiply_add(shift, self.norm1["norm"](x), 1 + scale)
         return x + (1 + gate) * self.attn1(mixed, place.positions)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, modulation, modulations, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, modulations, multiply_add, zero_init_
 from genfound.layers.attention import packed_attention, sdpa, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import SwiGLU, feed_forward
@@ -171,9 +171,9 @@ class Block(nn.Module):
         with autocast_off(x):
             per_image = self.adaLN_modulation(c) + shared  # (B, 6 D), and (..., D) each of its tokens
             shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token, x.dtype)
-        mixed = self.attn(torch.addcmul(shift_a, self.norm1(x), factor_a), batch, rope)
-        x = torch.addcmul(x, gate_a, mixed.to(x.dtype))
-        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), factor_m)).to(x.dtype))
+        mixed = self.attn(multiply_add(shift_a, self.norm1(x), factor_a), batch, rope)
+        x = multiply_add(x, mixed.to(x.dtype), gate_a)
+        return multiply_add(x, self.mlp(multiply_add(shift_m, self.norm2(x), factor_m)).to(x.dtype), gate_m)
 
 
 class Attention(nn.Module):
@@ -225,7 +225,7 @@ class FinalLayer(nn.Module):
         """x (..., D), c (B, D) -> (..., P)."""
         with autocast_off(x):
             shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token, torch.float32)
-            return self.linear(torch.addcmul(shift, self.norm_final(x.float()), factor))
+            return self.linear(multiply_add(shift, self.norm_final(x.float()), factor))
 
 
 def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, modulation, modulations, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, modulations, multiply_add, norm_modulate, zero_init_
 from genfound.layers.attention import packed_attention, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import Mlp
@@ -125,8 +125,8 @@ class Block(nn.Module):
         with autocast_off(x):
             per_image = self.adaLN_modulation(c)  # (B, 6 D), and (T, D) each of its tokens
             shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token, x.dtype)
-        x = torch.addcmul(x, gate_a, self.attn(norm_modulate(x, shift_a, factor_a), batch, rope).to(x.dtype))
-        return torch.addcmul(x, gate_m, self.mlp(norm_modulate(x, shift_m, factor_m)).to(x.dtype))
+        x = multiply_add(x, self.attn(norm_modulate(x, shift_a, factor_a), batch, rope).to(x.dtype), gate_a)
+        return multiply_add(x, self.mlp(norm_modulate(x, shift_m, factor_m)).to(x.dtype), gate_m)
 
 
 class Attention(nn.Module):

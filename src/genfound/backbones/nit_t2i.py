@@ -23,7 +23,7 @@ from genfound.backbones.base import Backbone, Flops, TokenSpec
 from genfound.backbones.nit import Attention, FinalLayer, check_coordinates, coordinates
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, modulation, modulations, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, modulation, modulations, multiply_add, norm_modulate, zero_init_
 from genfound.layers.attention import Keys, document_mask, packed_attention, with_block_mask
 from genfound.layers.embed import PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import Mlp
@@ -154,9 +154,9 @@ class Block(nn.Module):
         """x (T, D), c (B, D) after its SiLU, text (S, D) -> (T, D)."""
         with autocast_off(x):  # shift, factor and gate of the three layers, (T, D) each
             m = modulations(self.adaLN_modulation(c), 9, batch.per_token, x.dtype)
-        x = torch.addcmul(x, m[2], self.attn(norm_modulate(x, m[0], m[1]), batch, rope).to(x.dtype))
-        x = torch.addcmul(x, m[5], self.cross(norm_modulate(x, m[3], m[4]), text, batch, keys).to(x.dtype))
-        return torch.addcmul(x, m[8], self.mlp(norm_modulate(x, m[6], m[7])).to(x.dtype))
+        x = multiply_add(x, self.attn(norm_modulate(x, m[0], m[1]), batch, rope).to(x.dtype), m[2])
+        x = multiply_add(x, self.cross(norm_modulate(x, m[3], m[4]), text, batch, keys).to(x.dtype), m[5])
+        return multiply_add(x, self.mlp(norm_modulate(x, m[6], m[7])).to(x.dtype), m[8])
 
 
 class CrossAttention(nn.Module):

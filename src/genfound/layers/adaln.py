@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,36 @@ from torch import Tensor, nn
 
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
     """LayerNorm without affine parameters (eps 1e-6), then a factor and a shift that broadcast against x (..., D)."""
-    return torch.addcmul(shift, nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6), factor)
+    return multiply_add(shift, nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6), factor)
+
+
+def multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """base + x * factor, which broadcast, as `torch.addcmul`, whose gradients take two more products by one."""
+    if torch.compiler.is_compiling():  # which leaves these out
+        return torch.addcmul(base, x, factor)
+    return _MultiplyAdd.apply(base, x, factor)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _MultiplyAdd(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+        return torch.addcmul(base, x, factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, factor = ctx.saved_tensors
+        return grad, grad * factor, grad * x  # autograd sums over what was broadcast
+
+    @staticmethod
+    def jvp(ctx: Any, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+        return base + x * ctx.saved_tensors[1] + ctx.saved_tensors[0] * factor
 
 
 def modulations(

@@ -158,8 +158,8 @@ def _rows(
 def _split(a: Tensor, runs: list[tuple[int, int]]) -> list[Tensor]:
     """(T, H, d) -> for each run of rows of n tokens (rows, H, n, d)."""
     sizes = [n * rows for n, rows in runs]
-    parts = zip(a[: sum(sizes)].split(sizes), runs, strict=True)
-    return [part.unflatten(0, (rows, n)).transpose(1, 2) for part, (n, rows) in parts]
+    parts = a.split([*sizes, len(a) - sum(sizes)])  # whose tail is of no row
+    return [part.unflatten(0, (rows, n)).transpose(1, 2) for part, (n, rows) in zip(parts, runs, strict=False)]
 
 
 def _packed(runs: list[Tensor]) -> Tensor:
