@@ -78,7 +78,11 @@ class Batch:
         """Sum of an x-shaped tensor over each image's own elements -> (B,), 0 where not real."""
         if self.image_of is not None:
             assert self.cu_seqlens is not None
-            total = torch.segment_reduce(values.flatten(1).sum(dim=1), "sum", offsets=self.cu_seqlens.long())
+            of_tokens = values.flatten(1).sum(dim=1)
+            if values.device.type == "mps":  # for which PyTorch has no segment_reduce
+                total = of_tokens.new_zeros(len(self.y)).index_add(0, self.image_of, of_tokens)
+            else:
+                total = torch.segment_reduce(of_tokens, "sum", offsets=self.cu_seqlens.long())
         elif self.mask is not None:
             total = (values.flatten(2).sum(dim=2) * self.mask).sum(dim=1)
         else:

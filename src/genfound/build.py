@@ -41,7 +41,7 @@ from genfound.layers.ssm import Mamba
 from genfound.layouts import Layout
 from genfound.objectives.base import GuidanceOf, Objective
 from genfound.rng import Rng
-from genfound.runtime.devices import device, precision
+from genfound.runtime.devices import check_count, device, precision
 from genfound.samplers import Sampler
 from genfound.text import TextEncoder
 from genfound.text.from_config import check_captions, reader_of_text, text_encoder
@@ -151,9 +151,10 @@ class RunComponents:
 def check(config: Config, ranks: int) -> None:
     """Look for what is wrong with a training run and can be known at once, without reading weights or images."""
     place = device(config["trainer"]["accelerator"], key="trainer.accelerator")
-    wanted, there = config["trainer"]["devices"], torch.cuda.device_count()
-    if place.type == "cuda" and wanted > there:
-        raise ValueError(f"trainer.devices={wanted}, but this machine has {there} CUDA device(s)")
+    check_count("trainer.devices", config["trainer"]["devices"], place)
+    if place.type == "mps" and ranks > 1:
+        way = "set trainer.num_nodes=1, or trainer.accelerator=cpu"
+        raise ValueError(f"trainer.num_nodes={config['trainer']['num_nodes']}: an Apple GPU trains alone; {way}")
     precision(config["trainer"]["precision"], place)
     micro_batches(config, ranks)
     root = config["data"].get("root")

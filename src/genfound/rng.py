@@ -6,11 +6,11 @@ number of ranks or another order of calls cannot change what is drawn.
 On the CPU all 19,937 bits of a generator's state are hashed from its name, so that no two draws of a run share
 a stream. `torch.Generator.manual_seed` keeps 32 bits of a seed there, of which 10,000 draws have two equal ones with
 a probability of 1 %, and 100,000 of 69 %. On CUDA 63 bits of the name count, and two in a billion draws are
-equal with a probability of 5 %.
+equal with a probability of 5 %. Numbers for Apple's GPUs are those of the CPU.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -54,11 +54,17 @@ class Rng:
 
     def normal(self, purpose: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Standard normal float32 numbers of the given shape."""
-        return torch.randn(tuple(shape), generator=self.generator(purpose, device), device=device)
+        return self._drawn(torch.randn, purpose, shape, device)
 
     def uniform(self, purpose: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Uniform float32 numbers in [0, 1) of the given shape."""
-        return torch.rand(tuple(shape), generator=self.generator(purpose, device), device=device)
+        return self._drawn(torch.rand, purpose, shape, device)
+
+    def _drawn(
+        self, law: Callable[..., Tensor], purpose: str, shape: Sequence[int], device: torch.device | str
+    ) -> Tensor:
+        place = torch.device("cpu") if torch.device(device).type == "mps" else device
+        return law(tuple(shape), generator=self.generator(purpose, place), device=place).to(device)
 
     def permutation(self, purpose: str, n: int) -> Tensor:
         """(n,) int64, a uniformly random order of 0 .. n-1."""

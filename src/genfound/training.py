@@ -129,7 +129,7 @@ def _trainer(
     """`lightning.Trainer` with what the configuration sets, and what genfound decides."""
     options, ranks = parts.config["trainer"], parts.ranks
     ours = {
-        "accelerator": "gpu" if parts.device.type == "cuda" else "cpu",
+        "accelerator": parts.device.type,
         "strategy": _strategy(parts) if ranks > 1 else "auto",
         "precision": devices.precision(options["precision"], parts.device),
         "max_steps": max_steps,

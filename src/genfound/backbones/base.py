@@ -57,6 +57,11 @@ class Backbone(nn.Module):
     activation_checkpointing: bool | int = False  # recompute each block, or every k-th, in the backward pass
     residual: str  # precision of what passes from block to block, where a backbone has a choice; see `residual_stream`
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where its parameters are, if it has any."""
+        return next((parameter.device for parameter in self.parameters()), None)
+
     @classmethod
     def from_preset(cls, name: str, *, num_classes: int = 1000, seed: int = 0, **options: Any) -> Self:
         """A network as conf/model/ describes it, initialised as in training, e.g. `NiT.from_preset("xl")`.

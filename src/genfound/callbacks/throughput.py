@@ -13,6 +13,7 @@ from genfound.batch import Batch
 from genfound.data.datamodule import GenerativeDataModule
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.modules.base import GenerativeModule
+from genfound.runtime import devices
 
 
 class Throughput:
@@ -104,14 +105,13 @@ def paused(trainer: Trainer, module: GenerativeModule) -> Iterator[None]:
 
 def _now(device: torch.device) -> float:
     """Seconds, when the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    devices.synchronize(device)
     return time.perf_counter()
 
 
 def matmul_rate(device: torch.device) -> float:
     """Operations per second of a plain matrix product under the current autocast."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
     a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0))
     linear = torch.nn.functional.linear
     if torch.is_autocast_enabled(device.type):

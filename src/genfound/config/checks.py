@@ -54,7 +54,5 @@ def image_sizes(key: str, value: Any) -> list[tuple[int, int]]:
 
 
 def accelerator(key: str, wanted: str) -> None:
-    """`auto`, `cpu` or `cuda`."""
-    if wanted == "mps":
-        raise ValueError(f"{key}=mps: samplers, times, positions are in float64, which mps lacks; {key}=cpu runs there")
-    one_of(key, wanted, ("auto", "cpu", "cuda"))
+    """`auto`, `cpu`, `cuda` or `mps`."""
+    one_of(key, wanted, ("auto", "cpu", "cuda", "mps"))

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from genfound.layers.float64 import double
+
 FREQUENCIES = 256
 LONGEST_PERIOD = 10_000
 
@@ -25,9 +27,10 @@ def grid_sinusoid(positions: Tensor, width: int) -> Tensor:
 
     Of the four quarters, two are sine and cosine of the column, two of the row (models.py:get_2d_sincos_pos_embed).
     """
-    exponents = torch.arange(width // 4, dtype=torch.float64, device=positions.device) / (width / 4)
-    angles = positions.double()[..., None] * (1 / LONGEST_PERIOD**exponents)  # (..., 2, D / 4)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flip(-2).flatten(-2).float()
+    places = double(positions)
+    exponents = torch.arange(width // 4, dtype=torch.float64, device=places.device) / (width / 4)
+    angles = places[..., None] * (1 / LONGEST_PERIOD**exponents)  # (..., 2, D / 4)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flip(-2).flatten(-2).float().to(positions.device)
 
 
 class PatchEmbedder(nn.Module):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from genfound.config.checks import one_of
+from genfound.layers.float64 import double, float64_device
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class Rope:
         if not self.decouple:
             lengths = lengths.amax(dim=1, keepdim=True).expand(-1, 2)
         s = (lengths / self.trained).clamp(min=1)[..., None]  # (R, 2, 1)
-        return RULES[self.rule].frequencies(self, s).float()
+        return RULES[self.rule].frequencies(self, s).float().to(sizes.device)
 
     def factor(self, sizes: Tensor) -> Tensor:
         """(R,) float32, what cosine and sine are multiplied by, on queries and on keys: logits get its square."""
-        return RULES[self.rule].factor(self, self._lengths(sizes)).float()
+        return RULES[self.rule].factor(self, self._lengths(sizes)).float().to(sizes.device)
 
     def exponents(self, device: torch.device) -> Tensor:
         """(F,) float64, 2i / a."""
@@ -106,11 +107,12 @@ class Rope:
 
     def _lengths(self, sizes: Tensor) -> Tensor:
         """(R, 2) float64 L of rows and columns."""
+        device = float64_device(sizes.device)
         if self.rule == "normal":
-            return torch.full((1, 2), self.trained, dtype=torch.float64, device=sizes.device)
+            return torch.full((1, 2), self.trained, dtype=torch.float64, device=device)
         if self.target is None:
-            return sizes.double()
-        axes = [torch.full((1,), length, dtype=torch.float64, device=sizes.device) for length in self.target]
+            return double(sizes)
+        axes = [torch.full((1,), length, dtype=torch.float64, device=device) for length in self.target]
         return torch.stack(axes, dim=1)
 
 

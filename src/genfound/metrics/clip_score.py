@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from genfound.data.images.sets import ImageSet
+from genfound.layers.float64 import double
 from genfound.runtime.transformers_models import require, transformers_class
 from genfound.tokenizers.weights import locate
 
@@ -53,7 +54,7 @@ class ClipScore:
                 text=[prompts[k] for k in some], images=pictures, return_tensors="pt", **self.fitting
             )
             found = self.model(**words.to(self.device))  # embeddings of length 1
-            total += float((found.image_embeds * found.text_embeds).sum(dim=-1).double().sum())
+            total += float(double((found.image_embeds * found.text_embeds).sum(dim=-1)).sum())
         return total / len(prompts)
 
 

@@ -1,14 +1,15 @@
 """Metrics of images as `torchmetrics.Metric`: `update`, `compute`, and state that is shared over ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from genfound.layers.float64 import float64_device
 from genfound.metrics.extractor import Extractor
 
 Values = Tensor | np.ndarray | Sequence[np.ndarray]
@@ -46,6 +47,11 @@ class FeatureMetric(Metric):
     def __init__(self, extractor: Extractor | None = None, column: str = "pool", **options: Any) -> None:
         super().__init__(**options)
         self.extractor, self.column = extractor, column
+
+    def _apply(self, fn: Callable[..., Any], *options: Any) -> nn.Module:
+        """Moved as the module that it belongs to, but to no device without float64."""
+        place = fn(torch.zeros(0, device=self.device)).device
+        return super()._apply(fn, *options) if float64_device(place) == place else self
 
     def features(self, values: Values, real: bool = False) -> Tensor:
         """Features, or images -> (N, D) on the device of the metric.

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from genfound.layers.float64 import double, float64_device
 from genfound.metrics.feature_metric import FeatureMetric, Values
 
 ROWS = 4096
@@ -42,7 +43,8 @@ class Moments:
 
     @classmethod
     def zero(cls, width: int, device: torch.device | str = "cpu") -> Self:
-        """Those of no features of D numbers."""
+        """Those of no features of D numbers, on a device, or on the host if it has no float64."""
+        device = float64_device(torch.device(device))
         total, products = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (width, (width, width)))
         return cls(torch.zeros((), dtype=torch.int64, device=device), total, products)
 
@@ -56,7 +58,7 @@ class Moments:
     def add(self, features: Tensor) -> None:
         """Add rows (N, D), in place."""
         for block in features.split(ROWS):
-            rows = block.to(self.total.device, torch.float64)
+            rows = double(block, self.total.device)
             self.count.add_(len(rows))
             self.total.add_(rows.sum(dim=0))
             self.products.addmm_(rows.T, rows)

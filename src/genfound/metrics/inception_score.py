@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from genfound.layers.float64 import double
 from genfound.metrics.feature_metric import FeatureMetric, MeanStd, Values
 
 SPLITS, SHUFFLE_SEED = 10, 2020
@@ -61,12 +62,13 @@ def torch_fidelity_score(logits: Tensor, splits: int = SPLITS, shuffle: bool = T
     if count < splits:
         raise ValueError(f"inception_score: {count} images cannot be divided into {splits} splits")
     order = np.random.RandomState(SHUFFLE_SEED).permutation(count) if shuffle else np.arange(count)
-    p = logits.double()[torch.from_numpy(order).to(logits.device)].softmax(dim=1)
+    values = double(logits)
+    p = values[torch.from_numpy(order).to(values.device)].softmax(dim=1)
     bounds = [i * count // splits for i in range(splits + 1)]
     return _over_splits([p[start:stop] for start, stop in pairwise(bounds)])
 
 
 def _over_splits(parts: Sequence[Tensor]) -> MeanStd:
     """Of each part (N, K) of probabilities exp of the mean over rows of sum p (log p - log mean p)."""
-    scores = [(torch.xlogy(p, p) - torch.xlogy(p, p.mean(dim=0))).sum(dim=1).mean().exp().double() for p in parts]
+    scores = [double((torch.xlogy(p, p) - torch.xlogy(p, p.mean(dim=0))).sum(dim=1).mean().exp()) for p in parts]
     return MeanStd(float(torch.stack(scores).mean()), float(torch.stack(scores).std(correction=0)))

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from genfound.layers.float64 import double
 from genfound.metrics.feature_metric import MeanStd, PairMetric
 
 SEED = 2020
@@ -40,7 +41,7 @@ def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = SUBSETS, 
     draw = np.random.RandomState(SEED)
     values = []
     for _ in range(subsets):
-        x, y = (z[draw.choice(len(z), size, replace=False)].double() for z in (samples, reference))
+        x, y = (double(z[draw.choice(len(z), size, replace=False)]) for z in (samples, reference))
         xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum((kernel.sum() - kernel.trace()) / (size * (size - 1)) for kernel in (xx, yy))
         values.append(float(within - 2 * xy.mean()))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genfound.layers.float64 import double
 from genfound.metrics.feature_metric import PairMetric
 
 BLOCK = 4096
@@ -107,7 +108,7 @@ def precision_recall(
             distances = squared_distances(u, v, half)[..., None]
             is_inside.logical_or_((distances <= ru[:, None]).any(dim=0))
             is_covered.logical_or_((distances <= rv).any(dim=1))
-    return Shares(inside.double().mean(dim=0).tolist(), covered.double().mean(dim=0).tolist())
+    return Shares(*(double(found).mean(dim=0).tolist() for found in (inside, covered)))
 
 
 def _blocks(balls: Manifold, found: Tensor, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -25,6 +25,7 @@ from genfound.batch import Batch
 from genfound.config import compose
 from genfound.data.packing.batch_plan import MicroBatch
 from genfound.data.packing.loader import HeldOut
+from genfound.layers.float64 import double, float64_device
 from genfound.modules.muon import Muon
 from genfound.objectives.base import Losses, Objective
 from genfound.objectives.weighting import image_weight
@@ -161,7 +162,7 @@ class GenerativeModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin at zero."""
-        self._validated = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._validated = self._no_sums()
 
     def validation_step(self, item: HeldOut, batch_idx: int) -> None:
         """Add a micro-batch of held-out images, see `validation_sums`."""
@@ -174,12 +175,15 @@ class GenerativeModule(lightning.LightningModule):
     def validate(self) -> dict[str, float]:
         """What `trainer.validate` logs, of the weights as they are, within training or another validation."""
         trainer: Any = self.trainer
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        sums = self._no_sums()
         for item in trainer.datamodule.val_dataloader():
             on_device = trainer.strategy.batch_to_device(item)
             with trainer.precision_plugin.val_step_context():
                 sums += validation_sums(self.net, self.objective, on_device)
         return validation_metrics(self._reduced(sums))
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(4, dtype=torch.float64, device=float64_device(self.device))
 
     def _reduced(self, sums: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[return-value]
@@ -227,6 +231,8 @@ class GenerativeModule(lightning.LightningModule):
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if limit is not None:
             nn.utils.clip_grads_with_norm_(parameters, limit, self.grad_norm)
+        if self.device.type == "mps" and not self.grad_norm.isfinite():  # where fused AdamW may not look at found_inf
+            optimizer.zero_grad()
         optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
 
@@ -334,12 +340,12 @@ def validation_sums(net: Backbone, objective: Objective, item: HeldOut) -> Tenso
     part = torch.cat([objective.time_law(Rng(0, "val", k), 1, torch.device("cpu")) for k in positions])
     filler = (0, len(batch.y) - len(positions))
     rows = (torch.nn.functional.pad(v, filler, value=0.5) for v in (part, uniform_times(positions)))
-    drawn, times = (v.to(batch.x.device) for v in rows)
+    drawn, times = (v.to(float64_device(batch.x.device)) for v in rows)
     weights = image_weight(batch.tokens, objective.weight) * batch.real
     loss = objective.loss_at(net, batch, drawn, noise).total
     error = objective.velocity_error(net, batch, times, noise)
     sums = (weights * loss, weights, error, batch.real)
-    return torch.stack([values.double().sum() for values in sums]) * item.counts
+    return torch.stack([double(values).sum() for values in sums]) * item.counts
 
 
 def validation_metrics(sums: Tensor) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genfound.batch import Batch
+from genfound.layers.float64 import float64_device
 from genfound.objectives.predictions import Predictions
 from genfound.objectives.process import Process
 from genfound.objectives.times import TimeLaw
@@ -36,7 +37,8 @@ class TimeAdapter:
 
     There flows run from t = 0 (data) to t = end (noise). A network that declares `time = "data1"` (SiT, FiTv2) counts
     from noise to data, and its velocity points the other way. `end` is `None` for integer steps, which all count alike;
-    `process` is the one whose noise the network predicts, if it is of discrete steps.
+    `process` is the one whose noise the network predicts, if it is of discrete steps. The network, not the batch, may
+    be on a device without float64.
     """
 
     copies = 1
@@ -57,7 +59,8 @@ class TimeAdapter:
         t = t if self.end is None else self.end - t
         if not isinstance(t, Tensor):
             t = torch.full((len(batch.y),), t, dtype=torch.float32, device=batch.x.device)
-        out: Tensor = self.net(batch, t.float())
+        place = getattr(self.net, "device", None) or batch.x.device
+        out: Tensor = self.net(batch.to(place), t.float().to(place)).to(batch.x.device)
         return -out if self.negated else out
 
 
@@ -115,11 +118,14 @@ class Objective(Protocol):
 
     def loss(self, net: Net, batch: Batch, rng: Rng) -> Losses:
         """The loss of each image; all randomness comes from `rng`."""
-        part = self.time_law(rng, len(batch.y), batch.x.device)
+        part = self.time_law(rng, len(batch.y), float64_device(batch.x.device))
         return self.loss_at(net, batch, part, rng.normal("noise", batch.x.shape, batch.x.device))
 
     def loss_at(self, net: Net, batch: Batch, part: Tensor, noise: Tensor) -> Losses:
-        """The loss of each image with this noise, at what `time_law` drew (B,); filler is at the middle time."""
+        """The loss of each image with this noise, at what `time_law` drew (B,); filler is at the middle time.
+
+        What was drawn is where `float64_device` puts it.
+        """
 
     def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Predictions:
         """The network's output on noised data.

@@ -112,13 +112,14 @@ class Flow(Objective):
             "x0": lambda: out - batch.x,
             "score": lambda: coefficients.sigma * out + noise,
         }[self.prediction]()
-        mse = batch.per_image(error**2)
+        mse, drawn = batch.per_image(error**2), t.float().to(out.device)
         if self.weighting != "none":
-            mse = mse * time_weight(self.weighting, self.prediction, point, self.gamma, self.sigma_floor).float()
+            factor = time_weight(self.weighting, self.prediction, point, self.gamma, self.sigma_floor)
+            mse = mse * factor.float().to(mse.device)
         if not self.directional:
-            return Losses(total=mse, t=t.float())
+            return Losses(total=mse, t=drawn)
         directional = self.directional * batch.per_image(cosine_loss(net, batch, out, velocity))
-        return Losses(total=mse + directional, t=t.float(), terms={"mse": mse, "directional": directional})
+        return Losses(total=mse + directional, t=drawn, terms={"mse": mse, "directional": directional})
 
     def training_times(self, batch: Batch, part: Tensor) -> Tensor:
         """(B,) float64 times of training from what the time law drew; the middle one on rows that are not real.
@@ -132,7 +133,7 @@ class Flow(Objective):
         t = end * part
         if (low, high) != self.time_range:
             t = end - ((end * (1 - part)).float() * ((high - low) / end) + (end - high)).double()
-        return torch.where(batch.real, t, (low + high) / 2)
+        return torch.where(batch.real.to(t.device), t, (low + high) / 2)
 
     def views(self, net: Net, batch: Batch, time: Tensor, noise: Tensor) -> Predictions:
         """What the network says where this path has the linear path's ratio of noise to signal."""

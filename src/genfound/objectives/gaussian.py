@@ -85,7 +85,8 @@ class Gaussian(Objective):
 
     def loss_at(self, net: Net, batch: Batch, part: Tensor, noise: Tensor) -> Losses:
         """The loss of each image at a whole step; terms `mse` and `vb`."""
-        step = torch.where(batch.real, (part * len(self.process)).long(), len(self.process) // 2)  # (B,)
+        drawn = (part * len(self.process)).long().to(batch.x.device)
+        step = torch.where(batch.real, drawn, len(self.process) // 2)  # (B,)
         tables = self.process.on(batch.x.device)
         c, t = tables.at(batch, step), tables.timesteps[step]
         noised = replace(batch, x=c.q_sample(batch.x, noise))
@@ -98,7 +99,7 @@ class Gaussian(Objective):
         path, ratio = INTERPOLANTS["cosine"], time / (1 - time)
         point = path.point(path.time_of(ratio)).of(batch)
         noised = replace(batch, x=point.state(batch.x, noise))
-        output = net(noised, self.process.timestep_of(ratio).float()).float()
+        output = self.adapt(net)(noised, self.process.timestep_of(ratio)).float()
         kind = "noise" if self.prediction == "epsilon" else "x0"
         return Predictions(kind, self.split(noised, output)[0], noised.x, point)
 

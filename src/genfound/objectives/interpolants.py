@@ -47,7 +47,7 @@ class Coefficients(NamedTuple):
 
     def of(self, batch: Batch) -> "Coefficients":
         """Coefficients (B,), one per image, as tensors that broadcast against `batch.x`."""
-        return Coefficients(*(batch.expand(v.float()) for v in self))
+        return Coefficients(*(batch.expand(v.float().to(batch.x.device)) for v in self))
 
     @classmethod
     def at(cls, path: "Interpolant", t: float) -> "Coefficients":

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from genfound.batch import Batch
 from genfound.config.checks import integer, interval, number, one_of
+from genfound.layers.float64 import double
 from genfound.objectives.interpolants import Interpolant
 from genfound.rng import Rng
 
 TimeLaw = Callable[[Rng, int, torch.device], Tensor]
+"""(rng, n, device that has float64) -> (n,)."""
 
 Shift = float | str
 """Of times: a factor, or `auto`; see `shift_factor`."""
@@ -94,7 +96,7 @@ def shifted(t: Tensor, factor: Tensor | float) -> Tensor:
 def shift_factor(key: str, setting: Shift, batch: Batch) -> Tensor | float:
     """A number as it is; `auto` as (B,): sqrt(numbers in the latent / 4096), so larger latents see more noise."""
     if check_shift(key, setting) == "auto":
-        return (batch.numbers(batch.x).double() / REFERENCE_SIZE).sqrt()
+        return (double(batch.numbers(batch.x)) / REFERENCE_SIZE).sqrt()
     return float(setting)
 
 
@@ -110,7 +112,7 @@ def shifted_grid(times: Tensor, setting: Shift, batch: Batch) -> Tensor:
     """A sampling grid with its inner points shifted; its ends stay."""
     factor = shift_factor("sampler.shift", setting, batch)
     if isinstance(factor, Tensor):
-        factors = factor[batch.real].unique().tolist()
+        factors = factor[batch.real.to(factor.device)].unique().tolist()
         if len(factors) != 1:
             raise ValueError("sampler.shift=auto needs images of one size in a batch; set a number")
         factor = factors[0]

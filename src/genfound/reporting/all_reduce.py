@@ -30,11 +30,11 @@ def all_reduce(config: Mapping[str, Any]) -> str:
     Raises:
         ValueError: they cannot be started, have not reached each other, or their sum is wrong.
     """
-    trainer, there = config["trainer"], torch.cuda.device_count()
+    trainer = config["trainer"]
     if trainer["devices"] * trainer["num_nodes"] == 1:
         return "one process has nothing to reduce; trainer.devices=N tries N"
-    if devices.device(trainer["accelerator"], key="trainer.accelerator").type == "cuda" and trainer["devices"] > there:
-        raise ValueError(f"trainer.devices={trainer['devices']}, but this machine has {there} CUDA device(s)")
+    device = devices.device(trainer["accelerator"], key="trainer.accelerator")
+    devices.check_count("trainer.devices", trainer["devices"], device)
     with (
         tempfile.TemporaryDirectory(prefix="genfound-") as folder,
         rendezvous.machines(trainer["num_nodes"], config["rdzv"]) as others,

@@ -53,8 +53,9 @@ class Machine(NamedTuple):
 
 def examine(config: Mapping[str, Any]) -> Iterator[Finding]:
     """The findings for a configuration of `genfound.train`, each when it is known."""
-    cuda = torch.cuda.is_available() and config["trainer"]["accelerator"] != "cpu"
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cpu")
+    with contextlib.suppress(ValueError):  # which the finding about the hardware says
+        device = devices.device(config["trainer"]["accelerator"])
     precision = devices.precision(config["trainer"]["precision"], device)
     machine = Machine(config, device, precision, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
     for what, check in CHECKS.items():
@@ -103,7 +104,7 @@ def _versions(machine: Machine) -> Iterator[Finding]:
 
 
 def _hardware(machine: Machine) -> Iterator[Finding]:
-    """Processor and CUDA devices."""
+    """Processor and GPUs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("processor", f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
     devices.device(machine.config["trainer"]["accelerator"], key="trainer.accelerator")
@@ -113,6 +114,8 @@ def _hardware(machine: Machine) -> Iterator[Finding]:
         name = f"{torch.cuda.get_device_name(number)}, capability {capability}, {free:.0f} of {total:.0f} GB free"
         taken = ("warning", "nvidia-smi shows which process has the rest") if free < 0.9 * total else ()
         yield Finding(f"cuda:{number}", name, *taken)
+    if machine.device.type == "mps":
+        yield Finding("mps", f"Apple's GPU, with up to {torch.mps.recommended_max_memory() / GB:.0f} GB of the memory")
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         lack = "torch is built without CUDA" if torch.version.cuda is None else f"not for torch's {torch.version.cuda}"
         yield Finding("CUDA", f"there is a driver, but {lack}", "warning", "install the torch for it: pytorch.org")

@@ -3,18 +3,23 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from genfound.config.checks import accelerator
 
+NAMES = {"cuda": "CUDA device", "mps": "Apple GPU"}
+
 
 def precision(wanted: str, device: torch.device, key: str = "trainer.precision") -> str:
     """`auto`, `bf16` or `fp32` -> Lightning's name; auto is bf16 where the machine has bf16 arithmetic."""
     if wanted == "auto":
-        cuda = device.type == "cuda"  # its own arithmetic, since PyTorch also emulates bf16, slowly
-        has = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
-        wanted = "bf16" if has else "fp32"
+        own = {  # arithmetic, since PyTorch also emulates bf16, slowly
+            "cuda": lambda: torch.cuda.is_bf16_supported(False),
+            "cpu": torch.cpu._is_avx512_bf16_supported,
+        }
+        wanted = "bf16" if device.type in own and own[device.type]() else "fp32"
     names = {"bf16": "bf16-mixed", "fp32": "32-true"}
     if wanted not in names:
         raise ValueError(f"{key}={wanted} is unknown; choose auto, bf16 or fp32")
@@ -38,31 +43,52 @@ def compiled(wanted: bool | str, device: torch.device) -> bool:
 
 
 def device(wanted: str, local_rank: int | None = None, key: str = "accelerator") -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device of this process; with a local rank, the one that `cuda` now means."""
+    """`auto`, `cpu`, `cuda` or `mps` -> the device of this process; with a local rank, the one that `cuda` now means.
+
+    As Lightning's, `auto` is a graphics card where there is one, NVIDIA's or Apple's.
+    """
     accelerator(key, wanted)
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{key}=cuda, but this machine has no CUDA device")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank is None:
-        return torch.device("cuda")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(name for name, is_there in there.items() if is_there)
+    if not there[wanted]:
+        raise ValueError(f"{key}={wanted}, but this machine has no {NAMES[wanted]}")
+    if wanted != "cuda" or local_rank is None:
+        return torch.device(wanted)
     found = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(found)
     return found
 
 
+def check_count(key: str, wanted: int, device: torch.device) -> None:
+    """Raise a ValueError for more processes than this machine has GPUs of a kind, which do not share one."""
+    if device.type == "cpu":
+        return
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if wanted > there:
+        raise ValueError(f"{key}={wanted}, but this machine has {there} {NAMES[device.type]}(s)")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 class Stopwatch:
-    """Sums the time spent in its context without waiting: on CUDA by marks among the device's own work."""
+    """Sums the time spent in its context without waiting: on a GPU by marks among the device's own work."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks: list[tuple[Any, Any]] = []
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
         """Count what is done in this context, or started on the device."""
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if device.type != "cpu":
+            begin, end = (getattr(torch, device.type).Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield
             end.record()

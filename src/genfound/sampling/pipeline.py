@@ -22,6 +22,7 @@ from genfound.config import compose, targets
 from genfound.config.checks import image_sizes, integer
 from genfound.config.targets import trusted
 from genfound.data.images.pixels import to_uint8
+from genfound.layers.float64 import float64_device
 from genfound.layouts import Layout
 from genfound.objectives.base import GuidanceOf, Objective
 from genfound.rng import Rng
@@ -96,8 +97,9 @@ class Pipeline:
 
     def _quantised(self, x: Tensor, batch: Batch) -> Tensor:
         """The nearest codes of latents, shaped like `batch.x`."""
-        latents = torch.stack(self.layout.to_latents(x, batch))
-        return self.layout.to_batch(list(self.tokenizer.quantise(latents)), batch.y).x  # type: ignore[attr-defined]
+        latents = torch.stack(self.layout.to_latents(x, batch)).to(self.device)
+        codes = self.tokenizer.quantise(latents).to(x.device)  # type: ignore[attr-defined]
+        return self.layout.to_batch(list(codes), batch.y).x
 
     @property
     def rows(self) -> int:
@@ -143,7 +145,7 @@ class Pipeline:
     def _latents(
         self, net: Backbone, requests: list[SampleRequest], seed: int, under_way: Callable[[float], None]
     ) -> list[Tensor]:
-        """Latents (C, h, w) of up to `micro_batch` images of one size."""
+        """Latents (C, h, w) of up to `micro_batch` images of one size; all but the network is where float64 can be."""
         padded = requests + [requests[-1]] * (self.rows - len(requests))
         field, times = self.field(net), self.sampler.times(self.objective)
         copies = field.net.copies
@@ -151,9 +153,9 @@ class Pipeline:
         labels = torch.tensor([r.label if r.prompt is None else 0 for r in padded])
         if copies == 2:
             labels = torch.cat([labels, torch.full_like(labels, net.null_label or 0)])
-        batch = self.layout.to_batch(noise * copies, labels).to(self.device)
+        batch = self.layout.to_batch(noise * copies, labels).to(float64_device(self.device))
         if self.text is not None:
-            batch = batch.with_text(self._texts(padded) * copies, net.text_tokens)
+            batch = batch.with_text([text.to(batch.x.device) for text in self._texts(padded)] * copies, net.text_tokens)
         rng = PerImageNoise(seed, padded * copies, self.layout, noise[0].shape)
 
         def stepped(step: int, _: Batch) -> None:
@@ -161,6 +163,7 @@ class Pipeline:
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             batch = self.sampler(field, batch, times, rng, stepped if self.sampler.coupling == "" else None)
+        batch = batch.to(self.device)
         real = torch.arange(len(labels), device=self.device) < len(requests)
         if not batch.x.isfinite().all():
             way = "try guidance=none, more sampler.steps or precision=fp32"
