@@ -2,14 +2,15 @@
 
 It has no float64, none of the operations for which PyTorch has no kernel there (by the table that it was built from),
 no random numbers that equal the host's, and does not mix its tensors with those of the host, but with their numbers.
-To PyTorch's C++ its tensors are on `meta:1`. What is computed is what the CPU computes, so results are equal to the bit,
-where both take the same form of attention (`MATH`): tests run either inside `sdpa_kernel(SDPBackend.MATH)`.
+To PyTorch's C++ its tensors are on `meta:1`. What is computed is what the CPU computes, so results are equal to the
+bit where both take the same form of attention: that of the CPU is to run inside `sdpa_kernel(SDPBackend.MATH)`, too.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ ATEN = torch.ops.aten
 COPIES = {ATEN._to_copy.default, ATEN.copy_.default}
 INDEXED = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._unsafe_index_put.default}
 """Their indices may be on the host."""
+EMPTY = {ATEN.empty.memory_format, ATEN.empty_strided.default, ATEN.empty_like.default, ATEN.new_empty.default}
 
 
 class AppleTensor(Tensor):
@@ -86,8 +88,13 @@ class _Devices(TorchFunctionMode):
             kwargs["device"] = IN_CPP
         if function is Tensor.to and str(args[1:2]) in ("('mps',)", "('mps:0',)"):
             args = (args[0], IN_CPP, *args[2:])
-        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == IN_CPP:  # which on meta have no numbers
+        if function is Tensor.new_tensor and isinstance(args[0], AppleTensor):
+            function, args, kwargs = torch.tensor, args[1:], {"dtype": args[0].dtype, "device": IN_CPP, **kwargs}
+        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == IN_CPP:  # which has no numbers
             return function(*args, **{**kwargs, "device": None}).to(IN_CPP)
+        if function in (Tensor.__getitem__, Tensor.__setitem__):
+            place = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = (args[0], tuple(torch.tensor(part) if isinstance(part, list) else part for part in place), *args[2:])
         return function(*args, **kwargs)
 
 
@@ -113,6 +120,8 @@ class _Operations(TorchDispatchMode):
             kwargs["found_inf"] = None
         known: dict[int, Tensor] = {id(tensor.held): tensor for tensor in own}
         out = function(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if function in EMPTY:
+            out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(torch.uint8).max)
         return tree_map(lambda value: _on_gpu(value, known) if stays else value, out)
 
 
@@ -126,7 +135,9 @@ def _on_gpu(value: Any, known: Mapping[int, Tensor]) -> Any:
         return value
     if value.dtype == torch.float64:
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
-    return known[id(value)] if id(value) in known else AppleTensor(value)
+    if id(value) in known:
+        return known[id(value)]
+    return AppleTensor(value.resolve_conj().resolve_neg())  # of bits that wrappers do not carry
 
 
 def _check(function: Any, tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
@@ -164,6 +175,19 @@ def _table() -> dict[str, str]:
     return {entry.partition("(")[0]: entry for entry in entries}
 
 
+class _Event:
+    """A mark among the work of the GPU, which is never behind."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000 * (end.time - self.time)
+
+
 @contextmanager
 def apple_gpu() -> Iterator[None]:
     """Within this context `mps` is the GPU, as which Lightning takes it, too."""
@@ -171,4 +195,6 @@ def apple_gpu() -> Iterator[None]:
         patch.setattr(torch.backends.mps, "is_available", lambda: True)
         patch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
         patch.setattr(torch.mps, "synchronize", lambda: None)
+        patch.setattr(torch.mps, "Event", _Event)
+        patch.setattr(torch, "inference_mode", torch.no_grad)  # which wrappers cannot be in
         yield

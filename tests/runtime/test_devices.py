@@ -5,8 +5,11 @@ import time
 import pytest
 import torch
 
+from genfound import build
 from genfound.runtime import devices
 from genfound.runtime.devices import Stopwatch
+from tests.apple_gpu import apple_gpu
+from tests.helpers import composed
 
 
 def test_what_is_done_in_its_context_is_summed_until_it_is_taken() -> None:
@@ -35,6 +38,37 @@ def test_on_cuda_it_counts_the_work_of_the_device_without_waiting_for_it() -> No
     assert started < whole / 2
 
 
-def test_a_device_without_float64_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.accelerator=mps: .*float64.*trainer\.accelerator=cpu runs there"):
-        devices.device("mps", key="trainer.accelerator")
+@pytest.mark.parametrize(("wanted", "lack"), [("mps", "Apple GPU"), ("cuda", "CUDA device")])
+def test_a_device_that_is_not_there_is_named(wanted: str, lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"trainer.accelerator={wanted}, but this machine has no {lack}"):
+        devices.device(wanted, key="trainer.accelerator")
+    assert devices.device("auto").type == "cpu"
+
+
+def test_what_is_decided_for_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with apple_gpu():
+        found = devices.device("auto", local_rank=0)
+        assert found == torch.device("mps") and devices.device("cpu").type == "cpu"
+        assert devices.precision("auto", found) == "32-true" and devices.precision("bf16", found) == "bf16-mixed"
+        assert not devices.compiled("auto", found)
+        devices.check_count("trainer.devices", 1, found)
+        with pytest.raises(ValueError, match=r"trainer\.devices=2, but this machine has 1 Apple GPU"):
+            devices.check_count("trainer.devices", 2, found)
+        with pytest.raises(
+            ValueError, match=r"trainer\.num_nodes=2: an Apple GPU trains alone; set trainer\.num_nodes=1"
+        ):
+            build.check(composed("model=nit_tiny", "trainer.num_nodes=2"), ranks=2)
+
+
+def test_an_apple_gpu_is_timed_by_marks_among_its_work() -> None:
+    watch = Stopwatch()
+    with apple_gpu():
+        with watch.running(torch.device("mps")):
+            time.sleep(0.05)
+        time.sleep(0.05)
+        assert watch._seconds == 0 and 0.05 <= watch.take() < 0.1
+        assert watch.take() == 0
