@@ -195,6 +195,7 @@ def apple_gpu() -> Iterator[None]:
         patch.setattr(torch.backends.mps, "is_available", lambda: True)
         patch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
         patch.setattr(torch.mps, "synchronize", lambda: None)
+        patch.setattr(torch.mps, "recommended_max_memory", lambda: 8 * 10**9)
         patch.setattr(torch.mps, "Event", _Event)
         patch.setattr(torch, "inference_mode", torch.no_grad)  # which wrappers cannot be in
         yield

@@ -154,7 +154,9 @@ def _trainer(
 
 
 def _strategy(parts: build.RunComponents) -> Any:
-    return instantiate_own("strategy", parts.config["strategy"] or compose.read_option("strategy", "ddp"))
+    options = parts.config["strategy"] or compose.read_option("strategy", "ddp")
+    given = {"process_group_backend": devices.backend(parts.device)}
+    return instantiate_own("strategy", options, {key: value for key, value in given.items() if key not in options})
 
 
 def _loggers(

@@ -19,6 +19,7 @@ from genfound.layers import attention, expert_kernels, gla, ssm
 from genfound.reporting import all_reduce, kernels, machine
 from genfound.reporting.machine import CHECKS, Finding, examine
 from genfound.runtime import launch
+from tests.apple_gpu import apple_gpu
 
 Find = Callable[..., dict[str, Finding]]
 
@@ -242,3 +243,13 @@ def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(machine, "CHECKS", {"first": broken, "all-reduce": CHECKS["all-reduce"]})
     first, second = examine(compose.compose("train", []))
     assert first == Finding("first", "KeyError: 'x'", "problem") and second.status == "ok"
+
+
+def test_an_apple_gpu_is_listed_and_its_kernels_are_tried(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with apple_gpu():
+        found = find("hardware")["mps"]
+        assert (found.status, found.found) == ("ok", "Apple's GPU, with up to 8 GB of the memory")
+        for check in ("attention", "recurrence"):
+            assert {finding.status for finding in find(check).values()} == {"ok"}
+        assert "mps" not in find("hardware", "trainer.accelerator=cpu")

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from genfound import build
+from genfound import build, training
+from genfound.config import compose
 from genfound.runtime import devices
 from genfound.runtime.devices import Stopwatch
 from tests.apple_gpu import apple_gpu
@@ -72,3 +75,14 @@ def test_an_apple_gpu_is_timed_by_marks_among_its_work() -> None:
         time.sleep(0.05)
         assert watch._seconds == 0 and 0.05 <= watch.take() < 0.1
         assert watch.take() == 0
+
+
+def test_processes_meet_by_gloo_where_there_is_no_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, expected in ((True, "nccl"), (False, "gloo")):
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda there=there: there)
+        parts: Any = SimpleNamespace(device=torch.device("cuda"), config={"strategy": None})
+        assert training._strategy(parts).process_group_backend == devices.backend(parts.device) == expected
+        chosen = {**compose.read_option("strategy", "ddp"), "process_group_backend": "mpi"}
+        parts.config = {"strategy": chosen}
+        assert training._strategy(parts).process_group_backend == "mpi"
+    assert devices.backend(torch.device("cpu")) == "gloo"

@@ -53,7 +53,7 @@ def all_reduce(config: Mapping[str, Any]) -> str:
 def _measure(accelerator: str, place: processes.RankInfo) -> str:
     """The bandwidth of a ring's links: 2 (n - 1) / n bytes of the tensor, by its time."""
     device, ranks = devices.device(accelerator, place.local_rank), place.world_size
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group(devices.backend(device))
     tensor = torch.full((2**26 if device.type == "cuda" else 2**22,), 1.0 + place.rank, device=device)
     distributed.all_reduce(tensor)
     if not bool((tensor == ranks * (ranks + 1) / 2).all()):

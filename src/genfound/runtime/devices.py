@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed
 
 from genfound.config.checks import accelerator
 
@@ -67,6 +68,11 @@ def check_count(key: str, wanted: int, device: torch.device) -> None:
     there = torch.cuda.device_count() if device.type == "cuda" else 1
     if wanted > there:
         raise ValueError(f"{key}={wanted}, but this machine has {there} {NAMES[device.type]}(s)")
+
+
+def backend(device: torch.device) -> str:
+    """Of torch.distributed: gloo, and for CUDA NCCL, but where PyTorch has none, as on Windows."""
+    return "nccl" if device.type == "cuda" and torch.distributed.is_nccl_available() else "gloo"
 
 
 def synchronize(device: torch.device) -> None:

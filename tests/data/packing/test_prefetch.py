@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 
@@ -28,6 +29,16 @@ def test_items_come_in_the_order_of_the_keys_and_errors_as_they_were(workers: in
         next(items)
     with pytest.raises(FileNotFoundError, match=r"no such file: 'three\.jpg'"):
         next(read_ahead(Numbers(), [3], workers))
+
+
+def test_workers_are_spawned_where_that_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    started = []
+    spawn = multiprocessing.context.SpawnProcess.start
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", lambda own: started.append(own) or spawn(own))
+    assert list(read_ahead(Numbers(), [2, 0], 1)) == [20, 0]
+    assert len(started) == 1
 
 
 class Killed(Dataset[int]):

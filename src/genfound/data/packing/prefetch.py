@@ -1,6 +1,7 @@
 """Reading ahead in worker processes, whose errors arrive in their own words."""
 
 import io
+import multiprocessing
 import pickle
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
@@ -59,12 +60,16 @@ def read_ahead(dataset: Dataset[Item], keys: Iterable[Any], workers: int, pin_me
         batch_size=None,
         sampler=cast(Any, keys),
         num_workers=workers,
-        # A forked worker would keep a second copy of every weight that training changes.
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=_start_method() if workers else None,
         pin_memory=pin_memory,
         prefetch_factor=AHEAD if workers else None,
     )
     return _items(iter(loader))
+
+
+def _start_method() -> str:
+    """A forked worker would keep a second copy of every weight that training changes; Windows has one method alone."""
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def _items(loaded: Iterator[Any]) -> Iterator[Any]:
