@@ -28,11 +28,13 @@ def tree(root: Path, count: int = 18) -> Path:
     return root
 
 
-def encoded(images: Path, out: Path, *overrides: str, rank: int = 0, ranks: int = 1) -> Path:
+def encoded(
+    images: Path, out: Path, *overrides: str, rank: int = 0, ranks: int = 1, device: torch.device | None = None
+) -> Path:
     """What `genfound.encode` does, in this process; pixels in units of 8, seven images in a shard."""
     shape = ["data=imagenet_native", "tokenizer=pixel", "patch_size=8", "shard_images=7", "data.num_workers=0"]
     where = [f"data.root={images}", f"out={out}", f"runs={images.parent}/runs"]
-    encode(composed(*shape, *where, *overrides, name="encode"), rank, ranks, torch.device("cpu"))
+    encode(composed(*shape, *where, *overrides, name="encode"), rank, ranks, device or torch.device("cpu"))
     return out
 
 
