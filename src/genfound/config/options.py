@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from math import gcd
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,6 +118,7 @@ def check(config: Mapping[str, Any]) -> None:
         integer(f"{group}.{key}", config[group][key], 1, or_null=True)
     integer("seed", config["seed"], 0)
     _check_trainer(config)
+    _check_expert_parallel(config)
     decays, model, optimizer = config["ema"]["decays"], config["model"], config["optimizer"]
     if not isinstance(decays, list | None):
         raise ValueError(f"ema.decays={decays} must be a list, such as [0.9999,0.999]")
@@ -150,6 +152,25 @@ def sharded(config: Mapping[str, Any], ranks: int) -> bool:
     """Whether each of several processes keeps a part of the network (`strategy=fsdp`)."""
     fsdp = compose.read_option("strategy", "fsdp")[compose.TARGET]
     return ranks > 1 and (config["strategy"] or {}).get(compose.TARGET) == fsdp
+
+
+def _check_expert_parallel(config: Mapping[str, Any]) -> None:
+    """Copies of the experts that several processes share must be whole, and divide the weights of each expert."""
+    key, share = "strategy.expert_parallel", (config["strategy"] or {}).get("expert_parallel", 1)
+    integer(key, share, 1)
+    model, processes = config["model"], config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    if share == 1:
+        return
+    if not isinstance(experts := model.get("experts"), int):
+        raise ValueError(f"{key}={share} divides experts, and this model has none; set {key}=1")
+    sizes = (model["width"], int(model["width"] * model["mlp_ratio"]))
+    whole = [n for n in range(1, experts + 1) if gcd(processes, experts) % n == 0]
+    legal = [n for n in whole if n == 1 or any(size % (processes // n) == 0 for size in sizes)]
+    if share not in legal:
+        raise ValueError(
+            f"{key}={share} must divide the number of processes, {processes} (trainer.devices x num_nodes), and "
+            f"model.experts={experts}, into copies of which model.width is a multiple; choose one of {legal}"
+        )
 
 
 def text_sizes(config: Mapping[str, Any], model: Any) -> dict[str, int]:

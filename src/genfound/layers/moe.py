@@ -8,6 +8,7 @@ Legend: B images, N tokens per image, D width, E experts, k choices per token, I
 S = B N k rows.
 """
 
+from collections.abc import Callable
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.nn.functional import linear, silu
 
 from genfound.layers.adaln import autocast_off
 from genfound.layers.expert_kernels import KERNELS, choose_kernel
-from genfound.layers.initial import Draw
+from genfound.layers.initial import Draw, local
 
 
 class Routing(NamedTuple):
@@ -125,7 +126,12 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """E times `Expert`, their weights stacked: gate and up (E, 2 I, D), down (E, D, I)."""
+    """E times `Expert`, their weights stacked: gate and up (E, 2 I, D), down (E, D, I).
+
+    `exchange`, where several processes share the experts, calls a kernel with what this one has of the stacks.
+    """
+
+    exchange: Callable[..., Tensor] | None = None
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
@@ -150,9 +156,18 @@ class Experts(nn.Module):
         ends = routing.counts.sum(dim=0).cumsum(dim=0, dtype=torch.int32)  # (E,)
         rows = _Dispatch.apply(x.flatten(0, 1), token, place, dtype)  # type: ignore[no-untyped-call]
         kernel = KERNELS[choose_kernel(device, dtype, *self.down.shape[1:])]
-        out = kernel(rows, ends, self.gate_up.to(dtype), self.down.to(dtype))  # (S, D)
+        stacks = (local(weights).to(dtype) for weights in (self.gate_up, self.down))
+        given = (rows, ends, *stacks)
+        out = kernel(*given) if self.exchange is None else self.exchange(kernel, *given)  # (S, D)
         weighted = out * routing.weights.flatten()[order, None]
         return _Combine.apply(weighted, token, place).view_as(x)  # type: ignore[no-untyped-call]
+
+    def accompany(self) -> None:
+        """Compute what the tokens of other processes need, with which this one, without its own, exchanges rows."""
+        experts, width, _ = self.down.shape
+        x = torch.empty(1, 0, width, device=self.down.device)
+        choices, counts = (torch.zeros(1, n, 1, dtype=torch.int64, device=x.device) for n in (0, experts))
+        self.forward(x, Routing(x, choices, choices.float(), counts[..., 0]))
 
 
 class _Dispatch(torch.autograd.Function):

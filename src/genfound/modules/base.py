@@ -16,7 +16,6 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from genfound import build
 from genfound.alignment import Alignment
@@ -130,9 +129,9 @@ class GenerativeModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Shard the network where the strategy of the trainer has a mesh of devices; give it values if it has none."""
         if self.device_mesh is not None:
-            reduce_dtype = getattr(self.trainer.strategy, "reduce_dtype", None)
+            options = [getattr(self.trainer.strategy, name, None) for name in ("reduce_dtype", "expert_mesh")]
             for part in filter(None, (self.net, self.alignment)):
-                fsdp.shard(part, self.device_mesh["data_parallel"], reduce_dtype)
+                fsdp.shard(part, self.device_mesh["data_parallel"], *options)
         if any(p.is_meta for p in self.net.parameters()):  # no process has held all of it
             with self.trainer.strategy.root_device:
                 self.net.materialise(Rng(self.seed, "initialise"))
@@ -227,10 +226,9 @@ class GenerativeModule(lightning.LightningModule):
         """Measure the norm, clip at `optimizer.clip`, and let the fused step skip itself if it is not finite."""
         limit = self.settings["clip"]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norm = fsdp.total_norm(p.grad for p in parameters if p.grad is not None)
         if limit is not None:
-            nn.utils.clip_grads_with_norm_(parameters, limit, self.grad_norm)
+            fsdp.clip(parameters, limit, self.grad_norm)
         if self.device.type == "mps" and not self.grad_norm.isfinite():  # where fused AdamW may not look at found_inf
             optimizer.zero_grad()
         optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
