@@ -1,0 +1,156 @@
+"""Four processes that share the experts of a DiT-MoE train, sample and save what one process does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from genfound import training
+from genfound.config import compose
+from genfound.layers.initial import local
+from genfound.layers.moe import Experts
+from genfound.modules.base import GenerativeModule
+from genfound.runtime import checkpoint_io, receipts
+from tests.distributed.test_devices import curve, free_port
+from tests.distributed.test_fsdp import (
+    CURVES,
+    DENSE,
+    EVALUATED,
+    FEW,
+    figures_of,
+    of_one,
+    pictures_of,
+    prepared,
+    spawn,
+    train_on_two,
+    with_a_gradient_that_is_not_finite,
+)
+from tests.helpers import state_differences
+
+pytestmark = pytest.mark.slow
+
+MOE = ["model=dit_moe_tiny", "model.experts=4", *DENSE, "batch.images=32"]
+"""Two micro-batches of each of four processes in a step."""
+
+SHARES = (1, 2, 4)
+KINDS = {
+    "plain": [],
+    "recomputed": ["model.activation_checkpointing=true", "optimizer.clip=0.01"],
+    "evaluated": EVALUATED,
+    "upcycled": [],
+}
+FOLDER = "strategy.save_distributed_checkpoint=true"
+SAVING = ["callbacks.checkpointing.every=48"]
+
+
+def fsdp(share: int, *options: str) -> list[str]:
+    return ["strategy=fsdp", f"strategy.expert_parallel={share}", *options]
+
+
+def on_four(*runs: Path) -> None:
+    spawn(of_one, 4, free_port(), runs, processes=4)
+
+
+def observed(rank: int, port: int, runs: Sequence[Path]) -> None:
+    """One of four processes, which notes how much of the experts it keeps, and how much a layer has to compute with."""
+    step, forward = GenerativeModule.configure_gradient_clipping, Experts.forward
+    found: dict[str, list[float]] = {}
+    shares: set[float] = set()
+
+    def computed(layer: Experts, *inputs: Any) -> Tensor:
+        shares.update(local(p).numel() / p.numel() for p in layer.parameters())
+        return forward(layer, *inputs)
+
+    def measured(module: GenerativeModule, optimizer: Any, *arguments: Any, **named: Any) -> None:
+        step(module, optimizer, *arguments, **named)
+        stacks = [p for layer in module.net.modules() if isinstance(layer, Experts) for p in layer.parameters()]
+        kept = [*stacks, *(p.grad for p in stacks), *(m for p in stacks for m in optimizer.state[p].values() if m.ndim)]
+        found[str(module.trainer.default_root_dir)] = [*{local(t).numel() / t.numel() for t in kept}, *shares]
+        shares.clear()
+
+    GenerativeModule.configure_gradient_clipping = measured  # type: ignore[method-assign]
+    Experts.forward = computed  # type: ignore[method-assign]
+    of_one(rank, 4, port, runs)
+    Path(f"{runs[0]}/../kept-{rank}.json").write_text(json.dumps(found))
+
+
+def test_four_processes_train_and_evaluate_what_one_does_with_their_share_of_the_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = compose.compose
+    monkeypatch.setattr(compose, "compose", lambda *of: composed(*of) | (FEW if of[0] == "evaluate" else {}))
+    dense = prepared(tmp_path / "dense", 1, *MOE, "model.experts=1", "model.top_k=1", "trainer.max_steps=1")
+    training.fit(dense)
+    kinds = {**KINDS, "upcycled": [f"init_from={dense}"]}
+    runs = {
+        (kind, share): prepared(tmp_path / f"{kind}_{share}", 4, *MOE, *options, *fsdp(share))
+        for kind, options in kinds.items()
+        for share in SHARES
+    }
+    spawn(observed, free_port(), list(runs.values()), processes=4)
+    ones = {kind: prepared(tmp_path / kind, 1, *MOE, *options) for kind, options in kinds.items()}
+    for one in ones.values():
+        training.fit(one)
+    for (kind, _), run in runs.items():
+        for key in CURVES:
+            assert curve(run, key) == pytest.approx(curve(ones[kind], key), rel=1e-5), f"{run.name} {key}"
+        assert len(curve(run)) == 6
+    for share in SHARES:
+        run, one = runs["evaluated", share], ones["evaluated"]
+        assert pictures_of(run) == pictures_of(one) and len(pictures_of(one)) >= 2
+        assert figures_of(run) == pytest.approx(figures_of(one), rel=1e-3) and len(figures_of(one)) >= 2
+    for rank in range(4):
+        kept = json.loads((tmp_path / f"kept-{rank}.json").read_text())
+        for (_, share), run in runs.items():
+            assert kept[str(run)] == [1 / 4, 1 / share], run.name  # more of them is never gathered
+
+
+def going_on(run: Path, devices: int, *options: str) -> Path:
+    """A copy of a run, which is to reach its sixth step."""
+    copy = run.with_name("_".join([run.name, "on", str(devices), *options]).replace("strategy", "").replace("=", "_"))
+    shutil.copytree(run, copy)
+    return prepared(copy, devices, *MOE, *SAVING, *options)
+
+
+def test_a_run_moves_between_topologies(tmp_path: Path) -> None:
+    def cut(name: str, devices: int, *options: str, steps: int = 3) -> Path:
+        return prepared(tmp_path / name, devices, *MOE, *SAVING, *options, f"trainer.max_steps={steps}")
+
+    folder, file = cut("folder", 4, *fsdp(2, FOLDER)), cut("file", 4, *fsdp(4))
+    straight = [cut("a", 4, *fsdp(2, FOLDER), steps=6), cut("b", 4, *fsdp(2), steps=6)]
+    on_four(folder, file, *straight)
+    training.fit(one := cut("one", 1))
+    training.fit(expected := cut("expected", 1, steps=6))
+    back = going_on(folder, 4, *fsdp(2))
+    fours = [
+        back, going_on(folder, 4, *fsdp(4, FOLDER)), going_on(file, 4, *fsdp(2, FOLDER)),
+        going_on(one, 4, *fsdp(4, FOLDER)), going_on(one, 4, *fsdp(2)), going_on(folder, 4, *fsdp(1)),
+    ]  # fmt: skip
+    on_four(*fours)
+    twos = [going_on(run, 2, *options) for run in (folder, file) for options in (fsdp(1), fsdp(2), ["strategy=ddp"])]
+    train_on_two(*twos)
+    for run in (singles := [going_on(folder, 1), going_on(file, 1)]):
+        training.fit(run)
+    for run in (*fours, *twos, *singles, *straight):
+        assert len(curve(run)) == 6
+        for key in ("train/loss", "train/grad_norm"):
+            assert curve(run, key) == pytest.approx(curve(expected, key), rel=1e-5), f"{run.name} {key}"
+    assert not state_differences(straight[0], straight[1]) and not state_differences(back, straight[1])
+    noted = [[line for line in receipts.read(run / receipts.FILE) if "checkpoint" in line] for run in straight]
+    assert noted[0] == noted[1] and len(noted[0]) >= 2
+    newest = [checkpoint_io.newest(run / "checkpoints") for run in straight]
+    assert [path is not None and path.is_dir() for path in newest] == [True, False]
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    run = prepared(tmp_path / "run", 2, *MOE, *fsdp(2), "trainer.precision=bf16")
+    spawn(with_a_gradient_that_is_not_finite, free_port(), [run])
+    assert curve(run, "train/skipped") == [0, 0, 1, 0, 0, 0]
+    state = checkpoint_io.read(checkpoint_io.newest(run / "checkpoints") or run)
+    assert all(values.isfinite().all() for values in state["state_dict"].values())
