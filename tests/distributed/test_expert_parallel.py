@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from genfound import training
+from genfound import build, training
 from genfound.config import compose
+from genfound.evaluation.provenance import network_hash
 from genfound.layers.initial import local
 from genfound.layers.moe import Experts
 from genfound.modules.base import GenerativeModule
 from genfound.runtime import checkpoint_io, receipts
+from genfound.runtime import fsdp as sharding
+from genfound.runtime.uneven_calls import uneven_calls
+from genfound.sampling.pipeline import Pipeline
+from genfound.sampling.requests import SampleRequest
+from genfound.tokenizers import PixelTokenizer
 from tests.distributed.test_devices import curve, free_port
 from tests.distributed.test_fsdp import (
     CURVES,
@@ -31,13 +40,15 @@ from tests.distributed.test_fsdp import (
     train_on_two,
     with_a_gradient_that_is_not_finite,
 )
-from tests.helpers import state_differences
+from tests.distributed.test_sharded_sampling import network
+from tests.helpers import composed, state_differences
 
 pytestmark = pytest.mark.slow
 
 MOE = ["model=dit_moe_tiny", "model.experts=4", *DENSE, "batch.images=32"]
 """Two micro-batches of each of four processes in a step."""
 
+TINY_NET = ["model.width=32", "model.depth=2", "model.heads=2"]
 SHARES = (1, 2, 4)
 KINDS = {
     "plain": [],
@@ -146,6 +157,42 @@ def test_a_run_moves_between_topologies(tmp_path: Path) -> None:
     assert noted[0] == noted[1] and len(noted[0]) >= 2
     newest = [checkpoint_io.newest(run / "checkpoints") for run in straight]
     assert [path is not None and path.is_dir() for path in newest] == [True, False]
+
+
+def test_a_compiled_block_breaks_around_experts_that_are_shared(tmp_path: Path) -> None:
+    on_four(run := prepared(tmp_path / "compiled_shared", 4, *MOE, *fsdp(2), "compile=true", "trainer.max_steps=3"))
+    training.fit(one := prepared(tmp_path / "one", 1, *MOE, "trainer.max_steps=3"))
+    for key in CURVES:
+        assert curve(run, key) == pytest.approx(curve(one, key), rel=1e-5)
+
+
+def sampling(rank: int, port: int, folder: Path) -> None:
+    """One of four processes that share experts, and sample each as much as it likes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
+    requests = [SampleRequest(label, (8, 8), label) for label in range((4, 1, 0, 2)[rank])]
+    for precision, sampler, tolerance in (("fp32", "heun", 1e-5), ("bf16", "euler", 0.05)):
+        options = [f"trainer.precision={precision}", f"sampler={sampler}", "guidance=cfg", "sample.batch=2"]
+        config = composed(*MOE, *TINY_NET, *options)
+        pipeline = Pipeline.from_config(config, build.objective(config), PixelTokenizer(), torch.device("cpu"), 2)
+        single, shared = network(config), network(config)
+        names = ("replicas", "experts")
+        sharding.shard(
+            shared, init_device_mesh("cpu", (4,)), None, init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        )
+        assert network_hash(shared, config) == network_hash(single, config)
+        with uneven_calls(shared):
+            pictures = pipeline.latents(shared, requests, seed=3) if requests else []
+        for picture, other in zip(
+            pictures, pipeline.latents(single, requests, seed=3) if requests else [], strict=True
+        ):
+            assert (picture - other).norm() < tolerance * other.norm()
+    (folder / str(rank)).touch()
+
+
+def test_each_process_samples_as_much_as_it_likes(tmp_path: Path) -> None:
+    spawn(sampling, free_port(), tmp_path, processes=4)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:

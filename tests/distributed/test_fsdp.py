@@ -72,7 +72,10 @@ def of_one(rank: int, ranks: int, port: int, runs: Sequence[Path]) -> None:
     GenerativeModule.configure_gradient_clipping = measured  # type: ignore[method-assign]
     for run in runs:
         training.fit(run, RankInfo(rank, ranks, rank))
-    assert not counters["graph_break"] and bool(counters["stats"]) == any(run.name == "compiled_fsdp" for run in runs)
+    compiled = {run.name for run in runs if run.name.startswith("compiled_")}
+    assert bool(counters["stats"]) == bool(compiled) and bool(counters["graph_break"]) == (
+        "compiled_shared" in compiled
+    )
     Path(f"{runs[0]}/../bytes-{rank}.json").write_text(json.dumps(sizes))
 
 
@@ -207,16 +210,22 @@ def test_parts_are_drawn_where_they_lie_with_the_values_of_the_whole(model: str,
         assert torch.equal(kept[f"net.{name}"], values), name
 
 
-def test_the_largest_network_is_divided_among_eight_processes_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [1, 2, 8])
+def test_the_largest_network_is_divided_among_eight_processes_as_planned(
+    share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(estimate, "activations", lambda *_: (0, 0))
-    config = composed("model=dit_moe_g_16e2a", "data=imagenet_256", "strategy=fsdp", "trainer.devices=8")
+    options = ["strategy=fsdp", "trainer.devices=8", f"strategy.expert_parallel={share}"]
+    config = composed("model=dit_moe_g_16e2a", "data=imagenet_256", *options)
     plan, parts = estimate.estimate(config), []
     for rank in range(8):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
         try:
             with torch.device("meta"):
                 net = build.net(config, build.published_spec(config), estimate.CLASSES)
-            fsdp.shard(net, init_device_mesh("cpu", (8,)))
+            names = ("replicas", "experts")
+            experts = init_device_mesh("cpu", (8 // share, share), mesh_dim_names=names) if share > 1 else None
+            fsdp.shard(net, init_device_mesh("cpu", (8,)), None, experts)
             parts.append(sum(local(p).numel() for p in net.parameters()))
         finally:
             dist.destroy_process_group()

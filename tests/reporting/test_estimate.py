@@ -59,6 +59,38 @@ def test_fsdp_divides_what_ddp_holds_on_every_device(monkeypatch: pytest.MonkeyP
     assert alone.memory == ddp.memory
 
 
+def test_shared_experts_are_not_gathered_and_rows_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genfound.reporting.estimate.activations", lambda *_: (0, 0))
+    options = ("model=dit_moe_g_16e2a", "data=imagenet_256", "trainer.devices=8", "strategy=fsdp", "data.batch_size=8")
+    found = {
+        share: estimate(composed(*options, f"strategy.expert_parallel={share}", *more, resolve=False))
+        for share, more in ((1, ()), (4, ()), (8, ()), (2, ("model.activation_checkpointing=2",)))
+    }
+    stacks = 16 * 3 * 1408 * 5632  # of one of 40 blocks
+    for share, whole in ((1, 1), (4, 1 / 4), (8, 0)):  # of a block's experts: two copies for 4 are gathered
+        assert found[share].memory[:4] == found[1].memory[:4]
+        gathered = found[1].memory.gathered - 16 * stacks * (1 - whole)
+        assert found[share].memory.gathered == pytest.approx(gathered)
+    steps = 256 / (8 * 8)  # micro-batches of each
+    weights, rows = 12 * 40 * stacks * steps, 4 * 40 * 8 * 256 * 2 * 1408 * 2 * steps  # there and back, twice, in bf16
+    assert found[1].sent == pytest.approx({1: weights * 7 / 8, 8: rows * 7 / 8})
+    assert found[8].sent == found[1].sent
+    assert found[4].sent == pytest.approx({1: weights * 7 / 8, 4: weights / 4 / 2 + rows * 3 / 4})
+    assert found[2].sent[2] == pytest.approx(weights / 2 * 3 / 4 + rows / 2 * 5 / 4)  # every other block once more
+    said = "by strategy.expert_parallel: " + ", ".join(f"{n / 1e9:,.2f} GB with {k}" for k, n in found[8].sent.items())
+    assert said in "\n".join(found[8].lines())
+    assert not estimate(composed("model=dit_s", *options[1:4], resolve=False)).sent
+
+
+def test_a_device_keeps_no_rounded_weights_of_experts_that_others_have() -> None:
+    options = ["model=dit_moe_tiny", "trainer.precision=bf16"]
+    eight, four = (composed(*options, f"model.experts={experts}") for experts in (8, 4))
+    half = 4 * 3 * 128 * 128  # experts of a block
+    assert activations(eight, 5, 64, half)[0] == pytest.approx(activations(four, 5, 64)[0], rel=0.01)
+    exact = composed("model=dit_moe_tiny", "trainer.precision=fp32")
+    assert activations(exact, 5, 64, half) == activations(exact, 5, 64)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", FAMILIES)
 def test_activations_are_those_of_a_forward_pass(model: str, precision: str) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from genfound.layers.initial import local
-from genfound.layers.moe import Experts, MixtureOfExperts
+from genfound.layers.moe import MixtureOfExperts
 from genfound.rng import Rng
 from genfound.runtime import expert_parallel
 from tests.distributed.test_devices import free_port
@@ -89,6 +89,7 @@ def compare(rank, whole, shared, mesh, dtype) -> None:  # type: ignore[no-untype
         assert (grads[name].full_tensor() == 0).flatten(1).all(dim=1).equal((sums[name] == 0).flatten(1).all(dim=1))
 
 
+@pytest.mark.slow
 def test_outputs_and_gradients_are_those_of_whole_experts(tmp_path: Path) -> None:
     spawn(sharing, free_port(), tmp_path, processes=PROCESSES)
     assert len(list(tmp_path.iterdir())) == PROCESSES

@@ -2,8 +2,8 @@
 
 import inspect
 import re
-from math import gcd
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 from genfound.config import compose
@@ -118,7 +118,6 @@ def check(config: Mapping[str, Any]) -> None:
         integer(f"{group}.{key}", config[group][key], 1, or_null=True)
     integer("seed", config["seed"], 0)
     _check_trainer(config)
-    _check_expert_parallel(config)
     decays, model, optimizer = config["ema"]["decays"], config["model"], config["optimizer"]
     if not isinstance(decays, list | None):
         raise ValueError(f"ema.decays={decays} must be a list, such as [0.9999,0.999]")
@@ -129,6 +128,7 @@ def check(config: Mapping[str, Any]) -> None:
         for decay in value:
             number(key, decay, 0, 1)
     _check_model(model)
+    _check_expert_parallel(config)
     read, other = ("images", "packs") if config["layout"]["name"] == "dense" else ("packs", "images")
     if config["batch"][read] is None and config["batch"][other] is not None:  # both are for a sweep over layouts
         raise ValueError(f"batch.{other} counts nothing in layout={config['layout']['name']}; set batch.{read}")
@@ -154,23 +154,31 @@ def sharded(config: Mapping[str, Any], ranks: int) -> bool:
     return ranks > 1 and (config["strategy"] or {}).get(compose.TARGET) == fsdp
 
 
-def _check_expert_parallel(config: Mapping[str, Any]) -> None:
-    """Copies of the experts that several processes share must be whole, and divide the weights of each expert."""
-    key, share = "strategy.expert_parallel", (config["strategy"] or {}).get("expert_parallel", 1)
-    integer(key, share, 1)
-    model, processes = config["model"], config["trainer"]["devices"] * config["trainer"]["num_nodes"]
-    if share == 1:
-        return
+def expert_shares(config: Mapping[str, Any]) -> list[int]:
+    """What `strategy.expert_parallel` may be: copies of the experts are whole, and can divide each expert's weights."""
+    model, ranks = config["model"], config["trainer"]["devices"] * config["trainer"]["num_nodes"]
     if not isinstance(experts := model.get("experts"), int):
-        raise ValueError(f"{key}={share} divides experts, and this model has none; set {key}=1")
+        return [1]
     sizes = (model["width"], int(model["width"] * model["mlp_ratio"]))
-    whole = [n for n in range(1, experts + 1) if gcd(processes, experts) % n == 0]
-    legal = [n for n in whole if n == 1 or any(size % (processes // n) == 0 for size in sizes)]
-    if share not in legal:
+    whole = [share for share in range(1, experts + 1) if gcd(ranks, experts) % share == 0]
+    return [share for share in whole if share == 1 or any(size % (ranks // share) == 0 for size in sizes)]
+
+
+def _check_expert_parallel(config: Mapping[str, Any]) -> None:
+    key, share, experts = "strategy.expert_parallel", expert_parallel(config), config["model"].get("experts")
+    integer(key, share, 1)
+    if share > 1 and experts is None:
+        raise ValueError(f"{key}={share} divides experts, and this model has none; set {key}=1")
+    if share not in (legal := expert_shares(config)):
         raise ValueError(
-            f"{key}={share} must divide the number of processes, {processes} (trainer.devices x num_nodes), and "
-            f"model.experts={experts}, into copies of which model.width is a multiple; choose one of {legal}"
+            f"{key}={share} must divide the number of processes (trainer.devices x num_nodes) and model.experts="
+            f"{experts}, into copies of which model.width is a multiple; choose one of {', '.join(map(str, legal))}"
         )
+
+
+def expert_parallel(config: Mapping[str, Any]) -> Any:
+    """How many processes share a copy of the experts."""
+    return (config["strategy"] or {}).get("expert_parallel", 1)
 
 
 def text_sizes(config: Mapping[str, Any], model: Any) -> dict[str, int]:

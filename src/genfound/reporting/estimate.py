@@ -1,7 +1,7 @@
 """What a training would need, without training: parameters, arithmetic, memory, time and energy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
 from statistics import median
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from genfound import build
 from genfound.alignment import from_config
 from genfound.backbones.base import Backbone, Flops
-from genfound.config.options import ema_decays, sharded
+from genfound.config.options import ema_decays, expert_parallel, expert_shares, sharded
 from genfound.data.packing.budget import batch_size, micro_batches, token_counts
+from genfound.layers.moe import Experts
 from genfound.loggers.json_lines import lines_of
 from genfound.modules.base import train_only
 
@@ -83,6 +84,7 @@ class Estimate:
     memory: Memory
     recomputed: int  # bytes of activations with activation_checkpointing=true
     projectors: int = 0  # parameters beside the network's
+    sent: Mapping[int, float] = field(default_factory=dict)  # strategy.expert_parallel -> see `expert_bytes`
 
     @property
     def training_flops(self) -> float:
@@ -119,6 +121,7 @@ class Estimate:
             f"on {self.ranks} devices",
             f"memory of each device, at most: {_gigabytes(m.total)}: {parts}",
             *([f"  with model.activation_checkpointing=true: {_gigabytes(saved)}"] if saved < m.total else []),
+            *self._communicated(),
             f"budget: {self.budget:,} images, {self.budget / self.step_images:,.0f} steps, "
             f"{self.training_flops:.3g} FLOPs",
         ]
@@ -133,6 +136,12 @@ class Estimate:
         if not self.projectors:
             return []
         return [f"  and {self.projectors:,} in projectors of the alignment; the teacher's own work is not counted"]
+
+    def _communicated(self) -> list[str]:
+        if not self.sent:
+            return []
+        ways = ", ".join(f"{_gigabytes(size)} with {share}" for share, size in self.sent.items())
+        return [f"for its experts each device sends in a global step, by strategy.expert_parallel: {ways}"]
 
     def measured(self, folder: Path) -> list[str]:
         """The time by the speed of a run of this configuration that has begun, if there is one."""
@@ -168,8 +177,13 @@ def estimate(config: Config) -> Estimate:
     parameters, trained = _count(net), sum(p.numel() for p in net.parameters() if p.requires_grad)
     dense = config["layout"]["name"] == "dense"
     images = batch_size(config) if dense else config["data"]["max_tokens"] / tokens
-    kept, recomputed = activations(config, images, tokens)
-    divided, gathered = (ranks, _gathered(net)) if sharded(config, ranks) else (1, 0)
+    share, experts = expert_parallel(config), _experts(net)
+    kept, recomputed = activations(config, images, tokens, experts / len(net.blocks) * (1 - 1 / share))
+    divided, gathered, sent = 1, 0, {}
+    if sharded(config, ranks):
+        divided, gathered = ranks, _gathered(net, ranks, share)
+        ways = sorted({1, share if share > 1 else expert_shares(config)[-1]}) if experts else []
+        sent = {way: expert_bytes(config, net, ranks, images * tokens, way) for way in ways}
     per = FLOAT * (trained + projectors) // divided
     memory = Memory(
         FLOAT * (parameters + projectors) // divided, per, 2 * per, len(ema_decays(config)) * per, kept, gathered
@@ -178,7 +192,7 @@ def estimate(config: Config) -> Estimate:
     name, step = type(net).__name__, per_step * images
     return Estimate(
         name, parameters, trained, net.flops(), unit, tokens, counted, ranks, step, budget, memory, recomputed,
-        projectors,
+        projectors, sent,
     )  # fmt: skip
 
 
@@ -186,11 +200,37 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _gathered(net: Backbone) -> int:
-    """Bytes of FSDP at most: of two blocks, since the next one is gathered ahead, and of what is outside of blocks."""
-    blocks = [sum(p.numel() for p in block.parameters()) for block in net.blocks]
-    outside = sum(p.numel() for p in net.parameters()) - sum(blocks)
-    return 2 * FLOAT * (outside + 2 * max(blocks))
+def _experts(module: nn.Module) -> int:
+    """Parameters of experts that a router chooses."""
+    return sum(_count(layer) for layer in module.modules() if isinstance(layer, Experts))
+
+
+def _gathered(net: Backbone, ranks: int, share: int) -> int:
+    """Bytes of FSDP at most: of two blocks, since the next one is gathered ahead, and of what is outside of blocks.
+
+    Where processes share experts, each gathers its own, or none, if there is one copy.
+    """
+    blocks = [_count(block) for block in net.blocks]
+    outside = _count(net) - sum(blocks)
+    whole = 1 / share if share < ranks else 0  # of a block's experts
+    largest = max(size - (1 - whole) * _experts(block) for size, block in zip(blocks, net.blocks, strict=True))
+    return round(2 * FLOAT * (outside + 2 * largest))
+
+
+def expert_bytes(config: Config, net: Backbone, ranks: int, tokens: float, share: int) -> float:
+    """What each device sends in a global step for its experts, of which `share` processes hold a copy.
+
+    Of n processes, k of them with a copy, a device gathers its E / k experts from n / k in both passes, and has their
+    gradients summed there: (1 - k/n) / k of all weights, three times in each micro-batch. Of the rows of its tokens,
+    one for each choice, 1 - 1/k go to another device and back, in both passes, and once more in a recomputed block.
+    """
+    low, model = config["trainer"]["precision"] != "fp32", config["model"]
+    reduced = FLOAT // 2 if config["strategy"].get("reduce_dtype") else FLOAT
+    weights = (2 * FLOAT + reduced) * _experts(net) * (1 - share / ranks) / share
+    every, depth = int(model["activation_checkpointing"]), len(net.blocks)
+    passes = 2 * depth + (-(-depth // every) if every else 0)
+    rows = passes * 2 * tokens * model["top_k"] * model["width"] * (FLOAT // 2 if low else FLOAT) * (1 - 1 / share)
+    return (weights + rows) * micro_batches(config, ranks) / ranks
 
 
 def _of_data(config: Config, unit: int) -> tuple[float, int, bool]:
@@ -206,11 +246,12 @@ def _of_data(config: Config, unit: int) -> tuple[float, int, bool]:
     return recipe["tokens_per_step"] / recipe["images_per_step"], CLASSES, False
 
 
-def activations(config: Config, images: float, tokens: float) -> tuple[int, int]:
+def activations(config: Config, images: float, tokens: float, elsewhere: float = 0) -> tuple[int, int]:
     """Bytes that the forward pass of so many images keeps: as configured, and with every block recomputed.
 
     They grow by the same amount with each block and each image, so networks of one and two blocks on one and two
-    images tell all; in bf16 unless trainer.precision=fp32.
+    images tell all; in bf16 unless trainer.precision=fp32, with the rounded weights, of which other processes may keep
+    `elsewhere` numbers in each block.
     """
     depth, side = config["model"]["depth"], min(max(isqrt(round(tokens)), 1), MOST)
     low = config["trainer"]["precision"] != "fp32"
@@ -220,6 +261,7 @@ def activations(config: Config, images: float, tokens: float) -> tuple[int, int]
     scale = images * tokens / side**2
     block = fixed[2] - fixed[1] + scale * (per_image[2] - per_image[1])
     rest = fixed[1] + scale * per_image[1] - block
+    block -= FLOAT // 2 * elsewhere if low else 0
     stream = FLOAT * images * tokens * config["model"]["width"]
     every = int(config["model"].get("activation_checkpointing", False))
 

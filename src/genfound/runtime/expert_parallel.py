@@ -32,15 +32,11 @@ class Route(NamedTuple):
 
 
 class Exchange:
-    """Computes rows where their experts are, see `Experts.exchange`.
-
-    A compiled block has a graph break here: how many rows come is known on the host alone.
-    """
+    """Computes rows where their experts are, see `Experts.exchange`; the host must know how many rows come."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, kernel: Kernel, rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """A kernel's output (S, D) for rows of all E experts, of which the weights are those of E / k.
 
@@ -108,6 +104,8 @@ def _back(rows: Tensor, route: Route) -> Tensor:
 def divide(net: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
     """Leave each process its share of every stack of experts; the parameters that are divided so.
 
+    Where blocks are compiled, these layers stay eager, between two graphs: how many rows come is not static.
+
     Args:
         net: with its experts whole.
         mesh: `replicas` copies of the experts, each of which `experts` processes share. Several copies divide the
@@ -118,6 +116,7 @@ def divide(net: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> se
     layers = [layer for layer in net.modules() if isinstance(layer, Experts)]
     for layer in layers:
         layer.exchange = exchange
+        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
         for name, parameter in list(layer.named_parameters()):
             part = distribute_tensor(parameter.detach(), mesh["experts"], [Shard(0)], src_data_rank=None).clone()
             setattr(layer, name, nn.Parameter(part, requires_grad=parameter.requires_grad))

@@ -17,8 +17,8 @@ def uneven_calls(net: nn.Module) -> Iterator[None]:
     """Within this context each process calls a network as often as it likes, without gradients.
 
     All processes enter; each leaves when all have made their calls. Until then it takes part in gathering the weights
-    for the calls of the others, a block at a time as they do, and in computing what its experts are sent. A network that
-    is not sharded needs nothing of this.
+    for the calls of the others, a block at a time as they do, and computes what its experts are sent. A network that is
+    not sharded needs nothing of this.
     """
     divided = (part for part in net.modules() if hasattr(part, "unshard") or getattr(part, "exchange", None))
     parts = list(divided)  # the network itself, then its blocks
