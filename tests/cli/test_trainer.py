@@ -121,7 +121,7 @@ REFUSED = {
     "strategy=fsdp strategy.reduce_dtype=fp16": "strategy.reduce_dtype=fp16 must be bf16 or null",
     "strategy=fsdp strategy.expert_parallel=2": "expert_parallel=2 divides experts, and this model has none; set",
     "strategy=fsdp strategy.expert_parallel=0": "strategy.expert_parallel=0 must be a whole number of at least 1",
-    "model=dit_moe_tiny trainer.devices=4 strategy=fsdp strategy.expert_parallel=3": "a multiple; choose one of 1, 2, 4",
+    "model=dit_moe_tiny trainer.devices=4 strategy=fsdp strategy.expert_parallel=3": "multiple; choose one of 1, 2, 4",
     "logger=[csv,mlflow]": "logger=mlflow is unknown",
     "callbacks.ema=null": "callbacks.ema is part of every run",
     "+callbacks.x._target_=lightning.Nope": "callbacks.x cannot be built: module 'lightning' has no attribute 'Nope'",

@@ -92,14 +92,18 @@ def test_losses_are_equal_to_rounding_over_sixty_steps(tmp_path: Path) -> None:
 
     for one in run("one", 1, "auto"):
         noted(0, 1, 0, [one])
+    shared = [*OPTIONS["dit_moe"], *STEPS, "strategy=fsdp"]
     for processes, moved in ((2, ("ddp", 20)), (4, ("fsdp", 40))):
         runs = [*run(f"ddp{processes}", processes, "ddp"), *run(f"fsdp{processes}", processes, "fsdp")]
+        name = tmp_path / f"dit_moe_shared{processes}"
+        runs.append(prepared(name, processes, *shared, "strategy.expert_parallel=2"))
         spawn(noted, processes, free_port(), [*runs, *run("moved", processes, *moved)], processes=processes)
     for one in run("moved", 1, "auto"):
         noted(0, 1, 0, [one])
     for net in OPTIONS:
         expected, routings = curve(tmp_path / f"{net}_one"), routings_of(tmp_path / f"{net}_one")
-        for name in ("ddp2", "fsdp2", "ddp4", "fsdp4", "moved"):
+        several = ["ddp2", "fsdp2", "ddp4", "fsdp4", "moved"]
+        for name in several + ["shared2", "shared4"] * (net == "dit_moe"):
             found = curve(tmp_path / f"{net}_{name}")
             flip = first_flip(routings, routings_of(tmp_path / f"{net}_{name}"))
             same = 60 if flip is None else flip // 4  # steps before that of the flip
