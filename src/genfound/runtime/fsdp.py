@@ -94,7 +94,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         found = {f"state_dict.{name}": weight for name, weight in own.items()}
         for decay, names in saved.get("ema", {}).items():
             found |= {f"ema.{decay}.{name}": own[key] for name in names for key in (f"net.{name}", name) if key in own}
-        for i, (optimizer, state) in enumerate(zip(self.optimizers, saved["optimizer_states"], strict=True)):
+        for i, (optimizer, state) in enumerate(zip(self.optimizers, saved["optimizer_states"], strict=False)):
             for number, weight in _numbered(optimizer, state).items():
                 found |= {f"optimizer_states[{i}].state.{number}.{key}": weight for key in state["state"][number]}
         return found
@@ -120,7 +120,7 @@ def _numbered(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[int, Tenso
     """The parameters of an optimizer by the numbers that a saved state has of them."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {number: p for number, p in zip(numbers, parameters, strict=True) if number in saved["state"]}
+    return {number: p for number, p in zip(numbers, parameters, strict=False) if number in saved["state"]}
 
 
 def shard(
