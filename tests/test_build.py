@@ -23,8 +23,22 @@ def test_auto_takes_the_bf16_of_the_hardware_and_no_emulation(
         return hardware or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", on_cuda)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert devices.precision("auto", torch.device(device)) == found
+
+
+@pytest.mark.parametrize(("maker", "found"), [("AuthenticAMD", "bf16-mixed"), ("GenuineIntel", "32-true")])
+def test_auto_takes_the_bf16_of_avx_512_where_it_is_fast(
+    maker: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for there in (True, False):  # what Linux says of processors, and what Windows does
+        monkeypatch.setattr(Path, "exists", lambda path, there=there: there)
+        monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id\t: {maker}\n")
+        monkeypatch.setattr("platform.processor", lambda: f"Family 6 Model 85 Stepping 7, {maker}")
+        assert devices.precision("auto", torch.device("cpu")) == found
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(2, 1), (1, 0)])
