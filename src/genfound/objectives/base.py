@@ -60,7 +60,8 @@ class TimeAdapter:
         if not isinstance(t, Tensor):
             t = torch.full((len(batch.y),), t, dtype=torch.float32, device=batch.x.device)
         place = getattr(self.net, "device", None) or batch.x.device
-        out: Tensor = self.net(batch.to(place), t.float().to(place)).to(batch.x.device)
+        moved = batch if place == batch.x.device else batch.to(place)
+        out: Tensor = self.net(moved, t.float().to(place)).to(batch.x.device)
         return -out if self.negated else out
 
 
