@@ -26,6 +26,7 @@ from genfound.runtime.uneven_calls import uneven_calls
 from genfound.sampling.pipeline import Pipeline
 from genfound.sampling.requests import SampleRequest
 from genfound.tokenizers import PixelTokenizer
+from tests.cli.commands import genfound as command
 from tests.distributed.test_devices import curve, free_port
 from tests.distributed.test_fsdp import (
     CURVES,
@@ -201,3 +202,18 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Pa
     assert curve(run, "train/skipped") == [0, 0, 1, 0, 0, 0]
     state = checkpoint_io.read(checkpoint_io.newest(run / "checkpoints") or run)
     assert all(values.isfinite().all() for values in state["state_dict"].values())
+
+
+def test_the_command_says_nothing_else_and_its_asynchronous_folders_are_those_of_one_that_waits(tmp_path: Path) -> None:
+    small = [*TINY_NET, "trainer.devices=2", "data.batch_size=4", "batch.images=8", "callbacks.preview=null"]
+    steps = ["trainer.max_steps=4", "trainer.log_every_n_steps=1", "callbacks.checkpointing.every=8"]
+    given = ["model=dit_moe_tiny", *small, *steps, *fsdp(2, FOLDER)]
+    for name, saving in (("waits", "false"), ("asynchronous", "true")):
+        result = command(
+            "train", *given, f"callbacks.checkpointing.asynchronous={saving}", f"name={name}", cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+        assert "Warning" not in result.stdout + result.stderr
+    waits, asynchronous = (tmp_path / "runs/default" / name for name in ("waits", "asynchronous"))
+    assert len(curve(waits)) == 4 and curve(waits) == curve(asynchronous)
+    assert not state_differences(waits, asynchronous)

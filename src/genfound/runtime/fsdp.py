@@ -5,6 +5,7 @@ files of one process, in which tensors are whole, or folders to which each proce
 strategy with both. Experts may have a mesh of their own, see `expert_parallel`.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ def shard(
     Experts are divided over a mesh of their own, if there is one, see `expert_parallel.divide`.
     """
     if not isinstance(net, FSDPModule):
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is changed in place
         policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         experts = set() if expert_mesh is None else expert_parallel.divide(net, expert_mesh, policy)
         for part in (*getattr(net, "blocks", ()), net):
