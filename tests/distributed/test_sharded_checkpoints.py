@@ -165,8 +165,7 @@ def test_a_full_disk_of_one_process_ends_all_and_leaves_nothing(how: list[str], 
     assert newest(run) == before and not list((run / "checkpoints").glob(".partial-*"))
 
 
-@pytest.mark.parametrize("how", [SHARDED, ASYNCHRONOUS], ids=["waits", "asynchronous"])
-@pytest.mark.parametrize("ended", [0, 1])
+@pytest.mark.parametrize(("ended", "how"), [(0, SHARDED), (1, ASYNCHRONOUS)], ids=["waits", "asynchronous"])
 def test_a_kill_while_a_folder_is_written_costs_the_steps_since_the_last(
     ended: int, how: list[str], runs: Path, tmp_path: Path
 ) -> None:
