@@ -269,7 +269,8 @@ def start(folder: Path, config: Mapping[str, Any], sweeping: bool, machines: ren
 def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> None:
     """Train the run of a directory in this process; leave DONE, STOPPED or FAILED there.
 
-    A JobError is raised where another of its processes has failed before, and has said why.
+    A JobError is raised where another of its processes has failed before, and has said why; one that lost contact to
+    another leaves it to the command to say why.
     """
     processes.tune_malloc()
     if place.rank == 0:
@@ -282,6 +283,8 @@ def run(folder: Path, place: processes.RankInfo = processes.SINGLE_PROCESS) -> N
     except BaseException as error:
         if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > BY_SIGNAL:
             run_directory.mark_stopped(folder, error.code - BY_SIGNAL, "ended at once")
+            raise
+        if launch.lost_contact(error):
             raise
         first = run_directory.mark_failed(folder, traceback.format_exc())
         if isinstance(error, Exception) and not first:

@@ -1,14 +1,18 @@
 """Two processes train the run of one."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.cli.commands import TINY, genfound, one_error, variables
+from tests.cli.test_encode import worker
 from tests.helpers import state_differences
 
 
@@ -54,6 +58,31 @@ def test_a_job_on_two_devices_ends_with_its_reason(tmp_path: Path) -> None:
     result = genfound("train", *TINY, *wrong, "name=run", cwd=tmp_path)
     assert "more than data.max_tokens=64" in one_error(result)
     assert result.stdout.startswith("[failed]") and "Traceback" in (tmp_path / "runs/default/run/FAILED").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_process_that_is_killed_is_named_and_its_job_goes_on(ended: int, tmp_path: Path) -> None:
+    options = [*TINY, "trainer.devices=2", "batch.packs=2", "trainer.precision=fp32", "name=run"]
+    words = [sys.executable, "-m", "genfound.train", *options, "trainer.max_steps=100000", "budget.images=1000000"]
+    job = subprocess.Popen(words, cwd=tmp_path, env=variables(), stdout=-1, stderr=-1, text=True)
+    steps, deadline = tmp_path / "runs/default/run/metrics.jsonl", time.monotonic() + 120
+    while not (steps.exists() and steps.stat().st_size):
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.05)
+    killed = worker(ended, tmp_path)
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    errors = job.communicate(timeout=120)[1]
+    said = f"process {ended} was ended by signal 9 (SIGKILL): most often because memory was short; the same command"
+    assert job.returncode == 1 and said in one_line(errors)
+    assert (steps.parent / "FAILED").read_text().startswith(said)
+
+
+def one_line(errors: str) -> str:
+    """The error of a command, which says nothing else."""
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    return errors
 
 
 def machine(cwd: Path, *arguments: str) -> "subprocess.Popen[str]":

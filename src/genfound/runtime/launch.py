@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,6 +68,9 @@ def launch(
 PRINTED = "what the process has printed"
 TRACEBACK = f"its traceback is in {PRINTED}"
 
+PATIENCE = 5
+"""Seconds in which the agent ends a process that has lost contact, if another one of its machine has died."""
+
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
@@ -87,8 +91,15 @@ def reporting() -> Iterator[None]:
         sys.exit(1)
     except Exception as error:
         if _launched():
+            if lost_contact(error):
+                time.sleep(PATIENCE)
             _leave_reason(f"{mistake(error)}; {TRACEBACK}")
         raise
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether a collective operation failed, most often because another process has ended, which is then the reason."""
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
 
 
 def end_process() -> NoReturn:
@@ -149,7 +160,8 @@ def _torchrun(arguments: list[str]) -> None:
     try:
         run.run(options)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        failed = error.failures.items()  # those that were ended by a signal have not lost contact
+        rank, failure = min(failed, key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
         _leave_reason(_ending(failure.exitcode, f"process {rank}"))
         sys.exit(1)
     except SignalException as error:
