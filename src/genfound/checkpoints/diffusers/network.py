@@ -83,6 +83,11 @@ class Experts(nn.ModuleList):
         return out
 
 
+def multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """base + x * factor, which broadcast."""
+    return torch.addcmul(base, x, factor)
+
+
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, block_mask: None = None
 ) -> Tensor:

@@ -15,11 +15,12 @@ Name = tuple[str, str]
 
 STAND_INS = "genfound.checkpoints.diffusers.network"
 REPLACED = {
+    ("genfound.layers.adaln", "multiply_add"),
     ("genfound.layers.attention", "packed_attention"),
     ("genfound.layers.attention", "with_block_mask"),
     ("genfound.layers.moe", "Experts"),
 }
-"""Definitions whose places those of the same name in `STAND_INS` take: without kernels, and of released shapes."""
+"""Definitions whose places those of the same name in `STAND_INS` take: inference alone, in released shapes."""
 
 INITIAL = "initialise"
 """The method that sets initial values."""
