@@ -132,7 +132,7 @@ WRONG = {
     "experiment=sit_axes_mini": "experiment=sit_axes_mini is not one of this command; python -m genfound.train exp",
     "experiment=best": "experiment=best is unknown; choose one of evaluate/fit_extrapolation, evaluate/",
     "protocol=adm": "protocol=adm is unknown; choose one of adm_50k",
-    "accelerator=mps": "error: accelerator=mps, but this machine has no Apple GPU",
+    "accelerator=mps": "error: accelerator=mps, but this machine has no Apple GPU; set accelerator=cpu",
     "n=ten": "n=ten must be a whole number",
     "sizes=[15,16]": "the nearest legal sizes are [14,16] and [16,16]",
     "refrence=data": "unknown key refrence; did you mean reference",

@@ -115,7 +115,7 @@ def test_shifted_times_may_follow_the_size(run: Path, tmp_path: Path) -> None:
 
 WRONG = {
     "labels=[10]": "labels: 10 is not one of the 10 classes 0..9 (circle, square",
-    "accelerator=mps": "error: accelerator=mps, but this machine has no Apple GPU",
+    "accelerator=mps": "error: accelerator=mps, but this machine has no Apple GPU; set accelerator=cpu",
     "labels=[cow]": "labels: cow is not one of the 10 classes",
     "size=[15,16]": "the nearest legal sizes are [14,16] and [16,16]",
     "size=[0,16]": "the nearest legal sizes are [2,16]",

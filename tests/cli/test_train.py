@@ -139,7 +139,7 @@ WRONG = {
     "optimizer.schedule=step": "optimizer.schedule=step is unknown",
     "trainer.precision=fp8": "trainer.precision=fp8 is unknown",
     "trainer.accelerator=gpu": "error: trainer.accelerator=gpu is unknown; choose one of auto, cpu, cuda, mps",
-    "trainer.accelerator=mps": "error: trainer.accelerator=mps, but this machine has no Apple GPU",
+    "trainer.accelerator=mps": "trainer.accelerator=mps, but this machine has no Apple GPU; set ",
     "model.attention=flash": "model.attention=flash cannot run on cpu",
     "study=a/b": "study=a/b must consist of",
     "data=image_folder": "data.root is missing",

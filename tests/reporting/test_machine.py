@@ -82,7 +82,8 @@ def test_devices_that_are_not_there(find: Find, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert find("hardware")["CUDA"][1:3] == ("there is a driver, but torch is built without CUDA", "warning")
     asked = find("hardware", "trainer.accelerator=cuda")["hardware"]
-    assert asked[1:3] == ("trainer.accelerator=cuda, but this machine has no CUDA device", "problem")
+    lack = "trainer.accelerator=cuda, but this machine has no CUDA device"
+    assert asked[1:] == (lack, "problem", "set trainer.accelerator=cpu")
 
 
 def test_a_device_that_others_use(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +98,10 @@ def test_a_device_that_others_use(find: Find, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_bf16(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find("bf16")["bf16"].found.endswith("training is in 32-true")
+    assert find("bf16")["bf16"].found.endswith("trainer.precision is fp32 here")
     rates = {torch.bfloat16: 1.0, torch.float32: 4.0}
     monkeypatch.setattr(kernels, "products_per_second", lambda dtype, _: rates[dtype])
-    slow = "0.2 times as fast as float32"
+    slow = "0.25 times as fast as float32"
     assert find("bf16")["bf16"].status == "ok"  # is not used
     found = find("bf16", "trainer.precision=bf16")["bf16"]
     assert found.found.startswith(slow) and status(found) == ("warning", "trainer.precision=fp32")
@@ -233,7 +234,8 @@ def test_processes(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _: True)
     found = find("all-reduce", "trainer.devices=2")["all-reduce"]
-    assert found[1:3] == ("trainer.devices=2, but this machine has 1 CUDA device(s)", "problem")
+    lack = "trainer.devices=2, but this machine has 1 CUDA device(s)"
+    assert found[1:] == (lack, "problem", "set trainer.devices=1")
 
 
 def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

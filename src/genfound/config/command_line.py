@@ -334,6 +334,13 @@ def composition_error(error: Exception, config_name: str, arguments: Sequence[st
     return _of_another_command(config_name, arguments) or _composition_error(error, config_name, arguments)
 
 
+def _of_options(group: str, key: str) -> str:
+    """The options of a group that have a key, as a way out; empty if there are none."""
+    leaf = key.removeprefix(f"{group}.")
+    found = [f"{group}={name}" for name in compose.option_names(group) if leaf in compose.read_option(group, name)]
+    return f"{' or '.join(found)} has it" if found else ""
+
+
 def _composition_error(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         return _rewritten(error.override)
@@ -346,7 +353,7 @@ def _composition_error(error: Exception, config_name: str, arguments: Sequence[s
         group = key[1].partition(".")[0]
         foreign = f": it is not an option of {group}={groups[group]}" if group in groups and "." in key[1] else ""
         near = difflib.get_close_matches(key[1], _known_keys(config_name, arguments), 1, 0.85 if foreign else 0.6)
-        hint = f"did you mean {near[0]}?" if near else "see --help"
+        hint = f"did you mean {near[0]}?" if near else _of_options(group, key[1]) or "see --help"
         return f"unknown key {key[1]}{foreign}; {ADDED if key[1].startswith('alignment.teachers') else hint}"
     # Hydra lists nothing where the default is null
     if experiment := re.search(r"Could not find 'experiment/([^']+)'", text):

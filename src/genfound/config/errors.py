@@ -12,6 +12,7 @@ WAYS_OUT = {
     errno.EISDIR: "a file is needed there, and it is a folder",
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a folder is needed there, and it is a file"),
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f) and give the same command again",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 """Of errors of the system."""

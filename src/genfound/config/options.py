@@ -170,9 +170,11 @@ def _check_expert_parallel(config: Mapping[str, Any]) -> None:
     if share > 1 and experts is None:
         raise ValueError(f"{key}={share} divides experts, and this model has none; set {key}=1")
     if share not in (legal := expert_shares(config)):
+        ranks = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+        way = "set trainer.devices" if ranks == 1 else f"choose one of {', '.join(map(str, legal))}"
         raise ValueError(
-            f"{key}={share} must divide the number of processes (trainer.devices x num_nodes) and model.experts="
-            f"{experts}, into copies of which model.width is a multiple; choose one of {', '.join(map(str, legal))}"
+            f"{key}={share} must divide trainer.devices x num_nodes, {ranks}, and model.experts={experts}, and so many "
+            f"copies as there are then must divide model.width; {way}"
         )
 
 

@@ -127,7 +127,8 @@ def _bf16(machine: Machine) -> Iterator[Finding]:
     half, single = (kernels.products_per_second(dtype, machine.device) for dtype in (torch.bfloat16, torch.float32))
     slow = machine.dtype == torch.bfloat16 and half < single
     bad = ("problem" if error > limit else "warning", "trainer.precision=fp32") if error > limit or slow else ()
-    found = f"{half / single:.1f} times as fast as float32, right to {error:.0e}; training is in {machine.precision}"
+    kept = "bf16" if machine.dtype == torch.bfloat16 else "fp32"
+    found = f"{half / single:.2g} times as fast as float32, right to {error:.0e}; trainer.precision is {kept} here"
     yield Finding("bf16", found, *bad)
 
 

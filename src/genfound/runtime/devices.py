@@ -62,7 +62,7 @@ def device(wanted: str, local_rank: int | None = None, key: str = "accelerator")
     if wanted == "auto":
         wanted = next(name for name, is_there in there.items() if is_there)
     if not there[wanted]:
-        raise ValueError(f"{key}={wanted}, but this machine has no {NAMES[wanted]}")
+        raise ValueError(f"{key}={wanted}, but this machine has no {NAMES[wanted]}; set {key}=cpu")
     if wanted != "cuda" or local_rank is None:
         return torch.device(wanted)
     found = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -76,7 +76,7 @@ def check_count(key: str, wanted: int, device: torch.device) -> None:
         return
     there = torch.cuda.device_count() if device.type == "cuda" else 1
     if wanted > there:
-        raise ValueError(f"{key}={wanted}, but this machine has {there} {NAMES[device.type]}(s)")
+        raise ValueError(f"{key}={wanted}, but this machine has {there} {NAMES[device.type]}(s); set {key}={there}")
 
 
 def backend(device: torch.device) -> str:
