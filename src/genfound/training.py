@@ -32,7 +32,7 @@ from genfound.checkpoints.initialise import initialise
 from genfound.config import compose, sweeps, targets
 from genfound.config.command_line import explain_oom
 from genfound.config.errors import USER_ERRORS, JobError
-from genfound.config.options import check, one_step, sharded
+from genfound.config.options import check, one_step, sharded, world_size
 from genfound.config.signals import Stopped
 from genfound.config.targets import instantiate_own
 from genfound.data.datamodule import GenerativeDataModule
@@ -296,7 +296,7 @@ def _check_at_once(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse what can be known before a process or a logger starts; a new run has that in its FAILED."""
     evaluation = config["callbacks"].get("evaluation") or {}
     try:
-        build.check(config, _ranks(config))
+        build.check(config, world_size(config))
         from_config.fetch_teachers(config)
         fetch_for_training(config)
         if evaluation.get("every") and evaluation.get("protocol"):
@@ -313,7 +313,7 @@ def _check_at_once(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _follow(folder: Path, config: Mapping[str, Any], machines: rendezvous.Machines) -> str:
     """Take part in the job of another machine, which has locked the folder and written the configuration."""
-    build.check(config, _ranks(config))
+    build.check(config, world_size(config))
     from_config.fetch_teachers(config)
     fetch_for_training(config)
     expected = run_directory.config_hash(config)
@@ -321,11 +321,6 @@ def _follow(folder: Path, config: Mapping[str, Any], machines: rendezvous.Machin
     if not processes.wait_until(lambda: run_directory.claimed_hash(folder) == expected, SHARED_WITHIN):
         raise ValueError(f"{folder} is not what the first machine has written; give runs=... on a disk that all share")
     return _run_apart(folder, config, machines)
-
-
-def _ranks(config: Mapping[str, Any]) -> int:
-    """Processes of a job, on all of its machines."""
-    return int(config["trainer"]["devices"] * config["trainer"]["num_nodes"])
 
 
 def _run_apart(folder: Path, config: Mapping[str, Any], machines: rendezvous.Machines | None) -> str:
@@ -390,7 +385,7 @@ def _worker(folder: Path) -> None:
         place = processes.rank_info()
         if run_directory.claimed_hash(folder) != os.environ.get(CONFIG):
             raise ValueError(f"the configuration in {folder} is not what the command has written; give it again")
-        if place.world_size != _ranks(run_directory.claimed(folder)):
+        if place.world_size != world_size(run_directory.claimed(folder)):
             raise ValueError(processes.NOT_LAUNCHED)
         with contextlib.suppress(Stopped):  # the others may not be at their ends yet, and torchrun would kill them
             run(folder, place)

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,35 @@ def test_a_copy_is_written_or_given_up(save: Save, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("genfound.runtime.sharded_save._Part.write", lambda part: None)  # it is for ever under way
     save(tmp_path / "step-6.ckpt", 6, ShardedSave.give_up)
     assert names(tmp_path) == ["step.ckpt"]
+
+
+def test_what_torch_says_of_a_full_disk_is_an_error_of_the_system(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr("genfound.runtime.sharded_save.FileSystemWriter.write_data", full)
+    with pytest.raises(OSError, match="PytorchStreamWriter failed") as error:
+        save(tmp_path / "step.ckpt", 1)
+    assert error.value.filename == str(tmp_path / "step.ckpt") and names(tmp_path) == []
+
+
+def test_no_thread_waits_for_a_process_that_has_died(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(saving: ShardedSave) -> None:
+        def closed(*_: Any) -> None:
+            raise RuntimeError("gloo/transport: Connection closed by peer")
+
+        monkeypatch.setattr(distributed, "all_gather_object", closed)
+        saving.complete()
+
+    monkeypatch.setattr("genfound.runtime.sharded_save._Part.write", lambda part: None)  # for ever under way
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        save(tmp_path / "step.ckpt", 1, lost)
+    assert names(tmp_path) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "state.ckpt"])

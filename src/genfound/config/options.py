@@ -154,9 +154,14 @@ def sharded(config: Mapping[str, Any], ranks: int) -> bool:
     return ranks > 1 and (config["strategy"] or {}).get(compose.TARGET) == fsdp
 
 
+def world_size(config: Mapping[str, Any]) -> int:
+    """Processes of a training, on all of its machines."""
+    return int(config["trainer"]["devices"] * config["trainer"]["num_nodes"])
+
+
 def expert_shares(config: Mapping[str, Any]) -> list[int]:
     """What `strategy.expert_parallel` may be: copies of the experts are whole, and can divide each expert's weights."""
-    model, ranks = config["model"], config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    model, ranks = config["model"], world_size(config)
     if not isinstance(experts := model.get("experts"), int):
         return [1]
     sizes = (model["width"], int(model["width"] * model["mlp_ratio"]))
@@ -170,7 +175,7 @@ def _check_expert_parallel(config: Mapping[str, Any]) -> None:
     if share > 1 and experts is None:
         raise ValueError(f"{key}={share} divides experts, and this model has none; set {key}=1")
     if share not in (legal := expert_shares(config)):
-        ranks = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+        ranks = world_size(config)
         way = "set trainer.devices" if ranks == 1 else f"choose one of {', '.join(map(str, legal))}"
         raise ValueError(
             f"{key}={share} must divide trainer.devices x num_nodes, {ranks}, and model.experts={experts}, and so many "

@@ -14,6 +14,7 @@ import torch
 from torch import distributed
 
 from genfound.config.errors import JobError
+from genfound.config.options import world_size
 from genfound.runtime import devices, launch, processes, rendezvous
 
 PATIENCE = 20
@@ -31,7 +32,7 @@ def all_reduce(config: Mapping[str, Any]) -> str:
         ValueError: they cannot be started, have not reached each other, or their sum is wrong.
     """
     trainer = config["trainer"]
-    if trainer["devices"] * trainer["num_nodes"] == 1:
+    if world_size(config) == 1:
         return "one process has nothing to reduce; trainer.devices=N tries N"
     device = devices.device(trainer["accelerator"], key="trainer.accelerator")
     devices.check_count("trainer.devices", trainer["devices"], device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from genfound import build
 from genfound.alignment import from_config
 from genfound.backbones.base import Backbone, Flops
-from genfound.config.options import ema_decays, expert_parallel, expert_shares, sharded
+from genfound.config.options import ema_decays, expert_parallel, expert_shares, sharded, world_size
 from genfound.data.packing.budget import batch_size, micro_batches, token_counts
 from genfound.layers.moe import Experts
 from genfound.loggers.json_lines import lines_of
@@ -163,7 +163,7 @@ def estimate(config: Config) -> Estimate:
     Raises:
         ValueError: an option that does not exist, or a global step that the devices cannot share.
     """
-    ranks = int(config["trainer"]["devices"] * config["trainer"]["num_nodes"])
+    ranks = world_size(config)
     per_step = micro_batches(config, ranks)
     spec = build.published_spec(config)
     unit = spec.stride * config["model"]["patch_size"]

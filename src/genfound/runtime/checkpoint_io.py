@@ -4,12 +4,13 @@ A sharded one is a folder: `state.ckpt` is what a file would be, but for the val
 `sharded_values` keeps beside it.
 """
 
+import contextlib
 import pickle
 import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -37,16 +38,22 @@ def save(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint; the old one survives any failure."""
 
     def dump(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # a full disk is an OSError only of a file object
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # torch's archive, closing on a disk that has just filled
-                raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
+        with open(temporary, "wb") as file, full_disk():  # which is an OSError only of a file object
+            torch.save(state, file)
 
         if path.is_dir():
             remove(path)
 
     atomic_write(path, dump)
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """What torch's archive raises, closing on a disk that has just filled, as the OSError that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else OSError(None, str(error)) from None
 
 
 def copied(state: Tree) -> Tree:

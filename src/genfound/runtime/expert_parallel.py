@@ -46,8 +46,8 @@ class Exchange:
             if stack.requires_grad:
                 stack.register_hook(self._mean)
         route = self._route(ends)
-        out = kernel(_There.apply(rows, route), route.ends, gate_up, down)  # type: ignore[no-untyped-call]
-        return _Back.apply(out, route)  # type: ignore[no-untyped-call,no-any-return]
+        out = kernel(_Moved.apply(rows, route, False), route.ends, gate_up, down)  # type: ignore[no-untyped-call]
+        return _Moved.apply(out, route, True)  # type: ignore[no-untyped-call,no-any-return]
 
     def _mean(self, grad: Tensor) -> Tensor:
         return grad / self.group.size()
@@ -63,39 +63,28 @@ class Exchange:
         return Route(self.group, sent, received, order, place, theirs.sum(dim=0).cumsum(dim=0, dtype=torch.int32))
 
 
-class _There(torch.autograd.Function):
-    """(S, D) rows sorted by expert -> (R, D) those of the experts here, sorted by expert; its gradient is `_Back`."""
+class _Moved(torch.autograd.Function):
+    """(S, D) rows sorted by expert -> (R, D) those of the experts here, or back; the gradient goes the other way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return _there(rows, route)
+    def forward(ctx: Any, rows: Tensor, route: Route, back: bool) -> Tensor:
+        ctx.route, ctx.back = route, back
+        return _back(rows, route) if back else _there(rows, route)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _back(grad, ctx.route), None
-
-
-class _Back(torch.autograd.Function):
-    """(R, D) -> (S, D), each row to where it came from."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return _back(rows, route)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _there(grad, ctx.route), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _there(grad, ctx.route) if ctx.back else _back(grad, ctx.route), None, None
 
 
 def _there(rows: Tensor, route: Route) -> Tensor:
+    """Each row to the process of its expert, sorted by expert there."""
     received = rows.new_empty(sum(route.received), rows.shape[1])
     dist.all_to_all_single(received, rows.contiguous(), route.received, route.sent, group=route.group)
     return received.index_select(0, route.order)
 
 
 def _back(rows: Tensor, route: Route) -> Tensor:
+    """Each row to where it came from."""
     returned = rows.new_empty(sum(route.sent), rows.shape[1])
     dist.all_to_all_single(returned, rows.index_select(0, route.place), route.sent, route.received, group=route.group)
     return returned

@@ -62,16 +62,17 @@ class ShardedSave:
         Raises:
             OSError: one of them could not write its part, such as on a full disk; in all.
         """
-        for future in (self._written, self._named):
-            try:
-                self._agree(future)
-            except OSError as error:
-                error.filename = str(self._folder)
-                self.give_up()
-                raise
+        try:
+            self._agree(self._written)
+            self._agree(self._named)
+        except OSError as error:
+            error.filename = str(self._folder)
+            raise
+        finally:  # also where another process has died: a thread that looks for its part would never end
+            self.give_up()
 
     def give_up(self) -> None:
-        """Write nothing any more, and remove what is there; of this process alone."""
+        """Wait for no other process, and remove what has no name by now; of this process alone."""
         self._given_up.set()
         for future in (self._written, self._named):
             if future is not None:
@@ -132,7 +133,8 @@ class _Part(DefaultSavePlanner):
 
     def write(self) -> None:
         """Write it, then what the first process must know of it."""
-        written = self._storage.write_data(self.plan, self).wait()
+        with checkpoint_io.full_disk():
+            written = self._storage.write_data(self.plan, self).wait()
         atomic_write(self._file, lambda temporary: temporary.write_bytes(pickle.dumps(written)))
 
     def finish(self, written: list[list[WriteResult]]) -> None:
