@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import integer, one_of
-from genfound.layers.adaln import autocast_off, modulation, multiply_add, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, gate_residual, modulation, modulations, norm_modulate, zero_init_
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder, grid_sinusoid
 from genfound.layers.gla import GatedLinearAttention, Rows
 from genfound.layers.initial import Draw
@@ -199,21 +199,18 @@ class Block(nn.Module):
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1)).float()
         with autocast_off(x):
-            parts = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(place.batch.per_token, parts)
-            mixed = _modulated(self.attn_norm, x, shift_a, 1 + scale_a)
+            per_image = self.adaLN_modulation(c)  # (B, 6 D), of which (B, D) each
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
+            mixed = norm_modulate(x, shift_a, factor_a, place.batch, self.attn_norm)
             if self.dw_conv is not None and self.inside:
                 mixed = depthwise(self.dw_conv, mixed, place.grid)
-        x = x + gate_a * self.attn(mixed, place.rows)
-        x = x + gate_m * self.mlp(_modulated(self.mlp_norm, x, shift_m, 1 + scale_m))
+        x = gate_residual(x, self.attn(mixed, place.rows), gate_a, place.batch)
+        mixed = norm_modulate(x, shift_m, factor_m, place.batch, self.mlp_norm)
+        x = gate_residual(x, self.mlp(mixed), gate_m, place.batch)
         if self.dw_conv is None or self.inside:
             return x
         with autocast_off(x):
             return depthwise(self.dw_conv, x, place.grid)
-
-
-def _modulated(norm: nn.Module | None, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
-    return norm_modulate(x, shift, factor) if norm is None else multiply_add(shift, norm(x), factor)
 
 
 class GatedMlp(nn.Module):
@@ -243,8 +240,8 @@ class FinalLayer(nn.Module):
         with autocast_off(x):
             if self.adaLN_modulation is None:
                 return self.linear(nn.functional.layer_norm(x, x.shape[-1:], eps=EPS))
-            shift, scale = map(batch.per_token, self.adaLN_modulation(c).chunk(2, dim=1))
-            return self.linear(norm_modulate(x, shift, 1 + scale))
+            shift, factor = modulations(self.adaLN_modulation(c), 2, x.dtype)
+            return self.linear(norm_modulate(x, shift, factor, batch))
 
 
 def central_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
-from genfound.layers.adaln import autocast_off, modulation, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, gate_residual, modulation, modulations, norm_modulate, zero_init_
 from genfound.layers.attention import sdpa
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder, grid_sinusoid
 from genfound.layers.mlp import Mlp
@@ -120,10 +120,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
-        x = x + gate_a * self.attn(norm_modulate(x, shift_a, 1 + scale_a))
-        return x + gate_m * self.mlp(norm_modulate(x, shift_m, 1 + scale_m))
+            per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D), of which (B, 1, D) each
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
+        x = gate_residual(x, self.attn(norm_modulate(x, shift_a, factor_a)), gate_a)
+        return gate_residual(x, self.mlp(norm_modulate(x, shift_m, factor_m)), gate_m)
 
 
 class Attention(nn.Module):
@@ -154,8 +154,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, K p p)."""
         with autocast_off(x):
-            shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # (B, 1, D) each
-            return self.linear(norm_modulate(x, shift, 1 + scale))
+            shift, factor = modulations(self.adaLN_modulation(c)[:, None], 2, x.dtype)  # (B, 1, D) each
+            return self.linear(norm_modulate(x, shift, factor))
 
 
 def position_table(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:

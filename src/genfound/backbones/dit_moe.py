@@ -19,7 +19,7 @@ from genfound.backbones.base import Flops
 from genfound.backbones.dit import Attention, DiT
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, modulation, norm_modulate
+from genfound.layers.adaln import autocast_off, gate_residual, modulation, modulations, norm_modulate
 from genfound.layers.attention import sdpa
 from genfound.layers.moe import MixtureOfExperts, Routing, balance_loss, expert_load
 
@@ -116,11 +116,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D), the balance loss and the load (E,) of its experts."""
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = per_image.chunk(6, dim=2)  # (B, 1, D) each
-        x = x + gate_a * self.attn(norm_modulate(x, shift_a, 1 + scale_a))
-        out, routing = self.moe(norm_modulate(x, shift_m, 1 + scale_m))
-        return x + gate_m * out, balance_loss(routing, self.balance_over), expert_load(routing)
+            per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D), of which (B, 1, D) each
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
+        x = gate_residual(x, self.attn(norm_modulate(x, shift_a, factor_a)), gate_a)
+        out, routing = self.moe(norm_modulate(x, shift_m, factor_m))
+        return gate_residual(x, out, gate_m), balance_loss(routing, self.balance_over), expert_load(routing)
 
 
 class NormedAttention(nn.Module):

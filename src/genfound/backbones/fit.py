@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, modulation, modulations, multiply_add, zero_init_
+from genfound.layers.adaln import autocast_off, gate_residual, modulation, modulations, norm_modulate, zero_init_
 from genfound.layers.attention import packed_attention, sdpa, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import SwiGLU, feed_forward
@@ -169,11 +169,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, rope: Tensor | None) -> Tensor:
         """x (..., D), condition c (B, D), the modulation that blocks share (B, 6 D) -> (..., D)."""
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c) + shared  # (B, 6 D), and (..., D) each of its tokens
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token, x.dtype)
-        mixed = self.attn(multiply_add(shift_a, self.norm1(x), factor_a), batch, rope)
-        x = multiply_add(x, mixed.to(x.dtype), gate_a)
-        return multiply_add(x, self.mlp(multiply_add(shift_m, self.norm2(x), factor_m)).to(x.dtype), gate_m)
+            per_image = self.adaLN_modulation(c) + shared  # (B, 6 D), of which (B, D) each
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
+        mixed = self.attn(norm_modulate(x, shift_a, factor_a, batch, self.norm1), batch, rope)
+        x = gate_residual(x, mixed, gate_a, batch)
+        return gate_residual(x, self.mlp(norm_modulate(x, shift_m, factor_m, batch, self.norm2)), gate_m, batch)
 
 
 class Attention(nn.Module):
@@ -224,8 +224,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (..., D), c (B, D) -> (..., P)."""
         with autocast_off(x):
-            shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token, torch.float32)
-            return self.linear(multiply_add(shift, self.norm_final(x.float()), factor))
+            shift, factor = modulations(self.adaLN_modulation(c), 2, torch.float32)
+            return self.linear(norm_modulate(x.float(), shift, factor, batch, self.norm_final))
 
 
 def block_modulation(kind: str, width: int, rank: int | None) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from genfound.backbones.base import Backbone, TokenSpec
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, modulation, modulations, multiply_add, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, gate_residual, modulation, modulations, norm_modulate, zero_init_
 from genfound.layers.attention import packed_attention, with_block_mask
 from genfound.layers.embed import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import Mlp
@@ -123,10 +123,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch, rope: Tensor) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c)  # (B, 6 D), and (T, D) each of its tokens
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, batch.per_token, x.dtype)
-        x = multiply_add(x, self.attn(norm_modulate(x, shift_a, factor_a), batch, rope).to(x.dtype), gate_a)
-        return multiply_add(x, self.mlp(norm_modulate(x, shift_m, factor_m)).to(x.dtype), gate_m)
+            per_image = self.adaLN_modulation(c)  # (B, 6 D), of which (B, D) each
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
+        x = gate_residual(x, self.attn(norm_modulate(x, shift_a, factor_a, batch), batch, rope), gate_a, batch)
+        return gate_residual(x, self.mlp(norm_modulate(x, shift_m, factor_m, batch)), gate_m, batch)
 
 
 class Attention(nn.Module):
@@ -161,8 +161,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, P)."""
         with autocast_off(x):
-            shift, factor = modulations(self.adaLN_modulation(c), 2, batch.per_token, torch.float32)
-            return self.linear(norm_modulate(x.float(), shift, factor))
+            shift, factor = modulations(self.adaLN_modulation(c), 2, torch.float32)
+            return self.linear(norm_modulate(x.float(), shift, factor, batch))
 
 
 def check_coordinates(order: str) -> str:

@@ -23,7 +23,7 @@ from genfound.backbones.base import Backbone, Flops, TokenSpec
 from genfound.backbones.nit import Attention, FinalLayer, check_coordinates, coordinates
 from genfound.batch import Batch
 from genfound.config.checks import one_of
-from genfound.layers.adaln import autocast_off, modulation, modulations, multiply_add, norm_modulate, zero_init_
+from genfound.layers.adaln import autocast_off, gate_residual, modulation, modulations, norm_modulate, zero_init_
 from genfound.layers.attention import Keys, document_mask, packed_attention, with_block_mask
 from genfound.layers.embed import PatchEmbedder, TimestepEmbedder
 from genfound.layers.mlp import Mlp
@@ -152,11 +152,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, text: Tensor, batch: Batch, rope: Tensor, keys: Keys) -> Tensor:
         """x (T, D), c (B, D) after its SiLU, text (S, D) -> (T, D)."""
-        with autocast_off(x):  # shift, factor and gate of the three layers, (T, D) each
-            m = modulations(self.adaLN_modulation(c), 9, batch.per_token, x.dtype)
-        x = multiply_add(x, self.attn(norm_modulate(x, m[0], m[1]), batch, rope).to(x.dtype), m[2])
-        x = multiply_add(x, self.cross(norm_modulate(x, m[3], m[4]), text, batch, keys).to(x.dtype), m[5])
-        return multiply_add(x, self.mlp(norm_modulate(x, m[6], m[7])).to(x.dtype), m[8])
+        with autocast_off(x):  # shift, factor and gate of the three layers, (B, D) each
+            m = modulations(self.adaLN_modulation(c), 9, x.dtype)
+        x = gate_residual(x, self.attn(norm_modulate(x, m[0], m[1], batch), batch, rope), m[2], batch)
+        x = gate_residual(x, self.cross(norm_modulate(x, m[3], m[4], batch), text, batch, keys), m[5], batch)
+        return gate_residual(x, self.mlp(norm_modulate(x, m[6], m[7], batch)), m[8], batch)
 
 
 class CrossAttention(nn.Module):

@@ -1,16 +1,49 @@
 """Adaptive layer norm: the parts that every backbone shares, in float32."""
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from genfound.batch import Batch
+
+OWN_CALL = 4096
+"""Numbers of an image, on average, from which a call of its own takes less time than passes over all tokens."""
 
 
-def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
-    """LayerNorm without affine parameters (eps 1e-6), then a factor and a shift that broadcast against x (..., D)."""
-    return multiply_add(shift, nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6), factor)
+def norm_modulate(
+    x: Tensor, shift: Tensor, factor: Tensor, batch: Batch | None = None, norm: nn.Module | None = None
+) -> Tensor:
+    """A norm of tokens x, then the factor and the shift of their image.
+
+    x is (..., D) in the layout of `batch`, shift and factor (B, D); without a batch (B, N, D), and they (B, 1, D).
+    `None` is LayerNorm without affine parameters, eps 1e-6. On the CPU it takes the factor and the shift of an image
+    as its weight and its bias, one pass where the plain form has five; elsewhere it is one operation for all images.
+    """
+    fixed = norm is None or (isinstance(norm, nn.LayerNorm) and not norm.elementwise_affine)
+    own = x.device.type == "cpu" and x.numel() >= OWN_CALL * len(shift) and not torch.compiler.is_compiling()
+    if fixed and own:
+        return _norm_each(x, shift, factor, None if batch is None else batch.cu_seqlens)
+    x = layer_norm(x, x.shape[-1:], eps=1e-6) if norm is None else norm(x)
+    return multiply_add(_of_tokens(shift, batch), x, _of_tokens(factor, batch))
+
+
+def _norm_each(x: Tensor, shift: Tensor, factor: Tensor, bounds: Tensor | None) -> Tensor:
+    images = x.unbind() if bounds is None else x.split(bounds.diff().tolist())
+    parts = zip(images, factor.flatten(0, -2), shift.flatten(0, -2), strict=True)
+    rows = [layer_norm(image, x.shape[-1:], weight, bias, eps=1e-6) for image, weight, bias in parts if len(image)]
+    return torch.stack(rows) if bounds is None else torch.cat(rows)
+
+
+def gate_residual(x: Tensor, out: Tensor, gate: Tensor, batch: Batch | None = None) -> Tensor:
+    """x + gate * out, in the dtype of x, with the gate of each image; shapes as of `norm_modulate`."""
+    return multiply_add(x, out.to(x.dtype), _of_tokens(gate, batch))
+
+
+def _of_tokens(v: Tensor, batch: Batch | None) -> Tensor:
+    return v if batch is None else batch.per_token(v)
 
 
 def multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
@@ -42,15 +75,13 @@ class _MultiplyAdd(torch.autograd.Function):
         return base + x * ctx.saved_tensors[1] + ctx.saved_tensors[0] * factor
 
 
-def modulations(
-    per_image: Tensor, count: int, per_token: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> list[Tensor]:
-    """What `modulation` has made of each image (B, n D) -> shift, factor 1 + scale and gate of its tokens, in a dtype.
+def modulations(per_image: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
+    """What `modulation` has made of each image (..., n D) -> its shift, factor 1 + scale and gate (..., D), in a dtype.
 
     One is added, and it is rounded, for each image, not for each of its tokens.
     """
-    parts = per_image.chunk(count, dim=1)
-    return [per_token((1 + part if number % 3 == 1 else part).to(dtype)) for number, part in enumerate(parts)]
+    parts = per_image.chunk(count, dim=-1)
+    return [(1 + part if number % 3 == 1 else part).to(dtype) for number, part in enumerate(parts)]
 
 
 def modulation(*widths: int, silu: bool) -> nn.Sequential:
