@@ -64,6 +64,8 @@ bench: install  ## speed, written to benchmarks/results/
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.store
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.startup
 
 bench-gpu: install  ## what a graphics card must show, in eight minutes
 	PYTHON=$(BIN)/python bash benchmarks/gpu.sh

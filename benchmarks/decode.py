@@ -4,13 +4,17 @@ python -m benchmarks.decode [--images 200] [--folder DIR]
 
 Pictures of `tests.photographs` in sizes that follow `benchmarks.image_sizes`, all 500 x 375, and of 12 megapixels; or a
 folder of your own, as `data=image_folder` reads it. Processor time, in turn; decoding and resizing alone beside it.
+Then, by the clock, what workers of a loader bring together.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
+import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.image_sizes import image_sizes
 from benchmarks.report import facts, write
@@ -52,9 +58,11 @@ def main() -> None:
     ]
     try:
         made = {name: make(scratch / str(number), sizes[name]) for number, name in enumerate(sizes)}
-        for name, root in ({arguments.folder.name: arguments.folder} if arguments.folder else made).items():
+        folders = {arguments.folder.name: arguments.folder} if arguments.folder else made
+        for name, root in folders.items():
             lines += rows(name, root, scratch / "index")
             print("\n".join(lines[-4:]), flush=True)
+        lines += ["", *by_workers(*next(iter(folders.items())), scratch / "index")]
     finally:
         shutil.rmtree(scratch)
     print(write("decode", [facts(), "\n".join(lines)]))
@@ -71,9 +79,8 @@ def make(root: Path, sizes: list[tuple[int, int]]) -> Path:
 
 def rows(name: str, root: Path, index: Path) -> list[str]:
     """Lines of the table for a folder."""
-    options = {"root": str(root), "holdout": None, "max_pixels": None, "split": "train", "index": str(index)}
     ways = [(view, decode) for view in VIEWS for decode in ("exact", "dct")]
-    sources = [ImageFolder(views=ImageViews(*VIEWS[view], decode), **options) for view, decode in ways]  # type: ignore[arg-type]
+    sources = [opened(root, index, *way) for way in ways]
     count = len(sources[0].labels)
     calls: list[Callable[[], object]] = [partial(read, source) for source in sources]
     times = medians(interleaved([*calls, *(partial(resize, source) for source in sources)], REPEATS))
@@ -82,6 +89,43 @@ def rows(name: str, root: Path, index: Path) -> list[str]:
         f"| {name} | {size:.0f} | {view} | {decode} | {count / whole:.0f} | {count / bare:.0f} |"
         for (view, decode), whole, bare in zip(ways, times[: len(ways)], times[len(ways) :], strict=True)
     ]
+
+
+def opened(root: Path, index: Path, view: str, decode: str) -> ImageFolder:
+    """A folder whose images are brought to one of `VIEWS`."""
+    return ImageFolder(
+        views=ImageViews(*VIEWS[view], decode), root=str(root), holdout=None, max_pixels=None, split="train",
+        index=str(index),
+    )  # fmt: skip
+
+
+class Pictures(Dataset[Tensor]):
+    """The images of a folder, for workers."""
+
+    def __init__(self, source: ImageFolder) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_picture(self.source.image(index))
+
+
+def by_workers(name: str, root: Path, index: Path) -> list[str]:
+    """Images a second by the clock, in native views, of several workers; passes before the measured one start them."""
+    lines = [f"| workers, of {os.cpu_count()} processors: {name}, native, exact | images/s by the clock |", "|---|---|"]
+    pictures = Pictures(opened(root, index, "native", "exact"))
+    for workers in (1, 2, 4):
+        loader = DataLoader(pictures, batch_size=None, num_workers=workers, persistent_workers=True)
+        took = []
+        for _ in range(REPEATS):
+            begin = time.perf_counter()
+            deque(loader, maxlen=0)
+            took.append(time.perf_counter() - begin)
+        lines.append(f"| {workers} | {len(pictures) / min(took[1:]):.0f} |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 def read(source: ImageFolder) -> None:

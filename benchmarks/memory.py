@@ -58,9 +58,10 @@ def step(arguments: argparse.Namespace) -> tuple[float, float]:
     """Megabytes of the parts of two training steps, and their peak; writes the file that `load` reads."""
     tune_malloc()
     before = forget()
-    net, _, one_step = training(torch.device("cpu"), arguments.model, arguments.tokens, "fp32")
+    made = training(torch.device("cpu"), arguments.model, arguments.tokens, "fp32")
     for _ in range(2):
-        one_step()
+        made.step()
+    net = made.net
     found = PARTS * size(net), peak() - before
     note = {"format": formats.FORMAT, "config": compose.compose("train", [f"model={arguments.model}"])}
     formats.write(arguments.file, net.state_dict(), {**note, "class_names": ["x"] * 1000, "sizes": [(256, 256)]})

@@ -212,25 +212,38 @@ SIZES: dict[str, Callable[[], list[tuple[int, int]]]] = {
 """Height and width of the latents of a step, for each layout."""
 
 
-def our_step(config: dict[str, Any], net: Backbone, batch: Batch, bf16: bool = False) -> Iterator[None]:
-    """As `GenerativeModule` and Lightning do it: loss, backward, clip, fused AdamW, averages."""
+PHASES = ("loss", "backward", "clip", "AdamW", "average")
+"""Of a step of ours, in their order."""
+
+
+def our_phases(config: dict[str, Any], net: Backbone, batch: Batch, bf16: bool = False) -> Iterator[None]:
+    """Steps as `GenerativeModule` and Lightning do them, one of `PHASES` at a time."""
     objective = build.objective(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0, fused=True)
     average = [p.detach().clone() for p in net.parameters()]
     for step in itertools.count():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=bf16):
             losses = objective.loss(net, batch, Rng(0, "train", step))
         weights = image_weight(batch.tokens, objective.weight) * batch.real
         loss = (weights * losses.total).sum() / weights.sum()
         if isinstance(net, DiTMoE):
             assert net.balances is not None
             loss = loss + net.balances.sum()
+        yield
         loss.backward()
+        yield
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        yield
         optimizer.step()
         optimizer.zero_grad()
+        yield
         torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1e-4)
         yield
+
+
+def our_step(config: dict[str, Any], net: Backbone, batch: Batch, bf16: bool = False) -> Iterator[None]:
+    """The same, a whole step at a time."""
+    return itertools.islice(our_phases(config, net, batch, bf16), len(PHASES) - 1, None, len(PHASES))
 
 
 def their_step(net: nn.Module, call: Call, batch: Batch, bf16: bool = False) -> Iterator[None]:
