@@ -26,6 +26,11 @@ def facts() -> str:
     return "\n".join(f"- {key}: {value}" for key, value in known.items())
 
 
+def table(title: str, columns: Sequence[str]) -> list[str]:
+    """The head of a table."""
+    return [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
 def write(name: str, sections: Sequence[str]) -> Path:
     """Write a report."""
     words = "_".join(machine().replace("/", " ").replace("(", " ").replace(")", " ").split())

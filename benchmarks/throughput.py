@@ -22,7 +22,7 @@ from benchmarks.image_sizes import image_sizes
 from benchmarks.official_forms import CLASSES, PHASES, our_phases
 from benchmarks.reference import nit as published_nit
 from benchmarks.reference.parts import turn
-from benchmarks.report import facts, write
+from benchmarks.report import facts, table, write
 from benchmarks.timing import Call, cpu_precisions, interleaved, medians, ratio
 from genfound import build
 from genfound.backbones.base import Backbone
@@ -57,11 +57,6 @@ def main() -> None:
             print(report[-1], flush=True)
             file = write("throughput", report)  # whole so far, should time run out
     print(file)
-
-
-def table(title: str, columns: list[str]) -> list[str]:
-    """The head of a table."""
-    return [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
 def rates(device: torch.device, _: argparse.Namespace) -> list[str]:
