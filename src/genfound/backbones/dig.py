@@ -199,8 +199,8 @@ class Block(nn.Module):
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1)).float()
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c)  # (B, 6 D), of which (B, D) each
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
+            per_image = self.adaLN_modulation(c)  # (B, 6 D)
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype, place.batch)
             mixed = norm_modulate(x, shift_a, factor_a, place.batch, self.attn_norm)
             if self.dw_conv is not None and self.inside:
                 mixed = depthwise(self.dw_conv, mixed, place.grid)
@@ -240,7 +240,7 @@ class FinalLayer(nn.Module):
         with autocast_off(x):
             if self.adaLN_modulation is None:
                 return self.linear(nn.functional.layer_norm(x, x.shape[-1:], eps=EPS))
-            shift, factor = modulations(self.adaLN_modulation(c), 2, x.dtype)
+            shift, factor = modulations(self.adaLN_modulation(c), 2, x.dtype, batch)
             return self.linear(norm_modulate(x, shift, factor, batch))
 
 

@@ -120,7 +120,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D)."""
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D), of which (B, 1, D) each
+            per_image = self.adaLN_modulation(c)  # (B, 6 D), of which (B, 1, D) each
             shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
         x = gate_residual(x, self.attn(norm_modulate(x, shift_a, factor_a)), gate_a)
         return gate_residual(x, self.mlp(norm_modulate(x, shift_m, factor_m)), gate_m)
@@ -154,7 +154,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, K p p)."""
         with autocast_off(x):
-            shift, factor = modulations(self.adaLN_modulation(c)[:, None], 2, x.dtype)  # (B, 1, D) each
+            shift, factor = modulations(self.adaLN_modulation(c), 2, x.dtype)  # (B, 1, D) each
             return self.linear(norm_modulate(x, shift, factor))
 
 

@@ -116,7 +116,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D), c (B, D) after its SiLU -> (B, N, D), the balance loss and the load (E,) of its experts."""
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D), of which (B, 1, D) each
+            per_image = self.adaLN_modulation(c)  # (B, 6 D), of which (B, 1, D) each
             shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
         x = gate_residual(x, self.attn(norm_modulate(x, shift_a, factor_a)), gate_a)
         out, routing = self.moe(norm_modulate(x, shift_m, factor_m))

@@ -169,8 +169,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, shared: Tensor | float, batch: Batch, rope: Tensor | None) -> Tensor:
         """x (..., D), condition c (B, D), the modulation that blocks share (B, 6 D) -> (..., D)."""
         with autocast_off(x):
-            per_image = self.adaLN_modulation(c) + shared  # (B, 6 D), of which (B, D) each
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
+            per_image = self.adaLN_modulation(c) + shared  # (B, 6 D)
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype, batch)
         mixed = self.attn(norm_modulate(x, shift_a, factor_a, batch, self.norm1), batch, rope)
         x = gate_residual(x, mixed, gate_a, batch)
         return gate_residual(x, self.mlp(norm_modulate(x, shift_m, factor_m, batch, self.norm2)), gate_m, batch)
@@ -224,7 +224,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (..., D), c (B, D) -> (..., P)."""
         with autocast_off(x):
-            shift, factor = modulations(self.adaLN_modulation(c), 2, torch.float32)
+            shift, factor = modulations(self.adaLN_modulation(c), 2, torch.float32, batch)
             return self.linear(norm_modulate(x.float(), shift, factor, batch, self.norm_final))
 
 

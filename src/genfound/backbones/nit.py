@@ -124,7 +124,7 @@ class Block(nn.Module):
         """x (T, D), c (B, D) after its SiLU -> (T, D)."""
         with autocast_off(x):
             per_image = self.adaLN_modulation(c)  # (B, 6 D), of which (B, D) each
-            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype)
+            shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulations(per_image, 6, x.dtype, batch)
         x = gate_residual(x, self.attn(norm_modulate(x, shift_a, factor_a, batch), batch, rope), gate_a, batch)
         return gate_residual(x, self.mlp(norm_modulate(x, shift_m, factor_m, batch)), gate_m, batch)
 
@@ -161,7 +161,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, batch: Batch) -> Tensor:
         """x (T, D), c (B, D) after its SiLU -> (T, P)."""
         with autocast_off(x):
-            shift, factor = modulations(self.adaLN_modulation(c), 2, torch.float32)
+            shift, factor = modulations(self.adaLN_modulation(c), 2, torch.float32, batch)
             return self.linear(norm_modulate(x.float(), shift, factor, batch))
 
 

@@ -153,7 +153,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, text: Tensor, batch: Batch, rope: Tensor, keys: Keys) -> Tensor:
         """x (T, D), c (B, D) after its SiLU, text (S, D) -> (T, D)."""
         with autocast_off(x):  # shift, factor and gate of the three layers, (B, D) each
-            m = modulations(self.adaLN_modulation(c), 9, x.dtype)
+            m = modulations(self.adaLN_modulation(c), 9, x.dtype, batch)
         x = gate_residual(x, self.attn(norm_modulate(x, m[0], m[1], batch), batch, rope), m[2], batch)
         x = gate_residual(x, self.cross(norm_modulate(x, m[3], m[4], batch), text, batch, keys), m[5], batch)
         return gate_residual(x, self.mlp(norm_modulate(x, m[6], m[7], batch)), m[8], batch)

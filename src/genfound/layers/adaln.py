@@ -18,7 +18,7 @@ def norm_modulate(
 ) -> Tensor:
     """A norm of tokens x, then the factor and the shift of their image.
 
-    x is (..., D) in the layout of `batch`, shift and factor (B, D); without a batch (B, N, D), and they (B, 1, D).
+    x is (..., D) in the layout of `batch`, without one (B, N, D); shift and factor are of `modulations`.
     `None` is LayerNorm without affine parameters, eps 1e-6. On the CPU it takes the factor and the shift of an image
     as its weight and its bias, one pass where the plain form has five; elsewhere it is one operation for all images.
     """
@@ -43,7 +43,7 @@ def gate_residual(x: Tensor, out: Tensor, gate: Tensor, batch: Batch | None = No
 
 
 def _of_tokens(v: Tensor, batch: Batch | None) -> Tensor:
-    return v if batch is None else batch.per_token(v)
+    return batch.per_token(v) if batch is not None and batch.layout == "packed" else v
 
 
 def multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
@@ -75,12 +75,14 @@ class _MultiplyAdd(torch.autograd.Function):
         return base + x * ctx.saved_tensors[1] + ctx.saved_tensors[0] * factor
 
 
-def modulations(per_image: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
-    """What `modulation` has made of each image (..., n D) -> its shift, factor 1 + scale and gate (..., D), in a dtype.
+def modulations(per_image: Tensor, count: int, dtype: torch.dtype, batch: Batch | None = None) -> list[Tensor]:
+    """What `modulation` has made of each image (B, n D) -> its shift, factor 1 + scale and gate, in a dtype.
 
-    One is added, and it is rounded, for each image, not for each of its tokens.
+    They are (B, D) of a packed batch, otherwise (B, 1, D). One is added, and it is rounded, for each image, not for
+    each of its tokens.
     """
-    parts = per_image.chunk(count, dim=-1)
+    packed = batch is not None and batch.layout == "packed"
+    parts = (per_image if packed else per_image[:, None]).chunk(count, dim=-1)  # in this order compilers fuse the sums
     return [(1 + part if number % 3 == 1 else part).to(dtype) for number, part in enumerate(parts)]
 
 
