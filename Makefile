@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 
 demo: install  ## train the default on this machine (minutes on two cores), then sample
 	$(BIN)/python -m genfound.train
-	$(BIN)/python -m genfound.sample from=runs/default/default size='[[16,16],[12,20],[20,12],[22,22]]' n=2 out=runs/demo
+	$(BIN)/python -m genfound.sample from=runs/default/default size='[[16,16],[12,20],[20,12],[22,22]]' n=2 rope.rule=linear out=runs/demo
 	@echo "pictures: runs/demo/grid.png, and those of the training in runs/default/default/samples/"
 
 test: install  ## the tests, on the CPU and offline
