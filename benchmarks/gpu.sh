@@ -14,7 +14,8 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     data.max_tokens=16384 batch.packs=1 trainer.max_steps=20 trainer.log_every_n_steps=5 logger=jsonl \
     callbacks.preview.every=1000000000 callbacks.validation.images=64 || passed=1
   rm -rf "$runs"
-  timeout 270 "$python" -m benchmarks.throughput --models nit_b,dit_b,dit_xl,nit_xl --tokens 16384 --repeats 5 || passed=1
+  timeout 270 "$python" -m benchmarks.throughput --models nit_b,dit_b,dit_xl,nit_xl --tokens 16384 --repeats 5 \
+    --sections rates,attention,experts,rope,steps,layouts,kernels || passed=1
 else
   passed=0
   "$python" -m benchmarks.throughput --models dit_tiny,nit_tiny --tokens "${TOKENS:-512}" --repeats 2 || passed=1

@@ -24,7 +24,7 @@ def facts() -> str:
     """Machine and versions, as a list."""
     known = {"machine": machine(), "threads": torch.get_num_threads(), **provenance()}
     if not torch.cuda.is_available():
-        known["graphics card"] = "none, not measured on a GPU"
+        known["CUDA device"] = "none: not measured on a GPU"
     return "\n".join(f"- {key}: {value}" for key, value in known.items())
 
 

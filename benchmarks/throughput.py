@@ -155,7 +155,7 @@ def experts(device: torch.device, arguments: argparse.Namespace) -> list[str]:
 
 def rope(device: torch.device, arguments: argparse.Namespace) -> list[str]:
     """Rotary positions of native sizes: their table, and six heads of 64 turned by it, beside the published form's."""
-    columns = ["tokens", "table", "published", "turning", "published", "largest difference"]
+    columns = ["tokens", "table", "published table", "turning", "published turning", "largest difference"]
     lines = table("Rotary positions, ms; turning forward and backward", columns)
     grids = default_grids("packed", arguments.tokens, 32, 1)
     batch = Packed(1).to_batch([torch.zeros(1, *grid) for grid in grids], torch.zeros(len(grids))).to(device)
@@ -274,8 +274,8 @@ def kernels(device: torch.device, arguments: argparse.Namespace) -> list[str]:
 
 
 SECTIONS = {
-    "rates": rates, "attention": attention, "experts": experts, "rope": rope, "steps": steps, "phases": phases,
-    "layouts": layouts, "kernels": kernels,
+    "rates": rates, "attention": attention, "experts": experts, "rope": rope, "steps": steps, "layouts": layouts,
+    "kernels": kernels, "phases": phases,
 }  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_picture(name: str, root: Path, drawn: dict
     for height, width in sizes_of(name):
         z, pictures = ours(root / f"{name}.safetensors", (height, width))
         assert pictures.shape == (2, height, width, 3) and pictures.std() > 0.05
-        rounding = 1e-5 * max(1, float(z.std()))  # of what the pictures clip
+        rounding = 1e-5 * max(1, float(z.std()))  # of latents, which the pictures clip
         torch.testing.assert_close(drawn[f"{name} {height}x{width}"], pictures, rtol=0, atol=rounding)
         torch.testing.assert_close(drawn[f"{name} {height}x{width} latents"] / z.std(), z / z.std(), rtol=0, atol=1e-5)
 
