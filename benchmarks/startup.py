@@ -15,15 +15,17 @@ import time
 from benchmarks.report import facts, write
 from benchmarks.timing import medians
 
-ONE_STEP = "trainer.max_steps=1 logger=jsonl callbacks.validation=null callbacks.preview=null"
 COMMANDS = {
-    "import torch": "-c;import torch",
-    "import torch, lightning, hydra": "-c;import torch, lightning, hydra",
-    "genfound.train --help": "-m;genfound.train;--help",
-    "genfound.train --cfg job": "-m;genfound.train;--cfg;job",
-    "genfound.plan": "-m;genfound.plan;model=nit_xl;data=imagenet_native;trainer.devices=8",
-    "genfound.train, one step": ";".join(["-m;genfound.train", *ONE_STEP.split()]),
-}
+    "import torch": ["-c", "import torch"],
+    "import torch, lightning, hydra": ["-c", "import torch, lightning, hydra"],
+    "genfound.train --help": ["-m", "genfound.train", "--help"],
+    "genfound.train --cfg job": ["-m", "genfound.train", "--cfg", "job"],
+    "genfound.plan": ["-m", "genfound.plan", "model=nit_xl", "data=imagenet_native", "trainer.devices=8"],
+    "genfound.train, one step": [
+        "-m", "genfound.train", "trainer.max_steps=1", "logger=jsonl", "callbacks.validation=null",
+        "callbacks.preview=null",
+    ],
+}  # fmt: skip
 """What a row is called, and the arguments of Python."""
 
 
@@ -32,8 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    commands = [command.split(";") for command in COMMANDS.values()]
-    took = medians([[start(command) for command in commands] for _ in range(arguments.repeats + 1)][1:])
+    took = medians([[start(command) for command in COMMANDS.values()] for _ in range(arguments.repeats + 1)][1:])
     lines = ["| command | s |", "|---|---|"]
     lines += [f"| {name} | {each:.2f} |" for name, each in zip(COMMANDS, took, strict=True)]
     print("\n".join(lines), write("startup", [facts(), "\n".join(lines)]), sep="\n")
