@@ -28,6 +28,7 @@ from genfound.batch import Batch
 from genfound.config import compose
 from genfound.objectives.weighting import image_weight
 from genfound.rng import Rng
+from genfound.runtime import fsdp
 from genfound.runtime.processes import tune_malloc
 from genfound.tokenizers import LatentSpec
 
@@ -234,8 +235,9 @@ PHASES = ("loss", "backward", "clip", "AdamW", "average")
 def our_phases(config: dict[str, Any], net: Backbone, batch: Batch, bf16: bool = False) -> Iterator[None]:
     """Steps as `GenerativeModule` and Lightning do them, one of `PHASES` at a time."""
     objective = build.objective(config)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0, fused=True)
-    average = [p.detach().clone() for p in net.parameters()]
+    parameters = list(net.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0, fused=True)
+    average = [p.detach().clone() for p in parameters]
     for step in itertools.count():
         with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=bf16):
             losses = objective.loss(net, batch, Rng(0, "train", step))
@@ -247,12 +249,12 @@ def our_phases(config: dict[str, Any], net: Backbone, batch: Batch, bf16: bool =
         yield
         loss.backward()
         yield
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        fsdp.clip(parameters, 1.0, fsdp.total_norm(p.grad for p in parameters if p.grad is not None))
         yield
         optimizer.step()
         optimizer.zero_grad()
         yield
-        torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1e-4)
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1e-4)
         yield
 
 
