@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from benchmarks.image_sizes import image_sizes
 from benchmarks.report import facts, write
@@ -32,12 +32,15 @@ from benchmarks.timing import interleaved, medians
 from genfound.data.images.folder import ImageFolder
 from genfound.data.images.pixels import to_picture
 from genfound.data.images.views import ImageViews
+from genfound.data.packing.prefetch import read_ahead
 from tests.photographs import photograph
 
 VIEWS = {"native": ("native", 256, 32, 4096), "square 256": ("square", 256, 16, 1024)}
 """View, its size, pixels per token side and the most tokens: NiT's, and DiT's at 256 pixels."""
 
 REPEATS = 5
+MICRO_BATCH = 40
+"""Images that a worker reads in one piece."""
 
 
 def main() -> None:
@@ -100,31 +103,28 @@ def opened(root: Path, index: Path, view: str, decode: str) -> ImageFolder:
     )  # fmt: skip
 
 
-class Pictures(Dataset[Tensor]):
-    """The images of a folder, for workers."""
+class Pictures(Dataset[list[Tensor]]):
+    """The images of a folder, a micro-batch of them an item, for workers."""
 
     def __init__(self, source: ImageFolder) -> None:
         self.source = source
 
-    def __len__(self) -> int:
-        return len(self.source.labels)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return to_picture(self.source.image(index))
+    def __getitem__(self, indices: range) -> list[Tensor]:
+        return [to_picture(self.source.image(index)) for index in indices]
 
 
 def by_workers(name: str, root: Path, index: Path) -> list[str]:
-    """Images a second by the clock, in native views, of several workers; the first pass starts them."""
+    """Images a second by the clock, in native views, of several workers, which the first pass starts."""
     lines = [f"| workers, of {os.cpu_count()} processors: {name}, native, exact | images/s by the clock |", "|---|---|"]
-    pictures = Pictures(opened(root, index, "native", "exact"))
+    source = opened(root, index, "native", "exact")
+    whole = len(source.labels) // MICRO_BATCH
+    once = [range(MICRO_BATCH * number, MICRO_BATCH * (number + 1)) for number in range(whole)]
     for workers in (1, 2, 4):
-        loader = DataLoader(pictures, batch_size=None, num_workers=workers, persistent_workers=True)
-        took = []
-        for _ in range(REPEATS):
-            begin = time.perf_counter()
-            deque(loader, maxlen=0)
-            took.append(time.perf_counter() - begin)
-        lines.append(f"| {workers} | {len(pictures) / statistics.median(took[1:]):.0f} |")
+        items = read_ahead(Pictures(source), once * (REPEATS + 1), workers)
+        deque(islice(items, whole), maxlen=0)
+        begin = time.perf_counter()
+        images = sum(map(len, items))
+        lines.append(f"| {workers} | {images / (time.perf_counter() - begin):.0f} |")
         print(lines[-1], flush=True)
     return lines
 

@@ -7,8 +7,8 @@ before is only normalised.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,14 +31,6 @@ class RawImages:
     pictures: list[Tensor] | None = None  # (3, height, width) uint8 for teachers, where those are not the images
     features: list[list[Tensor]] | None = None  # what they see, of each (Z, rows, columns), where that is stored
     text: list[str] | list[Tensor] | None = None  # captions, or (n, E) what is made of each where that is stored
-
-    def pin_memory(self) -> "RawImages":
-        """The same in page-locked host memory (called by the DataLoader)."""
-        pinned = [image.pin_memory() for image in self.images]
-        pictures = self.pictures and [picture.pin_memory() for picture in self.pictures]
-        features = self.features and [[seen.pin_memory() for seen in of_image] for of_image in self.features]
-        text: Any = self.text and [own if isinstance(own, str) else own.pin_memory() for own in self.text]
-        return replace(self, images=pinned, pictures=pictures, features=features, text=text)
 
 
 @dataclass
