@@ -27,8 +27,8 @@ SHORT = [*TINY, "batch.images=16", "trainer.max_steps=2", "data.max_tokens=1024"
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The `python -m genfound...` lines of a page, as words."""
-    lines = re.findall(r"^    python -m genfound\.(.*)$", page.read_text(), re.MULTILINE)
+    """The `python -m genfound...` lines of a page, as words, without variables before them."""
+    lines = re.findall(r"^    (?:[A-Z_]+=\S+ )*python -m genfound\.(.*)$", page.read_text(), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
