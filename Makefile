@@ -18,7 +18,8 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-demo: export OMP_NUM_THREADS := 1  # networks this small lose by more (docs/speed.md)
+# Networks this small lose by more threads (docs/speed.md).
+demo: export OMP_NUM_THREADS := 1
 demo: install  ## train the default on one core of this machine (some 10 minutes), then sample
 	$(BIN)/python -m genfound.train
 	$(BIN)/python -m genfound.sample from=runs/default/default size='[[16,16],[12,20],[20,12],[22,22]]' n=2 rope.rule=linear out=runs/demo
