@@ -22,7 +22,10 @@ ALIGNMENT = 64
 
 
 class _Caught(Dataset[Any]):
-    """A data set whose errors about files are items, since the loader would wrap them in its own traceback."""
+    """A data set whose items travel as `_OneBuffer`, and whose errors about files are items.
+
+    The loader would wrap errors in its own traceback.
+    """
 
     def __init__(self, dataset: Dataset[Any], pin_memory: bool) -> None:
         self.dataset = dataset
